@@ -1,0 +1,20 @@
+"""Fused attention for vision models: drop-in modules with the same parameters and the same numbers, sooner."""
+
+from . import functional, reference
+from .backends import Backend, backends, use_backend
+from .modules import FastCBAM, FastChannelAttention, FastECA, FastSE, FastSpatialAttention
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Backend",
+    "FastCBAM",
+    "FastChannelAttention",
+    "FastECA",
+    "FastSE",
+    "FastSpatialAttention",
+    "backends",
+    "functional",
+    "reference",
+    "use_backend",
+]

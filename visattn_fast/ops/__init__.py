@@ -1,0 +1,20 @@
+"""One file per op family: schema, reference implementation, fake, autograd.Function."""
+
+from ._autograd import mixed, run
+from ._library import register_triton
+from .cbam import CBAMFunction
+from .channel_attention import ChannelAttentionFunction
+from .eca import ECAFunction
+from .se import SEFunction
+from .spatial_attention import SpatialAttentionFunction
+
+__all__ = [
+    "CBAMFunction",
+    "ChannelAttentionFunction",
+    "ECAFunction",
+    "SEFunction",
+    "SpatialAttentionFunction",
+    "mixed",
+    "register_triton",
+    "run",
+]

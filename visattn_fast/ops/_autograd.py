@@ -1,0 +1,96 @@
+"""The autograd.Function of a fused op: when it is used, what it saves, how it is differentiated, once and twice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Gradients = Callable[..., tuple[Tensor, ...]]
+
+
+def mixed(mathematics: Callable[..., Tensor], x: Tensor, *weights: Tensor | None) -> Tensor:
+    """``mathematics(x, *weights)`` in x's dtype, where x and weights may differ in dtype outside of autocast too."""
+    dtypes = {t.dtype for t in (x, *weights) if t is not None}
+    if len(dtypes) == 1 or torch.is_autocast_enabled(x.device.type):
+        return mathematics(x, *weights)
+    widest = torch.float64 if torch.float64 in dtypes else torch.float32
+    return mathematics(*(None if t is None else t.to(widest) for t in (x, *weights))).to(x.dtype)
+
+
+def run(function: type[torch.autograd.Function], *args: Any) -> Tensor:
+    """The first result of a fused function. An autograd node is made only where a gradient can be asked for."""
+    if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
+        return function.apply(*args)[0]
+    return function.forward(*args)[0]
+
+
+def fused_function(
+    name: str,
+    forward_op: Callable[..., tuple[Tensor, ...]],
+    gradients: Gradients,
+    mathematics: Callable[..., Tensor],
+    saves_result: bool = False,
+) -> type[torch.autograd.Function]:
+    """Makes an autograd.Function of a forward op and a backward op.
+
+    It saves its tensor arguments and the op's small results, never another copy of x. A backward pass that is itself
+    recorded (``create_graph=True``) differentiates ``mathematics`` instead of calling the backward op.
+
+    Args:
+        name: of the class.
+        forward_op: ``(*tensors, *options) -> (y, *small)``; options are ints.
+        gradients: ``(grad, tensors, small, options)`` -> a gradient for each of ``tensors``, in any dtype; an empty
+            tensor stands for ``grad`` itself.
+        mathematics: ``(*tensors, *options) -> y`` in differentiable PyTorch.
+        saves_result: y is small and needed as well: ``small`` starts with it.
+    """
+
+    class FusedFunction(torch.autograd.Function):
+        @staticmethod
+        def forward(*args: Any) -> Any:
+            return forward_op(*args)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+            tensors = [a for a in inputs if not isinstance(a, int)]
+            ctx.options, ctx.arity = inputs[len(tensors) :], len(tensors)
+            ctx.mark_non_differentiable(*output[1:])
+            ctx.set_materialize_grads(False)
+            ctx.save_for_backward(*tensors, *output[0 if saves_result else 1 :])
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor | None, *_: None) -> Any:
+            unneeded = (None,) * len(ctx.options)
+            tensors, small = ctx.saved_tensors[: ctx.arity], ctx.saved_tensors[ctx.arity :]
+            if grad is None:
+                return (None,) * ctx.arity + unneeded
+            # A compiled backward pass is traced with gradients enabled, yet is never differentiated.
+            if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+                return _differentiable(ctx, mathematics, tensors, grad) + unneeded
+            found = gradients(grad, tensors, small, ctx.options)
+            return tuple(_gradient_for(t, d, grad) for t, d in zip(tensors, found, strict=True)) + unneeded
+
+    FusedFunction.__name__ = FusedFunction.__qualname__ = name
+    return FusedFunction
+
+
+def _differentiable(
+    ctx: Any, mathematics: Callable[..., Tensor], tensors: Any, grad: Tensor
+) -> tuple[Tensor | None, ...]:
+    needs = ctx.needs_input_grad[: len(tensors)]
+    with torch.enable_grad():
+        y = mathematics(*tensors, *ctx.options)
+        wanted = [t for t, needed in zip(tensors, needs, strict=True) if needed]
+        found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True))
+    return tuple(next(found) if needed else None for needed in needs)
+
+
+def _gradient_for(tensor: Tensor | None, gradient: Tensor, grad: Tensor) -> Tensor | None:
+    if tensor is None:
+        return None
+    if gradient.numel() == 0:
+        return grad
+    return gradient if gradient.dtype == tensor.dtype else gradient.to(tensor.dtype)

@@ -1,0 +1,41 @@
+"""The operator library: how an op is declared, and who owns which dispatch key.
+
+Every op is declared with its schema, its implementation in plain PyTorch (``CompositeExplicitAutograd``, so that it
+runs everywhere) and its fake. The kernels register themselves over it when a device is first used: the native library under
+``CPU`` as it is loaded, the Triton launchers through `register_triton`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+LIBRARY = torch.library.Library("visattn_fast", "DEF")
+LAUNCHERS: dict[str, str] = {}  # op name -> module of visattn_fast.kernels with the launcher of that name
+
+
+def define(schema: str, launcher: str, reference: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    """Declares an op and returns its overload.
+
+    Args:
+        schema: ``name(arguments) -> results``.
+        launcher: the module of ``visattn_fast.kernels`` whose function ``name`` is the Triton implementation.
+        reference: the implementation in plain PyTorch.
+        fake: shapes, dtypes and strides of the results.
+    """
+    name = schema[: schema.index("(")]
+    LIBRARY.define(schema)
+    LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"visattn_fast::{name}", fake, lib=LIBRARY)
+    LAUNCHERS[name] = launcher
+    return getattr(torch.ops.visattn_fast, name).default
+
+
+def register_triton(dispatch_key: str) -> None:
+    """Gives ``dispatch_key`` of every op to its Triton launcher. Raises ImportError without triton."""
+    for name, module in LAUNCHERS.items():
+        launchers = importlib.import_module(f"visattn_fast.kernels.{module}")
+        LIBRARY.impl(name, getattr(launchers, name), dispatch_key)

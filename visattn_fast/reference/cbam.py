@@ -1,0 +1,147 @@
+"""CBAM and its two halves in plain PyTorch."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .checks import check_bottleneck, check_feature_map, check_spatial_kernel, hidden_width
+
+
+def channel_attention(x: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
+    """The gate ``sigmoid(f(mean(x)) + f(max(x)))`` with ``f(v) = w2 relu(w1 v)``; mean and max over H and W.
+
+    The maximum sends its gradient to one pixel, the first of equal ones.
+
+    Args:
+        x: ``[N, C, H, W]``.
+        w1, w2: ``[R, C]`` and ``[C, R]``, or 1x1 convolutions' ``[R, C, 1, 1]`` and ``[C, R, 1, 1]``.
+
+    Returns:
+        ``[N, C, 1, 1]``.
+
+    Raises:
+        ValueError: shapes or devices that do not fit.
+        TypeError: a dtype that is not floating.
+    """
+    check_bottleneck(x, w1, None, w2, None)
+    w1, w2 = w1.flatten(1), w2.flatten(1)
+    mean, maximum = x.mean((2, 3)), x.flatten(2).max(dim=2).values
+    excited = F.linear(F.relu(F.linear(mean, w1)), w2) + F.linear(F.relu(F.linear(maximum, w1)), w2)
+    return torch.sigmoid(excited)[:, :, None, None]
+
+
+def spatial_attention(x: Tensor, wconv: Tensor) -> Tensor:
+    """The gate ``sigmoid(conv([mean(x), max(x)]))``; mean and max over C, zero padding.
+
+    The maximum sends its gradient to one channel, the first of equal ones.
+
+    Args:
+        x: ``[N, C, H, W]``.
+        wconv: ``[1, 2, k, k]`` with odd k; its first input is the mean.
+
+    Returns:
+        ``[N, 1, H, W]``.
+
+    Raises:
+        ValueError: shapes or devices that do not fit, an even k.
+        TypeError: a dtype that is not floating.
+    """
+    check_feature_map(x)
+    check_spatial_kernel(wconv, x)
+    maps = torch.cat([x.mean(1, keepdim=True), x.max(dim=1, keepdim=True).values], dim=1)
+    return torch.sigmoid(F.conv2d(maps, wconv, padding=wconv.shape[3] // 2))
+
+
+def cbam(x: Tensor, w1: Tensor, w2: Tensor, wconv: Tensor) -> Tensor:
+    """``y = x * channel_attention(x)``, then ``y * spatial_attention(y)``: ``[N, C, H, W]`` -> ``[N, C, H, W]``.
+
+    Arguments and errors are those of `channel_attention` and `spatial_attention`.
+    """
+    y = x * channel_attention(x, w1, w2)
+    return y * spatial_attention(y, wconv)
+
+
+class ChannelAttention(nn.Module):
+    """CBAM's channel gate (Woo et al., "CBAM: Convolutional Block Attention Module", ECCV 2018).
+
+    ``sigmoid(f(mean) + f(max))`` with ``f = fc2 relu fc1`` shared, mean and max over H and W: ``[N, C, H, W]`` ->
+    ``[N, C, 1, 1]``. The maximum sends its gradient to one pixel, the first of equal ones.
+
+    Args:
+        channels: C.
+        reduction: the hidden layer has ``channels // reduction`` units.
+
+    Raises:
+        ValueError: a non-positive argument, or fewer channels than ``reduction``.
+
+    ``state_dict``: ``fc1.weight`` ``[R, C, 1, 1]``, ``fc2.weight`` ``[C, R, 1, 1]``.
+    """
+
+    def __init__(self, channels: int, reduction: int = 8) -> None:
+        super().__init__()
+        hidden = hidden_width(channels, reduction)
+        self.fc1 = nn.Conv2d(channels, hidden, 1, bias=False)
+        self.fc2 = nn.Conv2d(hidden, channels, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[N, C, H, W]`` -> gate ``[N, C, 1, 1]``."""
+        return channel_attention(x, self.fc1.weight, self.fc2.weight)
+
+
+class SpatialAttention(nn.Module):
+    """CBAM's spatial gate (Woo et al., "CBAM: Convolutional Block Attention Module", ECCV 2018).
+
+    ``sigmoid(conv1([mean, max]))``, mean and max over C in this order: ``[N, C, H, W]`` -> ``[N, 1, H, W]``. The
+    maximum sends its gradient to one channel, the first of equal ones.
+
+    Args:
+        kernel_size: 3 or 7.
+
+    Raises:
+        ValueError: another ``kernel_size``.
+
+    ``state_dict``: ``conv1.weight`` ``[1, 2, k, k]``.
+    """
+
+    def __init__(self, kernel_size: int = 7) -> None:
+        super().__init__()
+        if kernel_size not in (3, 7):
+            raise ValueError(f"kernel_size must be 3 or 7, got {kernel_size!r}")
+        self.conv1 = nn.Conv2d(2, 1, kernel_size, padding=kernel_size // 2, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[N, C, H, W]`` -> gate ``[N, 1, H, W]``."""
+        return spatial_attention(x, self.conv1.weight)
+
+
+class CBAM(nn.Module):
+    """Convolutional block attention module (Woo et al., ECCV 2018).
+
+    ``y = x * CA(x)``, then ``y * SA(y)``: ``[N, C, H, W]`` -> ``[N, C, H, W]``.
+
+    Args:
+        channels: C.
+        reduction: of the channel gate; its hidden layer has ``channels // reduction`` units.
+        kernel_size: of the spatial gate, 3 or 7.
+
+    Raises:
+        ValueError: a non-positive argument, fewer channels than ``reduction``, another ``kernel_size``.
+
+    ``state_dict``: ``channelattention.fc1.weight``, ``channelattention.fc2.weight``, ``spatialattention.conv1.weight``.
+    """
+
+    def __init__(self, channels: int, reduction: int = 8, kernel_size: int = 7) -> None:
+        super().__init__()
+        self.channelattention = ChannelAttention(channels, reduction)
+        self.spatialattention = SpatialAttention(kernel_size)
+
+    def weights(self) -> tuple[Tensor, Tensor, Tensor]:
+        """``(w1, w2, wconv)``, as `cbam` takes them."""
+        channel = self.channelattention
+        return channel.fc1.weight, channel.fc2.weight, self.spatialattention.conv1.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[N, C, H, W]`` -> ``[N, C, H, W]``."""
+        return cbam(x, *self.weights())

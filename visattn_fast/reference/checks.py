@@ -1,0 +1,109 @@
+"""One check per kind of bad input. Every message names the argument, what was expected and what came."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+ACTIVATIONS = (None, "relu", "silu")  # the index is the code that the ops take
+
+
+def check_positive(name: str, value: int) -> None:
+    """Raises ValueError unless ``value`` is a positive int."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name} must be a positive int, got {value!r}")
+
+
+def check_odd(name: str, value: int) -> None:
+    """Raises ValueError unless ``value`` is a positive odd int."""
+    check_positive(name, value)
+    if value % 2 == 0:
+        raise ValueError(f"{name} must be odd, so that the output keeps the input's size, got {value}")
+
+
+def hidden_width(channels: int, reduction: int) -> int:
+    """Width ``channels // reduction`` of a bottleneck. Raises ValueError if it would be zero."""
+    check_positive("channels", channels)
+    check_positive("reduction", reduction)
+    if channels < reduction:
+        raise ValueError(f"channels must be at least reduction={reduction}, got {channels}: no unit would be left")
+    return channels // reduction
+
+
+def check_floating(name: str, tensor: Tensor) -> None:
+    """Raises TypeError unless ``tensor`` is a real floating-point tensor."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+    if not tensor.dtype.is_floating_point:
+        raise TypeError(f"{name} must have a floating-point dtype, got {tensor.dtype}")
+
+
+def check_feature_map(x: Tensor, channels: int | None = None) -> None:
+    """Raises unless x is floating, ``[N, C, H, W]`` with C, H, W >= 1, and has ``channels`` channels where given."""
+    check_floating("x", x)
+    if x.dim() != 4:
+        raise ValueError(f"x must have shape [N, C, H, W], got {x.dim()} dimensions: {tuple(x.shape)}")
+    if x.shape[1] == 0 or x.shape[2] == 0 or x.shape[3] == 0:
+        raise ValueError(f"x must have at least one channel and one pixel, got shape {tuple(x.shape)}")
+    if channels is not None and x.shape[1] != channels:
+        raise ValueError(f"x must have {channels} channels, as the weights have, got shape {tuple(x.shape)}")
+
+
+def check_weight(name: str, weight: Tensor, shape: tuple[int, ...], x: Tensor) -> None:
+    """Raises unless ``weight`` is floating, on x's device, and has ``shape`` up to trailing dimensions of size 1."""
+    check_floating(name, weight)
+    if tuple(weight.shape[: len(shape)]) != shape or any(size != 1 for size in weight.shape[len(shape) :]):
+        raise ValueError(f"{name} must have shape {list(shape)}, got {list(weight.shape)}")
+    if weight.device != x.device:
+        raise ValueError(f"{name} must be on the device of x, {x.device}, got {weight.device}")
+
+
+def check_bottleneck(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None) -> None:
+    """Raises unless x is a feature map and w1 ``[R, C]``, b1 ``[R]``, w2 ``[C, R]``, b2 ``[C]`` fit it."""
+    check_floating("w1", w1)
+    if w1.dim() < 2 or w1.shape[0] == 0:
+        raise ValueError(f"w1 must have shape [R, C] with R >= 1, got {list(w1.shape)}")
+    hidden, channels = w1.shape[0], w1.shape[1]
+    check_feature_map(x, channels)
+    check_weight("w1", w1, (hidden, channels), x)
+    check_weight("w2", w2, (channels, hidden), x)
+    if b1 is not None:
+        check_weight("b1", b1, (hidden,), x)
+    if b2 is not None:
+        check_weight("b2", b2, (channels,), x)
+
+
+def check_channel_kernel(weight: Tensor, x: Tensor) -> None:
+    """Raises unless ``weight`` is ``[1, 1, k]`` with odd k, on x's device."""
+    check_floating("weight", weight)
+    if weight.dim() != 3:
+        raise ValueError(f"weight must have shape [1, 1, k], got {list(weight.shape)}")
+    check_odd("the kernel size of weight", weight.shape[2])
+    check_weight("weight", weight, (1, 1, weight.shape[2]), x)
+
+
+def check_spatial_kernel(wconv: Tensor, x: Tensor) -> None:
+    """Raises unless ``wconv`` is ``[1, 2, k, k]`` with odd k, on x's device."""
+    check_floating("wconv", wconv)
+    if wconv.dim() != 4:
+        raise ValueError(f"wconv must have shape [1, 2, k, k], got {list(wconv.shape)}")
+    size = wconv.shape[3]
+    check_odd("the kernel size of wconv", size)
+    check_weight("wconv", wconv, (1, 2, size, size), x)
+
+
+def check_residual(residual: Tensor | None, x: Tensor) -> None:
+    """Raises unless ``residual`` is absent, or a floating tensor of x's shape on x's device."""
+    if residual is None:
+        return
+    check_floating("residual", residual)
+    if residual.shape != x.shape:
+        raise ValueError(f"residual must have the shape of x, {tuple(x.shape)}, got {tuple(residual.shape)}")
+    if residual.device != x.device:
+        raise ValueError(f"residual must be on the device of x, {x.device}, got {residual.device}")
+
+
+def activation_code(activation: str | None) -> int:
+    """The index of ``activation`` in ACTIVATIONS. Raises ValueError for an unknown one."""
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {ACTIVATIONS}, got {activation!r}")
+    return ACTIVATIONS.index(activation)

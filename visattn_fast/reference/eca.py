@@ -1,0 +1,73 @@
+"""Efficient channel attention in plain PyTorch."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .checks import check_channel_kernel, check_feature_map, check_odd, check_positive
+
+
+def eca(x: Tensor, weight: Tensor) -> Tensor:
+    """``x * sigmoid(conv1d(mean(x)))``: the mean over H and W, the convolution along C with zero padding.
+
+    Args:
+        x: ``[N, C, H, W]``.
+        weight: ``[1, 1, k]`` with odd k.
+
+    Returns:
+        ``[N, C, H, W]``.
+
+    Raises:
+        ValueError: shapes or devices that do not fit, an even k.
+        TypeError: a dtype that is not floating.
+    """
+    check_feature_map(x)
+    check_channel_kernel(weight, x)
+    gate = torch.sigmoid(F.conv1d(x.mean((2, 3))[:, None], weight, padding=weight.shape[2] // 2))
+    return x * gate[:, 0, :, None, None]
+
+
+def eca_kernel_size(channels: int, gamma: int = 2, b: int = 1) -> int:
+    """ECA's adaptive kernel size: ``int(abs((log2(C) + b) / gamma))``, plus one if that is even."""
+    size = int(abs((math.log2(channels) + b) / gamma))
+    return size if size % 2 else size + 1
+
+
+class ECA(nn.Module):
+    """Efficient channel attention (Wang et al., "ECA-Net", CVPR 2020).
+
+    ``y = x * sigmoid(conv1d_k(mean(x)))``: x and y ``[N, C, H, W]``, the mean over H and W, the convolution along C
+    with zero padding and without bias.
+
+    Args:
+        channels: C.
+        gamma, b: k is ``int(abs((log2 C + b) / gamma))``, plus one if that is even.
+        kernel_size: k itself, odd; overrides gamma and b.
+
+    Raises:
+        ValueError: a non-positive argument, an even ``kernel_size``.
+
+    ``state_dict``: ``conv.weight`` ``[1, 1, k]``.
+    """
+
+    def __init__(self, channels: int, gamma: int = 2, b: int = 1, kernel_size: int | None = None) -> None:
+        super().__init__()
+        check_positive("channels", channels)
+        check_positive("gamma", gamma)
+        if kernel_size is None:
+            kernel_size = eca_kernel_size(channels, gamma, b)
+        check_odd("kernel_size", kernel_size)
+        self.channels = channels
+        self.conv = nn.Conv1d(1, 1, kernel_size, padding=kernel_size // 2, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[N, C, H, W]`` -> ``[N, C, H, W]``."""
+        check_feature_map(x, self.channels)
+        return eca(x, self.conv.weight)
+
+    def extra_repr(self) -> str:
+        return f"channels={self.channels}"

@@ -1,0 +1,70 @@
+"""Squeeze-and-excitation in plain PyTorch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .checks import check_bottleneck, hidden_width
+
+
+def se(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None) -> Tensor:
+    """``x * sigmoid(w2 relu(w1 mean(x) + b1) + b2)``, the mean over H and W.
+
+    Args:
+        x: ``[N, C, H, W]``.
+        w1, b1: squeeze, ``[R, C]`` (or a 1x1 convolution's ``[R, C, 1, 1]``) and ``[R]`` or None.
+        w2, b2: excitation, ``[C, R]`` (or ``[C, R, 1, 1]``) and ``[C]`` or None.
+
+    Returns:
+        ``[N, C, H, W]``.
+
+    Raises:
+        ValueError: shapes or devices that do not fit.
+        TypeError: a dtype that is not floating.
+    """
+    check_bottleneck(x, w1, b1, w2, b2)
+    hidden = F.relu(F.linear(x.mean((2, 3)), w1.flatten(1), b1))
+    gate = torch.sigmoid(F.linear(hidden, w2.flatten(1), b2))
+    return x * gate[:, :, None, None]
+
+
+class SE(nn.Module):
+    """Squeeze-and-excitation (Hu et al., "Squeeze-and-Excitation Networks", CVPR 2018).
+
+    ``y = x * sigmoid(W2 relu(W1 mean(x)))``: x and y ``[N, C, H, W]``, the mean over H and W.
+
+    Args:
+        channels: C.
+        reduction: the hidden layer has ``channels // reduction`` units.
+        bias: biases in both linear layers; the original (Caffe) and torchvision's networks have them.
+
+    Raises:
+        ValueError: a non-positive argument, or fewer channels than ``reduction``.
+
+    ``state_dict``: ``fc.0.weight`` ``[R, C]``, ``fc.2.weight`` ``[C, R]``; with ``bias`` also ``fc.0.bias`` and
+    ``fc.2.bias``.
+    """
+
+    def __init__(self, channels: int, reduction: int = 16, bias: bool = False) -> None:
+        super().__init__()
+        hidden = hidden_width(channels, reduction)
+        self.channels, self.reduction = channels, reduction
+        self.fc = nn.Sequential(
+            nn.Linear(channels, hidden, bias=bias), nn.ReLU(), nn.Linear(hidden, channels, bias=bias), nn.Sigmoid()
+        )
+
+    def weights(self) -> tuple[Any, ...]:
+        """``(w1, b1, w2, b2)``, as `se` takes them."""
+        squeeze, excite = self.fc[0], self.fc[2]
+        return squeeze.weight, squeeze.bias, excite.weight, excite.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[N, C, H, W]`` -> ``[N, C, H, W]``."""
+        return se(x, *self.weights())
+
+    def extra_repr(self) -> str:
+        return f"channels={self.channels}, reduction={self.reduction}"
