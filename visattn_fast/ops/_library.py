@@ -1,8 +1,8 @@
 """The operator library: how an op is declared, and who owns which dispatch key.
 
 Every op is declared with its schema, its implementation in plain PyTorch (``CompositeExplicitAutograd``, so that it
-runs everywhere) and its fake. The kernels register themselves over it when a device is first used: the native library under
-``CPU`` as it is loaded, the Triton launchers through `register_triton`.
+runs everywhere) and its fake. The kernels register themselves over it when a device is first used: the native library
+under ``CPU`` as it is loaded, the Triton launchers through `register_triton`.
 """
 
 from __future__ import annotations
