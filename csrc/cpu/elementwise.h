@@ -1,0 +1,173 @@
+// Element-wise passes: gates with residual and activation, their derivative, and the affine form of every dx.
+#pragma once
+
+#include "matrix.h"
+
+namespace visattn {
+
+enum Activation : int64_t { kNone = 0, kRelu = 1, kSilu = 2 };
+
+template <int kAct, class V>
+VF_INLINE inline V activate(V v) {
+  if constexpr (kAct == kRelu) return v < V{} ? V{} : v;
+  if constexpr (kAct == kSilu) return v * sigmoid_lanes(v);
+  return v;
+}
+
+// g * act'(v)
+template <int kAct, class V>
+VF_INLINE inline V activate_grad(V g, V v) {
+  if constexpr (kAct == kRelu) return v <= V{} ? V{} : g;
+  if constexpr (kAct == kSilu) {
+    const V s = sigmoid_lanes(v);
+    return g * (s * (1 + v * (1 - s)));
+  }
+  return g;
+}
+
+// A gate as an outer product of one factor per row and one per column; null stands for ones. `column` is
+// padded.
+template <class A>
+struct Gate {
+  const A *row, *column;
+};
+
+template <class T, int kAct, bool kResidual, bool kRow, bool kColumn>
+void apply_gate_as(Matrix<const T> x, Gate<Acc<T>> gate, const T* residual, T* y, int64_t dense_ld) {
+  using A = Acc<T>;
+  simd([=]() VF_INLINE {
+    for (int64_t r = 0; r < x.rows; ++r) {
+      const T *px = x.row(r), *pr = kResidual ? residual + r * dense_ld : nullptr;
+      T* py = y + r * dense_ld;
+      const Vec<A> row = set1<A>(kRow ? gate.row[r] : A(1));
+      for_vectors<A>(x.cols, [&](int64_t c, auto lanes) VF_INLINE {
+        Vec<A> v = load(px + c, lanes);
+        if constexpr (kRow) v = v * row;
+        if constexpr (kColumn) v = v * load(gate.column + c);
+        if constexpr (kResidual) v = v + load(pr + c, lanes);
+        store(py + c, activate<kAct>(v), lanes);
+      });
+    }
+  });
+}
+
+template <class T, int kAct, bool kRow, bool kColumn>
+void gate_grad_as(Matrix<const T> x, Gate<Acc<T>> gate, const T* grad, const T* residual, T* out,
+                  int64_t dense_ld) {
+  using A = Acc<T>;
+  simd([=]() VF_INLINE {
+    for (int64_t r = 0; r < x.rows; ++r) {
+      const T *px = x.row(r), *pg = grad + r * dense_ld, *pr = residual ? residual + r * dense_ld : nullptr;
+      T* po = out + r * dense_ld;
+      const Vec<A> row = set1<A>(kRow ? gate.row[r] : A(1));
+      for_vectors<A>(x.cols, [&](int64_t c, auto lanes) VF_INLINE {
+        Vec<A> v = load(px + c, lanes);
+        if constexpr (kRow) v = v * row;
+        if constexpr (kColumn) v = v * load(gate.column + c);
+        if (pr) v = v + load(pr + c, lanes);
+        store(po + c, activate_grad<kAct>(load(pg + c, lanes), v), lanes);
+      });
+    }
+  });
+}
+
+// Calls f with the presence of the row and the column factor as compile-time constants.
+template <class A, class F>
+void with_factors(Gate<A> gate, const F& f) {
+  if (gate.row && gate.column) {
+    f(std::true_type{}, std::true_type{});
+  } else if (gate.row) {
+    f(std::true_type{}, std::false_type{});
+  } else {
+    f(std::false_type{}, std::true_type{});
+  }
+}
+
+// y = act(x * gate + residual). residual (may be null) and y are dense: rows dense_ld apart.
+template <class T>
+void apply_gate(Matrix<const T> x, Gate<Acc<T>> gate, const T* residual, T* y, int64_t dense_ld,
+                int64_t activation) {
+  with_factors(gate, [&](auto row, auto column) {
+    constexpr bool kRow = decltype(row)::value, kColumn = decltype(column)::value;
+    const auto run = [&](auto act) {
+      if (residual) {
+        apply_gate_as<T, decltype(act)::value, true, kRow, kColumn>(x, gate, residual, y, dense_ld);
+      } else {
+        apply_gate_as<T, decltype(act)::value, false, kRow, kColumn>(x, gate, residual, y, dense_ld);
+      }
+    };
+    if (activation == kRelu) return run(std::integral_constant<int, kRelu>{});
+    if (activation == kSilu) return run(std::integral_constant<int, kSilu>{});
+    run(std::integral_constant<int, kNone>{});
+  });
+}
+
+// out = grad * act'(x * gate + residual), for activation other than kNone.
+template <class T>
+void gate_grad(Matrix<const T> x, Gate<Acc<T>> gate, const T* grad, const T* residual, T* out,
+               int64_t dense_ld, int64_t activation) {
+  with_factors(gate, [&](auto row, auto column) {
+    constexpr bool kRow = decltype(row)::value, kColumn = decltype(column)::value;
+    if (activation == kRelu) {
+      gate_grad_as<T, kRelu, kRow, kColumn>(x, gate, grad, residual, out, dense_ld);
+    } else {
+      gate_grad_as<T, kSilu, kRow, kColumn>(x, gate, grad, residual, out, dense_ld);
+    }
+  });
+}
+
+// out = grad * scale + shift, one scale and shift per row (kPerRow) or per column (padded).
+template <class T, bool kPerRow>
+void affine(Matrix<const T> grad, const Acc<T>* scale, const Acc<T>* shift, T* out) {
+  using A = Acc<T>;
+  simd([=]() VF_INLINE {
+    for (int64_t r = 0; r < grad.rows; ++r) {
+      const T* pg = grad.row(r);
+      T* po = out + r * grad.ld;
+      const Vec<A> a = set1<A>(kPerRow ? scale[r] : A(0)), b = set1<A>(kPerRow ? shift[r] : A(0));
+      for_vectors<A>(grad.cols, [&](int64_t c, auto lanes) VF_INLINE {
+        const Vec<A> g = load(pg + c, lanes);
+        store(po + c, kPerRow ? g * a + b : g * load(scale + c) + load(shift + c), lanes);
+      });
+    }
+  });
+}
+
+// out = (grad * row.scale + row.shift) * column.scale + column.shift, or with the column's factors inside and
+// the row's outside (kColumnInside): the inner pair belongs to pixels, the outer to channels.
+template <class A>
+struct Affine {
+  const A *scale, *shift;
+};
+
+template <class T, bool kColumnInside>
+void affine_twice(Matrix<const T> grad, Affine<Acc<T>> row, Affine<Acc<T>> column, T* out) {
+  using A = Acc<T>;
+  simd([=]() VF_INLINE {
+    for (int64_t r = 0; r < grad.rows; ++r) {
+      const T* pg = grad.row(r);
+      T* po = out + r * grad.ld;
+      const Vec<A> a = set1<A>(row.scale[r]), b = set1<A>(row.shift[r]);
+      for_vectors<A>(grad.cols, [&](int64_t c, auto lanes) VF_INLINE {
+        const Vec<A> g = load(pg + c, lanes), s = load(column.scale + c), t = load(column.shift + c);
+        store(po + c, kColumnInside ? (g * s + t) * a + b : (g * a + b) * s + t, lanes);
+      });
+    }
+  });
+}
+
+// out = value[r] (kPerRow) or value[c] (padded).
+template <class T, bool kPerRow>
+void fill(Matrix<T> out, const Acc<T>* value) {
+  using A = Acc<T>;
+  simd([=]() VF_INLINE {
+    for (int64_t r = 0; r < out.rows; ++r) {
+      T* po = out.row(r);
+      const Vec<A> v = set1<A>(kPerRow ? value[r] : A(0));
+      for_vectors<A>(out.cols, [&](int64_t c, auto lanes)
+                                   VF_INLINE { store(po + c, kPerRow ? v : load(value + c), lanes); });
+    }
+  });
+}
+
+}  // namespace visattn

@@ -1,0 +1,128 @@
+// One image in either layout, cut into parts; reductions to channels.
+#pragma once
+
+#include <algorithm>
+
+#include "elementwise.h"
+#include "tensor.h"
+
+namespace visattn {
+
+// [0, total) in pieces of `size`. Depends on the shape alone, so that sums do not depend on the threads.
+struct Split {
+  int64_t total, size, count;
+
+  Split(int64_t total_, int64_t size_) : total(total_), size(std::clamp<int64_t>(size_, 1, total_)) {
+    count = (total + size - 1) / size;
+  }
+  int64_t begin(int64_t i) const { return i * size; }
+  int64_t end(int64_t i) const { return std::min(total, (i + 1) * size); }
+};
+
+template <class T>
+Matrix<T> matrix(T* image, const Shape& s, bool nhwc, int64_t ld) {
+  return nhwc ? Matrix<T>{image, ld, s.P, s.C} : Matrix<T>{image, ld, s.C, s.P};
+}
+
+template <class T>
+Matrix<T> rows_of(const Matrix<T>& m, int64_t begin, int64_t end) {
+  return {m.row(begin), m.ld, end - begin, m.cols};
+}
+
+// Pixels [begin, end) of an image: columns of nchw, rows of nhwc.
+template <class T>
+Matrix<T> pixels_of(const Matrix<T>& m, bool nhwc, int64_t begin, int64_t end) {
+  if (nhwc) return rows_of(m, begin, end);
+  return {m.p + begin, m.ld, m.rows, end - begin};
+}
+
+// Rows (channels of nchw, pixels of nhwc) in parts of about 64 KB.
+template <class T>
+Split row_parts(const Shape& s, bool nhwc) {
+  const int64_t rows = nhwc ? s.P : s.C, cols = nhwc ? s.C : s.P;
+  const int64_t size = (int64_t{1} << 16) / static_cast<int64_t>(sizeof(T) * cols);
+  return Split(rows, std::max<int64_t>(8, size / 8 * 8));
+}
+
+// One value per channel and part (nhwc) or per channel (nchw), and the fixed order in which parts are
+// combined.
+template <class A>
+class ChannelPartials {
+ public:
+  ChannelPartials(int64_t channels, int64_t parts)
+      : C_(channels), stride_((channels + 7) / 8 * 8), parts_(parts), values_(stride_ * parts) {}
+  A* part(int64_t i) { return values_.get() + i * stride_; }
+
+  void sum(A* out) {
+    std::copy_n(part(0), C_, out);
+    for (int64_t i = 1; i < parts_; ++i) {
+      const A* p = part(i);
+      for (int64_t c = 0; c < C_; ++c) out[c] += p[c];
+    }
+  }
+
+ private:
+  int64_t C_, stride_, parts_;
+  Buffer<A> values_;
+};
+
+// Mean, and with kMax the maximum and its pixel, of every channel of an image.
+template <class T, bool kMax>
+class ChannelPool {
+  using A = Acc<T>;
+
+ public:
+  ChannelPool(const Shape& s, bool nhwc)
+      : s_(s),
+        nhwc_(nhwc),
+        parts_(row_parts<T>(s, nhwc)),
+        sum_(s.C, nhwc ? parts_.count : 1),
+        max_(s.C, kMax && nhwc ? parts_.count : 1),
+        at_(s.C, kMax && nhwc ? parts_.count : 1) {}
+
+  void run(const Matrix<const T>& x, const Team& team, A* mean, A* max = nullptr, int32_t* at = nullptr) {
+    team.each(parts_.count, [&](int64_t begin, int64_t end) {
+      if (!nhwc_) {
+        const int64_t c0 = parts_.begin(begin), c1 = parts_.end(end - 1);
+        row_stats<T, kMax, false>(rows_of(x, c0, c1), nullptr, sum_.part(0) + c0, max_.part(0) + c0,
+                                  at_.part(0) + c0);
+        return;
+      }
+      for (int64_t i = begin; i < end; ++i) {
+        column_stats<T, kMax, false>(rows_of(x, parts_.begin(i), parts_.end(i)), nullptr, sum_.part(i),
+                                     max_.part(i), at_.part(i));
+      }
+    });
+    sum_.sum(mean);
+    for (int64_t c = 0; c < s_.C; ++c) mean[c] /= static_cast<A>(s_.P);
+    if constexpr (kMax) merge(max, at);
+  }
+
+ private:
+  void merge(A* max, int32_t* at) {
+    std::copy_n(max_.part(0), s_.C, max);
+    std::copy_n(at_.part(0), s_.C, at);
+    for (int64_t i = 1; nhwc_ && i < parts_.count; ++i) {
+      const A* m = max_.part(i);
+      for (int64_t c = 0; c < s_.C; ++c) {
+        Index<A> index = at[c];
+        merge_max<A>(m[c], parts_.begin(i) + at_.part(i)[c], &max[c], &index);
+        at[c] = static_cast<int32_t>(index);
+      }
+    }
+  }
+
+  Shape s_;
+  bool nhwc_;
+  Split parts_;
+  ChannelPartials<A> sum_, max_;
+  ChannelPartials<Index<A>> at_;
+};
+
+// The channel gate as a factor of the matrix: per row in nchw, per column (in a padded copy) in nhwc.
+template <class A>
+Gate<A> channel_gate(bool nhwc, const A* gate, int64_t row0 = 0) {
+  return nhwc ? Gate<A>{nullptr, gate} : Gate<A>{gate + row0, nullptr};
+}
+
+}  // namespace visattn

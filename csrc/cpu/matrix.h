@@ -1,0 +1,223 @@
+// Reductions and maps over row-major matrices. A feature map is such a matrix in either layout (rows are
+// channels or pixels), so these few functions are all the loops over big tensors that there are.
+#pragma once
+
+#include "parallel.h"
+#include "simd.h"
+
+namespace visattn {
+
+template <class T>
+struct Matrix {
+  T* p;
+  int64_t ld, rows, cols;
+  VF_INLINE T* row(int64_t r) const { return p + r * ld; }
+};
+
+// Sum, maximum and where the maximum stands, of one row or column. NaN wins, the first one gives the index.
+template <class A>
+VF_INLINE inline void merge_max(A value, int64_t index, A* max, Index<A>* at) {
+  if (value > *max || (value != value && *max == *max)) {
+    *max = value;
+    *at = static_cast<Index<A>>(index);
+  }
+}
+
+// Elements are summed in chunks of this many vectors, so that rounding grows with the root of a row's length.
+constexpr int64_t kChunk = 32;
+
+// ---- per row: sum_c x[r, c] * scale[c] (scale may be null), and its maximum
+// ------------------------------------
+
+template <class T, bool kMax, bool kScale, int R>
+VF_INLINE inline void row_stats_group(const Matrix<const T>& x, int64_t r0, const Acc<T>* scale, Acc<T>* sum,
+                                      Acc<T>* max, Index<Acc<T>>* at) {
+  using A = Acc<T>;
+  constexpr int L = kLanes<A>;
+  const A lowest = -std::numeric_limits<A>::infinity();
+  const T* row[R];
+  Vec<A> total[R], top[R];
+  IVec<A> where[R];
+  for (int r = 0; r < R; ++r) {
+    row[r] = x.row(r0 + r);
+    total[r] = set1<A>(0);
+    top[r] = set1<A>(lowest);
+    where[r] = iota<A>();
+  }
+  const int64_t whole = x.cols - x.cols % L;
+  IVec<A> here = iota<A>();
+  for (int64_t c0 = 0; c0 < whole; c0 += kChunk * L) {
+    const int64_t end = c0 + kChunk * L < whole ? c0 + kChunk * L : whole;
+    Vec<A> part[R];
+    for (int r = 0; r < R; ++r) part[r] = set1<A>(0);
+    for (int64_t c = c0; c < end; c += L) {
+      Vec<A> w;
+      if constexpr (kScale) w = load(scale + c);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        Vec<A> v = load(row[r] + c);
+        if constexpr (kScale) v = v * w;
+        part[r] += v;
+        if constexpr (kMax) {
+          where[r] = v > top[r] ? here : where[r];
+          top[r] = greater(v, top[r]);
+        }
+      }
+      here += L;
+    }
+    for (int r = 0; r < R; ++r) total[r] += part[r];
+  }
+  for (int r = 0; r < R; ++r) {
+    A s = sum_lanes<A>(total[r]), m = lowest;
+    int64_t index = 0;
+    if (kMax && whole) max_lanes<A>(top[r], where[r], &m, &index);
+    for (int64_t c = whole; c < x.cols; ++c) {
+      const A v = static_cast<A>(row[r][c]) * (kScale ? scale[c] : A(1));
+      s += v;
+      if (v > m) m = v, index = c;
+    }
+    if (kMax && s != s) {  // a NaN, or both infinities
+      for (int64_t c = 0; c < x.cols; ++c) {
+        const A v = static_cast<A>(row[r][c]) * (kScale ? scale[c] : A(1));
+        if (v != v) {
+          m = v, index = c;
+          break;
+        }
+      }
+    }
+    sum[r0 + r] = s;
+    if constexpr (kMax) max[r0 + r] = m, at[r0 + r] = static_cast<Index<A>>(index);
+  }
+}
+
+template <class T, bool kMax, bool kScale>
+void row_stats(Matrix<const T> x, const Acc<T>* scale, Acc<T>* sum, Acc<T>* max = nullptr,
+               Index<Acc<T>>* at = nullptr) {
+  simd([=]() VF_INLINE {
+    int64_t r = 0;
+    for (; r + 4 <= x.rows; r += 4) row_stats_group<T, kMax, kScale, 4>(x, r, scale, sum, max, at);
+    for (; r < x.rows; ++r) row_stats_group<T, kMax, kScale, 1>(x, r, scale, sum, max, at);
+  });
+}
+
+// ---- per column: sum_r x[r, c] * scale[r], and its maximum
+// ------------------------------------------------------
+
+template <class T, bool kMax, bool kScale, int R>
+VF_INLINE inline void column_stats_group(const Matrix<const T>& x, int64_t r0, const Acc<T>* scale,
+                                         Acc<T>* sum, Acc<T>* max, Index<Acc<T>>* at) {
+  using A = Acc<T>;
+  const T* row[R];
+  Vec<A> w[R];
+  IVec<A> here[R];
+  for (int r = 0; r < R; ++r) {
+    row[r] = x.row(r0 + r);
+    w[r] = set1<A>(kScale ? scale[r0 + r] : A(1));
+    here[r] = set1_index<A>(r0 + r);
+  }
+  for_vectors<A>(x.cols, [&](int64_t c, auto lanes) VF_INLINE {
+    Vec<A> part = set1<A>(0), top;
+    IVec<A> where;
+    if constexpr (kMax) top = load(max + c), where = load_index<A>(at + c);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      Vec<A> v = load(row[r] + c, lanes);
+      if constexpr (kScale) v = v * w[r];
+      part += v;
+      if constexpr (kMax) {
+        where = v > top ? here[r] : where;
+        top = greater(v, top);
+      }
+    }
+    store(sum + c, load(sum + c) + part);
+    if constexpr (kMax) store(max + c, top), store_index<A>(at + c, where);
+  });
+}
+
+// sum, max and at are whole vectors long (Buffer pads them) and are overwritten.
+template <class T, bool kMax, bool kScale>
+void column_stats(Matrix<const T> x, const Acc<T>* scale, Acc<T>* sum, Acc<T>* max = nullptr,
+                  Index<Acc<T>>* at = nullptr) {
+  using A = Acc<T>;
+  simd([=]() VF_INLINE {
+    for (int64_t c = 0; c < x.cols; c += kLanes<A>) {
+      store(sum + c, set1<A>(0));
+      if constexpr (kMax) {
+        store(max + c, set1<A>(-std::numeric_limits<A>::infinity()));
+        store_index<A>(at + c, IVec<A>{});
+      }
+    }
+    int64_t r = 0;
+    for (; r + 8 <= x.rows; r += 8) column_stats_group<T, kMax, kScale, 8>(x, r, scale, sum, max, at);
+    for (; r < x.rows; ++r) column_stats_group<T, kMax, kScale, 1>(x, r, scale, sum, max, at);
+    if constexpr (kMax) {
+      for (int64_t c = 0; c < x.cols; ++c) {
+        if (sum[c] == sum[c]) continue;
+        for (r = 0; r < x.rows; ++r) {
+          const A v = static_cast<A>(x.row(r)[c]) * (kScale ? scale[r] : A(1));
+          if (v != v) {
+            max[c] = v, at[c] = static_cast<Index<A>>(r);
+            break;
+          }
+        }
+      }
+    }
+  });
+}
+
+// ---- products of two matrices: per row sum_c a b v[c], per column sum_r a b u[r]
+// --------------------------------
+
+template <class T, bool kRow, bool kColumn, int R>
+VF_INLINE inline void products_group(const Matrix<const T>& a, const Matrix<const T>& b, int64_t r0,
+                                     const Acc<T>* u, const Acc<T>* v, Acc<T>* per_row, Acc<T>* per_column) {
+  using A = Acc<T>;
+  const T *pa[R], *pb[R];
+  Vec<A> weight[R], total[R];
+  for (int r = 0; r < R; ++r) {
+    pa[r] = a.row(r0 + r);
+    pb[r] = b.row(r0 + r);
+    weight[r] = set1<A>(u ? u[r0 + r] : A(1));
+    total[r] = set1<A>(0);
+  }
+  for (int64_t c0 = 0; c0 < a.cols; c0 += kChunk * kLanes<A>) {
+    const int64_t count = a.cols - c0 < kChunk * kLanes<A> ? a.cols - c0 : kChunk * kLanes<A>;
+    Vec<A> part[R];
+    for (int r = 0; r < R; ++r) part[r] = set1<A>(0);
+    for_vectors<A>(count, [&](int64_t i, auto lanes) VF_INLINE {
+      const int64_t c = c0 + i;
+      Vec<A> across = set1<A>(0), w = set1<A>(1);
+      if (kRow && v) w = load(v + c);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        const Vec<A> product = load(pa[r] + c, lanes) * load(pb[r] + c, lanes);
+        if constexpr (kRow && kColumn) part[r] += product * w;
+        if constexpr (kRow && !kColumn) part[r] += product;
+        if constexpr (kColumn && kRow) across += product * weight[r];
+        if constexpr (kColumn && !kRow) across += product;
+      }
+      if constexpr (kColumn) store(per_column + c, load(per_column + c) + across);
+    });
+    for (int r = 0; r < R; ++r) total[r] += part[r];
+  }
+  if constexpr (kRow) {
+    for (int r = 0; r < R; ++r) per_row[r0 + r] = sum_lanes<A>(total[r]);
+  }
+}
+
+// Both sums want both weights; one sum alone is unweighted. per_column is padded and overwritten.
+template <class T, bool kRow, bool kColumn>
+void products(Matrix<const T> a, Matrix<const T> b, const Acc<T>* u, const Acc<T>* v, Acc<T>* per_row,
+              Acc<T>* per_column) {
+  using A = Acc<T>;
+  simd([=]() VF_INLINE {
+    if constexpr (kColumn) {
+      for (int64_t c = 0; c < a.cols; c += kLanes<A>) store(per_column + c, set1<A>(0));
+    }
+    int64_t r = 0;
+    for (; r + 4 <= a.rows; r += 4) products_group<T, kRow, kColumn, 4>(a, b, r, u, v, per_row, per_column);
+    for (; r < a.rows; ++r) products_group<T, kRow, kColumn, 1>(a, b, r, u, v, per_row, per_column);
+  });
+}
+
+}  // namespace visattn

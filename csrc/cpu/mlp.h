@@ -1,0 +1,127 @@
+// The small dense algebra of channel gates: C -> R -> C, its backward, and weight gradients over the batch.
+#pragma once
+
+#include "parallel.h"
+#include "tensor.h"
+
+namespace visattn {
+
+// y[r] = sum_c w[r, c] x[c] (+ bias[r])
+template <class A>
+void matvec(const A* w, int64_t rows, int64_t cols, const A* x, const A* bias, A* y) {
+  simd([=]() VF_INLINE {
+    for (int64_t r = 0; r < rows; ++r) {
+      Vec<A> total = set1<A>(0);
+      const A* row = w + r * cols;
+      const int64_t whole = cols - cols % kLanes<A>;
+      for (int64_t c = 0; c < whole; c += kLanes<A>) total += load(row + c) * load(x + c);
+      A sum = sum_lanes<A>(total);
+      for (int64_t c = whole; c < cols; ++c) sum += row[c] * x[c];
+      y[r] = bias ? sum + bias[r] : sum;
+    }
+  });
+}
+
+// y[c] = sum_r w[r, c] x[r]
+template <class A>
+void matvec_transposed(const A* w, int64_t rows, int64_t cols, const A* x, A* y) {
+  simd([=]() VF_INLINE {
+    for (int64_t c = 0; c < cols; ++c) y[c] = 0;
+    for (int64_t r = 0; r < rows; ++r) {
+      const A* row = w + r * cols;
+      for_vectors<A>(cols, [&](int64_t c, auto lanes) VF_INLINE {
+        store(y + c, load(y + c, lanes) + load(row + c, lanes) * x[r], lanes);
+      });
+    }
+  });
+}
+
+// out[r, c] = sum_n a[n, r] b[n, c], n ascending.
+template <class A>
+void batch_outer(int64_t batch, const A* a, int64_t rows, const A* b, int64_t cols, A* out) {
+  const int64_t grain = 1 + (1 << 15) / (1 + batch * cols);
+  torch::stable::parallel_for(0, rows, grain, [=](int64_t begin, int64_t end) {
+    simd([=]() VF_INLINE {
+      for (int64_t r = begin; r < end; ++r) {
+        A* row = out + r * cols;
+        for (int64_t c = 0; c < cols; ++c) row[c] = 0;
+        for (int64_t n = 0; n < batch; ++n) {
+          const A factor = a[n * rows + r];
+          const A* pb = b + n * cols;
+          for_vectors<A>(cols, [&](int64_t c, auto lanes) VF_INLINE {
+            store(row + c, load(row + c, lanes) + load(pb + c, lanes) * factor, lanes);
+          });
+        }
+      }
+    });
+  });
+}
+
+// out[c] = sum_n a[n, c], n ascending.
+template <class A>
+void batch_sum(int64_t batch, const A* a, int64_t cols, A* out) {
+  for (int64_t c = 0; c < cols; ++c) out[c] = 0;
+  for (int64_t n = 0; n < batch; ++n) {
+    for (int64_t c = 0; c < cols; ++c) out[c] += a[n * cols + c];
+  }
+}
+
+template <class A>
+void relu_in_place(A* v, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) v[i] = v[i] < 0 ? A(0) : v[i];
+}
+
+template <class A>
+void sigmoid_in_place(A* v, int64_t count) {
+  simd([=]() VF_INLINE {
+    for_vectors<A>(count, [&](int64_t i, auto lanes)
+                              VF_INLINE { store(v + i, sigmoid_lanes(load(v + i, lanes)), lanes); });
+  });
+}
+
+// dz[c] = dgate[c] * gate[c] * (1 - gate[c])
+template <class A>
+void sigmoid_grad(const A* dgate, const A* gate, int64_t count, A* dz) {
+  for (int64_t i = 0; i < count; ++i) dz[i] = dgate[i] * gate[i] * (1 - gate[i]);
+}
+
+// Weights w1 [R, C] and w2 [C, R] of a gate, contiguous, in the accumulation dtype.
+template <class A>
+struct Mlp {
+  Tensor w1, w2;
+  int64_t C, R;
+
+  Mlp(const Tensor& first, const Tensor& second, int64_t channels)
+      : w1(weight_as(first, kDtype<A>)), w2(weight_as(second, kDtype<A>)), C(channels), R(first.size(0)) {
+    STD_TORCH_CHECK(w1.numel() == R * C && w2.numel() == R * C,
+                    "gate weights must be [R, C] and [C, R] with C = ", C, " channels, got ", w1.numel(),
+                    " and ", w2.numel(), " elements");
+  }
+
+  // hidden [R] = relu(w1 in + b1)
+  void hidden(const A* in, const A* b1, A* out) const {
+    matvec(data<A>(w1), R, C, in, b1, out);
+    relu_in_place(out, R);
+  }
+
+  // gate [C] = sigmoid(w2 hidden + b2)
+  void gate(const A* hidden, const A* b2, A* out) const {
+    matvec(data<A>(w2), C, R, hidden, b2, out);
+    sigmoid_in_place(out, C);
+  }
+
+  // dz [C] -> dh [R] = w2^T dz where hidden > 0
+  void hidden_grad(const A* dz, const A* hidden, A* dh) const {
+    matvec_transposed(data<A>(w2), C, R, dz, dh);
+    mask(hidden, dh);
+  }
+
+  void mask(const A* hidden, A* dh) const {
+    for (int64_t r = 0; r < R; ++r) dh[r] = hidden[r] <= 0 ? A(0) : dh[r];
+  }
+
+  // dh [R] -> din [C] = w1^T dh
+  void input_grad(const A* dh, A* din) const { matvec_transposed(data<A>(w1), R, C, dh, din); }
+};
+
+}  // namespace visattn

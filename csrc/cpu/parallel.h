@@ -1,0 +1,91 @@
+// Who does the work: one image per thread, or all threads on one image.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+
+#include <cstdlib>
+#include <memory>
+#include <new>
+
+#include "simd.h"
+
+namespace visattn {
+
+// Zero-filled, cache-line aligned, padded so that whole vectors may be read and written past the end.
+template <class A>
+class Buffer {
+ public:
+  explicit Buffer(int64_t count) {
+    const size_t bytes = (static_cast<size_t>(count + kPad) * sizeof(A) + 63) / 64 * 64;
+    data_.reset(static_cast<A*>(std::aligned_alloc(64, bytes)));
+    if (!data_) throw std::bad_alloc();
+    std::memset(data_.get(), 0, bytes);
+  }
+  A* get() { return data_.get(); }
+  const A* get() const { return data_.get(); }
+  A& operator[](int64_t i) { return data_.get()[i]; }
+
+ private:
+  static constexpr int64_t kPad = 64;
+  struct Free {
+    void operator()(A* p) const { std::free(p); }
+  };
+  std::unique_ptr<A, Free> data_;
+};
+
+// The threads that share one image. Results never depend on how many there are.
+class Team {
+ public:
+  explicit Team(bool parallel) : parallel_(parallel) {}
+
+  // f(begin, end) over parts of [0, count).
+  template <class F>
+  void each(int64_t count, const F& f) const {
+    if (parallel_) {
+      torch::stable::parallel_for(0, count, 1, f);
+    } else {
+      f(0, count);
+    }
+  }
+
+  // first(b) for every block; second(b) once the blocks up to b + lag have had their first. A lone thread
+  // interleaves the two, so that second() finds its block still in cache.
+  template <class First, class Second>
+  void pipeline(int64_t blocks, int64_t lag, const First& first, const Second& second) const {
+    if (parallel_) {
+      torch::stable::parallel_for(0, blocks, 1, [&](int64_t b, int64_t e) {
+        for (; b < e; ++b) first(b);
+      });
+      torch::stable::parallel_for(0, blocks, 1, [&](int64_t b, int64_t e) {
+        for (; b < e; ++b) second(b);
+      });
+      return;
+    }
+    for (int64_t b = 0; b < blocks + lag; ++b) {
+      if (b < blocks) first(b);
+      if (b >= lag) second(b - lag);
+    }
+  }
+
+ private:
+  bool parallel_;
+};
+
+// f(begin, end, team) over images: as many images as fill the threads evenly go one to a thread, the rest to
+// all.
+template <class F>
+void for_images(int64_t images, int64_t elements, const F& f) {
+  constexpr int64_t kTooSmall = 1 << 13;  // elements that one thread does before a second has woken
+  const int64_t threads = torch::stable::get_num_threads();
+  if (threads == 1 || images * elements < kTooSmall) {
+    f(0, images, Team(false));
+    return;
+  }
+  const int64_t even = images - images % threads;
+  if (even > 0) {
+    torch::stable::parallel_for(0, even, 1, [&](int64_t b, int64_t e) { f(b, e, Team(false)); });
+  }
+  if (even < images) f(even, images, Team(true));
+}
+
+}  // namespace visattn

@@ -1,0 +1,140 @@
+// Tensors on PyTorch's stable ABI: layouts, conversion of weights, allocation, dtype dispatch.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <initializer_list>
+#include <optional>
+
+#include "simd.h"
+
+namespace visattn {
+
+using torch::headeronly::MemoryFormat;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Sizes of a feature map [N, C, H, W]; P = H * W.
+struct Shape {
+  int64_t N, C, H, W, P;
+};
+
+inline Shape shape_of(const Tensor& x) {
+  STD_TORCH_CHECK(x.dim() == 4, "x must have shape [N, C, H, W], got ", x.dim(), " dimensions");
+  const auto s = x.sizes();
+  return {s[0], s[1], s[2], s[3], s[2] * s[3]};
+}
+
+// A feature map as N row-major matrices: [C, P] for nchw, [P, C] for nhwc. `ld` is the stride between rows.
+struct FeatureMap {
+  Tensor tensor;
+  bool nhwc;
+  int64_t stride_n, ld;
+
+  template <class T>
+  const T* image(int64_t n) const {
+    return static_cast<const T*>(tensor.const_data_ptr()) + n * stride_n;
+  }
+};
+
+inline bool has_strides(const Tensor& x, std::initializer_list<int64_t> wanted) {
+  const auto sizes = x.sizes(), strides = x.strides();
+  int64_t d = 0;
+  for (int64_t w : wanted) {
+    if (w >= 0 && sizes[d] != 1 && strides[d] != w) return false;
+    ++d;
+  }
+  return true;
+}
+
+inline bool is_dense(const Tensor& x, bool nhwc) {
+  const Shape s = shape_of(x);
+  if (s.N == 0) return true;
+  return nhwc ? has_strides(x, {s.C * s.P, 1, s.W * s.C, s.C}) : has_strides(x, {s.C * s.P, s.P, s.W, 1});
+}
+
+inline FeatureMap view_nchw(const Tensor& x) { return {x, false, x.stride(0), x.stride(1)}; }
+
+inline FeatureMap view_nhwc(const Tensor& x) {
+  // With one column, rows advance by stride_h; with one pixel they do not advance at all.
+  return {x, true, x.stride(0), x.size(3) > 1 ? x.stride(3) : x.stride(2)};
+}
+
+// Layout rule: dense first, then strided in N and in rows; anything else is copied to the nearer layout.
+inline FeatureMap feature_map(const Tensor& x) {
+  const Shape s = shape_of(x);
+  if (is_dense(x, false)) return {x, false, s.C * s.P, s.P};
+  if (is_dense(x, true)) return {x, true, s.C * s.P, s.C};
+  if (has_strides(x, {-1, -1, s.W, 1})) return view_nchw(x);
+  const int64_t pixel = s.W > 1 ? x.stride(3) : 1;
+  if (has_strides(x, {-1, 1, s.W > 1 ? s.W * pixel : -1, -1})) return view_nhwc(x);
+  if (x.stride(1) == 1) {
+    return {torch::stable::contiguous(x, MemoryFormat::ChannelsLast), true, s.C * s.P, s.C};
+  }
+  return {torch::stable::contiguous(x), false, s.C * s.P, s.P};
+}
+
+// grad and residual: dense in the layout of x, copied there if they are not.
+inline FeatureMap dense_map(const Tensor& t, const Shape& s, bool nhwc) {
+  const bool dense = is_dense(t, nhwc);
+  const auto format = nhwc ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous;
+  return {dense ? t : torch::stable::contiguous(t, format), nhwc, s.C * s.P, nhwc ? s.C : s.P};
+}
+
+inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) {
+  int64_t strides[8];
+  int64_t stride = 1;
+  for (int64_t d = static_cast<int64_t>(sizes.size()) - 1; d >= 0; --d) {
+    strides[d] = stride;
+    stride *= sizes.begin()[d];
+  }
+  AtenTensorHandle handle = nullptr;
+  const int32_t code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(sizes.size(), sizes.begin(), strides, code,
+                                                         aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+inline Tensor empty_map(const Shape& s, bool nhwc, ScalarType dtype) {
+  if (!nhwc) return empty({s.N, s.C, s.H, s.W}, dtype);
+  const int64_t sizes[] = {s.N, s.C, s.H, s.W};
+  const int64_t strides[] = {s.C * s.P, 1, s.W * s.C, s.C};
+  AtenTensorHandle handle = nullptr;
+  const int32_t code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(4, sizes, strides, code, aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+// A weight as a contiguous tensor of the accumulation dtype.
+inline Tensor weight_as(const Tensor& w, ScalarType dtype) {
+  const Tensor cast = w.scalar_type() == dtype ? w : torch::stable::to(w, dtype);
+  return cast.is_contiguous() ? cast : torch::stable::contiguous(cast);
+}
+
+template <class T>
+T* data(const Tensor& t) {
+  return static_cast<T*>(t.data_ptr());
+}
+
+template <class A>
+constexpr ScalarType kDtype = std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float;
+
+// Calls f(T{}) with the element type of x.
+template <class F>
+auto dispatch(const Tensor& x, const F& f) {
+  switch (x.scalar_type()) {
+    case ScalarType::Float:
+      return f(float{});
+    case ScalarType::Double:
+      return f(double{});
+    case ScalarType::BFloat16:
+      return f(BFloat16{});
+    default:
+      STD_TORCH_CHECK(false, "x must be float32, float64 or bfloat16 on the CPU");
+  }
+}
+
+}  // namespace visattn
