@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from . import backends, ops, reference
+from . import ops, reference
+from .backends import fused
 from .reference.checks import (
     activation_code,
     check_bottleneck,
@@ -109,7 +110,7 @@ def channel_attention(x: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
     Raises: as `se`.
     """
     check_bottleneck(x, w1, None, w2, None)
-    if not backends.fused(x):
+    if not fused(x):
         return ops.mixed(reference.channel_attention, x, w1, w2)
     return ops.run(ops.ChannelAttentionFunction, x, w1, w2)
 
@@ -128,7 +129,7 @@ def spatial_attention(x: Tensor, wconv: Tensor) -> Tensor:
     """
     check_feature_map(x)
     check_spatial_kernel(wconv, x)
-    if not backends.fused(x):
+    if not fused(x):
         return ops.mixed(reference.spatial_attention, x, wconv)
     return ops.run(ops.SpatialAttentionFunction, x, wconv)
 
@@ -145,7 +146,7 @@ def _gated(
     assert x is not None
     code = activation_code(activation)
     check_residual(residual, x)
-    if not backends.fused(x):
+    if not fused(x):
         return reference.epilogue(ops.mixed(mathematics, x, *weights), residual, activation)
     if residual is not None and residual.dtype != x.dtype:  # the sum has a wider dtype than the op's result
         return reference.epilogue(ops.run(function, x, *weights, None, 0), residual, activation)

@@ -9,12 +9,21 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 LIBRARY = torch.library.Library("visattn_fast", "DEF")
-LAUNCHERS: dict[str, str] = {}  # op name -> module of visattn_fast.kernels with the launcher of that name
+
+
+class Op(NamedTuple):
+    """A declared op: its implementation in plain PyTorch, and the kernels' module with the launcher of its name."""
+
+    reference: Callable[..., Any]
+    launcher: str
+
+
+OPS: dict[str, Op] = {}
 
 
 def define(schema: str, launcher: str, reference: Callable[..., Any], fake: Callable[..., Any]) -> Any:
@@ -30,12 +39,12 @@ def define(schema: str, launcher: str, reference: Callable[..., Any], fake: Call
     LIBRARY.define(schema)
     LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
     torch.library.register_fake(f"visattn_fast::{name}", fake, lib=LIBRARY)
-    LAUNCHERS[name] = launcher
+    OPS[name] = Op(reference, launcher)
     return getattr(torch.ops.visattn_fast, name).default
 
 
 def register_triton(dispatch_key: str) -> None:
     """Gives ``dispatch_key`` of every op to its Triton launcher. Raises ImportError without triton."""
-    for name, module in LAUNCHERS.items():
-        launchers = importlib.import_module(f"visattn_fast.kernels.{module}")
+    for name, op in OPS.items():
+        launchers = importlib.import_module(f"visattn_fast.kernels.{op.launcher}")
         LIBRARY.impl(name, getattr(launchers, name), dispatch_key)

@@ -1,0 +1,46 @@
+# Every target sets up .venv first: Python's venv, the pinned packages of constraints.txt, the native kernels.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
+SOURCES := $(wildcard csrc/*.h csrc/cpu/*.h csrc/cpu/*.cpp)
+
+.PHONY: report test bench lint format build clean
+
+report: $(VENV)/built
+	$(BIN)/visattn-fast report --quick --out report
+
+test: $(VENV)/built
+	$(BIN)/python -m pytest
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/test_parity.py tests/test_autograd.py
+
+bench: $(VENV)/built
+	$(BIN)/python -m pytest bench --benchmark-only
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(SOURCES)
+
+format: $(VENV)/installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(SOURCES)
+
+build: $(VENV)/installed
+	$(BIN)/python -m build
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info visattn_fast/*.so
+
+# torch comes first: the native kernels are compiled against it, without build isolation.
+$(VENV)/installed: constraints.txt pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) torch setuptools wheel ninja
+	VISATTN_BUILD_EXT=0 $(PIP) --no-build-isolation --editable .[dev]
+	touch $@
+
+$(VENV)/built: $(VENV)/installed setup.py $(SOURCES)
+	VISATTN_BUILD_EXT=1 $(PIP) --no-build-isolation --no-deps --editable .
+	touch $@

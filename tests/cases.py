@@ -1,0 +1,129 @@
+"""The cases of the parity tests, and how a case is run and judged."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import visattn_fast as vf
+from visattn_fast import catalogue, reference
+
+DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+# Every backend that has kernels here; TRITON_INTERPRET=1 brings triton to the CPU.
+TARGETS = [(d, b.name) for d in DEVICES for b in vf.backends(d).values() if b.available and b.name != "reference"]
+INTERPRETED = ("cpu", "triton") in TARGETS
+
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+EPILOGUES = ((False, None), (True, None), (True, "relu"), (True, "silu"), (False, "relu"))
+
+SHAPES = [(2, 16, 8, 8), (3, 5, 7, 5), (2, 3, 13, 17), (2, 16, 1, 1), (1, 1, 3, 3), (2, 33, 2, 9), (1, 64, 9, 11)]
+SHAPES += [(0, 16, 4, 4)]
+if not INTERPRETED:  # about 2 ms a program there
+    SHAPES += [(3, 64, 56, 56), (1, 96, 61, 67), (2, 512, 7, 7), (1, 8, 160, 200)]
+
+
+def _sliced(dim: int, x: Tensor, layout: str) -> Tensor:
+    wide = torch.cat([x, x], dim).contiguous(memory_format=catalogue.LAYOUTS[layout])
+    return wide.narrow(dim, 0, x.shape[dim]).copy_(x)
+
+
+def _strided_width(x: Tensor, layout: str) -> Tensor:
+    wide = x.repeat_interleave(2, 3).contiguous(memory_format=catalogue.LAYOUTS[layout])
+    return wide[..., ::2]
+
+
+# name -> a tensor with x's values and other strides (the expanded batch repeats the first image)
+VIEWS = {
+    "sliced channels": lambda x, layout: _sliced(1, x, layout),
+    "sliced width": lambda x, layout: _sliced(3, x, layout),
+    "strided width": _strided_width,
+    "expanded batch": lambda x, layout: x[:1].expand_as(x),
+    "transposed": lambda x, layout: x.transpose(2, 3).contiguous().transpose(2, 3),
+}
+
+
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """Fills uninitialised memory with NaN, and refuses nondeterministic operations."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+def needs_dtype(backend: str, device: str, dtype: torch.dtype) -> None:
+    """Skips a test whose backend says that it does not serve ``dtype``."""
+    reasons = vf.backends(device)[backend].reasons_against(dtype)
+    if reasons:
+        pytest.skip(f"{backend}: {'; '.join(reasons)}")
+
+
+def run(
+    module: nn.Module, x: Tensor, residual: Tensor | None = None, activation: str | None = None, seed: int = 1
+) -> dict[str, Tensor]:
+    """Forward, then backward with a random output gradient: y, and the gradients of x, residual and every parameter.
+
+    Reference modules get the epilogue spelled out.
+    """
+    x = x.detach().requires_grad_()
+    inputs = {"x": x, **dict(module.named_parameters())}
+    if residual is not None:
+        residual = inputs["residual"] = residual.detach().requires_grad_()
+    if residual is None and activation is None:
+        y = module(x)
+    elif type(module).__module__.startswith("visattn_fast.modules"):
+        y = module(x, residual=residual, activation=activation)
+    else:
+        y = reference.epilogue(module(x), residual, activation)
+    grad = catalogue.feature_map(tuple(y.shape), seed=seed).to(y.device, y.dtype)
+    grads = torch.autograd.grad(y, list(inputs.values()), grad)
+    return {"y": y.detach(), **dict(zip(inputs, grads, strict=True))}
+
+
+def check(
+    entry: catalogue.Entry,
+    x: Tensor,
+    backend: str,
+    residual: Tensor | None = None,
+    activation: str | None = None,
+) -> dict[str, Tensor]:
+    """Runs the fused module on ``backend`` and holds it against a float64 oracle; returns the run."""
+    fast, plain = (m.to(x.device) for m in entry.pair(x.shape[1], x.dtype))
+    with vf.use_backend(backend), poisoned():
+        fused = run(fast, x, residual, activation)
+    eager = run(plain, x, residual, activation)
+    oracle = run(plain.double(), x.double(), None if residual is None else residual.double(), activation)
+    within_budget(fused, eager, oracle, x.dtype)
+    return fused
+
+
+def within_budget(
+    fused: dict[str, Tensor], eager: dict[str, Tensor], oracle: dict[str, Tensor], dtype: torch.dtype
+) -> None:
+    """Asserts that fused errs at most twice as much as eager against the oracle, plus a rounding band.
+
+    The band is 4 units in the last place of the largest value: what one more or one less rounding makes.
+    """
+    assert fused.keys() == oracle.keys()
+    for name, exact in oracle.items():
+        got = fused[name]
+        assert got.shape == exact.shape, f"{name}: shape {tuple(got.shape)}, expected {tuple(exact.shape)}"
+        assert got.dtype == eager[name].dtype, f"{name}: {got.dtype}, expected {eager[name].dtype}"
+        if exact.numel() == 0:
+            continue
+        error = (got.double() - exact).abs().max().item()
+        allowed = 2 * (eager[name].double() - exact).abs().max().item()
+        allowed += 4 * torch.finfo(dtype).eps * exact.abs().max().item()
+        assert error <= allowed, f"{name}: error {error:.3g} against float64, allowed {allowed:.3g}"
+
+
+def feature_map(shape: tuple[int, ...], layout: str, dtype: torch.dtype, device: str = "cpu", **kw: Any) -> Tensor:
+    """`catalogue.feature_map`, shifted, so that means are not near zero."""
+    return catalogue.feature_map(shape, layout, dtype, device, **kw) + 0.25

@@ -1,0 +1,193 @@
+"""Derivatives: first and second order, frozen inputs, what is saved, autocast, op contracts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import visattn_fast as vf
+from cases import EPILOGUES, INTERPRETED, feature_map, poisoned, run, within_budget
+from visattn_fast import catalogue, reference
+from visattn_fast.ops._library import OPS
+
+entries = pytest.mark.parametrize("entry", catalogue.ENTRIES.values(), ids=lambda e: e.name)
+gated = pytest.mark.parametrize("entry", [e for e in catalogue.ENTRIES.values() if e.epilogue], ids=lambda e: e.name)
+layouts = pytest.mark.parametrize("layout", catalogue.LAYOUTS)
+double_only = pytest.mark.skipif(INTERPRETED, reason="float64 is cpp's; interpreted kernels accumulate in float32")
+
+
+def functional_call(module, epilogue=(None, None)):
+    """``f(x, *parameters[, residual])`` of a module, for gradcheck."""
+    names = [name for name, _ in module.named_parameters()]
+    kwargs = {"activation": epilogue[1]} if epilogue[1] else {}
+
+    def call(x, *tensors):
+        parameters = dict(zip(names, tensors, strict=False))
+        rest = {"residual": tensors[-1], **kwargs} if len(tensors) > len(names) else kwargs
+        return torch.func.functional_call(module, parameters, (x,), rest)
+
+    return call
+
+
+@double_only
+@entries
+@layouts
+def test_gradcheck(entry, layout):
+    fast, _ = entry.pair(4, torch.float64)
+    x = feature_map((2, 4, 3, 3), layout, torch.float64).requires_grad_()
+    inputs = (x, *fast.parameters())
+    assert torch.autograd.gradcheck(functional_call(fast), inputs)
+    assert torch.autograd.gradgradcheck(functional_call(fast), inputs)
+
+
+@double_only
+@gated
+@pytest.mark.parametrize(("with_residual", "activation"), EPILOGUES[1:])
+def test_gradcheck_epilogue(entry, with_residual, activation):
+    fast, _ = entry.pair(4, torch.float64)
+    x = feature_map((1, 4, 3, 2), "nchw", torch.float64).requires_grad_()
+    residual = [feature_map((1, 4, 3, 2), "nchw", torch.float64, seed=3).requires_grad_()] if with_residual else []
+    call = functional_call(fast, (with_residual, activation))
+    assert torch.autograd.gradcheck(call, (x, *fast.parameters(), *residual))
+    assert torch.autograd.gradgradcheck(call, (x, *fast.parameters(), *residual))
+
+
+@entries
+def test_gradient_penalty(entry):
+    """A gradient of a gradient's norm, as GANs take it, equals the reference's."""
+    penalties = []
+    for module in entry.pair(8):
+        x = feature_map((2, 8, 4, 4), "nchw", torch.float32).requires_grad_()
+        (gradient,) = torch.autograd.grad(module(x).square().sum(), x, create_graph=True)
+        gradient.square().sum().backward()
+        penalties.append([x.grad, *(p.grad for p in module.parameters())])
+    torch.testing.assert_close(*penalties, rtol=1e-4, atol=1e-4)
+
+
+@gated
+def test_frozen_inputs(entry):
+    """Only what asks for a gradient gets one, in either order."""
+    fast, plain = entry.pair(8)
+    x = feature_map((2, 8, 4, 4), "nchw", torch.float32)
+    expected = run(plain, x)
+    fast.requires_grad_(False)
+    leaf = x.clone().requires_grad_()
+    grad = catalogue.feature_map((2, 8, 4, 4), seed=1)
+    fast(leaf).backward(grad)
+    torch.testing.assert_close(leaf.grad, expected["x"])
+    assert all(p.grad is None for p in fast.parameters())
+    fast.requires_grad_(True)
+    fast(x).backward(grad)
+    for name, p in fast.named_parameters():
+        torch.testing.assert_close(p.grad, expected[name])
+    fast.requires_grad_(False)
+    residual = x.clone().requires_grad_()
+    fast(x, residual=residual).backward(grad)
+    torch.testing.assert_close(residual.grad, grad)
+    assert not fast(x).requires_grad
+
+
+@entries
+@layouts
+def test_saved_for_backward(entry, layout):
+    """Training keeps x, the parameters and small maps; never a second copy of x."""
+    shape = (2, 64, 24, 24)
+    fast, _ = entry.pair(64)
+    x = feature_map(shape, layout, torch.float32).requires_grad_()
+    saved = {}
+
+    def pack(tensor):
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        fast(x)
+    assert saved.pop(x.untyped_storage().data_ptr()) == x.nbytes
+    for p in fast.parameters():
+        saved.pop(p.untyped_storage().data_ptr(), None)
+    assert sum(saved.values()) <= 0.08 * x.nbytes  # four values a pixel of 64 channels, and a few a channel
+
+
+@entries
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_autocast(entry, dtype):
+    """Under autocast x may come in either dtype and the parameters stay float32; the result has x's dtype."""
+    fast, plain = entry.pair(32)
+    x = feature_map((2, 32, 9, 9), "nchw", dtype)
+    oracle = run(entry.pair(32, torch.float64)[1], x.double())
+    with torch.autocast("cpu", torch.bfloat16):
+        fused, eager = run(fast, x), run(plain, x)
+    assert fused["y"].dtype == dtype
+    eager["y"] = eager["y"].to(dtype)  # gates come in bfloat16 from the eager module
+    within_budget(fused, eager, oracle, dtype)
+
+
+@gated
+def test_mixed_dtypes(entry):
+    """bfloat16 maps with float32 parameters work without autocast too; a wider residual widens the result."""
+    fast, plain = entry.pair(32)
+    x = feature_map((2, 32, 5, 5), "nchw", torch.bfloat16)
+    residual = feature_map((2, 32, 5, 5), "nchw", torch.float32, seed=2)
+    fused = run(fast, x, residual, "relu")
+    assert fused["y"].dtype == torch.float32
+    assert fused["x"].dtype == torch.bfloat16
+    with vf.use_backend("reference"):
+        eager = run(fast, x, residual, "relu")
+    oracle = run(plain.double(), x.double(), residual.double(), "relu")
+    within_budget(fused, eager, oracle, torch.bfloat16)
+
+
+@entries
+def test_inputs_are_kept(entry):
+    """Nothing writes to an input, and no result shares its memory."""
+    fast, _ = entry.pair(8)
+    x = feature_map((2, 8, 4, 4), "nchw", torch.float32)
+    before = x.clone()
+    with torch.no_grad():
+        results = [fast(x)] + ([fast(x, residual=x, activation="relu")] if entry.epilogue else [])
+    assert torch.equal(x, before)
+    assert all(y.untyped_storage().data_ptr() != x.untyped_storage().data_ptr() for y in results)
+
+
+class _Recorder(TorchDispatchMode):
+    """Records every call of one of our ops."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "visattn_fast":
+            self.calls.append((func, args))
+        return func(*args, **(kwargs or {}))
+
+
+@entries
+@layouts
+@pytest.mark.parametrize("shape", [(2, 8, 5, 3), (0, 8, 5, 3), (2, 8, 1, 1)], ids=["plain", "empty", "1x1"])
+def test_opcheck(entry, layout, shape):
+    """Schema, fake (shapes, dtypes, strides) and dispatch of both directions, held against the reference op."""
+    fast, _ = entry.pair(8)
+    x = feature_map(shape, layout, torch.float32).requires_grad_()
+    with _Recorder() as recorder:
+        fast(x).sum().backward()
+        if entry.epilogue:
+            fast(x, residual=x.detach(), activation="silu").sum().backward()
+    assert {str(func) for func, _ in recorder.calls} == {
+        f"visattn_fast.{entry.name}_{d}.default" for d in ("fwd", "bwd")
+    }
+    for func, args in recorder.calls:
+        torch.library.opcheck(func, args)
+        with poisoned():
+            kernel = func(*args)
+        plain = OPS[func._opname].reference(*args)
+        for got, want in zip(kernel, plain, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+            assert got.stride() == want.stride()
+
+
+def test_reference_epilogue_is_what_it_says():
+    y, r = torch.randn(2, 3), torch.randn(2, 3)
+    assert torch.equal(reference.epilogue(y, r, "relu"), (y + r).relu())
+    assert torch.equal(reference.epilogue(y), y)

@@ -1,0 +1,127 @@
+"""Fused against reference: values and every gradient, within the error budget, on every backend with kernels here."""
+
+from __future__ import annotations
+
+import hypothesis
+import pytest
+import torch
+from hypothesis import strategies as st
+
+import visattn_fast as vf
+from cases import DTYPES, EPILOGUES, INTERPRETED, SHAPES, TARGETS, VIEWS, check, feature_map, needs_dtype
+from visattn_fast import catalogue
+
+pytestmark = pytest.mark.parametrize(("device", "backend"), TARGETS)
+entries = pytest.mark.parametrize("entry", catalogue.ENTRIES.values(), ids=lambda e: e.name)
+layouts = pytest.mark.parametrize("layout", catalogue.LAYOUTS)
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+
+
+@entries
+@layouts
+@dtypes
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
+def test_shapes(entry, layout, dtype, shape, device, backend):
+    needs_dtype(backend, device, dtype)
+    x = feature_map(shape, layout, dtype, device)
+    fused = check(entry, x, backend)
+    for name in ("y", "x") if entry.epilogue else ("x",):
+        assert fused[name].is_contiguous(memory_format=catalogue.LAYOUTS[layout])
+
+
+@pytest.mark.parametrize("entry", [e for e in catalogue.ENTRIES.values() if e.epilogue], ids=lambda e: e.name)
+@layouts
+@dtypes
+@pytest.mark.parametrize(("with_residual", "activation"), EPILOGUES[1:])
+@pytest.mark.parametrize("shape", [(2, 8, 6, 10), (1, 33, 1, 1)], ids=lambda s: "x".join(map(str, s)))
+def test_epilogues(entry, layout, dtype, with_residual, activation, shape, device, backend):
+    needs_dtype(backend, device, dtype)
+    x = feature_map(shape, layout, dtype, device)
+    residual = feature_map(shape, layout, dtype, device, seed=2) if with_residual else None
+    check(entry, x, backend, residual, activation)
+
+
+@entries
+@layouts
+@pytest.mark.parametrize("view", VIEWS)
+def test_strides(entry, layout, view, device, backend):
+    x = VIEWS[view](feature_map((3, 8, 6, 5), layout, torch.float32, device), layout)
+    check(entry, x, backend)
+    if entry.epilogue:  # a residual in the other layout, too
+        other = "nchw" if layout == "channels_last" else "channels_last"
+        check(entry, x, backend, feature_map((3, 8, 6, 5), other, torch.float32, device, seed=2), "relu")
+
+
+@entries
+@layouts
+def test_ties(entry, layout, device, backend):
+    """After a ReLU equal maxima are the rule; the gradient goes to the first, as the reference sends it."""
+    x = feature_map((2, 16, 6, 7), layout, torch.float32, device).relu_()
+    x[:, :, :2] = 0
+    x[0, 3] = 0
+    check(entry, x, backend)
+    check(entry, torch.ones_like(x), backend)
+
+
+@entries
+@layouts
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("count", [1, 3])
+def test_not_finite(entry, layout, value, count, device, backend):
+    """NaN and Inf come out where the reference has them, and nowhere else."""
+    x = feature_map((2, 16, 5, 4), layout, torch.float32, device)
+    for i in range(count):
+        x[0, 2 * i, i, 1] = value
+    fast, plain = (m.to(device) for m in entry.pair(16))
+    with vf.use_backend(backend), torch.no_grad():
+        y = fast(x)
+    torch.testing.assert_close(y, plain(x), equal_nan=True, rtol=1e-4, atol=1e-5)
+
+
+@entries
+@layouts
+def test_nan_gradient(entry, layout, device, backend):
+    """The first NaN wins a maximum, and takes its gradient."""
+    x = feature_map((2, 16, 5, 4), layout, torch.float32, device)
+    x[1, 4, 2, 1] = x[1, 4, 3, 3] = x[1, 9, 2, 1] = float("nan")
+    fast, plain = (m.to(device) for m in entry.pair(16))
+    x1, x2 = x.clone().requires_grad_(), x.clone().requires_grad_()
+    with vf.use_backend(backend):
+        fast(x1).sum().backward()
+    plain(x2).sum().backward()
+    torch.testing.assert_close(x1.grad, x2.grad, equal_nan=True, rtol=1e-4, atol=1e-5)
+
+
+@entries
+@layouts
+@pytest.mark.parametrize("shape", [(3, 16, 9, 7), (1, 16, 9, 7)] if INTERPRETED else [(3, 64, 56, 57), (1, 64, 56, 57)])
+def test_deterministic(entry, layout, shape, device, backend):
+    """The same bits every time, and with any number of threads."""
+    x = feature_map(shape, layout, torch.float32, device)
+    first = check(entry, x, backend)
+    threads = torch.get_num_threads()
+    for n in (1, threads):
+        torch.set_num_threads(n)
+        try:
+            again = check(entry, x, backend)
+        finally:
+            torch.set_num_threads(threads)
+        assert all(torch.equal(t, again[name]) for name, t in first.items())
+
+
+@entries
+@hypothesis.settings(max_examples=5 if INTERPRETED else 60, deadline=None, derandomize=True)
+@hypothesis.given(
+    shape=st.tuples(st.integers(1, 3), st.integers(1, 40), st.integers(1, 12), st.integers(1, 12)),
+    layout=st.sampled_from(list(catalogue.LAYOUTS)),
+    epilogue=st.sampled_from(EPILOGUES),
+    view=st.sampled_from([None, *VIEWS]),
+    seed=st.integers(0, 1000),
+)
+def test_fuzz(entry, device, backend, shape, layout, epilogue, view, seed):
+    x = feature_map(shape, layout, torch.float32, device, seed=seed)
+    if view:
+        x = VIEWS[view](x, layout)
+    with_residual, activation = epilogue if entry.epilogue else (False, None)
+    residual = feature_map(shape, layout, torch.float32, device, seed=seed + 1) if with_residual else None
+    check(entry, x, backend, residual, activation)
