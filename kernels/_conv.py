@@ -1,0 +1,115 @@
+"""The spatial gate `sigmoid(conv(maps, w))` of two maps [N, 2, H, W] and one k x k filter [1, 2, k, k], forward and backward."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ._heuristics import splits, vector_block
+from ._pool import combine
+from ._tiles import sigmoid
+
+
+@triton.jit
+def _conv_gate_kernel(maps_ptr, w_ptr, gate_ptr, H, W, K: tl.constexpr, BLOCK_P: tl.constexpr):
+    """gate [N, H, W] = sigmoid(cross-correlation of maps [N, 2, H, W] with w [2, K, K], zero padding K // 2)."""
+    acc_ty = maps_ptr.dtype.element_ty
+    HW = H * W
+    blocks = tl.cdiv(HW, BLOCK_P)
+    n = (tl.program_id(0) // blocks).to(tl.int64)
+    p = tl.program_id(0) % blocks * BLOCK_P + tl.arange(0, BLOCK_P)
+    h, w = p // W, p % W
+    acc = tl.zeros([BLOCK_P], acc_ty)
+    for i in range(2):
+        for kh in range(K):
+            y = h + kh - K // 2
+            row = (n * 2 + i) * HW + y * W
+            for kw in tl.static_range(K):
+                x = w + kw - K // 2
+                inside = (p < HW) & (y >= 0) & (y < H) & (x >= 0) & (x < W)
+                v = tl.load(maps_ptr + row + x, mask=inside, other=0.0)
+                acc += v * tl.load(w_ptr + (i * K + kh) * K + kw).to(acc_ty)
+    tl.store(gate_ptr + n * HW + p, sigmoid(acc), mask=p < HW)
+
+
+@triton.jit
+def _conv_maps_grad_kernel(dq_ptr, w_ptr, dmaps_ptr, H, W, K: tl.constexpr, BLOCK_P: tl.constexpr):
+    """dmaps [N, 2, H, W] = transposed convolution of dq [N, H, W] with w [2, K, K]."""
+    acc_ty = dq_ptr.dtype.element_ty
+    HW = H * W
+    blocks = tl.cdiv(HW, BLOCK_P)
+    n = (tl.program_id(0) // blocks).to(tl.int64)
+    p = tl.program_id(0) % blocks * BLOCK_P + tl.arange(0, BLOCK_P)
+    h, w = p // W, p % W
+    dmean = tl.zeros([BLOCK_P], acc_ty)
+    dmax = tl.zeros([BLOCK_P], acc_ty)
+    for kh in range(K):
+        y = h - kh + K // 2
+        row = n * HW + y * W
+        for kw in tl.static_range(K):
+            x = w - kw + K // 2
+            inside = (p < HW) & (y >= 0) & (y < H) & (x >= 0) & (x < W)
+            v = tl.load(dq_ptr + row + x, mask=inside, other=0.0)
+            dmean += v * tl.load(w_ptr + kh * K + kw).to(acc_ty)
+            dmax += v * tl.load(w_ptr + (K + kh) * K + kw).to(acc_ty)
+    tl.store(dmaps_ptr + n * 2 * HW + p, dmean, mask=p < HW)
+    tl.store(dmaps_ptr + (n * 2 + 1) * HW + p, dmax, mask=p < HW)
+
+
+@triton.jit
+def _conv_weight_grad_kernel(
+    dq_ptr, maps_ptr, parts_ptr, H, W, parts, steps, K: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_P: tl.constexpr
+):
+    """parts [N, parts, 2 K K] = sum over one part of the pixels of dq [N, H, W] * shifted maps [N, 2, H, W]."""
+    acc_ty = dq_ptr.dtype.element_ty
+    TAPS: tl.constexpr = 2 * K * K
+    HW = H * W
+    blocks = tl.cdiv(TAPS, BLOCK_T)
+    t = tl.program_id(0) % blocks * BLOCK_T + tl.arange(0, BLOCK_T)
+    row = (tl.program_id(0) // blocks).to(tl.int64)  # n * parts + part
+    n, part = row // parts, (row % parts).to(tl.int32)
+    i, dh, dw = t // (K * K), t // K % K - K // 2, t % K - K // 2
+    acc = tl.zeros([BLOCK_T, BLOCK_P], acc_ty)
+    for step in range(steps):
+        p = (part * steps + step) * BLOCK_P + tl.arange(0, BLOCK_P)
+        y = (p // W)[None, :] + dh[:, None]
+        x = (p % W)[None, :] + dw[:, None]
+        inside = (t < TAPS)[:, None] & (p < HW)[None, :] & (y >= 0) & (y < H) & (x >= 0) & (x < W)
+        v = tl.load(maps_ptr + (n * 2 + i[:, None]) * HW + y * W + x, mask=inside, other=0.0)
+        acc += v * tl.load(dq_ptr + n * HW + p, mask=p < HW, other=0.0)[None, :]
+    tl.store(parts_ptr + row * TAPS + t, tl.sum(acc, 1), mask=t < TAPS)
+
+
+def conv_gate(maps: torch.Tensor, wconv: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+    """Writes gate [N, (1,) H, W] from maps [N, 2, H, W]."""
+    N, _, H, W = maps.shape
+    block = vector_block(H * W)
+    if N:
+        _conv_gate_kernel[(N * triton.cdiv(H * W, block),)](
+            maps, wconv.contiguous(), gate, H, W, K=wconv.shape[-1], BLOCK_P=block
+        )
+    return gate
+
+
+def conv_gate_bwd(dq: torch.Tensor, wconv: torch.Tensor, maps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """From dq [N, HW], the gradient before the sigmoid: (dmaps like maps, dwconv like wconv)."""
+    N, _, H, W = maps.shape
+    K = wconv.shape[-1]
+    dmaps = torch.empty_like(maps)
+    if not N:
+        return dmaps, maps.new_zeros(wconv.shape)
+    block = vector_block(H * W)
+    _conv_maps_grad_kernel[(N * triton.cdiv(H * W, block),)](
+        dq, wconv.contiguous(), dmaps, H, W, K=K, BLOCK_P=block
+    )
+    block_t = vector_block(2 * K * K, 16)
+    blocks = triton.cdiv(2 * K * K, block_t)
+    parts, steps = splits(N * blocks, triton.cdiv(H * W, block))
+    partial = maps.new_empty((1, N * parts, 2 * K * K))
+    _conv_weight_grad_kernel[(N * parts * blocks,)](
+        dq, maps, partial, H, W, parts, steps, K=K, BLOCK_T=block_t, BLOCK_P=block
+    )
+    dwconv = maps.new_empty(wconv.shape)
+    combine(partial, None, dwconv)
+    return dmaps, dwconv

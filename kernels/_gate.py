@@ -1,0 +1,238 @@
+"""The passes over x that apply gates and their gradients. A gate is per channel [N, C], per pixel [N, HW], or both."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ._heuristics import SCALE_TILE, splits, tile, tiles
+from ._layout import Layout
+from ._tiles import activate, activation_grad, dense_stride, program_tile, tile_mask, tile_offsets
+
+
+@triton.jit
+def _scale_kernel(
+    x_ptr, channel_gate_ptr, spatial_gate_ptr, residual_ptr, y_ptr, C, HW, stride_n, stride_o,
+    ACTIVATION: tl.constexpr, CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """y = act(x * channel_gate [* spatial_gate] [+ residual])."""
+    acc_ty = channel_gate_ptr.dtype.element_ty
+    n, c, p = program_tile(C, HW, BLOCK_C, BLOCK_P)
+    mask = tile_mask(c, p, C, HW, CHANNELS_LAST, ALIGN)
+    offsets = n * C * HW + tile_offsets(c, p, dense_stride(C, HW, CHANNELS_LAST), CHANNELS_LAST, ALIGN)
+    x = tl.load(x_ptr + n * stride_n + tile_offsets(c, p, stride_o, CHANNELS_LAST, ALIGN), mask=mask, other=0.0)
+    v = x.to(acc_ty) * tl.load(channel_gate_ptr + n * C + c, mask=c < C, other=0.0)[:, None]
+    if spatial_gate_ptr is not None:
+        v *= tl.load(spatial_gate_ptr + n * HW + p, mask=p < HW, other=0.0)[None, :]
+    if residual_ptr is not None:
+        v += tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(acc_ty)
+    tl.store(y_ptr + offsets, activate(v, ACTIVATION), mask=mask)
+
+
+@triton.jit
+def _gate_grads_kernel(
+    grad_ptr, x_ptr, residual_ptr, channel_gate_ptr, spatial_gate_ptr, dresidual_ptr, dchannel_ptr, dspatial_ptr,
+    C, HW, stride_n, stride_o, slots, parts, steps,
+    ACTIVATION: tl.constexpr, CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """g' = grad * act'(z), and both sums of g' x in one read.
+
+    dchannel [N, slots, C]: sum over pixels of g' x [* spatial_gate]; dspatial [N, ., HW]: over channels, * channel_gate.
+    A program keeps one block of the inner axis and walks a part of the outer one: sums along the outer axis stay in
+    registers until its end, those along the inner axis are partial results per inner block, and those blocks are wide.
+    """
+    acc_ty = channel_gate_ptr.dtype.element_ty
+    pid = tl.program_id(0)
+    blocks = tl.cdiv(C, BLOCK_C) if CHANNELS_LAST else tl.cdiv(HW, BLOCK_P)
+    block = pid % blocks
+    part = pid // blocks % parts
+    n = (pid // blocks // parts).to(tl.int64)
+    first_tile = part * steps
+    c = (block if CHANNELS_LAST else first_tile) * BLOCK_C + tl.arange(0, BLOCK_C)
+    p = (first_tile if CHANNELS_LAST else block) * BLOCK_P + tl.arange(0, BLOCK_P)
+    dense_o = dense_stride(C, HW, CHANNELS_LAST)
+
+    acc = tl.zeros([BLOCK_C, BLOCK_P], acc_ty)
+    for step in range(steps):
+        cs = c if CHANNELS_LAST else c + step * BLOCK_C
+        ps = p + step * BLOCK_P if CHANNELS_LAST else p
+        mask = tile_mask(cs, ps, C, HW, CHANNELS_LAST, ALIGN)
+        offsets = n * C * HW + tile_offsets(cs, ps, dense_o, CHANNELS_LAST, ALIGN)
+        x_offsets = n * stride_n + tile_offsets(cs, ps, stride_o, CHANNELS_LAST, ALIGN)
+        x = tl.load(x_ptr + x_offsets, mask=mask, other=0.0).to(acc_ty)
+        g = tl.load(grad_ptr + offsets, mask=mask, other=0.0).to(acc_ty)
+        channel_gate = tl.load(channel_gate_ptr + n * C + cs, mask=cs < C, other=0.0)[:, None]
+        if spatial_gate_ptr is not None:
+            spatial_gate = tl.load(spatial_gate_ptr + n * HW + ps, mask=ps < HW, other=0.0)[None, :]
+        if ACTIVATION != 0:
+            z = x * channel_gate
+            if spatial_gate_ptr is not None:
+                z *= spatial_gate
+            if residual_ptr is not None:
+                z += tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(acc_ty)
+            g = activation_grad(g, z, ACTIVATION)
+            tl.store(dresidual_ptr + offsets, g, mask=mask)
+        gx = g * x
+        per_channel = gx * spatial_gate if spatial_gate_ptr is not None else gx
+        if CHANNELS_LAST:
+            acc += per_channel
+            if spatial_gate_ptr is not None:
+                row = (n * blocks + block) * HW
+                tl.store(dspatial_ptr + row + ps, tl.sum(gx * channel_gate, 0), mask=ps < HW)
+        else:
+            tl.store(dchannel_ptr + (n * slots + block) * C + cs, tl.sum(per_channel, 1), mask=cs < C)
+            if spatial_gate_ptr is not None:
+                acc += gx * channel_gate
+    if CHANNELS_LAST:
+        tl.store(dchannel_ptr + (n * slots + part) * C + c, tl.sum(acc, 1), mask=c < C)
+    elif spatial_gate_ptr is not None:
+        tl.store(dspatial_ptr + (n * parts + part) * HW + p, tl.sum(acc, 0), mask=p < HW)
+
+
+@triton.jit
+def _map_grads_kernel(
+    x_ptr, dmaps_ptr, argmax_c_ptr, dchannel_ptr, C, HW, stride_n, stride_o, slots, first_slot, parts, steps,
+    CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """dchannel [N, slots, C], from first_slot on: sum over pixels of x * du, du = dmean_map / C + dmax_map at argmax_c."""
+    acc_ty = dmaps_ptr.dtype.element_ty
+    pid = tl.program_id(0)
+    blocks = tl.cdiv(C, BLOCK_C)
+    part = pid // blocks % parts
+    n = (pid // blocks // parts).to(tl.int64)
+    c = pid % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
+    acc = tl.zeros([BLOCK_C, BLOCK_P], acc_ty)
+    for step in range(steps):
+        p = (part * steps + step) * BLOCK_P + tl.arange(0, BLOCK_P)
+        mask = tile_mask(c, p, C, HW, CHANNELS_LAST, ALIGN)
+        x_offsets = n * stride_n + tile_offsets(c, p, stride_o, CHANNELS_LAST, ALIGN)
+        x = tl.load(x_ptr + x_offsets, mask=mask, other=0.0).to(acc_ty)
+        acc += x * _map_grad_tile(dmaps_ptr, argmax_c_ptr, n, c, p, C, HW)
+    tl.store(dchannel_ptr + (n * slots + first_slot + part) * C + c, tl.sum(acc, 1), mask=c < C)
+
+
+@triton.jit
+def _map_grad_tile(dmaps_ptr, argmax_c_ptr, n, c, p, C, HW):
+    """[BLOCK_C, BLOCK_P]: dmean_map / C + dmax_map where c is argmax_c; dmaps [N, 2, HW]."""
+    dmean = tl.load(dmaps_ptr + n * 2 * HW + p, mask=p < HW, other=0.0) / C
+    dmax = tl.load(dmaps_ptr + (n * 2 + 1) * HW + p, mask=p < HW, other=0.0)
+    argmax = tl.load(argmax_c_ptr + n * HW + p, mask=p < HW, other=-1)
+    return dmean[None, :] + tl.where(c[:, None] == argmax[None, :], dmax[None, :], 0.0)
+
+
+@triton.jit
+def _dx_kernel(
+    grad_ptr, channel_gate_ptr, spatial_gate_ptr, dpooled_ptr, argmax_hw_ptr, dmaps_ptr, argmax_c_ptr, dx_ptr, C, HW,
+    CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """dx = (grad * spatial_gate + dmean_map / C + dmax_map at argmax_c) * channel_gate + dmean / HW + dmax at argmax_hw.
+
+    Terms whose pointer is None are left out; dpooled is [N, C] (the mean's) or, with argmax_hw, [N, 2, C].
+    """
+    acc_ty = dpooled_ptr.dtype.element_ty if dpooled_ptr is not None else dmaps_ptr.dtype.element_ty
+    n, c, p = program_tile(C, HW, BLOCK_C, BLOCK_P)
+    mask = tile_mask(c, p, C, HW, CHANNELS_LAST, ALIGN)
+    offsets = n * C * HW + tile_offsets(c, p, dense_stride(C, HW, CHANNELS_LAST), CHANNELS_LAST, ALIGN)
+    d = tl.zeros([BLOCK_C, BLOCK_P], acc_ty)
+    if grad_ptr is not None:
+        d += tl.load(grad_ptr + offsets, mask=mask, other=0.0).to(acc_ty)
+    if spatial_gate_ptr is not None:
+        d *= tl.load(spatial_gate_ptr + n * HW + p, mask=p < HW, other=0.0)[None, :]
+    if dmaps_ptr is not None:
+        d += _map_grad_tile(dmaps_ptr, argmax_c_ptr, n, c, p, C, HW)
+    if channel_gate_ptr is not None:
+        d *= tl.load(channel_gate_ptr + n * C + c, mask=c < C, other=0.0)[:, None]
+    if dpooled_ptr is not None:
+        row = n * C if argmax_hw_ptr is None else n * 2 * C
+        d += (tl.load(dpooled_ptr + row + c, mask=c < C, other=0.0) / HW)[:, None]
+        if argmax_hw_ptr is not None:
+            dmax = tl.load(dpooled_ptr + row + C + c, mask=c < C, other=0.0)
+            argmax = tl.load(argmax_hw_ptr + n * C + c, mask=c < C, other=-1)
+            d += tl.where(p[None, :] == argmax[:, None], dmax[:, None], 0.0)
+    tl.store(dx_ptr + offsets, d, mask=mask)
+
+
+def scale(
+    x: torch.Tensor, layout: Layout, channel_gate: torch.Tensor, spatial_gate: torch.Tensor | None,
+    residual: torch.Tensor | None, activation: int,
+) -> torch.Tensor:  # fmt: skip
+    """y = act(x * gates + residual), in x's layout. Reads x (and the residual) and writes y."""
+    y = layout.empty(x)
+    t = tile(layout, SCALE_TILE)
+    if layout.N:
+        _scale_kernel[(tiles(layout, t),)](
+            x, channel_gate, spatial_gate, None if residual is None else layout.dense(residual), y,
+            layout.C, layout.HW, layout.stride_n, layout.stride_o, ACTIVATION=activation, **t._asdict(),
+        )  # fmt: skip
+    return y
+
+
+def gate_grads(
+    grad: torch.Tensor, x: torch.Tensor, layout: Layout, channel_gate: torch.Tensor, spatial_gate: torch.Tensor | None,
+    residual: torch.Tensor | None, activation: int, more_slots: int = 0,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:  # fmt: skip
+    """One read of x and grad (and the residual). Returns
+
+    - g' = grad * act'(z), dense in x's layout: grad itself without an activation;
+    - dresidual: g' where it had to be written, else empty [0];
+    - parts [N, S + more_slots, C] of the sum over pixels of g' x [* spatial_gate], the last more_slots left to the caller;
+    - parts [N, S, HW] of the sum over channels of g' x * channel_gate, where there is a spatial gate.
+    """
+    N, C, HW = layout.N, layout.C, layout.HW
+    t = tile(layout)
+    blocks_c, blocks_p = triton.cdiv(C, t.BLOCK_C), triton.cdiv(HW, t.BLOCK_P)
+    blocks, outer = (blocks_c, blocks_p) if layout.channels_last else (blocks_p, blocks_c)
+    parts, steps = splits(N * blocks, outer)
+    slots_c, slots_p = (parts, blocks) if layout.channels_last else (blocks, parts)
+    dchannel = channel_gate.new_empty((N, slots_c + more_slots, C))
+    dspatial = None if spatial_gate is None else channel_gate.new_empty((N, slots_p, HW))
+    grad = layout.dense(grad)
+    dresidual = layout.empty(x) if activation else x.new_empty(0)
+    if N:
+        _gate_grads_kernel[(N * blocks * parts,)](
+            grad, x, None if residual is None else layout.dense(residual), channel_gate, spatial_gate,
+            dresidual, dchannel, dspatial, C, HW, layout.stride_n, layout.stride_o, slots_c + more_slots,
+            parts, steps, ACTIVATION=activation, **t._asdict(),
+        )  # fmt: skip
+    return dresidual if activation else grad, dresidual, dchannel, dspatial
+
+
+def map_grads_slots(layout: Layout) -> int:
+    """How many slots map_grads fills."""
+    t = tile(layout)
+    return splits(layout.N * triton.cdiv(layout.C, t.BLOCK_C), triton.cdiv(layout.HW, t.BLOCK_P))[0]
+
+
+def map_grads(
+    x: torch.Tensor, layout: Layout, dmaps: torch.Tensor, argmax_c: torch.Tensor, dchannel: torch.Tensor
+) -> None:
+    """Fills the last map_grads_slots slots of dchannel with parts of the sum over pixels of x * du. Reads x once."""
+    N, C, HW = layout.N, layout.C, layout.HW
+    t = tile(layout)
+    blocks = triton.cdiv(C, t.BLOCK_C)
+    parts, steps = splits(N * blocks, triton.cdiv(HW, t.BLOCK_P))
+    slots = dchannel.shape[1]
+    if N:
+        _map_grads_kernel[(N * blocks * parts,)](
+            x, dmaps, argmax_c, dchannel, C, HW, layout.stride_n, layout.stride_o, slots, slots - parts, parts, steps,
+            **t._asdict(),
+        )  # fmt: skip
+
+
+def input_grad(
+    x: torch.Tensor, layout: Layout, grad: torch.Tensor | None = None, channel_gate: torch.Tensor | None = None,
+    spatial_gate: torch.Tensor | None = None, dpooled: torch.Tensor | None = None,
+    argmax_hw: torch.Tensor | None = None, dmaps: torch.Tensor | None = None, argmax_c: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """dx of `_dx_kernel`, like x (whose values are not read). Reads grad, where given, and writes dx."""
+    dx = layout.empty(x)
+    t = tile(layout, SCALE_TILE)
+    if layout.N:
+        _dx_kernel[(tiles(layout, t),)](
+            grad, channel_gate, spatial_gate, dpooled, argmax_hw, dmaps, argmax_c, dx, layout.C, layout.HW,
+            **t._asdict(),
+        )  # fmt: skip
+    return dx

@@ -1,0 +1,62 @@
+"""Launch parameters as plain functions of sizes and layout: launchers and compile-time tests call the same ones.
+
+There is no autotuning: the first call of a shape costs one compilation, and the order of a sum never depends on timing.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from triton import cdiv, next_power_of_2
+
+from ._layout import Layout
+
+INNER_BLOCK = 256  # elements along the dense axis: a warp reads 512 bytes of bfloat16 in 16-byte loads
+PROGRAMS = 1024  # about eight per streaming multiprocessor of the largest chips
+MIN_STEPS = 4  # tiles that are worth a partial result and its part of a second launch
+TILE = 2048  # elements of a tile that accumulates
+SCALE_TILE = 4096  # elements of a tile that is read and written once
+
+
+class Tile(NamedTuple):
+    """A `[BLOCK_C, BLOCK_P]` tile of one image; `_asdict()` is what a kernel over x takes as keywords."""
+
+    CHANNELS_LAST: bool
+    ALIGN: int
+    BLOCK_C: int
+    BLOCK_P: int
+    num_warps: int
+
+
+def tile(layout: Layout, elements: int = TILE) -> Tile:
+    """Long along the dense axis, 16 elements or more per thread."""
+    inner, outer = (layout.C, layout.HW) if layout.channels_last else (layout.HW, layout.C)
+    block_outer = min(next_power_of_2(outer), elements // INNER_BLOCK)
+    block_inner = min(next_power_of_2(inner), elements // block_outer)
+    block_outer = min(next_power_of_2(outer), elements // block_inner)
+    num_warps = min(max(block_inner * block_outer // 512, 1), 4)
+    blocks = (block_inner, block_outer) if layout.channels_last else (block_outer, block_inner)
+    return Tile(layout.channels_last, layout.align, *blocks, num_warps)
+
+
+def tiles(layout: Layout, t: Tile) -> int:
+    """How many tiles cover x."""
+    return layout.N * cdiv(layout.C, t.BLOCK_C) * cdiv(layout.HW, t.BLOCK_P)
+
+
+def splits(programs: int, tiles: int) -> tuple[int, int]:
+    """(splits, steps): how many programs share a reduction over `tiles` tiles, and how many tiles each one takes."""
+    wanted = cdiv(PROGRAMS, max(programs, 1))
+    steps = min(max(cdiv(tiles, wanted), MIN_STEPS), tiles)
+    return cdiv(tiles, steps), steps
+
+
+def vector_block(length: int, limit: int = 256) -> int:
+    """Block of a one-dimensional axis of a small tensor."""
+    return min(max(next_power_of_2(length), 16), limit)
+
+
+def linear_blocks(outputs: int, inputs: int) -> tuple[int, int]:
+    """(BLOCK_O, BLOCK_I) of a dense layer on small vectors: many programs rather than large ones."""
+    block_i = vector_block(inputs, 128)
+    return vector_block(outputs, max(2048 // block_i, 16)), block_i

@@ -1,0 +1,96 @@
+"""Pieces that the kernels share: addresses of a tile, activations, the maximum."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+INDEX_MAX = tl.constexpr(2**31 - 1)
+
+
+@triton.jit
+def program_tile(C, HW, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr):
+    """This program's image (int64), channels [BLOCK_C] and pixels [BLOCK_P]; pixels run fastest."""
+    pid = tl.program_id(0)
+    blocks_p = tl.cdiv(HW, BLOCK_P)
+    blocks_c = tl.cdiv(C, BLOCK_C)
+    n = (pid // blocks_p // blocks_c).to(tl.int64)
+    c = (pid // blocks_p % blocks_c) * BLOCK_C + tl.arange(0, BLOCK_C)
+    p = (pid % blocks_p) * BLOCK_P + tl.arange(0, BLOCK_P)
+    return n, c, p
+
+
+@triton.jit
+def tile_offsets(c, p, stride_o, CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr):
+    """Offsets [BLOCK_C, BLOCK_P] inside an image, int64: an image may have more than 2^31 elements."""
+    if CHANNELS_LAST:
+        offsets = tl.multiple_of(c[:, None] + p[None, :].to(tl.int64) * stride_o, [ALIGN, 1])
+    else:
+        offsets = tl.multiple_of(c[:, None].to(tl.int64) * stride_o + p[None, :], [1, ALIGN])
+    return offsets
+
+
+@triton.jit
+def tile_mask(c, p, C, HW, CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr):
+    """[BLOCK_C, BLOCK_P]; constant over ALIGN neighbours, which lets a masked load stay wide."""
+    mask = (c < C)[:, None] & (p < HW)[None, :]
+    if CHANNELS_LAST:
+        mask = tl.max_constancy(mask, [ALIGN, 1])
+    else:
+        mask = tl.max_constancy(mask, [1, ALIGN])
+    return mask
+
+
+@triton.jit
+def dense_stride(C, HW, CHANNELS_LAST: tl.constexpr):
+    """Stride of the outer axis of a dense tensor."""
+    if CHANNELS_LAST:
+        stride_o = C
+    else:
+        stride_o = HW
+    return stride_o
+
+
+@triton.jit
+def sigmoid(v):
+    """1 / (1 + exp(-v)) whose exponential does not overflow."""
+    e = tl.exp(-tl.abs(v))
+    return tl.where(v < 0, e, 1.0) / (1 + e)
+
+
+@triton.jit
+def sigmoid_grad(s):
+    """The derivative of the sigmoid, from its value."""
+    return s * (1 - s)
+
+
+@triton.jit
+def activate(v, ACTIVATION: tl.constexpr):
+    """0 identity, 1 relu (NaN stays NaN), 2 silu."""
+    if ACTIVATION == 1:
+        v = tl.where(v <= 0, 0.0, v)
+    elif ACTIVATION == 2:
+        v = v * sigmoid(v)
+    return v
+
+
+@triton.jit
+def activation_grad(g, v, ACTIVATION: tl.constexpr):
+    """g * activate'(v)."""
+    if ACTIVATION == 1:
+        g = tl.where(v <= 0, 0.0, g)
+    elif ACTIVATION == 2:
+        s = sigmoid(v)
+        g = g * (s * (1 + v * (1 - s)))
+    return g
+
+
+@triton.jit
+def max_first(values, index, AXIS: tl.constexpr):
+    """Maximum along AXIS and its lowest index. NaN wins: tl.max alone drops it on a GPU and keeps it in the interpreter."""
+    is_nan = values != values
+    any_nan = tl.max(is_nan.to(tl.int32), AXIS) > 0
+    best = tl.max(tl.where(is_nan, -float("inf"), values), AXIS)
+    wins = tl.where(tl.expand_dims(any_nan, AXIS), is_nan, values == tl.expand_dims(best, AXIS))
+    first = tl.min(tl.where(wins, index, INDEX_MAX), AXIS)
+    return tl.where(any_nan, float("nan"), best), first

@@ -1,0 +1,123 @@
+"""CBAM and its two halves, channel and spatial attention: launchers of the fused forward and backward."""
+
+from __future__ import annotations
+
+import torch
+
+from ._conv import conv_gate, conv_gate_bwd
+from ._gate import gate_grads, input_grad, map_grads, map_grads_slots, scale
+from ._layout import canonical, device_guard
+from ._mlp import mlp_gate, mlp_gate_bwd
+from ._pool import combine, pool_c, pool_hw
+
+
+def channel_attention_fwd(
+    x: torch.Tensor, w1: torch.Tensor, w2: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """gate = sigmoid(w2 (relu(w1 mean) + relu(w1 max))), mean and max over H and W.
+
+    x [N, C, H, W]; w1 [R, C], w2 [C, R] (or 1x1 filters), any dtype. Returns gate [N, C, 1, 1] in x's dtype, pooled
+    [N, 2, C], argmax_hw [N, C] (int32, h * W + w), hidden [N, 2, R]. Reads x once.
+    """
+    with device_guard(x):
+        x, layout = canonical(x)
+        pooled, argmax_hw = pool_hw(x, layout, with_max=True)
+        assert argmax_hw is not None
+        gate = x.new_empty((layout.N, layout.C, 1, 1))
+        hidden = mlp_gate(pooled, w1, None, w2, None, gate)
+        return gate, pooled, argmax_hw, hidden
+
+
+def channel_attention_bwd(
+    grad: torch.Tensor, x: torch.Tensor, w1: torch.Tensor, w2: torch.Tensor, gate: torch.Tensor,
+    pooled: torch.Tensor, argmax_hw: torch.Tensor, hidden: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """(dx, dw1, dw2); dx = dmean / HW + dmax at argmax_hw. grad [N, C, 1, 1]. Writes dx, does not read x."""
+    with device_guard(x):
+        x, layout = canonical(x)
+        N, C = layout.N, layout.C
+        dz = combine(grad.contiguous().view(N, 1, C), gate, torch.empty_like(pooled[:, 0]))
+        dpooled, dw1, _, dw2, _ = mlp_gate_bwd(dz, w1, w2, pooled, hidden, bias=False)
+        return input_grad(x, layout, dpooled=dpooled, argmax_hw=argmax_hw), dw1, dw2
+
+
+def spatial_attention_fwd(x: torch.Tensor, wconv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """gate = sigmoid(conv([mean, max])), mean and max over C, zero padding k // 2.
+
+    x [N, C, H, W]; wconv [1, 2, k, k], k odd, any dtype. Returns gate [N, 1, H, W] in x's dtype, maps [N, 2, H, W],
+    argmax_c [N, H, W] (int32). Reads x once.
+    """
+    with device_guard(x):
+        x, layout = canonical(x)
+        N, H, W = layout.N, layout.H, layout.W
+        maps, argmax_c = pool_c(x, None, layout)
+        maps = maps.view(N, 2, H, W)
+        gate = conv_gate(maps, wconv, x.new_empty((N, 1, H, W)))
+        return gate, maps, argmax_c.view(N, H, W)
+
+
+def spatial_attention_bwd(
+    grad: torch.Tensor, x: torch.Tensor, wconv: torch.Tensor, gate: torch.Tensor, maps: torch.Tensor,
+    argmax_c: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """(dx, dwconv); dx = dmean_map / C + dmax_map at argmax_c. grad [N, 1, H, W]. Writes dx, does not read x."""
+    with device_guard(x):
+        x, layout = canonical(x)
+        parts = grad.contiguous().view(layout.N, 1, layout.HW)
+        dq = combine(parts, gate, maps.new_empty((layout.N, layout.HW)))
+        dmaps, dwconv = conv_gate_bwd(dq, wconv, maps)
+        return input_grad(x, layout, dmaps=dmaps, argmax_c=argmax_c), dwconv
+
+
+def cbam_fwd(
+    x: torch.Tensor, w1: torch.Tensor, w2: torch.Tensor, wconv: torch.Tensor, residual: torch.Tensor | None,
+    activation: int,
+) -> tuple[torch.Tensor, ...]:  # fmt: skip
+    """y = act(u * spatial_gate + residual), u = x * channel_gate; the gates as in the two halves, the spatial one of u.
+
+    x, residual [N, C, H, W]. Returns y, pooled [N, 2, C], argmax_hw [N, C], hidden [N, 2, R], channel_gate [N, C],
+    maps [N, 2, H, W], argmax_c [N, H, W], spatial_gate [N, H, W]. Moves 4 times the bytes of x: read to pool over
+    pixels, read to pool over channels, read to scale, write y; one more for a residual. u is never stored.
+    """
+    with device_guard(x):
+        x, layout = canonical(x)
+        N, C, H, W = layout.N, layout.C, layout.H, layout.W
+        pooled, argmax_hw = pool_hw(x, layout, with_max=True)
+        channel_gate = pooled.new_empty((N, C))
+        hidden = mlp_gate(pooled, w1, None, w2, None, channel_gate)
+        maps, argmax_c = pool_c(x, channel_gate, layout)
+        maps = maps.view(N, 2, H, W)
+        spatial_gate = conv_gate(maps, wconv, maps.new_empty((N, H, W)))
+        y = scale(x, layout, channel_gate, spatial_gate, residual, activation)
+        return y, pooled, argmax_hw, hidden, channel_gate, maps, argmax_c.view(N, H, W), spatial_gate
+
+
+def cbam_bwd(
+    grad: torch.Tensor, x: torch.Tensor, w1: torch.Tensor, w2: torch.Tensor, wconv: torch.Tensor,
+    residual: torch.Tensor | None, pooled: torch.Tensor, argmax_hw: torch.Tensor, hidden: torch.Tensor,
+    channel_gate: torch.Tensor, maps: torch.Tensor, argmax_c: torch.Tensor, spatial_gate: torch.Tensor,
+    activation: int,
+) -> tuple[torch.Tensor, ...]:  # fmt: skip
+    """(dx, dresidual, dw1, dw2, dwconv), g' = grad * act'(x * channel_gate * spatial_gate + residual),
+
+    dx = (g' * spatial_gate + dmean_map / C + dmax_map at argmax_c) * channel_gate + dmean / HW + dmax at argmax_hw.
+    Moves 5 times the bytes of x: (1) read grad and x for the sums over channels and over pixels together, (2) read x for
+    the maps' share of the channel gate's gradient, (3) read grad, write dx. With an activation, (1) also writes g',
+    returned as dresidual (else empty: it is grad), and reads a residual.
+    """
+    with device_guard(x):
+        x, layout = canonical(x)
+        g, dresidual, dchannel, dspatial = gate_grads(
+            grad, x, layout, channel_gate, spatial_gate, residual, activation, more_slots=map_grads_slots(layout)
+        )
+        assert dspatial is not None
+        dq = combine(dspatial, spatial_gate, maps.new_empty((layout.N, layout.HW)))
+        dmaps, dwconv = conv_gate_bwd(dq, wconv, maps)
+        map_grads(x, layout, dmaps, argmax_c, dchannel)
+        dz = combine(dchannel, channel_gate, torch.empty_like(channel_gate))
+        dpooled, dw1, _, dw2, _ = mlp_gate_bwd(dz, w1, w2, pooled, hidden, bias=False)
+        dx = input_grad(
+            x, layout, grad=g, channel_gate=channel_gate, spatial_gate=spatial_gate,
+            dpooled=dpooled, argmax_hw=argmax_hw, dmaps=dmaps, argmax_c=argmax_c,
+        )  # fmt: skip
+        return dx, dresidual, dw1, dw2, dwconv
