@@ -36,6 +36,11 @@ Matrix<T> pixels_of(const Matrix<T>& m, bool nhwc, int64_t begin, int64_t end) {
   return {m.p + begin, m.ld, m.rows, end - begin};
 }
 
+template <class T>
+T* element(const Matrix<T>& m, bool nhwc, int64_t channel, int64_t pixel) {
+  return nhwc ? m.row(pixel) + channel : m.row(channel) + pixel;
+}
+
 // Rows (channels of nchw, pixels of nhwc) in parts of about 64 KB.
 template <class T>
 Split row_parts(const Shape& s, bool nhwc) {

@@ -122,6 +122,39 @@ struct Mlp {
 
   // dh [R] -> din [C] = w1^T dh
   void input_grad(const A* dh, A* din) const { matvec_transposed(data<A>(w1), R, C, dh, din); }
+
+  // Two branches that share the weights: in [2, C], hidden [2, R], gate [C] = sigmoid(w2 hidden_0 + w2
+  // hidden_1).
+  void gate_of_two(const A* in, A* hidden_out, A* out) const {
+    Buffer<A> both(R);
+    hidden(in, nullptr, hidden_out);
+    hidden(in + C, nullptr, hidden_out + R);
+    for (int64_t r = 0; r < R; ++r) both[r] = hidden_out[r] + hidden_out[R + r];
+    gate(both.get(), nullptr, out);
+  }
+
+  // dz [C] -> dh [2, R] and din [2, C].
+  void grad_of_two(const A* dz, const A* hidden, A* dh, A* din) const {
+    matvec_transposed(data<A>(w2), C, R, dz, dh);
+    std::copy_n(dh, R, dh + R);
+    for (int64_t i = 0; i < 2; ++i) {
+      mask(hidden + i * R, dh + i * R);
+      input_grad(dh + i * R, din + i * C);
+    }
+  }
 };
+
+// Weight gradients of two branches: dz [N, C], dh [N, 2, R], in [N, 2, C], hidden [N, 2, R].
+template <class A>
+void weight_grad_of_two(const Mlp<A>& mlp, int64_t batch, const A* dz, const A* dh, const A* in,
+                        const A* hidden, A* dw1, A* dw2) {
+  Buffer<A> both(batch * mlp.R);
+  for (int64_t n = 0; n < batch; ++n) {
+    const A* h = hidden + 2 * n * mlp.R;
+    for (int64_t r = 0; r < mlp.R; ++r) both[n * mlp.R + r] = h[r] + h[mlp.R + r];
+  }
+  batch_outer(batch, dz, mlp.C, both.get(), mlp.R, dw2);
+  batch_outer(2 * batch, dh, mlp.R, in, mlp.C, dw1);
+}
 
 }  // namespace visattn

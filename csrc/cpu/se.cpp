@@ -56,8 +56,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> se_bwd(Tensor grad, T
                                                   mlp.hidden_grad(&dz[n * s.C], h + n * R, &dh[n * R]);
                                                   mlp.input_grad(&dh[n * R], dmean);
                                                 });
-    Tensor dw1 = torch::stable::new_empty(w1, w1.sizes(), kDtype<A>);
-    Tensor dw2 = torch::stable::new_empty(w2, w2.sizes(), kDtype<A>);
+    Tensor dw1 = empty_grad(w1, kDtype<A>);
+    Tensor dw2 = empty_grad(w2, kDtype<A>);
     Tensor db1 = empty({R}, kDtype<A>), db2 = empty({s.C}, kDtype<A>);
     batch_outer(s.N, dz.get(), s.C, h, R, data<A>(dw2));
     batch_outer(s.N, dh.get(), R, data<A>(mean), s.C, data<A>(dw1));

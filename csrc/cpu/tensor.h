@@ -55,25 +55,24 @@ inline bool is_dense(const Tensor& x, bool nhwc) {
   return nhwc ? has_strides(x, {s.C * s.P, 1, s.W * s.C, s.C}) : has_strides(x, {s.C * s.P, s.P, s.W, 1});
 }
 
-inline FeatureMap view_nchw(const Tensor& x) { return {x, false, x.stride(0), x.stride(1)}; }
-
-inline FeatureMap view_nhwc(const Tensor& x) {
-  // With one column, rows advance by stride_h; with one pixel they do not advance at all.
-  return {x, true, x.stride(0), x.size(3) > 1 ? x.stride(3) : x.stride(2)};
+// Layout rule: dense first, then nchw with planes dense and anything between them, then nhwc if channels are
+// dense.
+inline bool is_nhwc(const Tensor& x) {
+  if (is_dense(x, false)) return false;
+  if (is_dense(x, true)) return true;
+  return !has_strides(x, {-1, -1, x.size(3), 1}) && x.stride(1) == 1;
 }
 
-// Layout rule: dense first, then strided in N and in rows; anything else is copied to the nearer layout.
+// x as it stands if its layout can be walked by rows, else a dense copy in the same layout.
 inline FeatureMap feature_map(const Tensor& x) {
   const Shape s = shape_of(x);
-  if (is_dense(x, false)) return {x, false, s.C * s.P, s.P};
-  if (is_dense(x, true)) return {x, true, s.C * s.P, s.C};
-  if (has_strides(x, {-1, -1, s.W, 1})) return view_nchw(x);
-  const int64_t pixel = s.W > 1 ? x.stride(3) : 1;
-  if (has_strides(x, {-1, 1, s.W > 1 ? s.W * pixel : -1, -1})) return view_nhwc(x);
-  if (x.stride(1) == 1) {
-    return {torch::stable::contiguous(x, MemoryFormat::ChannelsLast), true, s.C * s.P, s.C};
-  }
-  return {torch::stable::contiguous(x), false, s.C * s.P, s.P};
+  const bool nhwc = is_nhwc(x);
+  const int64_t pixel = x.stride(s.W > 1 ? 3 : 2);
+  if (is_dense(x, nhwc)) return {x, nhwc, s.C * s.P, nhwc ? s.C : s.P};
+  if (!nhwc && has_strides(x, {-1, -1, s.W, 1})) return {x, false, x.stride(0), x.stride(1)};
+  if (nhwc && has_strides(x, {-1, 1, s.W > 1 ? s.W * pixel : -1, -1})) return {x, true, x.stride(0), pixel};
+  const auto format = nhwc ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous;
+  return {torch::stable::contiguous(x, format), nhwc, s.C * s.P, nhwc ? s.C : s.P};
 }
 
 // grad and residual: dense in the layout of x, copied there if they are not.
@@ -112,6 +111,11 @@ inline Tensor empty_map(const Shape& s, bool nhwc, ScalarType dtype) {
 inline Tensor weight_as(const Tensor& w, ScalarType dtype) {
   const Tensor cast = w.scalar_type() == dtype ? w : torch::stable::to(w, dtype);
   return cast.is_contiguous() ? cast : torch::stable::contiguous(cast);
+}
+
+// An uninitialised gradient of a weight: its shape, the accumulation dtype.
+inline Tensor empty_grad(const Tensor& w, ScalarType dtype) {
+  return torch::stable::new_empty(w, w.sizes(), dtype);
 }
 
 template <class T>

@@ -1,0 +1,222 @@
+// CBAM: channel attention, then spatial attention on u = x * channel_gate, which is never stored.
+#include <tuple>
+
+#include "channel_scale.h"
+#include "conv.h"
+#include "pixels.h"
+
+namespace visattn {
+namespace {
+
+// Both gates of a block that begins at pixel p0, as the factors of its matrix.
+template <class A>
+Gate<A> both_gates(bool nhwc, const A* channel, const A* spatial, int64_t p0) {
+  return nhwc ? Gate<A>{spatial + p0, channel} : Gate<A>{channel, spatial + p0};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cbam_fwd(
+    Tensor x, Tensor w1, Tensor w2, Tensor wconv, std::optional<Tensor> residual, int64_t activation) {
+  return dispatch(x, [&](auto type) {
+    using T = decltype(type);
+    using A = Acc<T>;
+    const Shape s = shape_of(x);
+    const FeatureMap map = feature_map(x);
+    const bool nhwc = map.nhwc;
+    const Mlp<A> mlp(w1, w2, s.C);
+    const Tensor w = weight_as(wconv, kDtype<A>);
+    const int64_t k = wconv.size(3), dense_ld = nhwc ? s.C : s.P;
+    const auto res = optional_map(residual, s, nhwc);
+    const PixelBlocks<T> blocks(s);
+    Tensor y = empty_map(s, nhwc, x.scalar_type()), pooled = empty({s.N, 2, s.C}, kDtype<A>),
+           argmax_hw = empty({s.N, s.C}, ScalarType::Int), hidden = empty({s.N, 2, mlp.R}, kDtype<A>),
+           channel_gate = empty({s.N, s.C}, kDtype<A>), maps = empty({s.N, 2, s.H, s.W}, kDtype<A>),
+           argmax_c = empty({s.N, s.H, s.W}, ScalarType::Int),
+           spatial_gate = empty({s.N, s.H, s.W}, kDtype<A>);
+    for_images(s.N, s.C * s.P, [&](int64_t begin, int64_t end, const Team& team) {
+      ChannelPool<T, true> pool(s, nhwc);
+      Framed<A> framed[2] = {{s.H, s.W, k}, {s.H, s.W, k}};
+      Buffer<A> channel(s.C), spatial(s.P);
+      for (int64_t n = begin; n < end; ++n) {
+        const auto in = matrix(map.image<T>(n), s, nhwc, map.ld);
+        const T* pr = static_cast<const T*>(image_or_null(res, n, sizeof(T)));
+        A *mean_hw = data<A>(pooled) + 2 * n * s.C, *mean_c = data<A>(maps) + 2 * n * s.P,
+          *max_c = mean_c + s.P;
+        pool.run(in, team, mean_hw, mean_hw + s.C, data<int32_t>(argmax_hw) + n * s.C);
+        mlp.gate_of_two(mean_hw, data<A>(hidden) + 2 * n * mlp.R, channel.get());
+        std::copy_n(channel.get(), s.C, data<A>(channel_gate) + n * s.C);
+        const auto reduce_channels = [&](int64_t b) {
+          const int64_t p0 = blocks.first_pixel(b), p1 = blocks.last_pixel(b);
+          pixel_stats<T, true>(pixels_of(in, nhwc, p0, p1), nhwc, channel.get(), mean_c + p0, max_c + p0,
+                               data<int32_t>(argmax_c) + n * s.P + p0);
+          framed[0].set_rows(blocks.begin(b), blocks.end(b), s.W, mean_c);
+          framed[1].set_rows(blocks.begin(b), blocks.end(b), s.W, max_c);
+        };
+        const auto gate_block = [&](int64_t b) {
+          const int64_t p0 = blocks.first_pixel(b), p1 = blocks.last_pixel(b), skip = nhwc ? p0 * s.C : p0;
+          conv_gate(framed, data<A>(w), k, blocks.begin(b), blocks.end(b), s.W, spatial.get());
+          std::copy(&spatial[p0], &spatial[p1], data<A>(spatial_gate) + n * s.P + p0);
+          apply_gate<T>(pixels_of(in, nhwc, p0, p1), both_gates(nhwc, channel.get(), spatial.get(), p0),
+                        pr ? pr + skip : nullptr, data<T>(y) + n * s.C * s.P + skip, dense_ld, activation);
+        };
+        team.pipeline(blocks.count, blocks.reach(k), reduce_channels, gate_block);
+      }
+    });
+    return std::make_tuple(y, pooled, argmax_hw, hidden, channel_gate, maps, argmax_c, spatial_gate);
+  });
+}
+
+// What the passes of the backward of one image share.
+template <class T>
+struct CbamGrads {
+  using A = Acc<T>;
+  Framed<A> framed[2], dq;
+  Buffer<A> channel, spatial, along_c, dmean_c, dmax_c, dgate, part, dpooled;
+  PixelBlocks<T> blocks;
+  ChannelPartials<A> direct, through_maps;
+
+  CbamGrads(const Shape& s, int64_t k)
+      : framed{{s.H, s.W, k}, {s.H, s.W, k}},
+        dq(s.H, s.W, k),
+        channel(s.C),
+        spatial(s.P),
+        along_c(s.P),
+        dmean_c(s.P),
+        dmax_c(s.P),
+        dgate(s.C),
+        part(s.C),
+        dpooled(2 * s.C),
+        blocks(s),
+        direct(s.C, blocks.count),
+        through_maps(s.C, blocks.count) {}
+
+  // Pass 1: A[p] = sum_c g x channel, dq = A spatial (1 - spatial), and sum_p g x spatial per channel.
+  void upstream(const Matrix<const T>& x, const Matrix<const T>& g, bool nhwc, int64_t b) {
+    const int64_t p0 = blocks.first_pixel(b), p1 = blocks.last_pixel(b);
+    Buffer<A> columns(nhwc ? x.cols : p1 - p0);
+    const auto xs = pixels_of(x, nhwc, p0, p1), gs = pixels_of(g, nhwc, p0, p1);
+    if (nhwc) {
+      products<T, true, true>(xs, gs, &spatial[p0], channel.get(), &along_c[p0], direct.part(b));
+    } else {
+      products<T, true, true>(xs, gs, channel.get(), &spatial[p0], direct.part(b), columns.get());
+      std::copy_n(columns.get(), p1 - p0, &along_c[p0]);
+    }
+    for (int64_t p = p0; p < p1; ++p) along_c[p] *= spatial[p] * (1 - spatial[p]);
+    dq.set_rows(blocks.begin(b), blocks.end(b), blocks.W, along_c.get());
+  }
+
+  // Pass 2: the maps' gradients, and what they give each channel: sum_p x dmean_c + sum_{p: argmax = c} x
+  // dmax_c.
+  void maps(const Matrix<const T>& x, bool nhwc, const int32_t* at, const A* turned, int64_t k, int64_t b) {
+    const int64_t p0 = blocks.first_pixel(b), p1 = blocks.last_pixel(b), C = nhwc ? x.cols : x.rows;
+    conv_input_grad(dq, turned, k, blocks.begin(b), blocks.end(b), blocks.W, dmean_c.get(), dmax_c.get());
+    for (int64_t p = p0; p < p1; ++p) dmean_c[p] /= static_cast<A>(C);
+    A* out = through_maps.part(b);
+    const auto xs = pixels_of(x, nhwc, p0, p1);
+    if (nhwc) {
+      column_stats<T, false, true>(xs, &dmean_c[p0], out);
+    } else {
+      row_stats<T, false, true>(xs, &dmean_c[p0], out);
+    }
+    for (int64_t p = p0; p < p1; ++p) out[at[p]] += static_cast<A>(*element(x, nhwc, at[p], p)) * dmax_c[p];
+  }
+
+  // Pass 3: dx. The dense terms first; then the elements that a maximum came from are computed anew.
+  void input(const Matrix<const T>& g, bool nhwc, const int32_t* at_c, const int32_t* at_hw, T* dx,
+             int64_t b) {
+    const int64_t p0 = blocks.first_pixel(b), p1 = blocks.last_pixel(b), C = nhwc ? g.cols : g.rows;
+    const A *dmean_hw = dpooled.get(), *dmax_hw = dmean_hw + C;
+    const Affine<A> pixel{&spatial[p0], &dmean_c[p0]}, of_channel{channel.get(), dmean_hw};
+    const auto gs = pixels_of(g, nhwc, p0, p1);
+    const Matrix<T> out{dx, g.ld, g.rows, g.cols};
+    if (nhwc) {
+      affine_twice<T, false>(gs, pixel, of_channel, dx + p0 * g.ld);
+    } else {
+      affine_twice<T, true>(gs, of_channel, pixel, dx + p0);
+    }
+    const auto anew = [&](int64_t c, int64_t p) {
+      A value = static_cast<A>(*element(g, nhwc, c, p)) * spatial[p] + dmean_c[p];
+      if (at_c[p] == c) value += dmax_c[p];
+      value = value * channel[c] + dmean_hw[c];
+      if (at_hw[c] == p) value += dmax_hw[c];
+      *element(out, nhwc, c, p) = static_cast<T>(value);
+    };
+    for (int64_t p = p0; p < p1; ++p) anew(at_c[p], p);
+    for (int64_t c = 0; c < C; ++c) {
+      if (at_hw[c] >= p0 && at_hw[c] < p1) anew(c, at_hw[c]);
+    }
+  }
+};
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cbam_bwd(Tensor grad, Tensor x, Tensor w1, Tensor w2,
+                                                            Tensor wconv, std::optional<Tensor> residual,
+                                                            Tensor pooled, Tensor argmax_hw, Tensor hidden,
+                                                            Tensor channel_gate, Tensor maps, Tensor argmax_c,
+                                                            Tensor spatial_gate, int64_t activation) {
+  return dispatch(x, [&](auto type) {
+    using T = decltype(type);
+    using A = Acc<T>;
+    const Shape s = shape_of(x);
+    const FeatureMap map = feature_map(x);
+    const bool nhwc = map.nhwc, act = activation != kNone;
+    const Mlp<A> mlp(w1, w2, s.C);
+    const Tensor w = weight_as(wconv, kDtype<A>);
+    const int64_t k = wconv.size(3), image = s.C * s.P;
+    const FeatureMap g = dense_map(grad, s, nhwc);
+    const auto res = act ? optional_map(residual, s, nhwc) : std::nullopt;
+    Tensor dx = empty_map(s, nhwc, x.scalar_type()),
+           dresidual = act ? empty_map(s, nhwc, x.scalar_type()) : empty({0}, x.scalar_type());
+    Buffer<A> turned = flipped(data<A>(w), k), dz(s.N * s.C), dh(2 * s.N * mlp.R), dw_images(s.N * 2 * k * k);
+    for_images(s.N, image, [&](int64_t begin, int64_t end, const Team& team) {
+      CbamGrads<T> grads(s, k);
+      const auto& blocks = grads.blocks;
+      for (int64_t n = begin; n < end; ++n) {
+        std::copy_n(data<A>(channel_gate) + n * s.C, s.C, grads.channel.get());
+        std::copy_n(data<A>(spatial_gate) + n * s.P, s.P, grads.spatial.get());
+        for (int64_t m = 0; m < 2; ++m)
+          grads.framed[m].set_rows(0, s.H, s.W, data<A>(maps) + (2 * n + m) * s.P);
+        const int32_t *at_c = data<int32_t>(argmax_c) + n * s.P, *at_hw = data<int32_t>(argmax_hw) + n * s.C;
+        const T* pr = static_cast<const T*>(image_or_null(res, n, sizeof(T)));
+        T* kept = act ? data<T>(dresidual) + n * image : nullptr;
+        const auto in = matrix(map.image<T>(n), s, nhwc, map.ld);
+        const auto upstream = matrix<const T>(act ? kept : g.image<T>(n), s, nhwc, g.ld);
+        team.pipeline(
+            blocks.count, blocks.reach(k),
+            [&](int64_t b) {
+              const int64_t p0 = blocks.first_pixel(b), skip = nhwc ? p0 * s.C : p0;
+              if (act) {
+                gate_grad<T>(pixels_of(in, nhwc, p0, blocks.last_pixel(b)),
+                             both_gates(nhwc, grads.channel.get(), grads.spatial.get(), p0),
+                             g.image<T>(n) + skip, pr ? pr + skip : nullptr, kept + skip, g.ld, activation);
+              }
+              grads.upstream(in, upstream, nhwc, b);
+            },
+            [&](int64_t b) { grads.maps(in, nhwc, at_c, turned.get(), k, b); });
+        conv_weight_grad(grads.framed, grads.dq, k, s.H, s.W, team, &dw_images[n * 2 * k * k]);
+        grads.direct.sum(grads.dgate.get());
+        grads.through_maps.sum(grads.part.get());
+        for (int64_t c = 0; c < s.C; ++c) grads.dgate[c] += grads.part[c];
+        sigmoid_grad(grads.dgate.get(), grads.channel.get(), s.C, &dz[n * s.C]);
+        mlp.grad_of_two(&dz[n * s.C], data<A>(hidden) + 2 * n * mlp.R, &dh[2 * n * mlp.R],
+                        grads.dpooled.get());
+        for (int64_t c = 0; c < s.C; ++c) grads.dpooled[c] /= static_cast<A>(s.P);
+        team.each(blocks.count, [&](int64_t b, int64_t e) {
+          for (; b < e; ++b) grads.input(upstream, nhwc, at_c, at_hw, data<T>(dx) + n * image, b);
+        });
+      }
+    });
+    Tensor dw1 = empty_grad(w1, kDtype<A>), dw2 = empty_grad(w2, kDtype<A>),
+           dw = empty_grad(wconv, kDtype<A>);
+    weight_grad_of_two<A>(mlp, s.N, dz.get(), dh.get(), data<A>(pooled), data<A>(hidden), data<A>(dw1),
+                          data<A>(dw2));
+    batch_sum(s.N, dw_images.get(), 2 * k * k, data<A>(dw));
+    return std::make_tuple(dx, dresidual, dw1, dw2, dw);
+  });
+}
+
+}  // namespace
+}  // namespace visattn
+
+STABLE_TORCH_LIBRARY_IMPL(visattn_fast, CPU, m) {
+  m.impl("cbam_fwd", TORCH_BOX(&visattn::cbam_fwd));
+  m.impl("cbam_bwd", TORCH_BOX(&visattn::cbam_bwd));
+}

@@ -1,0 +1,77 @@
+// Efficient channel attention: y = act(x * sigmoid(conv1d(mean)) + residual), zero padding along C.
+#include <tuple>
+
+#include "channel_scale.h"
+
+namespace visattn {
+namespace {
+
+// The channels that tap j of a k-wide window reaches: out[c] meets in[c + shift] for c in [begin, end).
+struct Tap {
+  int64_t shift, begin, end;
+  Tap(int64_t j, int64_t k, int64_t C)
+      : shift(j - k / 2), begin(std::max<int64_t>(0, -shift)), end(std::min(C, C - shift)) {}
+};
+
+std::tuple<Tensor, Tensor, Tensor> eca_fwd(Tensor x, Tensor weight, std::optional<Tensor> residual,
+                                           int64_t activation) {
+  return dispatch(x, [&](auto type) {
+    using T = decltype(type);
+    using A = Acc<T>;
+    const Shape s = shape_of(x);
+    const Tensor w = weight_as(weight, kDtype<A>);
+    const int64_t k = w.numel();
+    Tensor mean = empty({s.N, s.C}, kDtype<A>), gate = empty({s.N, s.C}, kDtype<A>);
+    const auto gate_of = [&](int64_t, const A* mu, A* out) {
+      std::fill_n(out, s.C, A(0));
+      for (int64_t j = 0; j < k; ++j) {
+        const Tap tap(j, k, s.C);
+        for (int64_t c = tap.begin; c < tap.end; ++c) out[c] += data<A>(w)[j] * mu[c + tap.shift];
+      }
+      sigmoid_in_place(out, s.C);
+    };
+    Tensor y =
+        channel_scale_fwd<T>(feature_map(x), s, residual, activation, data<A>(mean), data<A>(gate), gate_of);
+    return std::make_tuple(y, mean, gate);
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor> eca_bwd(Tensor grad, Tensor x, Tensor weight,
+                                           std::optional<Tensor> residual, Tensor mean, Tensor gate,
+                                           int64_t activation) {
+  return dispatch(x, [&](auto type) {
+    using T = decltype(type);
+    using A = Acc<T>;
+    const Shape s = shape_of(x);
+    const Tensor w = weight_as(weight, kDtype<A>);
+    const int64_t k = w.numel();
+    Buffer<A> dw_images(s.N * k);
+    const A *mu = data<A>(mean), *sg = data<A>(gate);
+    const auto dmean_of = [&](int64_t n, const A* dgate, A* dmean) {
+      Buffer<A> dz(s.C);
+      sigmoid_grad(dgate, sg + n * s.C, s.C, dz.get());
+      std::fill_n(dmean, s.C, A(0));
+      for (int64_t j = 0; j < k; ++j) {
+        const Tap tap(j, k, s.C);
+        A sum = 0;
+        for (int64_t c = tap.begin; c < tap.end; ++c) {
+          sum += dz[c] * mu[n * s.C + c + tap.shift];
+          dmean[c + tap.shift] += data<A>(w)[j] * dz[c];
+        }
+        dw_images[n * k + j] = sum;
+      }
+    };
+    auto [dx, dresidual] = channel_scale_bwd<T>(grad, feature_map(x), s, residual, sg, activation, dmean_of);
+    Tensor dw = empty_grad(weight, kDtype<A>);
+    batch_sum(s.N, dw_images.get(), k, data<A>(dw));
+    return std::make_tuple(dx, dresidual, dw);
+  });
+}
+
+}  // namespace
+}  // namespace visattn
+
+STABLE_TORCH_LIBRARY_IMPL(visattn_fast, CPU, m) {
+  m.impl("eca_fwd", TORCH_BOX(&visattn::eca_fwd));
+  m.impl("eca_bwd", TORCH_BOX(&visattn::eca_bwd));
+}

@@ -1,0 +1,49 @@
+// Reductions from an image to its pixels: mean, maximum and argmax over channels.
+#pragma once
+
+#include <numeric>
+
+#include "image.h"
+
+namespace visattn {
+
+// An image in blocks of whole image rows, about 256 KB each: what one pass leaves in cache for the next.
+template <class T>
+struct PixelBlocks : Split {
+  int64_t W;
+
+  explicit PixelBlocks(const Shape& s) : Split(s.H, rows_per_block(s)), W(s.W) {}
+  int64_t first_pixel(int64_t i) const { return begin(i) * W; }
+  int64_t last_pixel(int64_t i) const { return end(i) * W; }
+  // How many blocks a k x k window reaches beyond its own.
+  int64_t reach(int64_t k) const { return std::min(count, (k / 2 + size - 1) / size); }
+
+ private:
+  static int64_t rows_per_block(const Shape& s) {
+    const int64_t unit = 8 / std::gcd(s.W, int64_t{8});  // rows that make up whole vectors
+    const int64_t rows = (int64_t{1} << 18) / static_cast<int64_t>(sizeof(T) * s.C * s.W);
+    return std::max(unit, rows / unit * unit);
+  }
+};
+
+// Mean, maximum and argmax over channels of x (* scale [C], padded, if kScale) for the pixels of a block.
+template <class T, bool kScale>
+void pixel_stats(const Matrix<const T>& x, bool nhwc, const Acc<T>* scale, Acc<T>* mean, Acc<T>* max,
+                 int32_t* at) {
+  using A = Acc<T>;
+  const int64_t pixels = nhwc ? x.rows : x.cols, channels = nhwc ? x.cols : x.rows;
+  Buffer<A> sum(pixels), top(pixels);
+  Buffer<Index<A>> where(pixels);
+  if (nhwc) {
+    row_stats<T, true, kScale>(x, scale, sum.get(), top.get(), where.get());
+  } else {
+    column_stats<T, true, kScale>(x, scale, sum.get(), top.get(), where.get());
+  }
+  for (int64_t p = 0; p < pixels; ++p) {
+    mean[p] = sum[p] / static_cast<A>(channels);
+    max[p] = top[p];
+    at[p] = static_cast<int32_t>(where[p]);
+  }
+}
+
+}  // namespace visattn
