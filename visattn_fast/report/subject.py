@@ -1,0 +1,161 @@
+"""A case made concrete: its tensors, its contenders, their errors and their memory."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..catalogue import ENTRIES, feature_map
+from .cases import Case
+
+Results = tuple[Tensor, ...]  # (y,) or (y, dx, a gradient for every parameter)
+_BAND = 4  # units in the last place of a tensor's largest value: the rounding that is granted beside eager's error
+
+
+class Subject:
+    """The modules of a case, with equal parameters, and its input; runs are made of them.
+
+    Attributes:
+        x: normally distributed; it requires a gradient in mode ``"both"``.
+        names: of the tensors that every run returns.
+    """
+
+    def __init__(self, case: Case, device: torch.device) -> None:
+        dtype = getattr(torch, case.dtype)
+        fast, plain = ENTRIES[case.op].pair(case.shape[1], dtype)
+        self.case, self.device, self.dtype = case, device, dtype
+        self.fast, self.plain = fast.to(device), plain.to(device)
+        self.x = feature_map(case.shape, case.layout, dtype, device).requires_grad_(case.mode == "both")
+        with torch.no_grad():
+            shape = self.plain(self.x).shape
+        self.grad = feature_map(tuple(shape), case.layout, dtype, device, seed=1)
+        self.names = ["y"] + ["dx", *(f"d{name}" for name, _ in plain.named_parameters())] * (case.mode == "both")
+
+    def run(self, contender: str) -> Callable[[], Results]:
+        """What is timed: ``"eager"``, ``"compile"``, ``"fused"``, or ``"copy"``, which copies x into another map."""
+        if contender == "copy":
+            x, out = self.x.detach(), torch.empty_like(self.x, requires_grad=False)
+            return lambda: (out.copy_(x),)
+        module = self.fast if contender == "fused" else self.plain
+        function: Callable[..., Tensor] = module
+        if contender == "compile":
+            torch.compiler.reset()
+            function = torch.compile(module)
+        return _run(function, module, self.x, self.grad, self.case.mode)
+
+    def oracle(self) -> Results:
+        """The results of the reference in float64."""
+        plain = ENTRIES[self.case.op].reference(**ENTRIES[self.case.op].arguments(self.case.shape[1]))
+        plain.load_state_dict(self.plain.state_dict())
+        x = self.x.detach().double().requires_grad_(self.x.requires_grad)
+        plain = plain.to(self.device).double()
+        return _run(plain, plain, x, self.grad.double(), self.case.mode)()
+
+    def errors(self, results: Results, oracle: Results) -> dict[str, float]:
+        """The largest error of each tensor, in multiples of the largest value of the oracle's.
+
+        Raises:
+            AssertionError: a tensor that is not finite.
+        """
+        found = {}
+        for name, result, exact in zip(
+            self.names, map(Tensor.detach, results), map(Tensor.detach, oracle), strict=True
+        ):
+            assert result.isfinite().all(), f"{name} is not finite"
+            largest = exact.abs().max().clamp_min(torch.finfo(self.dtype).tiny)
+            found[name] = float((result.double() - exact).abs().max() / largest)
+        return found
+
+    def check(self, errors: dict[str, float], eager: dict[str, float]) -> None:
+        """Raises AssertionError unless each error is at most twice eager's, plus a rounding band."""
+        band = _BAND * torch.finfo(self.dtype).eps
+        wrong = [f"{n} {errors[n]:.1e} (eager {eager[n]:.1e})" for n in errors if errors[n] > 2 * eager[n] + band]
+        if wrong:
+            raise AssertionError(f"error against float64 above twice eager's: {', '.join(wrong)}")
+
+    def saved_bytes(self, contender: str, run: Callable[[], Results]) -> int | None:
+        """Bytes that a training run keeps for its backward pass, each storage once, parameters aside."""
+        if self.case.mode != "both" or contender == "copy":
+            return None
+        module = self.fast if contender == "fused" else self.plain
+        parameters = {p.untyped_storage().data_ptr() for p in module.parameters()}
+        kept: dict[int, int] = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in parameters:
+                kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            run()
+        return sum(kept.values())
+
+    def peak_bytes(self, run: Callable[[], Results]) -> int | None:
+        """The most that a run allocates at a time, beside what was there before; None where it cannot be known."""
+        if self.device.type == "cpu":
+            return _traced_peak(run)
+        module = torch.get_device_module(self.device)
+        if not hasattr(module, "max_memory_allocated"):
+            return None
+        module.synchronize()
+        module.reset_peak_memory_stats()
+        before = module.memory_allocated()
+        run()
+        module.synchronize()
+        return module.max_memory_allocated() - before
+
+
+def _run(
+    function: Callable[..., Tensor], module: nn.Module, x: Tensor, grad: Tensor, mode: str
+) -> Callable[[], Results]:
+    """A run of ``function`` that differentiates for the parameters of ``module``."""
+    wanted = (x, *module.parameters())
+
+    def forward() -> Results:
+        with torch.no_grad():
+            return (function(x),)
+
+    def both() -> Results:
+        y = function(x)
+        return (y, *torch.autograd.grad(y, wanted, grad))  # handed out, not added to .grad
+
+    return forward if mode == "forward" else both
+
+
+def _traced_peak(run: Callable[[], Results]) -> int:
+    with tempfile.TemporaryDirectory() as folder, _silent_stderr():
+        with torch.profiler.profile(
+            activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
+        ) as profiler:
+            run()
+        trace = Path(folder, "trace.json")
+        profiler.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text())["traceEvents"]
+    now = peak = 0
+    for event in sorted((e for e in events if e.get("name") == "[memory]"), key=lambda e: e["ts"]):
+        now += event["args"]["Bytes"]
+        peak = max(peak, now)
+    return peak
+
+
+@contextlib.contextmanager
+def _silent_stderr() -> Iterator[None]:
+    """The profiler's library announces itself on file descriptor 2 and has no option against it."""
+    sys.stderr.flush()
+    before = os.dup(2)
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(before, 2)
+        os.close(before)

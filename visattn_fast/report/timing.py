@@ -1,0 +1,103 @@
+"""The one timing core: contenders interleaved in one process, on the clock of their device."""
+
+from __future__ import annotations
+
+import gc
+import math
+import random
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+Run = Callable[[], object]
+_LARGEST_CACHE = 256 * 2**20  # bytes; more than any GPU's L2
+_MOST_FLUSHES = 50
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long to measure: until ``seconds`` have passed, but for at least and at most so many rounds."""
+
+    seconds: float = 2.0
+    fewest: int = 15
+    most: int = 200
+
+
+def interleaved(runs: dict[str, Run], device: torch.device, effort: Effort) -> dict[str, list[float]]:
+    """Times every run once per round, in an order that is shuffled from round to round; returns seconds, by name.
+
+    What a run returns is freed after the clock has stopped; what it frees itself is on the clock.
+    """
+    clock = WallClock() if device.type == "cpu" else EventClock(device)
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    order, shuffle = list(runs), random.Random(0).shuffle
+    for _ in range(2):
+        for run in runs.values():
+            clock(run)
+    gc.collect()
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        end = time.perf_counter() + effort.seconds
+        while len(seconds[order[0]]) < effort.fewest or (
+            time.perf_counter() < end and len(seconds[order[0]]) < effort.most
+        ):
+            shuffle(order)
+            for name in order:
+                seconds[name].append(clock(runs[name]))
+    finally:
+        if collecting:
+            gc.enable()
+    return seconds
+
+
+def quantiles(seconds: list[float]) -> tuple[float, float, float]:
+    """The 20th, 50th and 80th percentile."""
+    fifths = statistics.quantiles(seconds, n=5, method="inclusive")
+    return fifths[0], statistics.median(seconds), fifths[3]
+
+
+class WallClock:
+    """Times a run on the CPU."""
+
+    def __call__(self, run: Run) -> float:
+        start = time.perf_counter()
+        result = run()
+        seconds = time.perf_counter() - start
+        del result
+        return seconds
+
+
+class EventClock:
+    """Times a run by device events, from a cold L2.
+
+    Before the run a buffer larger than any L2 is written, as often as it takes to keep the device busy while the host
+    launches the run: the events then enclose the device's work, not the host's launching.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.module = torch.get_device_module(device)
+        self.buffer = torch.empty(_LARGEST_CACHE, dtype=torch.int8, device=device)
+        self.launch_seconds: dict[Run, float] = {}  # the host's share of each run, as last seen
+        self.buffer.zero_()
+        self.flush_seconds = self._between_events(self.buffer.zero_)
+
+    def __call__(self, run: Run) -> float:
+        flushes = 1 + math.ceil(self.launch_seconds.get(run, 0.0) / self.flush_seconds)
+        for _ in range(min(flushes, _MOST_FLUSHES)):
+            self.buffer.zero_()
+        return self._between_events(run)
+
+    def _between_events(self, run: Run) -> float:
+        start, end = (self.module.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        began = time.perf_counter()
+        result = run()
+        self.launch_seconds[run] = time.perf_counter() - began
+        end.record()
+        end.synchronize()
+        del result
+        return start.elapsed_time(end) * 1e-3
