@@ -56,9 +56,8 @@ def test_choice_is_nested_and_survives_errors():
     with vf.use_backend("cuda"):
         with vf.use_backend("reference"):
             module(x)
-        with pytest.raises(RuntimeError, match="cannot serve"):  # raised within a third context
-            with vf.use_backend("cuda"):
-                module(x)
+        with pytest.raises(RuntimeError, match="cannot serve"), vf.use_backend("cuda"):
+            module(x)
         with pytest.raises(RuntimeError, match="cannot serve"):
             module(x)
     module(x)
@@ -100,7 +99,6 @@ def test_without_triton_and_without_the_extension(tmp_path):
 import sys
 sys.modules["triton"] = None
 import torch, visattn_fast as vf
-assert vf.__file__.startswith(sys.argv[0] or ""), vf.__file__
 x = torch.randn(2, 16, 5, 5, requires_grad=True)
 for fast, plain in ((vf.FastSE(16), vf.reference.SE(16)), (vf.FastCBAM(16), vf.reference.CBAM(16))):
     plain.load_state_dict(fast.state_dict())

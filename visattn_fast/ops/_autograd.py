@@ -15,7 +15,7 @@ def mixed(mathematics: Callable[..., Tensor], x: Tensor, *weights: Tensor | None
     """``mathematics(x, *weights)`` in x's dtype, where x and weights may differ in dtype outside of autocast too."""
     dtypes = {t.dtype for t in (x, *weights) if t is not None}
     if len(dtypes) == 1 or torch.is_autocast_enabled(x.device.type):
-        return mathematics(x, *weights)
+        return mathematics(x, *weights).to(x.dtype)
     widest = torch.float64 if torch.float64 in dtypes else torch.float32
     return mathematics(*(None if t is None else t.to(widest) for t in (x, *weights))).to(x.dtype)
 
@@ -42,8 +42,8 @@ def fused_function(
     Args:
         name: of the class.
         forward_op: ``(*tensors, *options) -> (y, *small)``; options are ints.
-        gradients: ``(grad, tensors, small, options)`` -> a gradient for each of ``tensors``, in any dtype; an empty
-            tensor stands for ``grad`` itself.
+        gradients: ``(grad, tensors, small, options)`` -> a gradient for each of ``tensors``, in any dtype; a vector
+            for a map stands for ``grad`` itself.
         mathematics: ``(*tensors, *options) -> y`` in differentiable PyTorch.
         saves_result: y is small and needed as well: ``small`` starts with it.
     """
@@ -91,6 +91,6 @@ def _differentiable(
 def _gradient_for(tensor: Tensor | None, gradient: Tensor, grad: Tensor) -> Tensor | None:
     if tensor is None:
         return None
-    if gradient.numel() == 0:
+    if gradient.dim() < tensor.dim():
         return grad
     return gradient if gradient.dtype == tensor.dtype else gradient.to(tensor.dtype)
