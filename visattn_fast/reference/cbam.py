@@ -27,7 +27,7 @@ def channel_attention(x: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
     """
     check_bottleneck(x, w1, None, w2, None)
     w1, w2 = w1.flatten(1), w2.flatten(1)
-    mean, maximum = x.mean((2, 3)), x.flatten(2).max(dim=2).values
+    mean, maximum = x.mean((2, 3)), F.adaptive_max_pool2d(x, 1).flatten(1)
     excited = F.linear(F.relu(F.linear(mean, w1)), w2) + F.linear(F.relu(F.linear(maximum, w1)), w2)
     return torch.sigmoid(excited)[:, :, None, None]
 

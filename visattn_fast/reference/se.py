@@ -59,7 +59,7 @@ class SE(nn.Module):
 
     def weights(self) -> tuple[Any, ...]:
         """``(w1, b1, w2, b2)``, as `se` takes them."""
-        squeeze, excite = self.fc[0], self.fc[2]
+        squeeze, _, excite, _ = self.fc  # several times faster than indexing
         return squeeze.weight, squeeze.bias, excite.weight, excite.bias
 
     def forward(self, x: Tensor) -> Tensor:
