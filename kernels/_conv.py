@@ -1,4 +1,4 @@
-"""The spatial gate `sigmoid(conv(maps, w))` of two maps [N, 2, H, W] and one k x k filter [1, 2, k, k], forward and backward."""
+"""The spatial gate `sigmoid(conv(maps, w))`, maps [N, 2, H, W], w [1, 2, k, k], forward and backward."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from ._heuristics import splits, vector_block
+from ._launch import launch
 from ._pool import combine
 from ._tiles import sigmoid
 
@@ -59,7 +60,7 @@ def _conv_maps_grad_kernel(dq_ptr, w_ptr, dmaps_ptr, H, W, K: tl.constexpr, BLOC
 
 @triton.jit
 def _conv_weight_grad_kernel(
-    dq_ptr, maps_ptr, parts_ptr, H, W, parts, steps, K: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_P: tl.constexpr
+    dq_ptr, maps_ptr, parts_ptr, H, W, steps, K: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_P: tl.constexpr
 ):
     """parts [N, parts, 2 K K] = sum over one part of the pixels of dq [N, H, W] * shifted maps [N, 2, H, W]."""
     acc_ty = dq_ptr.dtype.element_ty
@@ -67,8 +68,8 @@ def _conv_weight_grad_kernel(
     HW = H * W
     blocks = tl.cdiv(TAPS, BLOCK_T)
     t = tl.program_id(0) % blocks * BLOCK_T + tl.arange(0, BLOCK_T)
-    row = (tl.program_id(0) // blocks).to(tl.int64)  # n * parts + part
-    n, part = row // parts, (row % parts).to(tl.int32)
+    n = (tl.program_id(0) // blocks).to(tl.int64)
+    part = tl.program_id(1)
     i, dh, dw = t // (K * K), t // K % K - K // 2, t % K - K // 2
     acc = tl.zeros([BLOCK_T, BLOCK_P], acc_ty)
     for step in range(steps):
@@ -78,17 +79,17 @@ def _conv_weight_grad_kernel(
         inside = (t < TAPS)[:, None] & (p < HW)[None, :] & (y >= 0) & (y < H) & (x >= 0) & (x < W)
         v = tl.load(maps_ptr + (n * 2 + i[:, None]) * HW + y * W + x, mask=inside, other=0.0)
         acc += v * tl.load(dq_ptr + n * HW + p, mask=p < HW, other=0.0)[None, :]
-    tl.store(parts_ptr + row * TAPS + t, tl.sum(acc, 1), mask=t < TAPS)
+    tl.store(parts_ptr + (n * tl.num_programs(1) + part) * TAPS + t, tl.sum(acc, 1), mask=t < TAPS)
 
 
 def conv_gate(maps: torch.Tensor, wconv: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
     """Writes gate [N, (1,) H, W] from maps [N, 2, H, W]."""
     N, _, H, W = maps.shape
     block = vector_block(H * W)
-    if N:
-        _conv_gate_kernel[(N * triton.cdiv(H * W, block),)](
-            maps, wconv.contiguous(), gate, H, W, K=wconv.shape[-1], BLOCK_P=block
-        )
+    launch(
+        _conv_gate_kernel, N * triton.cdiv(H * W, block),
+        maps, wconv.contiguous(), gate, H, W, K=wconv.shape[-1], BLOCK_P=block,
+    )  # fmt: skip
     return gate
 
 
@@ -100,16 +101,17 @@ def conv_gate_bwd(dq: torch.Tensor, wconv: torch.Tensor, maps: torch.Tensor) -> 
     if not N:
         return dmaps, maps.new_zeros(wconv.shape)
     block = vector_block(H * W)
-    _conv_maps_grad_kernel[(N * triton.cdiv(H * W, block),)](
-        dq, wconv.contiguous(), dmaps, H, W, K=K, BLOCK_P=block
-    )
-    block_t = vector_block(2 * K * K, 16)
-    blocks = triton.cdiv(2 * K * K, block_t)
+    launch(
+        _conv_maps_grad_kernel, N * triton.cdiv(H * W, block),
+        dq, wconv.contiguous(), dmaps, H, W, K=K, BLOCK_P=block,
+    )  # fmt: skip
+    taps = 2 * K * K
+    block_t, block = 16, vector_block(H * W, 128)
+    blocks = triton.cdiv(taps, block_t)
     parts, steps = splits(N * blocks, triton.cdiv(H * W, block))
-    partial = maps.new_empty((1, N * parts, 2 * K * K))
-    _conv_weight_grad_kernel[(N * parts * blocks,)](
-        dq, maps, partial, H, W, parts, steps, K=K, BLOCK_T=block_t, BLOCK_P=block
-    )
-    dwconv = maps.new_empty(wconv.shape)
-    combine(partial, None, dwconv)
-    return dmaps, dwconv
+    partial = maps.new_empty((1, N * parts, taps))
+    launch(
+        _conv_weight_grad_kernel, N * blocks,
+        dq, maps, partial, H, W, steps, K=K, BLOCK_T=block_t, BLOCK_P=block, parts=parts,
+    )  # fmt: skip
+    return dmaps, combine(partial, None, maps.new_empty(wconv.shape))

@@ -1,4 +1,4 @@
-"""The passes over x that apply gates and their gradients. A gate is per channel [N, C], per pixel [N, HW], or both."""
+"""The passes over x that apply gates, per channel [N, C] and per pixel [N, HW], and their gradients."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from ._heuristics import SCALE_TILE, splits, tile, tiles
+from ._launch import launch
 from ._layout import Layout
 from ._tiles import activate, activation_grad, dense_stride, program_tile, tile_mask, tile_offsets
 
@@ -34,22 +35,22 @@ def _scale_kernel(
 @triton.jit
 def _gate_grads_kernel(
     grad_ptr, x_ptr, residual_ptr, channel_gate_ptr, spatial_gate_ptr, dresidual_ptr, dchannel_ptr, dspatial_ptr,
-    C, HW, stride_n, stride_o, slots, parts, steps,
+    C, HW, stride_n, stride_o, slots, steps,
     ACTIVATION: tl.constexpr, CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """g' = grad * act'(z), and both sums of g' x in one read.
 
-    dchannel [N, slots, C]: sum over pixels of g' x [* spatial_gate]; dspatial [N, ., HW]: over channels, * channel_gate.
-    A program keeps one block of the inner axis and walks a part of the outer one: sums along the outer axis stay in
-    registers until its end, those along the inner axis are partial results per inner block, and those blocks are wide.
+    dchannel [N, slots, C]: over pixels, of g' x [* spatial_gate].
+    dspatial [N, ., HW]: over channels, of g' x * channel_gate.
+    A program keeps a block of the inner axis and walks a part of the outer one. Sums along the outer axis stay in
+    registers to the end; those along the inner axis are stored for each block, which is wide to make them few.
     """
     acc_ty = channel_gate_ptr.dtype.element_ty
-    pid = tl.program_id(0)
     blocks = tl.cdiv(C, BLOCK_C) if CHANNELS_LAST else tl.cdiv(HW, BLOCK_P)
-    block = pid % blocks
-    part = pid // blocks % parts
-    n = (pid // blocks // parts).to(tl.int64)
+    block = tl.program_id(0) % blocks
+    n = (tl.program_id(0) // blocks).to(tl.int64)
+    part = tl.program_id(1)
     first_tile = part * steps
     c = (block if CHANNELS_LAST else first_tile) * BLOCK_C + tl.arange(0, BLOCK_C)
     p = (first_tile if CHANNELS_LAST else block) * BLOCK_P + tl.arange(0, BLOCK_P)
@@ -89,21 +90,20 @@ def _gate_grads_kernel(
     if CHANNELS_LAST:
         tl.store(dchannel_ptr + (n * slots + part) * C + c, tl.sum(acc, 1), mask=c < C)
     elif spatial_gate_ptr is not None:
-        tl.store(dspatial_ptr + (n * parts + part) * HW + p, tl.sum(acc, 0), mask=p < HW)
+        tl.store(dspatial_ptr + (n * tl.num_programs(1) + part) * HW + p, tl.sum(acc, 0), mask=p < HW)
 
 
 @triton.jit
 def _map_grads_kernel(
-    x_ptr, dmaps_ptr, argmax_c_ptr, dchannel_ptr, C, HW, stride_n, stride_o, slots, first_slot, parts, steps,
+    x_ptr, dmaps_ptr, argmax_c_ptr, dchannel_ptr, C, HW, stride_n, stride_o, slots, first_slot, steps,
     CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """dchannel [N, slots, C], from first_slot on: sum over pixels of x * du, du = dmean_map / C + dmax_map at argmax_c."""
+    """dchannel [N, slots, C], from first_slot on: sum over pixels of x (dmean_map / C + dmax_map at argmax_c)."""
     acc_ty = dmaps_ptr.dtype.element_ty
-    pid = tl.program_id(0)
     blocks = tl.cdiv(C, BLOCK_C)
-    part = pid // blocks % parts
-    n = (pid // blocks // parts).to(tl.int64)
-    c = pid % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
+    part = tl.program_id(1)
+    n = (tl.program_id(0) // blocks).to(tl.int64)
+    c = tl.program_id(0) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
     acc = tl.zeros([BLOCK_C, BLOCK_P], acc_ty)
     for step in range(steps):
         p = (part * steps + step) * BLOCK_P + tl.arange(0, BLOCK_P)
@@ -128,7 +128,7 @@ def _dx_kernel(
     grad_ptr, channel_gate_ptr, spatial_gate_ptr, dpooled_ptr, argmax_hw_ptr, dmaps_ptr, argmax_c_ptr, dx_ptr, C, HW,
     CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """dx = (grad * spatial_gate + dmean_map / C + dmax_map at argmax_c) * channel_gate + dmean / HW + dmax at argmax_hw.
+    """dx = (grad spatial_gate + dmean_map / C + dmax_map at argmax_c) channel_gate + dmean / HW + dmax at argmax_hw.
 
     Terms whose pointer is None are left out; dpooled is [N, C] (the mean's) or, with argmax_hw, [N, 2, C].
     """
@@ -162,11 +162,11 @@ def scale(
     """y = act(x * gates + residual), in x's layout. Reads x (and the residual) and writes y."""
     y = layout.empty(x)
     t = tile(layout, SCALE_TILE)
-    if layout.N:
-        _scale_kernel[(tiles(layout, t),)](
-            x, channel_gate, spatial_gate, None if residual is None else layout.dense(residual), y,
-            layout.C, layout.HW, layout.stride_n, layout.stride_o, ACTIVATION=activation, **t._asdict(),
-        )  # fmt: skip
+    launch(
+        _scale_kernel, tiles(layout, t),
+        x, channel_gate, spatial_gate, None if residual is None else layout.dense(residual), y,
+        layout.C, layout.HW, layout.stride_n, layout.stride_o, ACTIVATION=activation, **t._asdict(),
+    )  # fmt: skip
     return y
 
 
@@ -178,7 +178,7 @@ def gate_grads(
 
     - g' = grad * act'(z), dense in x's layout: grad itself without an activation;
     - dresidual: g' where it had to be written, else empty [0];
-    - parts [N, S + more_slots, C] of the sum over pixels of g' x [* spatial_gate], the last more_slots left to the caller;
+    - parts [N, S + more_slots, C] of the sum over pixels of g' x [* spatial_gate]; the last more_slots are not written;
     - parts [N, S, HW] of the sum over channels of g' x * channel_gate, where there is a spatial gate.
     """
     N, C, HW = layout.N, layout.C, layout.HW
@@ -191,12 +191,12 @@ def gate_grads(
     dspatial = None if spatial_gate is None else channel_gate.new_empty((N, slots_p, HW))
     grad = layout.dense(grad)
     dresidual = layout.empty(x) if activation else x.new_empty(0)
-    if N:
-        _gate_grads_kernel[(N * blocks * parts,)](
-            grad, x, None if residual is None else layout.dense(residual), channel_gate, spatial_gate,
-            dresidual, dchannel, dspatial, C, HW, layout.stride_n, layout.stride_o, slots_c + more_slots,
-            parts, steps, ACTIVATION=activation, **t._asdict(),
-        )  # fmt: skip
+    launch(
+        _gate_grads_kernel, N * blocks,
+        grad, x, None if residual is None else layout.dense(residual), channel_gate, spatial_gate,
+        dresidual, dchannel, dspatial, C, HW, layout.stride_n, layout.stride_o, slots_c + more_slots,
+        steps, ACTIVATION=activation, **t._asdict(), parts=parts,
+    )  # fmt: skip
     return dresidual if activation else grad, dresidual, dchannel, dspatial
 
 
@@ -215,11 +215,11 @@ def map_grads(
     blocks = triton.cdiv(C, t.BLOCK_C)
     parts, steps = splits(N * blocks, triton.cdiv(HW, t.BLOCK_P))
     slots = dchannel.shape[1]
-    if N:
-        _map_grads_kernel[(N * blocks * parts,)](
-            x, dmaps, argmax_c, dchannel, C, HW, layout.stride_n, layout.stride_o, slots, slots - parts, parts, steps,
-            **t._asdict(),
-        )  # fmt: skip
+    launch(
+        _map_grads_kernel, N * blocks,
+        x, dmaps, argmax_c, dchannel, C, HW, layout.stride_n, layout.stride_o, slots, slots - parts, steps,
+        **t._asdict(), parts=parts,
+    )  # fmt: skip
 
 
 def input_grad(
@@ -230,9 +230,8 @@ def input_grad(
     """dx of `_dx_kernel`, like x (whose values are not read). Reads grad, where given, and writes dx."""
     dx = layout.empty(x)
     t = tile(layout, SCALE_TILE)
-    if layout.N:
-        _dx_kernel[(tiles(layout, t),)](
-            grad, channel_gate, spatial_gate, dpooled, argmax_hw, dmaps, argmax_c, dx, layout.C, layout.HW,
-            **t._asdict(),
-        )  # fmt: skip
+    launch(
+        _dx_kernel, tiles(layout, t),
+        grad, channel_gate, spatial_gate, dpooled, argmax_hw, dmaps, argmax_c, dx, layout.C, layout.HW, **t._asdict(),
+    )  # fmt: skip
     return dx

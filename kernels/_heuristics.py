@@ -34,7 +34,7 @@ def tile(layout: Layout, elements: int = TILE) -> Tile:
     block_outer = min(next_power_of_2(outer), elements // INNER_BLOCK)
     block_inner = min(next_power_of_2(inner), elements // block_outer)
     block_outer = min(next_power_of_2(outer), elements // block_inner)
-    num_warps = min(max(block_inner * block_outer // 512, 1), 4)
+    num_warps = min(max(block_inner * block_outer // 512, 1), 8)
     blocks = (block_inner, block_outer) if layout.channels_last else (block_outer, block_inner)
     return Tile(layout.channels_last, layout.align, *blocks, num_warps)
 

@@ -6,7 +6,6 @@ one and N have free strides, so that slices and expanded tensors are read withou
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -30,7 +29,7 @@ class Layout(NamedTuple):
 
     @property
     def align(self) -> int:
-        """The power of two, at most 16, that divides the inner extent and both strides: where rows may start."""
+        """The power of two, at most 16, that divides the inner extent and both strides, and so every row's start."""
         bits = (self.C if self.channels_last else self.HW) | self.stride_n | self.stride_o | 16
         return bits & -bits
 
@@ -70,12 +69,3 @@ def canonical(x: torch.Tensor) -> tuple[torch.Tensor, Layout]:
 
 def accumulation_dtype(x: torch.Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def device_guard(x: torch.Tensor) -> AbstractContextManager[object]:
-    """Makes x's device current: Triton launches on the current device, not on its arguments' one."""
-    if x.is_cuda:
-        return torch.cuda.device_of(x)
-    if x.is_xpu:
-        return torch.xpu.device_of(x)
-    return nullcontext()

@@ -1,6 +1,6 @@
 """The two-layer channel gate `sigmoid(W2 relu(W1 pooled + b1) + b2)`, forward and backward.
 
-`pooled` is [N, C], or [N, B, C] for B branches through the same weights, whose second layer is summed before the sigmoid.
+`pooled` is [N, C], or [N, B, C] for B branches through the same weights, which are summed before the sigmoid.
 The vectors are small and the weights are what moves, so each layer is spread over blocks of its outputs.
 """
 
@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from ._heuristics import linear_blocks, vector_block
+from ._launch import launch
 from ._tiles import activate, sigmoid
 
 NONE, RELU, SIGMOID = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
@@ -18,38 +19,35 @@ NONE, RELU, SIGMOID = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 @triton.jit
 def _linear_kernel(
-    x_ptr, w_ptr, b_ptr, hidden_ptr, y_ptr, I, O, stride_o, stride_i,
+    x_ptr, w_ptr, b_ptr, hidden_ptr, y_ptr, inputs, outputs, stride_o, stride_i,
     X_ROWS: tl.constexpr, Y_ROWS: tl.constexpr, ACTIVATION: tl.constexpr,
     BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr,
 ):  # fmt: skip
-    """y [N, Y_ROWS, O] = act(w [O, I] (sum of x [N, X_ROWS, I] over its rows) + b), zero where hidden [N, Y_ROWS, O] <= 0."""
+    """y [N, Y_ROWS, outputs] = act(w (sum of x [N, X_ROWS, inputs] over its rows) + b), zero where hidden <= 0."""
     acc_ty = x_ptr.dtype.element_ty
-    blocks = tl.cdiv(O, BLOCK_O)
+    blocks = tl.cdiv(outputs, BLOCK_O)
     n = (tl.program_id(0) // blocks).to(tl.int64)
     o = tl.program_id(0) % blocks * BLOCK_O + tl.arange(0, BLOCK_O)
     acc = tl.zeros([BLOCK_O, BLOCK_I], acc_ty)
-    for start in range(0, I, BLOCK_I):
+    for start in range(0, inputs, BLOCK_I):
         i = start + tl.arange(0, BLOCK_I)
         v = tl.zeros([BLOCK_I], acc_ty)
         for row in tl.static_range(X_ROWS):
-            v += tl.load(x_ptr + (n * X_ROWS + row) * I + i, mask=i < I, other=0.0)
+            v += tl.load(x_ptr + (n * X_ROWS + row) * inputs + i, mask=i < inputs, other=0.0)
         offsets = o[:, None].to(tl.int64) * stride_o + i[None, :].to(tl.int64) * stride_i
-        w = tl.load(w_ptr + offsets, mask=(o < O)[:, None] & (i < I)[None, :], other=0.0).to(acc_ty)
+        w = tl.load(w_ptr + offsets, mask=(o < outputs)[:, None] & (i < inputs)[None, :], other=0.0).to(acc_ty)
         acc += w * v[None, :]
     y = tl.sum(acc, 1)
     if b_ptr is not None:
-        y += tl.load(b_ptr + o, mask=o < O, other=0.0).to(acc_ty)
-    if ACTIVATION == SIGMOID:
-        y = sigmoid(y)
-    else:
-        y = activate(y, ACTIVATION)
+        y += tl.load(b_ptr + o, mask=o < outputs, other=0.0).to(acc_ty)
+    y = sigmoid(y) if ACTIVATION == SIGMOID else activate(y, ACTIVATION)
     for row in tl.static_range(Y_ROWS):
-        out = (n * Y_ROWS + row) * O + o
+        out = (n * Y_ROWS + row) * outputs + o
         if hidden_ptr is not None:
-            h = tl.load(hidden_ptr + out, mask=o < O, other=0.0)
-            tl.store(y_ptr + out, tl.where(h <= 0, 0.0, y), mask=o < O)
+            h = tl.load(hidden_ptr + out, mask=o < outputs, other=0.0)
+            tl.store(y_ptr + out, tl.where(h <= 0, 0.0, y), mask=o < outputs)
         else:
-            tl.store(y_ptr + out, y, mask=o < O)
+            tl.store(y_ptr + out, y, mask=o < outputs)
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -80,9 +78,8 @@ def _weight_grad_kernel(
     mask = (c < C)[:, None] & (r < R)[None, :]
     tl.store(dw1_ptr + r[None, :].to(tl.int64) * C + c[:, None], dw1, mask=mask)
     tl.store(dw2_ptr + c[:, None].to(tl.int64) * R + r[None, :], dw2, mask=mask)
-    if db1_ptr is not None:
-        tl.store(db1_ptr + r, db1, mask=(r < R) & (tl.program_id(0) % blocks_c == 0))
-        tl.store(db2_ptr + c, db2, mask=(c < C) & (tl.program_id(0) // blocks_c == 0))
+    tl.store(db1_ptr + r, db1, mask=(r < R) & (tl.program_id(0) % blocks_c == 0))
+    tl.store(db2_ptr + c, db2, mask=(c < C) & (tl.program_id(0) // blocks_c == 0))
 
 
 def _linear(
@@ -94,12 +91,11 @@ def _linear(
     if transposed:
         outputs, inputs, stride_o, stride_i = inputs, outputs, stride_i, stride_o
     block_o, block_i = linear_blocks(outputs, inputs)
-    rows = y.numel() // (outputs * y_rows)
-    if rows:
-        _linear_kernel[(rows * triton.cdiv(outputs, block_o),)](
-            x, w, b, hidden, y, inputs, outputs, stride_o, stride_i,
-            X_ROWS=x_rows, Y_ROWS=y_rows, ACTIVATION=activation, BLOCK_O=block_o, BLOCK_I=block_i,
-        )  # fmt: skip
+    launch(
+        _linear_kernel, y.numel() // (outputs * y_rows) * triton.cdiv(outputs, block_o),
+        x, w, b, hidden, y, inputs, outputs, stride_o, stride_i,
+        X_ROWS=x_rows, Y_ROWS=y_rows, ACTIVATION=activation, BLOCK_O=block_o, BLOCK_I=block_i,
+    )  # fmt: skip
     return y
 
 
@@ -107,7 +103,7 @@ def mlp_gate(
     pooled: torch.Tensor, w1: torch.Tensor, b1: torch.Tensor | None, w2: torch.Tensor, b2: torch.Tensor | None,
     gate: torch.Tensor,
 ) -> torch.Tensor:  # fmt: skip
-    """Writes gate ([N, C], any dtype); returns hidden [N, R] or [N, B, R]. w1 [R, C, ...], w2 [C, R, ...], any strides."""
+    """Writes gate ([N, C], any dtype); returns hidden [N, R] or [N, B, R]. w1 [R, C], w2 [C, R], any strides."""
     branches = pooled.shape[1] if pooled.dim() == 3 else 1
     hidden = pooled.new_empty((*pooled.shape[:-1], w1.shape[0]))
     _linear(pooled, w1, b1, hidden, RELU)
@@ -116,20 +112,19 @@ def mlp_gate(
 
 
 def mlp_gate_bwd(
-    dz: torch.Tensor, w1: torch.Tensor, w2: torch.Tensor, pooled: torch.Tensor, hidden: torch.Tensor, bias: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor | None]:
-    """From dz [N, C], the gradient before the sigmoid: (dpooled like pooled, dw1, db1, dw2, db2), biases on request."""
+    dz: torch.Tensor, w1: torch.Tensor, w2: torch.Tensor, pooled: torch.Tensor, hidden: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """From dz [N, C], the gradient before the sigmoid: (dpooled like pooled, dw1, db1, dw2, db2)."""
     (N, C), R = dz.shape, w1.shape[0]
     branches = pooled.shape[1] if pooled.dim() == 3 else 1
     dhidden = _linear(dz, w2, None, torch.empty_like(hidden), NONE, transposed=True, y_rows=branches, hidden=hidden)
     dpooled = _linear(dhidden, w1, None, torch.empty_like(pooled), NONE, transposed=True)
     new = dz.new_empty if N else dz.new_zeros
-    dw1, dw2 = new(w1.shape), new(w2.shape)
-    db1, db2 = (new(R), new(C)) if bias else (None, None)
-    if N:
-        block_c, block_r = vector_block(C, 64), vector_block(R, 16)
-        _weight_grad_kernel[(triton.cdiv(C, block_c) * triton.cdiv(R, block_r),)](
-            dz, hidden, dhidden, pooled, dw1, db1, dw2, db2, N, C, R,
-            BRANCHES=branches, BLOCK_C=block_c, BLOCK_R=block_r,
-        )  # fmt: skip
+    dw1, db1, dw2, db2 = new(w1.shape), new(R), new(w2.shape), new(C)
+    block_c, block_r = vector_block(C, 32), vector_block(R, 16)
+    launch(
+        _weight_grad_kernel, triton.cdiv(C, block_c) * triton.cdiv(R, block_r) if N else 0,
+        dz, hidden, dhidden, pooled, dw1, db1, dw2, db2, N, C, R,
+        BRANCHES=branches, BLOCK_C=block_c, BLOCK_R=block_r, num_warps=2,
+    )  # fmt: skip
     return dpooled, dw1, db1, dw2, db2

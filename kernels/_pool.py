@@ -2,37 +2,39 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 
 from ._heuristics import SCALE_TILE, TILE, splits, tile, vector_block
+from ._launch import launch
 from ._layout import Layout, accumulation_dtype
 from ._tiles import INDEX_MAX, max_first, sigmoid_grad, tile_mask, tile_offsets
 
 
 @triton.jit
 def _pool_kernel(
-    x_ptr, gate_ptr, out_ptr, argmax_ptr, C, HW, stride_n, stride_o, divisor, parts, steps,
+    x_ptr, gate_ptr, out_ptr, argmax_ptr, C, HW, stride_n, stride_o, divisor, steps,
     OVER_C: tl.constexpr, CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """out [N, parts, 1 or 2, kept] = (sum / divisor, max) of x [* gate [N, C]] over one part of the pixels or channels."""
+    """out [N, parts, 1 or 2, kept] = (sum / divisor, max) of x [* gate [N, C]] over parts of the pixels or channels."""
     acc_ty = out_ptr.dtype.element_ty
-    pid = tl.program_id(0)
     kept = HW if OVER_C else C
     blocks = tl.cdiv(kept, BLOCK_P if OVER_C else BLOCK_C)
-    part = pid // blocks % parts
-    n = (pid // blocks // parts).to(tl.int64)
-    first_tile = part * steps
-    c = (first_tile if OVER_C else pid % blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
-    p = (pid % blocks if OVER_C else first_tile) * BLOCK_P + tl.arange(0, BLOCK_P)
+    block = tl.program_id(0) % blocks
+    n = (tl.program_id(0) // blocks).to(tl.int64)
+    first_tile = tl.program_id(1) * steps
+    c = (first_tile if OVER_C else block) * BLOCK_C + tl.arange(0, BLOCK_C)
+    p = (block if OVER_C else first_tile) * BLOCK_P + tl.arange(0, BLOCK_P)
 
     total = tl.zeros([BLOCK_C, BLOCK_P], acc_ty)
     if argmax_ptr is not None:
         best = tl.full([BLOCK_C, BLOCK_P], float("-inf"), acc_ty)
-        # Not a sentinel: a lane that sees nothing but -inf keeps its first position.
-        index = (c[:, None] if OVER_C else p[None, :]) + tl.zeros([BLOCK_C, BLOCK_P], tl.int32)
+        # The step alone says where a lane found its maximum; one that sees nothing but -inf keeps its first position.
+        best_step = tl.zeros([BLOCK_C, BLOCK_P], tl.int32)
     for step in range(steps):
         cs = c + step * BLOCK_C if OVER_C else c
         ps = p if OVER_C else p + step * BLOCK_P
@@ -46,15 +48,16 @@ def _pool_kernel(
             v = tl.where(mask, v, -float("inf"))
             take = (v > best) | ((v != v) & (best == best))
             best = tl.where(take, v, best)
-            index = tl.where(take, cs[:, None] if OVER_C else ps[None, :], index)
+            best_step = tl.where(take, step, best_step)
 
     k = p if OVER_C else c
-    row = (n * parts + part) * kept
+    row = (n * tl.num_programs(1) + tl.program_id(1)) * kept
     REDUCED: tl.constexpr = 0 if OVER_C else 1
     total = tl.sum(total, REDUCED) / divisor
     if argmax_ptr is None:
         tl.store(out_ptr + row + k, total, mask=k < kept)
     else:
+        index = c[:, None] + best_step * BLOCK_C if OVER_C else p[None, :] + best_step * BLOCK_P
         value, first = max_first(best, index, REDUCED)
         tl.store(out_ptr + 2 * row + k, total, mask=k < kept)
         tl.store(out_ptr + 2 * row + kept + k, value, mask=k < kept)
@@ -101,55 +104,58 @@ def _combine_kernel(parts_ptr, gate_ptr, out_ptr, L, parts, BLOCK_S: tl.constexp
     tl.store(out_ptr + m * L + k, out, mask=k < L)
 
 
-def pool_hw(x: torch.Tensor, layout: Layout, with_max: bool = False) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Mean over the pixels [N, C], or (mean, max) [N, 2, C] with argmax [N, C] (int32, h * W + w). Reads x once."""
-    return _pool(x, None, layout, layout.C, layout.HW, with_max, over_c=False)
+def mean_hw(x: torch.Tensor, layout: Layout) -> torch.Tensor:
+    """Mean over the pixels [N, C]. Reads x once."""
+    return _pool(x, None, layout, with_max=False, over_c=False)[0]
 
 
-def pool_c(
-    x: torch.Tensor, gate: torch.Tensor | None, layout: Layout
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(mean, max) of x [* gate [N, C]] over the channels [N, 2, HW], argmax [N, HW] (int32). Reads x once."""
-    maps, argmax = _pool(x, gate, layout, layout.HW, layout.C, True, over_c=True)
-    assert argmax is not None
-    return maps, argmax
+def mean_max_hw(x: torch.Tensor, layout: Layout) -> tuple[torch.Tensor, torch.Tensor]:
+    """(mean, max) over the pixels [N, 2, C], argmax h * W + w [N, C] (int32). Reads x once."""
+    return _pool(x, None, layout, with_max=True, over_c=False)
+
+
+def mean_max_c(x: torch.Tensor, gate: torch.Tensor | None, layout: Layout) -> tuple[torch.Tensor, torch.Tensor]:
+    """(mean, max) of x [* gate [N, C]] over the channels [N, 2, H, W], argmax [N, H, W] (int32). Reads x once."""
+    maps, argmax = _pool(x, gate, layout, with_max=True, over_c=True)
+    return maps.view(layout.N, 2, layout.H, layout.W), argmax.view(layout.N, layout.H, layout.W)
 
 
 def _pool(
-    x: torch.Tensor, gate: torch.Tensor | None, layout: Layout, kept: int, reduced: int, with_max: bool, over_c: bool
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+    x: torch.Tensor, gate: torch.Tensor | None, layout: Layout, with_max: bool, over_c: bool
+) -> tuple[torch.Tensor, Any]:
     N, C, HW = layout.N, layout.C, layout.HW
     # With the channels inside, one tile is nearly the whole reduction over them: make it worth a program.
-    elements = SCALE_TILE if over_c and layout.channels_last else TILE
-    t = tile(layout, elements)
-    programs = N * triton.cdiv(kept, t.BLOCK_P if over_c else t.BLOCK_C)
-    parts, steps = splits(programs, triton.cdiv(reduced, t.BLOCK_C if over_c else t.BLOCK_P))
+    t = tile(layout, SCALE_TILE if over_c and layout.channels_last else TILE)
+    kept, block_kept, reduced, block_reduced = (
+        (HW, t.BLOCK_P, C, t.BLOCK_C) if over_c else (C, t.BLOCK_C, HW, t.BLOCK_P)
+    )
+    programs = N * triton.cdiv(kept, block_kept)
+    parts, steps = splits(programs, triton.cdiv(reduced, block_reduced))
 
     def allocate(rows: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         out = x.new_empty((rows, 2, kept) if with_max else (rows, kept), dtype=accumulation_dtype(x))
         return out, x.new_empty((rows, kept), dtype=torch.int32) if with_max else None
 
     part, part_argmax = allocate(N * parts)
-    if N:
-        _pool_kernel[(programs * parts,)](
-            x, gate, part, part_argmax, C, HW, layout.stride_n, layout.stride_o, reduced if parts == 1 else 1,
-            parts, steps, OVER_C=over_c, **t._asdict(),
-        )  # fmt: skip
+    launch(
+        _pool_kernel, programs, x, gate, part, part_argmax, C, HW, layout.stride_n, layout.stride_o,
+        reduced if parts == 1 else 1, steps, OVER_C=over_c, **t._asdict(), parts=parts,
+    )  # fmt: skip
     if parts == 1:
         return part, part_argmax
     out, argmax = allocate(N)
-    block = vector_block(kept, 128)
-    _combine_pool_kernel[(N * triton.cdiv(kept, block),)](
-        part, part_argmax, out, argmax, kept, parts, reduced, BLOCK_S=triton.next_power_of_2(parts), BLOCK_L=block
-    )
+    block, block_s = vector_block(kept, 128), triton.next_power_of_2(parts)
+    launch(
+        _combine_pool_kernel, N * triton.cdiv(kept, block),
+        part, part_argmax, out, argmax, kept, parts, reduced, BLOCK_S=block_s, BLOCK_L=block,
+    )  # fmt: skip
     return out, argmax
 
 
 def combine(parts: torch.Tensor, gate: torch.Tensor | None, out: torch.Tensor) -> torch.Tensor:
     """out [M, L] = sum of parts [M, S, L] over S, in a fixed order [* gate (1 - gate)]; out's dtype accumulates."""
     M, S, L = parts.shape
-    block_l = vector_block(L, 64)
-    block_s = min(triton.next_power_of_2(S), 2048 // block_l)
-    if M:
-        _combine_kernel[(M * triton.cdiv(L, block_l),)](parts, gate, out, L, S, BLOCK_S=block_s, BLOCK_L=block_l)
+    block = vector_block(L, 64)
+    block_s = min(triton.next_power_of_2(S), 2048 // block)
+    launch(_combine_kernel, M * triton.cdiv(L, block), parts, gate, out, L, S, BLOCK_S=block_s, BLOCK_L=block)
     return out

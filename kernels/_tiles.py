@@ -10,8 +10,11 @@ INDEX_MAX = tl.constexpr(2**31 - 1)
 
 @triton.jit
 def program_tile(C, HW, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr):
-    """This program's image (int64), channels [BLOCK_C] and pixels [BLOCK_P]; pixels run fastest."""
-    pid = tl.program_id(0)
+    """This program's image (int64), channels [BLOCK_C] and pixels [BLOCK_P].
+
+    The last images come first: the pass before ended with them, and they may still be in the L2 cache.
+    """
+    pid = tl.num_programs(0) - 1 - tl.program_id(0)
     blocks_p = tl.cdiv(HW, BLOCK_P)
     blocks_c = tl.cdiv(C, BLOCK_C)
     n = (pid // blocks_p // blocks_c).to(tl.int64)
@@ -34,21 +37,13 @@ def tile_offsets(c, p, stride_o, CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexp
 def tile_mask(c, p, C, HW, CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr):
     """[BLOCK_C, BLOCK_P]; constant over ALIGN neighbours, which lets a masked load stay wide."""
     mask = (c < C)[:, None] & (p < HW)[None, :]
-    if CHANNELS_LAST:
-        mask = tl.max_constancy(mask, [ALIGN, 1])
-    else:
-        mask = tl.max_constancy(mask, [1, ALIGN])
-    return mask
+    return tl.max_constancy(mask, [ALIGN, 1] if CHANNELS_LAST else [1, ALIGN])
 
 
 @triton.jit
 def dense_stride(C, HW, CHANNELS_LAST: tl.constexpr):
     """Stride of the outer axis of a dense tensor."""
-    if CHANNELS_LAST:
-        stride_o = C
-    else:
-        stride_o = HW
-    return stride_o
+    return C if CHANNELS_LAST else HW
 
 
 @triton.jit
@@ -87,7 +82,7 @@ def activation_grad(g, v, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def max_first(values, index, AXIS: tl.constexpr):
-    """Maximum along AXIS and its lowest index. NaN wins: tl.max alone drops it on a GPU and keeps it in the interpreter."""
+    """Maximum along AXIS and its lowest index. NaN wins: tl.max alone would drop it on a GPU."""
     is_nan = values != values
     any_nan = tl.max(is_nan.to(tl.int32), AXIS) > 0
     best = tl.max(tl.where(is_nan, -float("inf"), values), AXIS)

@@ -6,9 +6,10 @@ import torch
 
 from ._conv import conv_gate, conv_gate_bwd
 from ._gate import gate_grads, input_grad, map_grads, map_grads_slots, scale
-from ._layout import canonical, device_guard
+from ._launch import device_guard
+from ._layout import canonical
 from ._mlp import mlp_gate, mlp_gate_bwd
-from ._pool import combine, pool_c, pool_hw
+from ._pool import combine, mean_max_c, mean_max_hw
 
 
 def channel_attention_fwd(
@@ -21,8 +22,7 @@ def channel_attention_fwd(
     """
     with device_guard(x):
         x, layout = canonical(x)
-        pooled, argmax_hw = pool_hw(x, layout, with_max=True)
-        assert argmax_hw is not None
+        pooled, argmax_hw = mean_max_hw(x, layout)
         gate = x.new_empty((layout.N, layout.C, 1, 1))
         hidden = mlp_gate(pooled, w1, None, w2, None, gate)
         return gate, pooled, argmax_hw, hidden
@@ -36,8 +36,8 @@ def channel_attention_bwd(
     with device_guard(x):
         x, layout = canonical(x)
         N, C = layout.N, layout.C
-        dz = combine(grad.contiguous().view(N, 1, C), gate, torch.empty_like(pooled[:, 0]))
-        dpooled, dw1, _, dw2, _ = mlp_gate_bwd(dz, w1, w2, pooled, hidden, bias=False)
+        dz = combine(grad.contiguous().view(N, 1, C), gate, pooled.new_empty((layout.N, layout.C)))
+        dpooled, dw1, _, dw2, _ = mlp_gate_bwd(dz, w1, w2, pooled, hidden)
         return input_grad(x, layout, dpooled=dpooled, argmax_hw=argmax_hw), dw1, dw2
 
 
@@ -49,11 +49,9 @@ def spatial_attention_fwd(x: torch.Tensor, wconv: torch.Tensor) -> tuple[torch.T
     """
     with device_guard(x):
         x, layout = canonical(x)
-        N, H, W = layout.N, layout.H, layout.W
-        maps, argmax_c = pool_c(x, None, layout)
-        maps = maps.view(N, 2, H, W)
-        gate = conv_gate(maps, wconv, x.new_empty((N, 1, H, W)))
-        return gate, maps, argmax_c.view(N, H, W)
+        maps, argmax_c = mean_max_c(x, None, layout)
+        gate = conv_gate(maps, wconv, x.new_empty((layout.N, 1, layout.H, layout.W)))
+        return gate, maps, argmax_c
 
 
 def spatial_attention_bwd(
@@ -81,15 +79,13 @@ def cbam_fwd(
     """
     with device_guard(x):
         x, layout = canonical(x)
-        N, C, H, W = layout.N, layout.C, layout.H, layout.W
-        pooled, argmax_hw = pool_hw(x, layout, with_max=True)
-        channel_gate = pooled.new_empty((N, C))
+        pooled, argmax_hw = mean_max_hw(x, layout)
+        channel_gate = pooled.new_empty((layout.N, layout.C))
         hidden = mlp_gate(pooled, w1, None, w2, None, channel_gate)
-        maps, argmax_c = pool_c(x, channel_gate, layout)
-        maps = maps.view(N, 2, H, W)
-        spatial_gate = conv_gate(maps, wconv, maps.new_empty((N, H, W)))
+        maps, argmax_c = mean_max_c(x, channel_gate, layout)
+        spatial_gate = conv_gate(maps, wconv, maps.new_empty((layout.N, layout.H, layout.W)))
         y = scale(x, layout, channel_gate, spatial_gate, residual, activation)
-        return y, pooled, argmax_hw, hidden, channel_gate, maps, argmax_c.view(N, H, W), spatial_gate
+        return y, pooled, argmax_hw, hidden, channel_gate, maps, argmax_c, spatial_gate
 
 
 def cbam_bwd(
@@ -101,9 +97,9 @@ def cbam_bwd(
     """(dx, dresidual, dw1, dw2, dwconv), g' = grad * act'(x * channel_gate * spatial_gate + residual),
 
     dx = (g' * spatial_gate + dmean_map / C + dmax_map at argmax_c) * channel_gate + dmean / HW + dmax at argmax_hw.
-    Moves 5 times the bytes of x: (1) read grad and x for the sums over channels and over pixels together, (2) read x for
-    the maps' share of the channel gate's gradient, (3) read grad, write dx. With an activation, (1) also writes g',
-    returned as dresidual (else empty: it is grad), and reads a residual.
+    Moves 5 times the bytes of x: (1) read grad and x, for the sums over channels and over pixels together; (2) read x,
+    for the maps' share of the channel gate's gradient; (3) read grad, write dx. With an activation, (1) also writes
+    g', returned as dresidual (else empty: it is grad), and reads a residual.
     """
     with device_guard(x):
         x, layout = canonical(x)
@@ -115,7 +111,7 @@ def cbam_bwd(
         dmaps, dwconv = conv_gate_bwd(dq, wconv, maps)
         map_grads(x, layout, dmaps, argmax_c, dchannel)
         dz = combine(dchannel, channel_gate, torch.empty_like(channel_gate))
-        dpooled, dw1, _, dw2, _ = mlp_gate_bwd(dz, w1, w2, pooled, hidden, bias=False)
+        dpooled, dw1, _, dw2, _ = mlp_gate_bwd(dz, w1, w2, pooled, hidden)
         dx = input_grad(
             x, layout, grad=g, channel_gate=channel_gate, spatial_gate=spatial_gate,
             dpooled=dpooled, argmax_hw=argmax_hw, dmaps=dmaps, argmax_c=argmax_c,

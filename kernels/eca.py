@@ -8,45 +8,44 @@ import triton.language as tl
 
 from ._gate import gate_grads, input_grad, scale
 from ._heuristics import vector_block
-from ._layout import canonical, device_guard
-from ._pool import combine, pool_hw
+from ._launch import device_guard, launch
+from ._layout import canonical
+from ._pool import combine, mean_hw
 from ._tiles import sigmoid
 
 
 @triton.jit
-def _eca_gate_kernel(mean_ptr, w_ptr, gate_ptr, C, K: tl.constexpr, BLOCK_C: tl.constexpr):
+def _eca_gate_kernel(mean_ptr, w_ptr, gate_ptr, C, K: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr):
     """gate [N, C] = sigmoid(cross-correlation of mean [N, C] with w [K], zero padding K // 2)."""
-    acc_ty = mean_ptr.dtype.element_ty
     blocks = tl.cdiv(C, BLOCK_C)
     row = (tl.program_id(0) // blocks).to(tl.int64) * C
     c = tl.program_id(0) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
-    acc = tl.zeros([BLOCK_C], acc_ty)
-    for k in tl.static_range(K):
-        source = c + k - K // 2
-        v = tl.load(mean_ptr + row + source, mask=(source >= 0) & (source < C), other=0.0)
-        acc += v * tl.load(w_ptr + k).to(acc_ty)
-    tl.store(gate_ptr + row + c, sigmoid(acc), mask=c < C)
+    k = tl.arange(0, BLOCK_K)
+    w = tl.load(w_ptr + k, mask=k < K, other=0.0).to(mean_ptr.dtype.element_ty)
+    source = c[None, :] + k[:, None] - K // 2
+    inside = (k < K)[:, None] & (source >= 0) & (source < C)
+    v = tl.load(mean_ptr + row + source, mask=inside, other=0.0)
+    tl.store(gate_ptr + row + c, sigmoid(tl.sum(v * w[:, None], 0)), mask=c < C)
 
 
 @triton.jit
 def _eca_gate_bwd_kernel(
-    dz_ptr, mean_ptr, w_ptr, dmean_ptr, parts_ptr, C, K: tl.constexpr, BLOCK_C: tl.constexpr
+    dz_ptr, mean_ptr, w_ptr, dmean_ptr, parts_ptr, C, K: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr
 ):
-    """dmean [N, C] = transposed convolution of dz [N, C] with w [K]; parts [programs, K] of the sum of dz * shifted mean."""
-    acc_ty = dz_ptr.dtype.element_ty
+    """dmean [N, C] = transposed convolution of dz [N, C] with w [K]; parts [programs, K]: sums of dz * shifted mean."""
     blocks = tl.cdiv(C, BLOCK_C)
     row = (tl.program_id(0) // blocks).to(tl.int64) * C
     c = tl.program_id(0) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
-    own_dz = tl.load(dz_ptr + row + c, mask=c < C, other=0.0)
-    dmean = tl.zeros([BLOCK_C], acc_ty)
-    for k in tl.static_range(K):
-        source = c + k - K // 2
-        v = tl.load(mean_ptr + row + source, mask=(c < C) & (source >= 0) & (source < C), other=0.0)
-        tl.store(parts_ptr + tl.program_id(0).to(tl.int64) * K + k, tl.sum(own_dz * v, 0))
-        target = c - k + K // 2
-        dz = tl.load(dz_ptr + row + target, mask=(target >= 0) & (target < C), other=0.0)
-        dmean += dz * tl.load(w_ptr + k).to(acc_ty)
-    tl.store(dmean_ptr + row + c, dmean, mask=c < C)
+    k = tl.arange(0, BLOCK_K)
+    w = tl.load(w_ptr + k, mask=k < K, other=0.0).to(dz_ptr.dtype.element_ty)
+    shift = k[:, None] - K // 2
+    target, source = c[None, :] - shift, c[None, :] + shift
+    in_block = (k < K)[:, None] & (c < C)[None, :]
+    dz = tl.load(dz_ptr + row + target, mask=in_block & (target >= 0) & (target < C), other=0.0)
+    tl.store(dmean_ptr + row + c, tl.sum(dz * w[:, None], 0), mask=c < C)
+    v = tl.load(mean_ptr + row + source, mask=in_block & (source >= 0) & (source < C), other=0.0)
+    v *= tl.load(dz_ptr + row + c, mask=c < C, other=0.0)[None, :]
+    tl.store(parts_ptr + tl.program_id(0).to(tl.int64) * K + k, tl.sum(v, 1), mask=k < K)
 
 
 def eca_fwd(
@@ -59,13 +58,14 @@ def eca_fwd(
     """
     with device_guard(x):
         x, layout = canonical(x)
-        mean, _ = pool_hw(x, layout)
+        mean = mean_hw(x, layout)
         gate = torch.empty_like(mean)
-        block = vector_block(layout.C)
-        if layout.N:
-            _eca_gate_kernel[(layout.N * triton.cdiv(layout.C, block),)](
-                mean, weight.reshape(-1).contiguous(), gate, layout.C, K=weight.numel(), BLOCK_C=block
-            )
+        K, block = weight.numel(), vector_block(layout.C)
+        launch(
+            _eca_gate_kernel, layout.N * triton.cdiv(layout.C, block),
+            mean, weight.reshape(-1).contiguous(), gate, layout.C,
+            K=K, BLOCK_K=triton.next_power_of_2(K), BLOCK_C=block,
+        )  # fmt: skip
         return scale(x, layout, gate, None, residual, activation), mean, gate
 
 
@@ -86,9 +86,7 @@ def eca_bwd(
         return input_grad(x, layout, grad=g, channel_gate=gate, dpooled=dmean), dresidual, dweight
 
 
-def _eca_gate_bwd(
-    dz: torch.Tensor, weight: torch.Tensor, mean: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _eca_gate_bwd(dz: torch.Tensor, weight: torch.Tensor, mean: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     (N, C), K = mean.shape, weight.numel()
     dmean = torch.empty_like(mean)
     if not N:
@@ -96,7 +94,9 @@ def _eca_gate_bwd(
     block = vector_block(C)
     programs = N * triton.cdiv(C, block)
     parts = mean.new_empty((1, programs, K))
-    _eca_gate_bwd_kernel[(programs,)](
-        dz, mean, weight.reshape(-1).contiguous(), dmean, parts, C, K=K, BLOCK_C=block
-    )
+    launch(
+        _eca_gate_bwd_kernel, programs,
+        dz, mean, weight.reshape(-1).contiguous(), dmean, parts, C,
+        K=K, BLOCK_K=triton.next_power_of_2(K), BLOCK_C=block,
+    )  # fmt: skip
     return dmean, combine(parts, None, mean.new_empty(weight.shape))

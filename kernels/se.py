@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 
 from ._gate import gate_grads, input_grad, scale
-from ._layout import canonical, device_guard
+from ._launch import device_guard
+from ._layout import canonical
 from ._mlp import mlp_gate, mlp_gate_bwd
-from ._pool import combine, pool_hw
+from ._pool import combine, mean_hw
 
 
 def se_fwd(
@@ -21,7 +22,7 @@ def se_fwd(
     """
     with device_guard(x):
         x, layout = canonical(x)
-        mean, _ = pool_hw(x, layout)
+        mean = mean_hw(x, layout)
         gate = torch.empty_like(mean)
         hidden = mlp_gate(mean, w1, b1, w2, b2, gate)
         return scale(x, layout, gate, None, residual, activation), mean, hidden, gate
@@ -40,7 +41,6 @@ def se_bwd(
         x, layout = canonical(x)
         g, dresidual, parts, _ = gate_grads(grad, x, layout, gate, None, residual, activation)
         dz = combine(parts, gate, torch.empty_like(gate))
-        dmean, dw1, db1, dw2, db2 = mlp_gate_bwd(dz, w1, w2, mean, hidden, bias=True)
+        dmean, dw1, db1, dw2, db2 = mlp_gate_bwd(dz, w1, w2, mean, hidden)
         dx = input_grad(x, layout, grad=g, channel_gate=gate, dpooled=dmean)
-        assert db1 is not None and db2 is not None
         return dx, dresidual, dw1, db1, dw2, db2
