@@ -6,10 +6,10 @@ import torch
 import triton
 import triton.language as tl
 
-from ._heuristics import SCALE_TILE, splits, tile, tiles
+from ._heuristics import SCALE_TILE, Reduction, reduction, tile, tiles
 from ._launch import launch
 from ._layout import Layout
-from ._tiles import activate, activation_grad, dense_stride, program_tile, tile_mask, tile_offsets
+from ._tiles import activate, activation_grad, program_tile, tile_mask, tile_offsets
 
 
 @triton.jit
@@ -22,7 +22,7 @@ def _scale_kernel(
     acc_ty = channel_gate_ptr.dtype.element_ty
     n, c, p = program_tile(C, HW, BLOCK_C, BLOCK_P)
     mask = tile_mask(c, p, C, HW, CHANNELS_LAST, ALIGN)
-    offsets = n * C * HW + tile_offsets(c, p, dense_stride(C, HW, CHANNELS_LAST), CHANNELS_LAST, ALIGN)
+    offsets = n * C * HW + tile_offsets(c, p, C if CHANNELS_LAST else HW, CHANNELS_LAST, ALIGN)
     x = tl.load(x_ptr + n * stride_n + tile_offsets(c, p, stride_o, CHANNELS_LAST, ALIGN), mask=mask, other=0.0)
     v = x.to(acc_ty) * tl.load(channel_gate_ptr + n * C + c, mask=c < C, other=0.0)[:, None]
     if spatial_gate_ptr is not None:
@@ -54,14 +54,13 @@ def _gate_grads_kernel(
     first_tile = part * steps
     c = (block if CHANNELS_LAST else first_tile) * BLOCK_C + tl.arange(0, BLOCK_C)
     p = (first_tile if CHANNELS_LAST else block) * BLOCK_P + tl.arange(0, BLOCK_P)
-    dense_o = dense_stride(C, HW, CHANNELS_LAST)
 
     acc = tl.zeros([BLOCK_C, BLOCK_P], acc_ty)
     for step in range(steps):
         cs = c if CHANNELS_LAST else c + step * BLOCK_C
         ps = p + step * BLOCK_P if CHANNELS_LAST else p
         mask = tile_mask(cs, ps, C, HW, CHANNELS_LAST, ALIGN)
-        offsets = n * C * HW + tile_offsets(cs, ps, dense_o, CHANNELS_LAST, ALIGN)
+        offsets = n * C * HW + tile_offsets(cs, ps, C if CHANNELS_LAST else HW, CHANNELS_LAST, ALIGN)
         x_offsets = n * stride_n + tile_offsets(cs, ps, stride_o, CHANNELS_LAST, ALIGN)
         x = tl.load(x_ptr + x_offsets, mask=mask, other=0.0).to(acc_ty)
         g = tl.load(grad_ptr + offsets, mask=mask, other=0.0).to(acc_ty)
@@ -135,7 +134,7 @@ def _dx_kernel(
     acc_ty = dpooled_ptr.dtype.element_ty if dpooled_ptr is not None else dmaps_ptr.dtype.element_ty
     n, c, p = program_tile(C, HW, BLOCK_C, BLOCK_P)
     mask = tile_mask(c, p, C, HW, CHANNELS_LAST, ALIGN)
-    offsets = n * C * HW + tile_offsets(c, p, dense_stride(C, HW, CHANNELS_LAST), CHANNELS_LAST, ALIGN)
+    offsets = n * C * HW + tile_offsets(c, p, C if CHANNELS_LAST else HW, CHANNELS_LAST, ALIGN)
     d = tl.zeros([BLOCK_C, BLOCK_P], acc_ty)
     if grad_ptr is not None:
         d += tl.load(grad_ptr + offsets, mask=mask, other=0.0).to(acc_ty)
@@ -182,10 +181,7 @@ def gate_grads(
     - parts [N, S, HW] of the sum over channels of g' x * channel_gate, where there is a spatial gate.
     """
     N, C, HW = layout.N, layout.C, layout.HW
-    t = tile(layout)
-    blocks_c, blocks_p = triton.cdiv(C, t.BLOCK_C), triton.cdiv(HW, t.BLOCK_P)
-    blocks, outer = (blocks_c, blocks_p) if layout.channels_last else (blocks_p, blocks_c)
-    parts, steps = splits(N * blocks, outer)
+    t, blocks, parts, steps = reduction(layout, over_c=not layout.channels_last)
     slots_c, slots_p = (parts, blocks) if layout.channels_last else (blocks, parts)
     dchannel = channel_gate.new_empty((N, slots_c + more_slots, C))
     dspatial = None if spatial_gate is None else channel_gate.new_empty((N, slots_p, HW))
@@ -200,25 +196,20 @@ def gate_grads(
     return dresidual if activation else grad, dresidual, dchannel, dspatial
 
 
-def map_grads_slots(layout: Layout) -> int:
-    """How many slots map_grads fills."""
-    t = tile(layout)
-    return splits(layout.N * triton.cdiv(layout.C, t.BLOCK_C), triton.cdiv(layout.HW, t.BLOCK_P))[0]
+def map_grads_reduction(layout: Layout) -> Reduction:
+    """map_grads fills a slot for each part. Tiles are large: each block of channels reads the maps again."""
+    return reduction(layout, over_c=False, elements=SCALE_TILE)
 
 
 def map_grads(
     x: torch.Tensor, layout: Layout, dmaps: torch.Tensor, argmax_c: torch.Tensor, dchannel: torch.Tensor
 ) -> None:
-    """Fills the last map_grads_slots slots of dchannel with parts of the sum over pixels of x * du. Reads x once."""
-    N, C, HW = layout.N, layout.C, layout.HW
-    t = tile(layout)
-    blocks = triton.cdiv(C, t.BLOCK_C)
-    parts, steps = splits(N * blocks, triton.cdiv(HW, t.BLOCK_P))
+    """Fills the last slots of dchannel [N, S, C] with parts of the sum over pixels of x * du. Reads x once."""
+    t, blocks, parts, steps = map_grads_reduction(layout)
     slots = dchannel.shape[1]
     launch(
-        _map_grads_kernel, N * blocks,
-        x, dmaps, argmax_c, dchannel, C, HW, layout.stride_n, layout.stride_o, slots, slots - parts, steps,
-        **t._asdict(), parts=parts,
+        _map_grads_kernel, layout.N * blocks, x, dmaps, argmax_c, dchannel, layout.C, layout.HW,
+        layout.stride_n, layout.stride_o, slots, slots - parts, steps, **t._asdict(), parts=parts,
     )  # fmt: skip
 
 

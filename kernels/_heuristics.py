@@ -45,18 +45,35 @@ def tiles(layout: Layout, t: Tile) -> int:
 
 
 def splits(programs: int, tiles: int) -> tuple[int, int]:
-    """(splits, steps): how many programs share a reduction over `tiles` tiles, and how many tiles each one takes."""
+    """(parts, steps): how many programs share a reduction over `tiles` tiles, and how many tiles each one takes."""
     wanted = cdiv(PROGRAMS, max(programs, 1))
     steps = min(max(cdiv(tiles, wanted), MIN_STEPS), tiles)
     return cdiv(tiles, steps), steps
 
 
+class Reduction(NamedTuple):
+    """How programs share a reduction: blocks along the kept axis, parts of `steps` tiles along the reduced one."""
+
+    tile: Tile
+    blocks: int
+    parts: int
+    steps: int
+
+
+def reduction(layout: Layout, over_c: bool, elements: int = TILE) -> Reduction:
+    """Over the channels of each pixel, or over the pixels of each channel."""
+    t = tile(layout, elements)
+    blocks_c, blocks_p = cdiv(layout.C, t.BLOCK_C), cdiv(layout.HW, t.BLOCK_P)
+    kept, reduced = (blocks_p, blocks_c) if over_c else (blocks_c, blocks_p)
+    return Reduction(t, kept, *splits(layout.N * kept, reduced))
+
+
 def vector_block(length: int, limit: int = 256) -> int:
     """Block of a one-dimensional axis of a small tensor."""
-    return min(max(next_power_of_2(length), 16), limit)
+    return min(next_power_of_2(length), limit)
 
 
 def linear_blocks(outputs: int, inputs: int) -> tuple[int, int]:
-    """(BLOCK_O, BLOCK_I) of a dense layer on small vectors: many programs rather than large ones."""
-    block_i = vector_block(inputs, 128)
-    return vector_block(outputs, max(2048 // block_i, 16)), block_i
+    """(BLOCK_O, BLOCK_I) of a dense layer on small vectors: few steps along the inputs, many programs."""
+    block_i = vector_block(inputs)
+    return vector_block(outputs, min(2048 // block_i, 64)), block_i

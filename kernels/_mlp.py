@@ -94,7 +94,7 @@ def _linear(
     launch(
         _linear_kernel, y.numel() // (outputs * y_rows) * triton.cdiv(outputs, block_o),
         x, w, b, hidden, y, inputs, outputs, stride_o, stride_i,
-        X_ROWS=x_rows, Y_ROWS=y_rows, ACTIVATION=activation, BLOCK_O=block_o, BLOCK_I=block_i,
+        X_ROWS=x_rows, Y_ROWS=y_rows, ACTIVATION=activation, BLOCK_O=block_o, BLOCK_I=block_i, num_warps=8,
     )  # fmt: skip
     return y
 

@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._heuristics import SCALE_TILE, TILE, splits, tile, vector_block
+from ._heuristics import SCALE_TILE, TILE, reduction, vector_block
 from ._launch import launch
 from ._layout import Layout, accumulation_dtype
 from ._tiles import INDEX_MAX, max_first, sigmoid_grad, tile_mask, tile_offsets
@@ -125,12 +125,8 @@ def _pool(
 ) -> tuple[torch.Tensor, Any]:
     N, C, HW = layout.N, layout.C, layout.HW
     # With the channels inside, one tile is nearly the whole reduction over them: make it worth a program.
-    t = tile(layout, SCALE_TILE if over_c and layout.channels_last else TILE)
-    kept, block_kept, reduced, block_reduced = (
-        (HW, t.BLOCK_P, C, t.BLOCK_C) if over_c else (C, t.BLOCK_C, HW, t.BLOCK_P)
-    )
-    programs = N * triton.cdiv(kept, block_kept)
-    parts, steps = splits(programs, triton.cdiv(reduced, block_reduced))
+    t, blocks, parts, steps = reduction(layout, over_c, SCALE_TILE if over_c and layout.channels_last else TILE)
+    kept, reduced = (HW, C) if over_c else (C, HW)
 
     def allocate(rows: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         out = x.new_empty((rows, 2, kept) if with_max else (rows, kept), dtype=accumulation_dtype(x))
@@ -138,13 +134,14 @@ def _pool(
 
     part, part_argmax = allocate(N * parts)
     launch(
-        _pool_kernel, programs, x, gate, part, part_argmax, C, HW, layout.stride_n, layout.stride_o,
+        _pool_kernel, N * blocks, x, gate, part, part_argmax, C, HW, layout.stride_n, layout.stride_o,
         reduced if parts == 1 else 1, steps, OVER_C=over_c, **t._asdict(), parts=parts,
     )  # fmt: skip
     if parts == 1:
         return part, part_argmax
     out, argmax = allocate(N)
-    block, block_s = vector_block(kept, 128), triton.next_power_of_2(parts)
+    block_s = triton.next_power_of_2(parts)
+    block = vector_block(kept, max(TILE // block_s, 4))
     launch(
         _combine_pool_kernel, N * triton.cdiv(kept, block),
         part, part_argmax, out, argmax, kept, parts, reduced, BLOCK_S=block_s, BLOCK_L=block,

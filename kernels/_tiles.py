@@ -27,10 +27,10 @@ def program_tile(C, HW, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr):
 def tile_offsets(c, p, stride_o, CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr):
     """Offsets [BLOCK_C, BLOCK_P] inside an image, int64: an image may have more than 2^31 elements."""
     if CHANNELS_LAST:
-        offsets = tl.multiple_of(c[:, None] + p[None, :].to(tl.int64) * stride_o, [ALIGN, 1])
+        offsets = c[:, None] + p[None, :].to(tl.int64) * stride_o
     else:
-        offsets = tl.multiple_of(c[:, None].to(tl.int64) * stride_o + p[None, :], [1, ALIGN])
-    return offsets
+        offsets = c[:, None].to(tl.int64) * stride_o + p[None, :]
+    return tl.multiple_of(offsets, [ALIGN, 1] if CHANNELS_LAST else [1, ALIGN])
 
 
 @triton.jit
@@ -38,12 +38,6 @@ def tile_mask(c, p, C, HW, CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr):
     """[BLOCK_C, BLOCK_P]; constant over ALIGN neighbours, which lets a masked load stay wide."""
     mask = (c < C)[:, None] & (p < HW)[None, :]
     return tl.max_constancy(mask, [ALIGN, 1] if CHANNELS_LAST else [1, ALIGN])
-
-
-@triton.jit
-def dense_stride(C, HW, CHANNELS_LAST: tl.constexpr):
-    """Stride of the outer axis of a dense tensor."""
-    return C if CHANNELS_LAST else HW
 
 
 @triton.jit

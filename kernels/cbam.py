@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ._conv import conv_gate, conv_gate_bwd
-from ._gate import gate_grads, input_grad, map_grads, map_grads_slots, scale
+from ._gate import gate_grads, input_grad, map_grads, map_grads_reduction, scale
 from ._launch import device_guard
 from ._layout import canonical
 from ._mlp import mlp_gate, mlp_gate_bwd
@@ -103,8 +103,9 @@ def cbam_bwd(
     """
     with device_guard(x):
         x, layout = canonical(x)
+        slots = map_grads_reduction(layout).parts
         g, dresidual, dchannel, dspatial = gate_grads(
-            grad, x, layout, channel_gate, spatial_gate, residual, activation, more_slots=map_grads_slots(layout)
+            grad, x, layout, channel_gate, spatial_gate, residual, activation, more_slots=slots
         )
         assert dspatial is not None
         dq = combine(dspatial, spatial_gate, maps.new_empty((layout.N, layout.HW)))

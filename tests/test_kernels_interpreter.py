@@ -1,0 +1,107 @@
+"""Triton launchers: launch parameters, layouts, reductions that several programs share, empty batches.
+
+Kernels run on a GPU, or on the CPU under TRITON_INTERPRET=1; what only plans a launch is tested everywhere.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import pytest
+import torch
+
+from cases import TARGETS, check, feature_map
+from visattn_fast import catalogue
+
+pytest.importorskip("triton")
+cbam, eca, se, heuristics, layouts = (
+    importlib.import_module(f"visattn_fast.kernels.{name}") for name in ("cbam", "eca", "se", "_heuristics", "_layout")
+)
+
+DEVICES = [device for device, backend in TARGETS if backend == "triton"]
+LONG = ((1, 5, 53, 47), (1, 1030, 3, 2))  # several programs along the pixels, along the channels
+NEEDS_DEVICE = pytest.mark.skip(reason="needs a GPU or TRITON_INTERPRET=1")
+on_devices = pytest.mark.parametrize("device", DEVICES or [pytest.param("none", marks=NEEDS_DEVICE)])
+entries = pytest.mark.parametrize("entry", catalogue.ENTRIES.values(), ids=lambda e: e.name)
+formats = pytest.mark.parametrize("layout", catalogue.LAYOUTS)
+shapes = pytest.mark.parametrize("shape", LONG, ids=lambda s: "x".join(map(str, s)))
+
+
+def layout_of(shape: tuple[int, ...], layout: str) -> Any:
+    return layouts.canonical(torch.empty(shape, device="meta", memory_format=catalogue.LAYOUTS[layout]))[1]
+
+
+@formats
+@pytest.mark.parametrize("over_c", [False, True])
+def test_reduction_covers(layout, over_c):
+    parts = []
+    for shape in (*LONG, (0, 3, 4, 4), (1, 1, 1, 1), (64, 256, 56, 56), (1, 128, 1024, 1024), (3, 70000, 1, 1)):
+        where = layout_of(shape, layout)
+        r = heuristics.reduction(where, over_c)
+        kept, reduced = (where.HW, where.C) if over_c else (where.C, where.HW)
+        block_kept, block_reduced = (r.tile.BLOCK_P, r.tile.BLOCK_C)[:: 1 if over_c else -1]
+        assert (r.blocks - 1) * block_kept < kept <= r.blocks * block_kept
+        assert (r.parts - 1) * r.steps * block_reduced < reduced <= r.parts * r.steps * block_reduced
+        assert r.parts <= 65535  # the second axis of a grid
+        parts.append(r.parts)
+    assert max(parts[: len(LONG)]) > 1, "the shapes below are to be reduced in parts"
+
+
+@formats
+def test_slices_are_read_in_place(layout):
+    x = torch.randn(4, 9, 6, 10).contiguous(memory_format=catalogue.LAYOUTS[layout])
+    inner_axis_cut = {"nchw": x[..., 1:], "channels_last": x[:, :, ::2, 1:]}[layout]
+    for view, copied in ((x[::2], False), (x[:, 2:5], False), (x[:1].expand_as(x), False), (inner_axis_cut, True)):
+        read, where = layouts.canonical(view)
+        assert (read.data_ptr() != view.data_ptr()) == copied
+        assert where.is_dense(where.empty(view))
+
+
+@on_devices
+@entries
+@formats
+@shapes
+def test_parts(entry, layout, shape, device):
+    check(entry, feature_map(shape, layout, torch.float32, device), "triton")
+
+
+@on_devices
+@formats
+@shapes
+@pytest.mark.parametrize("value", [0.0, torch.nan, -torch.inf])
+def test_first_maximum_of_all_parts(layout, shape, value, device):
+    """Equal maxima in every part: the first one wins. Late NaN win over them, the first one again."""
+    x = feature_map(shape, layout, torch.float32, device).clamp_(max=0)
+    if value:
+        x[:, -2:, -1, -2:] = value
+    if value == -torch.inf:
+        x.fill_(value)
+    C = shape[1]
+    ones = [torch.ones(s, device=device) for s in ((2, C), (C, 2), (1, 2, 3, 3))]
+    _, pooled, argmax_hw, _ = cbam.channel_attention_fwd(x, *ones[:2])
+    _, maps, argmax_c = cbam.spatial_attention_fwd(x, ones[2])
+    for got, index, exact in ((pooled[:, 1], argmax_hw, x.flatten(2).max(2)), (maps[:, 1], argmax_c, x.max(1))):
+        torch.testing.assert_close(got, exact.values, rtol=0, atol=0, equal_nan=True)
+        assert torch.equal(index.long(), exact.indices)
+
+
+def test_empty_batch_launches_nothing(monkeypatch):
+    def no_launch(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("launched")
+
+    runner = type(importlib.import_module("visattn_fast.kernels._pool")._pool_kernel)
+    monkeypatch.setattr(runner, "run", no_launch, raising=False)
+    monkeypatch.setattr(runner, "__getitem__", no_launch)
+    x, w1, w2, wconv, weight = (torch.ones(s) for s in ((0, 6, 3, 3), (2, 6), (6, 2), (1, 2, 3, 3), (1, 1, 3)))
+    y, *small = se.se_fwd(x, w1, None, w2, None, None, 1)
+    gradients = se.se_bwd(y, x, w1, w2, None, *small, 1)
+    y, *small = eca.eca_fwd(x, weight, x, 0)
+    gradients += eca.eca_bwd(y, x, weight, x, *small, 0)
+    y, *small = cbam.cbam_fwd(x, w1, w2, wconv, x, 2)
+    gradients += cbam.cbam_bwd(y, x, w1, w2, wconv, x, *small, 2)
+    gate, *small = cbam.channel_attention_fwd(x, w1, w2)
+    gradients += cbam.channel_attention_bwd(gate, x, w1, w2, gate, *small)
+    gate, *small = cbam.spatial_attention_fwd(x, wconv)
+    gradients += cbam.spatial_attention_bwd(gate, x, wconv, gate, *small)
+    assert all(not g.any() for g in gradients)
