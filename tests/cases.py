@@ -131,6 +131,7 @@ def within_budget(
     where terms cancel, eager may be exact by luck. In float64, where the oracle rounds as eager does, it is 64 units.
     """
     assert fused.keys() == exact.keys()
+    eps = max(torch.finfo(t.dtype).eps for t in fused.values())  # of the coarsest dtype in the run
     for name, want in exact.items():
         got, plain = fused[name], eager[name]
         assert got.shape == want.shape, f"{name}: shape {tuple(got.shape)}, expected {tuple(want.shape)}"
@@ -139,7 +140,7 @@ def within_budget(
             continue
         units = 64 if got.dtype == torch.float64 else 4
         allowed = 2 * _distance(plain, want) + 4 * _distance(rounded[name], want)
-        allowed += units * torch.finfo(got.dtype).eps * want.abs().max().item()
+        allowed += units * eps * want.abs().max().item()
         error = _distance(got, want)
         assert error <= allowed, f"{name}: error {error:.3g} against float64, allowed {allowed:.3g}"
 

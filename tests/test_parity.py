@@ -14,6 +14,7 @@ from visattn_fast import catalogue
 pytestmark = pytest.mark.parametrize(("device", "backend"), TARGETS)
 entries = pytest.mark.parametrize("entry", catalogue.ENTRIES.values(), ids=lambda e: e.name)
 layouts = pytest.mark.parametrize("layout", catalogue.LAYOUTS)
+quiet = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, under the interpreter, of NaN that is meant
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 
 
@@ -63,6 +64,7 @@ def test_ties(entry, layout, device, backend):
     check(entry, torch.ones_like(x), backend)
 
 
+@quiet
 @entries
 @layouts
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
@@ -78,6 +80,7 @@ def test_not_finite(entry, layout, value, count, device, backend):
     torch.testing.assert_close(y, plain(x), equal_nan=True, rtol=1e-4, atol=1e-5)
 
 
+@quiet
 @entries
 @layouts
 def test_nan_gradient(entry, layout, device, backend):
