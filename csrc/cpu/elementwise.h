@@ -32,22 +32,45 @@ struct Gate {
   const A *row, *column;
 };
 
+// Rows that do not follow each other in memory are taken four at a time, so that the columns' factors are loaded once
+// for all four.
+template <bool kColumn, class T, class F>
+VF_INLINE inline void for_row_groups(const Matrix<T>& m, const F& f) {
+  int64_t r = 0;
+  if (kColumn && m.ld != m.cols) {
+    for (; r + 4 <= m.rows; r += 4) f(r, std::integral_constant<int, 4>{});
+  }
+  for (; r < m.rows; ++r) f(r, std::integral_constant<int, 1>{});
+}
+
 template <class T, int kAct, bool kResidual, bool kRow, bool kColumn>
 void apply_gate_as(Matrix<const T> x, Gate<Acc<T>> gate, const T* residual, T* y, int64_t dense_ld) {
   using A = Acc<T>;
   simd([=]() VF_INLINE {
-    for (int64_t r = 0; r < x.rows; ++r) {
-      const T *px = x.row(r), *pr = kResidual ? residual + r * dense_ld : nullptr;
-      T* py = y + r * dense_ld;
-      const Vec<A> row = set1<A>(kRow ? gate.row[r] : A(1));
+    for_row_groups<kColumn>(x, [&](int64_t r0, auto group) VF_INLINE {
+      constexpr int R = decltype(group)::value;
+      const T *px[R], *pr[R];
+      T* py[R];
+      Vec<A> row[R];
+      for (int r = 0; r < R; ++r) {
+        px[r] = x.row(r0 + r);
+        pr[r] = kResidual ? residual + (r0 + r) * dense_ld : nullptr;
+        py[r] = y + (r0 + r) * dense_ld;
+        row[r] = set1<A>(kRow ? gate.row[r0 + r] : A(1));
+      }
       for_vectors<A>(x.cols, [&](int64_t c, auto lanes) VF_INLINE {
-        Vec<A> v = load(px + c, lanes);
-        if constexpr (kRow) v = v * row;
-        if constexpr (kColumn) v = v * load(gate.column + c);
-        if constexpr (kResidual) v = v + load(pr + c, lanes);
-        store(py + c, activate<kAct>(v), lanes);
+        Vec<A> column;
+        if constexpr (kColumn) column = load(gate.column + c);
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) {
+          Vec<A> v = load(px[r] + c, lanes);
+          if constexpr (kRow) v = v * row[r];
+          if constexpr (kColumn) v = v * column;
+          if constexpr (kResidual) v = v + load(pr[r] + c, lanes);
+          store(py[r] + c, activate<kAct>(v), lanes);
+        }
       });
-    }
+    });
   });
 }
 
@@ -144,15 +167,24 @@ template <class T, bool kColumnInside>
 void affine_twice(Matrix<const T> grad, Affine<Acc<T>> row, Affine<Acc<T>> column, T* out) {
   using A = Acc<T>;
   simd([=]() VF_INLINE {
-    for (int64_t r = 0; r < grad.rows; ++r) {
-      const T* pg = grad.row(r);
-      T* po = out + r * grad.ld;
-      const Vec<A> a = set1<A>(row.scale[r]), b = set1<A>(row.shift[r]);
+    for_row_groups<true>(grad, [&](int64_t r0, auto group) VF_INLINE {
+      constexpr int R = decltype(group)::value;
+      Vec<A> a[R], b[R];
+      const T* pg[R];
+      T* po[R];
+      for (int r = 0; r < R; ++r) {
+        a[r] = set1<A>(row.scale[r0 + r]), b[r] = set1<A>(row.shift[r0 + r]);
+        pg[r] = grad.row(r0 + r), po[r] = out + (r0 + r) * grad.ld;
+      }
       for_vectors<A>(grad.cols, [&](int64_t c, auto lanes) VF_INLINE {
-        const Vec<A> g = load(pg + c, lanes), s = load(column.scale + c), t = load(column.shift + c);
-        store(po + c, kColumnInside ? (g * s + t) * a + b : (g * a + b) * s + t, lanes);
+        const Vec<A> s = load(column.scale + c), t = load(column.shift + c);
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) {
+          const Vec<A> g = load(pg[r] + c, lanes);
+          store(po[r] + c, kColumnInside ? (g * s + t) * a[r] + b[r] : (g * a[r] + b[r]) * s + t, lanes);
+        }
       });
-    }
+    });
   });
 }
 

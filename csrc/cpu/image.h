@@ -104,17 +104,25 @@ class ChannelPool {
   }
 
  private:
+  // Parts in order, so that the first of equal maxima, or the first NaN, stays.
   void merge(A* max, int32_t* at) {
-    std::copy_n(max_.part(0), s_.C, max);
-    std::copy_n(at_.part(0), s_.C, at);
+    A* best = max_.part(0);
+    Index<A>* where = at_.part(0);
     for (int64_t i = 1; nhwc_ && i < parts_.count; ++i) {
-      const A* m = max_.part(i);
-      for (int64_t c = 0; c < s_.C; ++c) {
-        Index<A> index = at[c];
-        merge_max<A>(m[c], parts_.begin(i) + at_.part(i)[c], &max[c], &index);
-        at[c] = static_cast<int32_t>(index);
-      }
+      const A* other = max_.part(i);
+      const Index<A>* index = at_.part(i);
+      const int64_t first = parts_.begin(i), channels = s_.C;
+      simd([=]() VF_INLINE {
+        for (int64_t c = 0; c < channels; c += kLanes<A>) {
+          const Vec<A> a = load(best + c), b = load(other + c);
+          const IVec<A> wins = (b > a) | ((b != b) & (a == a));
+          store(best + c, wins ? b : a);
+          store_index<A>(where + c, wins ? load_index<A>(index + c) + set1_index<A>(first) : load_index<A>(where + c));
+        }
+      });
     }
+    std::copy_n(best, s_.C, max);
+    std::copy_n(where, s_.C, at);
   }
 
   Shape s_;

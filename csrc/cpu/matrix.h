@@ -14,13 +14,14 @@ struct Matrix {
   VF_INLINE T* row(int64_t r) const { return p + r * ld; }
 };
 
-// Sum, maximum and where the maximum stands, of one row or column. NaN wins, the first one gives the index.
+// Keeps the greater of two maxima and its index, lane by lane, the first of equals, NaN aside. The second comparison
+// is against the new maximum, so that the first can become a max instruction and nothing else stands in the way of the
+// next element.
 template <class A>
-VF_INLINE inline void merge_max(A value, int64_t index, A* max, Index<A>* at) {
-  if (value > *max || (value != value && *max == *max)) {
-    *max = value;
-    *at = static_cast<Index<A>>(index);
-  }
+VF_INLINE inline void keep_max(Vec<A> value, IVec<A> index, Vec<A>& max, IVec<A>& at) {
+  const Vec<A> next = greater(value, max);
+  at = next > max ? index : at;
+  max = next;
 }
 
 // Elements are summed in chunks of this many vectors, so that rounding grows with the root of a row's length.
@@ -59,8 +60,7 @@ VF_INLINE inline void row_stats_group(const Matrix<const T>& x, int64_t r0, cons
         if constexpr (kScale) v = v * w;
         part[r] += v;
         if constexpr (kMax) {
-          where[r] = v > top[r] ? here : where[r];
-          top[r] = greater(v, top[r]);
+          keep_max<A>(v, here, top[r], where[r]);
         }
       }
       here += L;
@@ -94,8 +94,9 @@ template <class T, bool kMax, bool kScale>
 void row_stats(Matrix<const T> x, const Acc<T>* scale, Acc<T>* sum, Acc<T>* max = nullptr,
                Index<Acc<T>>* at = nullptr) {
   simd([=]() VF_INLINE {
+    constexpr int R = kMax ? 2 : 4;  // rows at once, as the registers allow
     int64_t r = 0;
-    for (; r + 4 <= x.rows; r += 4) row_stats_group<T, kMax, kScale, 4>(x, r, scale, sum, max, at);
+    for (; r + R <= x.rows; r += R) row_stats_group<T, kMax, kScale, R>(x, r, scale, sum, max, at);
     for (; r < x.rows; ++r) row_stats_group<T, kMax, kScale, 1>(x, r, scale, sum, max, at);
   });
 }
@@ -125,8 +126,7 @@ VF_INLINE inline void column_stats_group(const Matrix<const T>& x, int64_t r0, c
       if constexpr (kScale) v = v * w[r];
       part += v;
       if constexpr (kMax) {
-        where = v > top ? here[r] : where;
-        top = greater(v, top);
+        keep_max<A>(v, here[r], top, where);
       }
     }
     store(sum + c, load(sum + c) + part);

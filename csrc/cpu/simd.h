@@ -53,16 +53,12 @@ struct Tail {
 
 template <class A>
 VF_INLINE inline Vec<A> set1(A value) {
-  Vec<A> v;
-  for (int j = 0; j < kLanes<A>; ++j) v[j] = value;
-  return v;
+  return value - Vec<A>{};  // v - 0 is v, -0 and NaN included
 }
 
 template <class A>
 VF_INLINE inline IVec<A> set1_index(int64_t value) {
-  IVec<A> v;
-  for (int j = 0; j < kLanes<A>; ++j) v[j] = static_cast<Index<A>>(value);
-  return v;
+  return static_cast<Index<A>>(value) + IVec<A>{};
 }
 
 template <class A>
