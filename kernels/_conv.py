@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._heuristics import splits, vector_block
+from ._heuristics import cdiv, splits, vector_block
 from ._launch import launch
 from ._pool import combine
 from ._tiles import sigmoid
@@ -87,7 +87,7 @@ def conv_gate(maps: torch.Tensor, wconv: torch.Tensor, gate: torch.Tensor) -> to
     N, _, H, W = maps.shape
     block = vector_block(H * W)
     launch(
-        _conv_gate_kernel, N * triton.cdiv(H * W, block),
+        _conv_gate_kernel, N * cdiv(H * W, block),
         maps, wconv.contiguous(), gate, H, W, K=wconv.shape[-1], BLOCK_P=block,
     )  # fmt: skip
     return gate
@@ -102,13 +102,13 @@ def conv_gate_bwd(dq: torch.Tensor, wconv: torch.Tensor, maps: torch.Tensor) -> 
         return dmaps, maps.new_zeros(wconv.shape)
     block = vector_block(H * W)
     launch(
-        _conv_maps_grad_kernel, N * triton.cdiv(H * W, block),
+        _conv_maps_grad_kernel, N * cdiv(H * W, block),
         dq, wconv.contiguous(), dmaps, H, W, K=K, BLOCK_P=block,
     )  # fmt: skip
     taps = 2 * K * K
     block_t, block = 16, vector_block(H * W, 128)
-    blocks = triton.cdiv(taps, block_t)
-    parts, steps = splits(N * blocks, triton.cdiv(H * W, block))
+    blocks = cdiv(taps, block_t)
+    parts, steps = splits(N * blocks, cdiv(H * W, block))
     partial = maps.new_empty((1, N * parts, taps))
     launch(
         _conv_weight_grad_kernel, N * blocks,

@@ -9,7 +9,7 @@ import triton.language as tl
 from ._heuristics import SCALE_TILE, Reduction, reduction, tile, tiles
 from ._launch import launch
 from ._layout import Layout
-from ._tiles import activate, activation_grad, program_tile, tile_mask, tile_offsets
+from ._tiles import NONE, activate, activation_grad, program_tile, tile_mask, tile_offsets
 
 
 @triton.jit
@@ -67,7 +67,7 @@ def _gate_grads_kernel(
         channel_gate = tl.load(channel_gate_ptr + n * C + cs, mask=cs < C, other=0.0)[:, None]
         if spatial_gate_ptr is not None:
             spatial_gate = tl.load(spatial_gate_ptr + n * HW + ps, mask=ps < HW, other=0.0)[None, :]
-        if ACTIVATION != 0:
+        if ACTIVATION != NONE:
             z = x * channel_gate
             if spatial_gate_ptr is not None:
                 z *= spatial_gate

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from triton import cdiv, next_power_of_2
-
 from ._layout import Layout
 
 INNER_BLOCK = 256  # elements along the dense axis: a warp reads 512 bytes of bfloat16 in 16-byte loads
@@ -16,6 +14,15 @@ PROGRAMS = 1024  # about eight per streaming multiprocessor of the largest chips
 MIN_STEPS = 4  # tiles that are worth a partial result and its part of a second launch
 TILE = 2048  # elements of a tile that accumulates
 SCALE_TILE = 4096  # elements of a tile that is read and written once
+
+
+# triton.cdiv and triton.next_power_of_2 are made to be called from kernels, too, and cost microseconds here.
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    return 1 << (n - 1).bit_length()
 
 
 class Tile(NamedTuple):
@@ -76,4 +83,4 @@ def vector_block(length: int, limit: int = 256) -> int:
 def linear_blocks(outputs: int, inputs: int) -> tuple[int, int]:
     """(BLOCK_O, BLOCK_I) of a dense layer on small vectors: few steps along the inputs, many programs."""
     block_i = vector_block(inputs)
-    return vector_block(outputs, min(2048 // block_i, 64)), block_i
+    return vector_block(outputs, min(1024 // block_i, 64)), block_i

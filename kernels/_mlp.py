@@ -10,11 +10,9 @@ import torch
 import triton
 import triton.language as tl
 
-from ._heuristics import linear_blocks, vector_block
+from ._heuristics import cdiv, linear_blocks, vector_block
 from ._launch import launch
-from ._tiles import activate, sigmoid
-
-NONE, RELU, SIGMOID = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+from ._tiles import NONE, RELU, SIGMOID, activate
 
 
 @triton.jit
@@ -40,7 +38,7 @@ def _linear_kernel(
     y = tl.sum(acc, 1)
     if b_ptr is not None:
         y += tl.load(b_ptr + o, mask=o < outputs, other=0.0).to(acc_ty)
-    y = sigmoid(y) if ACTIVATION == SIGMOID else activate(y, ACTIVATION)
+    y = activate(y, ACTIVATION)
     for row in tl.static_range(Y_ROWS):
         out = (n * Y_ROWS + row) * outputs + o
         if hidden_ptr is not None:
@@ -92,9 +90,9 @@ def _linear(
         outputs, inputs, stride_o, stride_i = inputs, outputs, stride_i, stride_o
     block_o, block_i = linear_blocks(outputs, inputs)
     launch(
-        _linear_kernel, y.numel() // (outputs * y_rows) * triton.cdiv(outputs, block_o),
+        _linear_kernel, y.numel() // (outputs * y_rows) * cdiv(outputs, block_o),
         x, w, b, hidden, y, inputs, outputs, stride_o, stride_i,
-        X_ROWS=x_rows, Y_ROWS=y_rows, ACTIVATION=activation, BLOCK_O=block_o, BLOCK_I=block_i, num_warps=8,
+        X_ROWS=x_rows, Y_ROWS=y_rows, ACTIVATION=activation.value, BLOCK_O=block_o, BLOCK_I=block_i,
     )  # fmt: skip
     return y
 
@@ -123,7 +121,7 @@ def mlp_gate_bwd(
     dw1, db1, dw2, db2 = new(w1.shape), new(R), new(w2.shape), new(C)
     block_c, block_r = vector_block(C, 32), vector_block(R, 16)
     launch(
-        _weight_grad_kernel, triton.cdiv(C, block_c) * triton.cdiv(R, block_r) if N else 0,
+        _weight_grad_kernel, cdiv(C, block_c) * cdiv(R, block_r) if N else 0,
         dz, hidden, dhidden, pooled, dw1, db1, dw2, db2, N, C, R,
         BRANCHES=branches, BLOCK_C=block_c, BLOCK_R=block_r, num_warps=2,
     )  # fmt: skip

@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._heuristics import SCALE_TILE, TILE, reduction, vector_block
+from ._heuristics import SCALE_TILE, TILE, cdiv, next_power_of_2, reduction, vector_block
 from ._launch import launch
 from ._layout import Layout, accumulation_dtype
 from ._tiles import INDEX_MAX, max_first, sigmoid_grad, tile_mask, tile_offsets
@@ -140,10 +140,10 @@ def _pool(
     if parts == 1:
         return part, part_argmax
     out, argmax = allocate(N)
-    block_s = triton.next_power_of_2(parts)
+    block_s = next_power_of_2(parts)
     block = vector_block(kept, max(TILE // block_s, 4))
     launch(
-        _combine_pool_kernel, N * triton.cdiv(kept, block),
+        _combine_pool_kernel, N * cdiv(kept, block),
         part, part_argmax, out, argmax, kept, parts, reduced, BLOCK_S=block_s, BLOCK_L=block,
     )  # fmt: skip
     return out, argmax
@@ -153,6 +153,6 @@ def combine(parts: torch.Tensor, gate: torch.Tensor | None, out: torch.Tensor) -
     """out [M, L] = sum of parts [M, S, L] over S, in a fixed order [* gate (1 - gate)]; out's dtype accumulates."""
     M, S, L = parts.shape
     block = vector_block(L, 64)
-    block_s = min(triton.next_power_of_2(S), 2048 // block)
-    launch(_combine_kernel, M * triton.cdiv(L, block), parts, gate, out, L, S, BLOCK_S=block_s, BLOCK_L=block)
+    block_s = min(next_power_of_2(S), 2048 // block)
+    launch(_combine_kernel, M * cdiv(L, block), parts, gate, out, L, S, BLOCK_S=block_s, BLOCK_L=block)
     return out

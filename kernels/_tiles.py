@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 INDEX_MAX = tl.constexpr(2**31 - 1)
+NONE, RELU, SILU, SIGMOID = map(tl.constexpr, range(4))  # activations; the first three are also the ops' numbers
 
 
 @triton.jit
@@ -55,20 +56,22 @@ def sigmoid_grad(s):
 
 @triton.jit
 def activate(v, ACTIVATION: tl.constexpr):
-    """0 identity, 1 relu (NaN stays NaN), 2 silu."""
-    if ACTIVATION == 1:
+    """The activation of v; NaN stays NaN."""
+    if ACTIVATION == RELU:
         v = tl.where(v <= 0, 0.0, v)
-    elif ACTIVATION == 2:
+    elif ACTIVATION == SILU:
         v = v * sigmoid(v)
+    elif ACTIVATION == SIGMOID:
+        v = sigmoid(v)
     return v
 
 
 @triton.jit
 def activation_grad(g, v, ACTIVATION: tl.constexpr):
-    """g * activate'(v)."""
-    if ACTIVATION == 1:
+    """g * activate'(v), for relu and silu."""
+    if ACTIVATION == RELU:
         g = tl.where(v <= 0, 0.0, g)
-    elif ACTIVATION == 2:
+    elif ACTIVATION == SILU:
         s = sigmoid(v)
         g = g * (s * (1 + v * (1 - s)))
     return g

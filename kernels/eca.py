@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from ._gate import gate_grads, input_grad, scale
-from ._heuristics import vector_block
+from ._heuristics import cdiv, next_power_of_2, vector_block
 from ._launch import device_guard, launch
 from ._layout import canonical
 from ._pool import combine, mean_hw
@@ -62,9 +62,9 @@ def eca_fwd(
         gate = torch.empty_like(mean)
         K, block = weight.numel(), vector_block(layout.C)
         launch(
-            _eca_gate_kernel, layout.N * triton.cdiv(layout.C, block),
+            _eca_gate_kernel, layout.N * cdiv(layout.C, block),
             mean, weight.reshape(-1).contiguous(), gate, layout.C,
-            K=K, BLOCK_K=triton.next_power_of_2(K), BLOCK_C=block,
+            K=K, BLOCK_K=next_power_of_2(K), BLOCK_C=block,
         )  # fmt: skip
         return scale(x, layout, gate, None, residual, activation), mean, gate
 
@@ -92,11 +92,11 @@ def _eca_gate_bwd(dz: torch.Tensor, weight: torch.Tensor, mean: torch.Tensor) ->
     if not N:
         return dmean, mean.new_zeros(weight.shape)
     block = vector_block(C)
-    programs = N * triton.cdiv(C, block)
+    programs = N * cdiv(C, block)
     parts = mean.new_empty((1, programs, K))
     launch(
         _eca_gate_bwd_kernel, programs,
         dz, mean, weight.reshape(-1).contiguous(), dmean, parts, C,
-        K=K, BLOCK_K=triton.next_power_of_2(K), BLOCK_C=block,
+        K=K, BLOCK_K=next_power_of_2(K), BLOCK_C=block,
     )  # fmt: skip
     return dmean, combine(parts, None, mean.new_empty(weight.shape))
