@@ -1,0 +1,161 @@
+"""Runs the package's ops through their Triton launchers, and shows every kernel launch to an observer.
+
+Nothing is copied from the launchers: an op is called as a user's module calls it, forward and backward, and its
+launches are intercepted where Triton would run them, with the arguments and launch parameters that they were given.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton.runtime import interpreter, jit
+
+from visattn_fast import catalogue, functional
+from visattn_fast.ops import _library
+
+EPILOGUES = ((False, None), (True, None), (False, "silu"), (True, "relu"))  # (residual, activation)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch of a Triton kernel.
+
+    Attributes:
+        op: the op whose launcher made it.
+        arguments: of the kernel, by name, constexprs included.
+        options: num_warps and the like.
+    """
+
+    op: str
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+    options: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        return self.kernel.fn.__name__
+
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return {name: a for name, a in self.arguments.items() if isinstance(a, torch.Tensor)}
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        """The constexprs."""
+        annotations = self.kernel.fn.__annotations__
+        return {name: a for name, a in self.arguments.items() if "constexpr" in str(annotations.get(name, ""))}
+
+
+@dataclass(frozen=True)
+class Call:
+    """A forward and a backward pass of a module of the catalogue; a sliced x is half the channels of a wider map."""
+
+    entry: catalogue.Entry
+    shape: tuple[int, int, int, int]
+    layout: str = "nchw"
+    dtype: torch.dtype = torch.bfloat16
+    residual: bool = False
+    activation: str | None = None
+    sliced: bool = False
+
+    @property
+    def epilogue(self) -> str:
+        """``none``, ``residual``, ``relu``, ``residual+relu``, ..."""
+        parts = (["residual"] if self.residual else []) + ([self.activation] if self.activation else [])
+        return "+".join(parts) or "none"
+
+    def __str__(self) -> str:
+        size, dtype = "x".join(map(str, self.shape)), str(self.dtype).removeprefix("torch.")
+        return f"{self.entry.name}-{size}-{self.layout}-{dtype}-{self.epilogue}" + "-sliced" * self.sliced
+
+    def passes(self) -> dict[str, int]:
+        """What each of its two ops declares to move, in multiples of x; the epilogue reads residual and writes g'."""
+        name, residual, activation = self.entry.name, self.residual, self.activation is not None
+        return {
+            f"{name}_fwd": self.entry.forward_passes + residual,
+            f"{name}_bwd": self.entry.backward_passes + activation * (residual + 1),
+        }
+
+    def run(self, device: str, observe: Observer, operation: Operation | None = None) -> None:
+        """Both passes on ``device``, which may be ``"meta"``; see `routed`."""
+        module = self.entry.fast(**self.entry.arguments(self.shape[1])).to(device, self.dtype)
+        x, residual = self._map(device, self.sliced).requires_grad_(), self._map(device).requires_grad_()
+        extra = {"residual": residual if self.residual else None, "activation": self.activation}
+        with routed(observe, operation):
+            y = module(x, **(extra if self.entry.epilogue else {}))
+            inputs = [x, *module.parameters(), *([residual] if self.residual else [])]
+            torch.autograd.grad(y, inputs, torch.ones_like(y))
+
+    def _map(self, device: str, sliced: bool = False) -> torch.Tensor:
+        N, C, H, W = self.shape
+        x = torch.empty((N, C * (1 + sliced), H, W), dtype=self.dtype, device=device)
+        x = x.contiguous(memory_format=catalogue.LAYOUTS[self.layout])[:, :C]
+        return x if device == "meta" else x.normal_()
+
+
+# Sees a launch, and runs it, or not, by calling its second argument.
+Observer = Callable[[Launch, Callable[[], None]], None]
+# Sees what a launcher asks of PyTorch: the op, PyTorch's overload, its arguments, its results.
+Operation = Callable[[str, Any, Any, Any], None]
+
+
+@contextmanager
+def routed(observe: Observer, operation: Operation | None = None) -> Iterator[None]:
+    """Within the context every op of the package is its Triton launcher, on tensors of any device.
+
+    ``observe`` sees, and decides on, every launch; ``operation`` sees every other operation of a launcher.
+    """
+    with mock.patch.object(functional, "fused", return_value=True), _Launchers(observe, operation):
+        yield
+
+
+class _Launchers(TorchDispatchMode):
+    def __init__(self, observe: Observer, operation: Operation | None) -> None:
+        super().__init__()
+        self.observe, self.operation = observe, operation
+        self.op = ""  # that is running
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func.namespace != "visattn_fast":
+            result = func(*args, **kwargs)
+            if self.op and self.operation:
+                self.operation(self.op, func, (args, kwargs), result)
+            return result
+        self.op = func._schema.name.removeprefix("visattn_fast::")
+        launchers = importlib.import_module(f"visattn_fast.kernels.{_library.OPS[self.op].launcher}")
+        try:
+            with self, intercepted(self.op, self.observe):
+                return getattr(launchers, self.op)(*args, **kwargs)
+        finally:
+            self.op = ""
+
+
+@contextmanager
+def intercepted(op: str, observe: Observer) -> Iterator[None]:
+    """Within the context ``observe`` stands between every launch and Triton."""
+    with ExitStack() as stack:
+        for runner in (jit.JITFunction, interpreter.InterpretedFunction):
+            stack.enter_context(mock.patch.object(runner, "run", _interceptor(op, observe, runner.run)))
+        yield
+
+
+def _interceptor(op: str, observe: Observer, run: Callable[..., None]) -> Callable[..., None]:
+    def intercept(kernel: Any, *args: Any, grid: tuple[int, ...], warmup: bool, **kwargs: Any) -> None:
+        signature = inspect.signature(kernel.fn)
+        options = {name: value for name, value in kwargs.items() if name not in signature.parameters}
+        bound = signature.bind(*args, **{name: value for name, value in kwargs.items() if name not in options})
+        bound.apply_defaults()
+        launch = Launch(op, kernel, tuple(grid), dict(bound.arguments), options)
+        observe(launch, lambda: run(kernel, *args, grid=grid, warmup=warmup, **kwargs))
+
+    return intercept
