@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 SOURCES := $(wildcard csrc/*.h csrc/cpu/*.h csrc/cpu/*.cpp)
+INTERPRETED := tests/test_parity.py tests/test_autograd.py tests/test_kernels_interpreter.py
 
 .PHONY: report test bench lint format build clean
 
@@ -12,7 +13,7 @@ report: $(VENV)/built
 
 test: $(VENV)/built
 	$(BIN)/python -m pytest
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/test_parity.py tests/test_autograd.py
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(INTERPRETED)
 
 bench: $(VENV)/built
 	$(BIN)/python -m pytest bench --benchmark-only

@@ -16,7 +16,7 @@ from . import native, ops
 NAMES = ("cuda", "triton", "cpp", "reference")  # in the order in which "auto" tries them
 _DTYPES = {
     "cpp": (torch.float32, torch.float64, torch.bfloat16),
-    "triton": (torch.float32, torch.float16, torch.bfloat16),
+    "triton": (torch.float32, torch.float64, torch.float16, torch.bfloat16),
 }
 _TRITON_KEYS = {"cuda": "CUDA", "xpu": "XPU", "cpu": "CPU"}  # the last under the interpreter alone
 _TRITON_PROVEN = ()  # device types on which the Triton kernels have passed their tests; others are opt-in
