@@ -6,7 +6,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint const
 SOURCES := $(wildcard csrc/*.h csrc/cpu/*.h csrc/cpu/*.cpp)
 INTERPRETED := tests/test_parity.py tests/test_autograd.py tests/test_kernels_interpreter.py
 
-.PHONY: report test bench lint format build clean
+.PHONY: report test bench lint format gpu-check build clean
 
 report: $(VENV)/built
 	$(BIN)/visattn-fast report --quick --out report
@@ -28,6 +28,11 @@ format: $(VENV)/installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(SOURCES)
+
+# Where the GPU is: with that machine's own torch, and nothing to download.
+gpu-check:
+	$(PYTHON) -m pip install --quiet --no-build-isolation --no-deps --editable .
+	$(PYTHON) -m tools.gpu_check
 
 build: $(VENV)/installed
 	$(BIN)/python -m build

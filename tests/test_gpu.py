@@ -1,0 +1,132 @@
+"""What only a GPU can show: repeatability under load, graphs, streams, mixed-precision training, memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import visattn_fast as vf
+from cases import feature_map, oracle, run, within_budget
+from visattn_fast import catalogue
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA or ROCm device")
+entries = pytest.mark.parametrize("entry", catalogue.ENTRIES.values(), ids=lambda e: e.name)
+layouts = pytest.mark.parametrize("layout", catalogue.LAYOUTS)
+SHAPE = (8, 64, 56, 56)
+
+
+@pytest.fixture(autouse=True)
+def _triton():
+    with vf.use_backend("triton"):
+        yield
+
+
+def make(entry: catalogue.Entry, layout: str, dtype: torch.dtype = torch.float16):
+    """A fused module on the device, and an input."""
+    return entry.pair(SHAPE[1], dtype)[0].cuda(), feature_map(SHAPE, layout, dtype, "cuda")
+
+
+@entries
+@layouts
+def test_hundred_repeats(entry, layout):
+    """The same bits a hundred times, while another stream keeps the device busy."""
+    fast, x = make(entry, layout)
+    first, noise, busy = run(fast, x), torch.randn(2048, 2048, device="cuda"), torch.cuda.Stream()
+    for _ in range(100):
+        with torch.cuda.stream(busy):
+            noise @ noise
+        again = run(fast, x)
+        assert all(torch.equal(t, again[name]) for name, t in first.items())
+
+
+@entries
+@layouts
+def test_graph(entry, layout):
+    """A training step is captured, and replays on new values."""
+    fast, x = make(entry, layout)
+    static = x.clone().requires_grad_()
+    inputs = [static, *fast.parameters()]
+
+    def step():
+        y = fast(static)
+        return [y, *torch.autograd.grad(y.float().square().sum(), inputs)]
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for seed in (5, 6):
+        with torch.no_grad():
+            static.copy_(feature_map(SHAPE, layout, x.dtype, "cuda", seed=seed))
+        graph.replay()
+        assert all(torch.equal(a, b) for a, b in zip(captured, step(), strict=True))
+
+
+@entries
+def test_side_stream(entry):
+    """Kernels run on the current stream, after what it has been given."""
+    fast, x = make(entry, "nchw")
+    expected = fast(x)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        late = torch.zeros_like(x)
+        torch.cuda._sleep(50_000_000)
+        late.copy_(x)
+        y = fast(late)
+    stream.synchronize()
+    assert torch.equal(y, expected)
+
+
+@pytest.mark.parametrize("entry", [e for e in catalogue.ENTRIES.values() if e.epilogue], ids=lambda e: e.name)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
+def test_scaled_training_step(entry, dtype):
+    """Autocast, GradScaler and an optimizer step give the reference's parameters within the budget."""
+    runs = []
+    for gate in entry.pair(32):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Conv2d(3, 32, 3, padding=1), gate, nn.Conv2d(32, 8, 1)).cuda()
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        scaler = torch.amp.GradScaler("cuda", enabled=dtype == torch.float16)
+        x = feature_map((4, 3, 32, 32), "nchw", torch.float32, "cuda")
+        with torch.autocast("cuda", dtype):
+            loss = net(x).float().square().mean()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        runs.append([loss.detach(), *(p.detach() for p in net.parameters())])
+    torch.testing.assert_close(*runs, rtol=2e-2, atol=2e-3)
+
+
+@entries
+@layouts
+def test_peak_memory(entry, layout):
+    """Forward keeps its result and small maps; backward adds dx and small tensors."""
+    fast, x = make(entry, layout)
+    x.requires_grad_()
+    fast(x).sum().backward()  # compiles
+    x.grad = None
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    y = fast(x)
+    kept = torch.cuda.memory_allocated() - before
+    assert kept <= y.nbytes + 0.2 * x.nbytes
+    y.backward(torch.ones_like(y))
+    assert torch.cuda.max_memory_allocated() - before <= 2 * y.nbytes + 1.4 * x.nbytes
+
+
+@entries
+@layouts
+@pytest.mark.parametrize("shape", [(64, 256, 56, 56), (32, 2048, 7, 7), (2, 96, 113, 111)])
+def test_large(entry, layout, shape):
+    """Sizes that the interpreter cannot reach."""
+    fast, plain = (m.cuda() for m in entry.pair(shape[1], torch.bfloat16))
+    x = feature_map(shape, layout, torch.bfloat16, "cuda")
+    within_budget(run(fast, x), run(plain, x), *oracle(plain, x))
