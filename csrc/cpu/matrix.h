@@ -27,8 +27,46 @@ VF_INLINE inline void keep_max(Vec<A> value, IVec<A> index, Vec<A>& max, IVec<A>
 // Elements are summed in chunks of this many vectors, so that rounding grows with the root of a row's length.
 constexpr int64_t kChunk = 32;
 
-// ---- per row: sum_c x[r, c] * scale[c] (scale may be null), and its maximum
-// ------------------------------------
+// ---- per row: sum_c x[r, c] * scale[c] (scale may be null), and its maximum ------------------------------------
+
+constexpr int kBlock = 4;  // vectors of a row between two looks at its maximum
+
+// Index of the first of kBlock vectors' elements, from column c on, that equals `max`.
+template <class T, bool kScale>
+VF_INLINE inline int64_t find_in_block(const T* row, const Acc<T>* scale, int64_t c, Acc<T> max) {
+  using A = Acc<T>;
+  IVec<A> first = set1_index<A>(std::numeric_limits<int32_t>::max());
+  for (int i = kBlock - 1; i >= 0; --i) {
+    const int64_t at = c + i * kLanes<A>;
+    Vec<A> v = load(row + at);
+    if constexpr (kScale) v = v * load(scale + at);
+    first = v == set1<A>(max) ? iota<A>() + set1_index<A>(at) : first;
+  }
+  return reduce_lanes(first, [](IVec<A> a, IVec<A> b) VF_INLINE { return a < b ? a : b; });
+}
+
+// Sums a row's columns from `begin` on, and keeps the maximum and its index, NaN aside.
+template <class T, bool kScale>
+VF_INLINE inline void finish_row(const T* row, const Acc<T>* scale, int64_t begin, int64_t cols, Acc<T>* sum,
+                                 Acc<T>* max, int64_t* index) {
+  for (int64_t c = begin; c < cols; ++c) {
+    const Acc<T> v = static_cast<Acc<T>>(row[c]) * (kScale ? scale[c] : Acc<T>(1));
+    *sum += v;
+    if (v > *max) *max = v, *index = c;
+  }
+}
+
+// The first NaN of a row, if there is one, is its maximum.
+template <class T, bool kScale>
+void find_nan(const T* row, const Acc<T>* scale, int64_t cols, Acc<T>* max, int64_t* index) {
+  for (int64_t c = 0; c < cols; ++c) {
+    const Acc<T> v = static_cast<Acc<T>>(row[c]) * (kScale ? scale[c] : Acc<T>(1));
+    if (v != v) {
+      *max = v, *index = c;
+      return;
+    }
+  }
+}
 
 template <class T, bool kMax, bool kScale, int R>
 VF_INLINE inline void row_stats_group(const Matrix<const T>& x, int64_t r0, const Acc<T>* scale, Acc<T>* sum,
@@ -43,50 +81,47 @@ VF_INLINE inline void row_stats_group(const Matrix<const T>& x, int64_t r0, cons
     row[r] = x.row(r0 + r);
     total[r] = set1<A>(0);
     top[r] = set1<A>(lowest);
-    where[r] = iota<A>();
+    where[r] = IVec<A>{};
   }
-  const int64_t whole = x.cols - x.cols % L;
-  IVec<A> here = iota<A>();
+  const int64_t whole = x.cols - x.cols % (kBlock * L);
   for (int64_t c0 = 0; c0 < whole; c0 += kChunk * L) {
     const int64_t end = c0 + kChunk * L < whole ? c0 + kChunk * L : whole;
     Vec<A> part[R];
     for (int r = 0; r < R; ++r) part[r] = set1<A>(0);
-    for (int64_t c = c0; c < end; c += L) {
-      Vec<A> w;
-      if constexpr (kScale) w = load(scale + c);
-#pragma GCC unroll 8
+    for (int64_t c = c0; c < end; c += kBlock * L) {
+      Vec<A> w[kBlock];
+      if constexpr (kScale) {
+        for (int i = 0; i < kBlock; ++i) w[i] = load(scale + c + i * L);
+      }
+#pragma GCC unroll 4
       for (int r = 0; r < R; ++r) {
-        Vec<A> v = load(row[r] + c);
-        if constexpr (kScale) v = v * w;
-        part[r] += v;
+        Vec<A> v[kBlock];
+#pragma GCC unroll 4
+        for (int i = 0; i < kBlock; ++i) {
+          v[i] = load(row[r] + c + i * L);
+          if constexpr (kScale) v[i] = v[i] * w[i];
+        }
+        part[r] += (v[0] + v[1]) + (v[2] + v[3]);
         if constexpr (kMax) {
-          keep_max<A>(v, here, top[r], where[r]);
+          keep_max<A>(greater(greater(v[0], v[1]), greater(v[2], v[3])), set1_index<A>(c), top[r], where[r]);
         }
       }
-      here += L;
     }
     for (int r = 0; r < R; ++r) total[r] += part[r];
   }
   for (int r = 0; r < R; ++r) {
     A s = sum_lanes<A>(total[r]), m = lowest;
     int64_t index = 0;
-    if (kMax && whole) max_lanes<A>(top[r], where[r], &m, &index);
-    for (int64_t c = whole; c < x.cols; ++c) {
-      const A v = static_cast<A>(row[r][c]) * (kScale ? scale[c] : A(1));
-      s += v;
-      if (v > m) m = v, index = c;
+    if (kMax && whole) {
+      max_lanes<A>(top[r], where[r], &m, &index);
+      index = find_in_block<T, kScale>(row[r], scale, index, m);
     }
-    if (kMax && s != s) {  // a NaN, or both infinities
-      for (int64_t c = 0; c < x.cols; ++c) {
-        const A v = static_cast<A>(row[r][c]) * (kScale ? scale[c] : A(1));
-        if (v != v) {
-          m = v, index = c;
-          break;
-        }
-      }
-    }
+    finish_row<T, kScale>(row[r], scale, whole, x.cols, &s, &m, &index);
     sum[r0 + r] = s;
-    if constexpr (kMax) max[r0 + r] = m, at[r0 + r] = static_cast<Index<A>>(index);
+    if constexpr (kMax) {
+      if (s != s) find_nan<T, kScale>(row[r], scale, x.cols, &m, &index);  // or both infinities
+      max[r0 + r] = m, at[r0 + r] = static_cast<Index<A>>(index);
+    }
   }
 }
 
@@ -94,7 +129,7 @@ template <class T, bool kMax, bool kScale>
 void row_stats(Matrix<const T> x, const Acc<T>* scale, Acc<T>* sum, Acc<T>* max = nullptr,
                Index<Acc<T>>* at = nullptr) {
   simd([=]() VF_INLINE {
-    constexpr int R = kMax ? 2 : 4;  // rows at once, as the registers allow
+    constexpr int R = 4;  // rows at once
     int64_t r = 0;
     for (; r + R <= x.rows; r += R) row_stats_group<T, kMax, kScale, R>(x, r, scale, sum, max, at);
     for (; r < x.rows; ++r) row_stats_group<T, kMax, kScale, 1>(x, r, scale, sum, max, at);

@@ -51,14 +51,27 @@ struct Tail {
   int n;
 };
 
+// All lanes equal. GCC writes a constructor of a vector wider than the base instruction set as a chain of inserts, even
+// where the function ends up in a wider one; a shuffle stays a broadcast.
+template <class V, class E>
+VF_INLINE inline V broadcast(E value) {
+  V v{};
+#ifdef __clang__
+  return v + value;
+#else
+  v[0] = value;
+  return __builtin_shuffle(v, decltype(v == v){});
+#endif
+}
+
 template <class A>
 VF_INLINE inline Vec<A> set1(A value) {
-  return value - Vec<A>{};  // v - 0 is v, -0 and NaN included
+  return broadcast<Vec<A>>(value);
 }
 
 template <class A>
 VF_INLINE inline IVec<A> set1_index(int64_t value) {
-  return static_cast<Index<A>>(value) + IVec<A>{};
+  return broadcast<IVec<A>>(static_cast<Index<A>>(value));
 }
 
 template <class A>
