@@ -32,8 +32,8 @@ struct Gate {
   const A *row, *column;
 };
 
-// Rows that do not follow each other in memory are taken four at a time, so that the columns' factors are loaded once
-// for all four.
+// Rows that do not follow each other in memory are taken four at a time, so that the columns' factors are
+// loaded once for all four.
 template <bool kColumn, class T, class F>
 VF_INLINE inline void for_row_groups(const Matrix<T>& m, const F& f) {
   int64_t r = 0;

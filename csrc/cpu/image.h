@@ -117,7 +117,8 @@ class ChannelPool {
           const Vec<A> a = load(best + c), b = load(other + c);
           const IVec<A> wins = (b > a) | ((b != b) & (a == a));
           store(best + c, wins ? b : a);
-          store_index<A>(where + c, wins ? load_index<A>(index + c) + set1_index<A>(first) : load_index<A>(where + c));
+          store_index<A>(where + c,
+                         wins ? load_index<A>(index + c) + set1_index<A>(first) : load_index<A>(where + c));
         }
       });
     }

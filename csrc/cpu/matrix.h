@@ -14,9 +14,9 @@ struct Matrix {
   VF_INLINE T* row(int64_t r) const { return p + r * ld; }
 };
 
-// Keeps the greater of two maxima and its index, lane by lane, the first of equals, NaN aside. The second comparison
-// is against the new maximum, so that the first can become a max instruction and nothing else stands in the way of the
-// next element.
+// Keeps the greater of two maxima and its index, lane by lane, the first of equals, NaN aside. The second
+// comparison is against the new maximum, so that the first can become a max instruction and nothing else
+// stands in the way of the next element.
 template <class A>
 VF_INLINE inline void keep_max(Vec<A> value, IVec<A> index, Vec<A>& max, IVec<A>& at) {
   const Vec<A> next = greater(value, max);
@@ -27,11 +27,12 @@ VF_INLINE inline void keep_max(Vec<A> value, IVec<A> index, Vec<A>& max, IVec<A>
 // Elements are summed in chunks of this many vectors, so that rounding grows with the root of a row's length.
 constexpr int64_t kChunk = 32;
 
-// ---- per row: sum_c x[r, c] * scale[c] (scale may be null), and its maximum ------------------------------------
+// ---- per row: sum_c x[r, c] * scale[c] (scale may be null), and its maximum
+// ------------------------------------
 
 constexpr int kBlock = 4;  // vectors of a row between two looks at its maximum
 
-// Index of the first of kBlock vectors' elements, from column c on, that equals `max`.
+// Index of the first element of kBlock vectors, from column c on, that equals `max`.
 template <class T, bool kScale>
 VF_INLINE inline int64_t find_in_block(const T* row, const Acc<T>* scale, int64_t c, Acc<T> max) {
   using A = Acc<T>;
@@ -125,13 +126,65 @@ VF_INLINE inline void row_stats_group(const Matrix<const T>& x, int64_t r0, cons
   }
 }
 
+// Short rows, as many as a vector has lanes: what their lanes hold is transposed, and reduced for all rows at
+// once.
+template <class T, bool kScale>
+VF_INLINE inline void short_row_stats(const Matrix<const T>& x, int64_t r0, const Acc<T>* scale, Acc<T>* sum,
+                                      Acc<T>* max, Index<Acc<T>>* at) {
+  using A = Acc<T>;
+  constexpr int L = kLanes<A>;
+  const int64_t whole = x.cols - x.cols % L;
+  Vec<A> total[L], top[L];
+  IVec<A> where[L];
+  for (int r = 0; r < L; r += 2) {
+    const T *a = x.row(r0 + r), *b = x.row(r0 + r + 1);
+    Vec<A> sum_a = set1<A>(0), sum_b = sum_a, top_a = set1<A>(-std::numeric_limits<A>::infinity()),
+           top_b = top_a;
+    IVec<A> here = iota<A>(), at_a = here, at_b = here;
+    for (int64_t c = 0; c < whole; c += L) {
+      Vec<A> va = load(a + c), vb = load(b + c);
+      if constexpr (kScale) {
+        const Vec<A> w = load(scale + c);
+        va = va * w, vb = vb * w;
+      }
+      sum_a += va, sum_b += vb;
+      keep_max<A>(va, here, top_a, at_a);
+      keep_max<A>(vb, here, top_b, at_b);
+      here += L;
+    }
+    total[r] = sum_a, top[r] = top_a, where[r] = at_a;
+    total[r + 1] = sum_b, top[r + 1] = top_b, where[r + 1] = at_b;
+  }
+  transpose(total), transpose(top), transpose(where);
+  for (int j = 1; j < L; ++j) {
+    total[0] += total[j];
+    const auto other_wins = (top[j] > top[0]) | ((top[j] == top[0]) & (where[j] < where[0]));
+    where[0] = other_wins ? where[j] : where[0];
+    top[0] = greater(top[j], top[0]);
+  }
+  store(sum + r0, total[0]), store(max + r0, top[0]), store_index<A>(at + r0, where[0]);
+  const bool nan = reduce_lanes(total[0] != total[0], [](IVec<A> a, IVec<A> b) VF_INLINE { return a | b; });
+  if (!nan && whole == x.cols) return;
+  for (int64_t r = r0; r < r0 + L; ++r) {
+    int64_t index = at[r];
+    finish_row<T, kScale>(x.row(r), scale, whole, x.cols, sum + r, max + r, &index);
+    if (sum[r] != sum[r]) find_nan<T, kScale>(x.row(r), scale, x.cols, max + r, &index);
+    at[r] = static_cast<Index<A>>(index);
+  }
+}
+
 template <class T, bool kMax, bool kScale>
 void row_stats(Matrix<const T> x, const Acc<T>* scale, Acc<T>* sum, Acc<T>* max = nullptr,
                Index<Acc<T>>* at = nullptr) {
+  constexpr int64_t kShort = 512;
   simd([=]() VF_INLINE {
-    constexpr int R = 4;  // rows at once
     int64_t r = 0;
-    for (; r + R <= x.rows; r += R) row_stats_group<T, kMax, kScale, R>(x, r, scale, sum, max, at);
+    if constexpr (kMax) {
+      constexpr int L = kLanes<Acc<T>>;
+      for (; x.cols <= kShort && r + L <= x.rows; r += L)
+        short_row_stats<T, kScale>(x, r, scale, sum, max, at);
+    }
+    for (; r + 4 <= x.rows; r += 4) row_stats_group<T, kMax, kScale, 4>(x, r, scale, sum, max, at);
     for (; r < x.rows; ++r) row_stats_group<T, kMax, kScale, 1>(x, r, scale, sum, max, at);
   });
 }

@@ -1,4 +1,4 @@
-// Fixed-width vectors (32 bytes) and the choice of instruction set at run time.
+// Fixed-width vectors and the choice of instruction set at run time.
 //
 // Kernels are written once with GCC vector extensions in always-inline functions; `simd(f)` runs them in a
 // copy compiled for the best instruction set of this machine. Everything called inside must be VF_INLINE.
@@ -18,18 +18,24 @@ namespace visattn {
 
 using BFloat16 = c10::BFloat16;
 
+#if defined(__x86_64__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
 template <class A>
 struct Simd;
 template <>
 struct Simd<float> {
-  typedef float V __attribute__((vector_size(32)));
-  typedef int32_t I __attribute__((vector_size(32)));
+  typedef float V __attribute__((vector_size(kVectorBytes)));
+  typedef int32_t I __attribute__((vector_size(kVectorBytes)));
   using Index = int32_t;
 };
 template <>
 struct Simd<double> {
-  typedef double V __attribute__((vector_size(32)));
-  typedef int64_t I __attribute__((vector_size(32)));
+  typedef double V __attribute__((vector_size(kVectorBytes)));
+  typedef int64_t I __attribute__((vector_size(kVectorBytes)));
   using Index = int64_t;
 };
 template <class A>
@@ -39,7 +45,7 @@ using IVec = typename Simd<A>::I;
 template <class A>
 using Index = typename Simd<A>::Index;
 template <class A>
-constexpr int kLanes = 32 / sizeof(A);
+constexpr int kLanes = kVectorBytes / sizeof(A);
 
 // Accumulation type of an element type.
 template <class T>
@@ -51,8 +57,8 @@ struct Tail {
   int n;
 };
 
-// All lanes equal. GCC writes a constructor of a vector wider than the base instruction set as a chain of inserts, even
-// where the function ends up in a wider one; a shuffle stays a broadcast.
+// All lanes equal. GCC writes a constructor of a vector wider than the base instruction set as a chain of
+// inserts, even where the function ends up in a wider one; a shuffle stays a broadcast.
 template <class V, class E>
 VF_INLINE inline V broadcast(E value) {
   V v{};
@@ -78,8 +84,10 @@ template <class A>
 VF_INLINE inline IVec<A> iota() {
   if constexpr (kLanes<A> == 8) {
     return IVec<A>{0, 1, 2, 3, 4, 5, 6, 7};
-  } else {
+  } else if constexpr (kLanes<A> == 4) {
     return IVec<A>{0, 1, 2, 3};
+  } else {
+    return IVec<A>{0, 1};
   }
 }
 
@@ -95,20 +103,20 @@ VF_INLINE inline void store(A* p, Vec<A> v, Full = {}) {
   std::memcpy(p, &v, sizeof(v));
 }
 
-typedef uint16_t Half8 __attribute__((vector_size(16)));
-typedef uint32_t Word8 __attribute__((vector_size(32)));
+typedef uint16_t Halves __attribute__((vector_size(kVectorBytes / 2)));
+typedef uint32_t Words __attribute__((vector_size(kVectorBytes)));
 
 VF_INLINE inline Vec<float> load(const BFloat16* p, Full = {}) {
-  Half8 bits;
+  Halves bits;
   std::memcpy(&bits, p, sizeof(bits));
-  return (Vec<float>)(__builtin_convertvector(bits, Word8) << 16);
+  return (Vec<float>)(__builtin_convertvector(bits, Words) << 16);
 }
 
 VF_INLINE inline void store(BFloat16* p, Vec<float> v, Full = {}) {
-  const Word8 bits = (Word8)v;
-  const Word8 nearest_even = (bits + (0x7fffu + ((bits >> 16) & 1u))) >> 16;
-  const Word8 quiet_nan = Word8{} + 0x7fc0u;
-  const Half8 half = __builtin_convertvector((v == v) ? nearest_even : quiet_nan, Half8);
+  const Words bits = (Words)v;
+  const Words nearest_even = (bits + (0x7fffu + ((bits >> 16) & 1u))) >> 16;
+  const Words quiet_nan = Words{} + 0x7fc0u;
+  const Halves half = __builtin_convertvector((v == v) ? nearest_even : quiet_nan, Halves);
   std::memcpy(p, &half, sizeof(half));
 }
 
@@ -146,29 +154,72 @@ VF_INLINE inline void for_vectors(int64_t count, const F& f) {
   if (c < count) f(c, Tail{static_cast<int>(count - c)});
 }
 
-// Lanes rotated by half, quarter, ... of the vector: after log2(lanes) steps each lane has met every other.
+// Lanes of a and b by constant indices, those of b counted on from a's.
+#ifdef __clang__
+#define VF_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define VF_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, decltype(a == a){__VA_ARGS__})
+#endif
+
+// Rows become columns, in place.
+template <class V>
+VF_INLINE inline void transpose(V (&v)[8]) {
+  V t[8], u[8];
+  for (int i = 0; i < 8; i += 2) {
+    t[i] = VF_SHUFFLE(v[i], v[i + 1], 0, 8, 1, 9, 4, 12, 5, 13);
+    t[i + 1] = VF_SHUFFLE(v[i], v[i + 1], 2, 10, 3, 11, 6, 14, 7, 15);
+  }
+  for (int i = 0; i < 8; i += 4) {
+    for (int j = 0; j < 2; ++j) {
+      u[i + 2 * j] = VF_SHUFFLE(t[i + j], t[i + j + 2], 0, 1, 8, 9, 4, 5, 12, 13);
+      u[i + 2 * j + 1] = VF_SHUFFLE(t[i + j], t[i + j + 2], 2, 3, 10, 11, 6, 7, 14, 15);
+    }
+  }
+  for (int i = 0; i < 4; ++i) {
+    v[i] = VF_SHUFFLE(u[i], u[i + 4], 0, 1, 2, 3, 8, 9, 10, 11);
+    v[i + 4] = VF_SHUFFLE(u[i], u[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
+  }
+}
+
+template <class V>
+VF_INLINE inline void transpose(V (&v)[4]) {
+  V t[4];
+  for (int i = 0; i < 4; i += 2) {
+    t[i] = VF_SHUFFLE(v[i], v[i + 1], 0, 4, 2, 6);
+    t[i + 1] = VF_SHUFFLE(v[i], v[i + 1], 1, 5, 3, 7);
+  }
+  for (int i = 0; i < 2; ++i) {
+    v[i] = VF_SHUFFLE(t[i], t[i + 2], 0, 1, 4, 5);
+    v[i + 2] = VF_SHUFFLE(t[i], t[i + 2], 2, 3, 6, 7);
+  }
+}
+
+template <class V>
+VF_INLINE inline void transpose(V (&v)[2]) {
+  const V first = VF_SHUFFLE(v[0], v[1], 0, 2);
+  v[1] = VF_SHUFFLE(v[0], v[1], 1, 3);
+  v[0] = first;
+}
+
+// The lanes moved by half, quarter, ... of the vector: after log2(lanes) steps each lane has met every other.
 template <int step, class V>
 VF_INLINE inline V rotate(V v) {
-#ifdef __clang__
-  if constexpr (sizeof(v) / sizeof(v[0]) == 8) {
-    return __builtin_shufflevector(v, v, step & 7, (step + 1) & 7, (step + 2) & 7, (step + 3) & 7,
-                                   (step + 4) & 7, (step + 5) & 7, (step + 6) & 7, (step + 7) & 7);
+  constexpr int lanes = sizeof(V) / sizeof(v[0]);
+  constexpr auto at = [](int j) { return (j + step) % lanes; };
+  if constexpr (lanes == 8) {
+    return VF_SHUFFLE(v, v, at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7));
+  } else if constexpr (lanes == 4) {
+    return VF_SHUFFLE(v, v, at(0), at(1), at(2), at(3));
   } else {
-    return __builtin_shufflevector(v, v, step & 3, (step + 1) & 3, (step + 2) & 3, (step + 3) & 3);
+    return VF_SHUFFLE(v, v, at(0), at(1));
   }
-#else
-  if constexpr (sizeof(v) / sizeof(v[0]) == 8) {
-    return __builtin_shuffle(v, (iota<float>() + step) & 7);
-  } else {
-    return __builtin_shuffle(v, (iota<double>() + step) & 3);
-  }
-#endif
 }
 
 template <class V, class F>
 VF_INLINE inline auto reduce_lanes(V v, const F& f) {
-  if constexpr (sizeof(v) / sizeof(v[0]) == 8) v = f(v, rotate<4>(v));
-  v = f(v, rotate<2>(v));
+  constexpr int lanes = sizeof(V) / sizeof(v[0]);
+  if constexpr (lanes == 8) v = f(v, rotate<4>(v));
+  if constexpr (lanes >= 4) v = f(v, rotate<2>(v));
   v = f(v, rotate<1>(v));
   return v[0];
 }

@@ -100,8 +100,8 @@ inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) {
   return Tensor(handle);
 }
 
-// Asks for huge pages under a large result. Fresh memory then costs a page fault per 2 MB instead of one per 4 KB,
-// which otherwise take longer than the kernels do.
+// Asks for huge pages under a large result. Fresh memory then costs a page fault per 2 MB instead of one per
+// 4 KB, which otherwise take longer than the kernels do.
 inline void prefer_huge_pages([[maybe_unused]] void* p, [[maybe_unused]] size_t bytes) {
 #ifdef MADV_HUGEPAGE
   constexpr uintptr_t kHuge = uintptr_t{1} << 21;
