@@ -18,6 +18,10 @@ test: $(VENV)/built
 bench: $(VENV)/built
 	$(BIN)/python -m pytest bench --benchmark-only
 
+kernels: $(VENV)/installed
+	TRITON_INTERPRET=1 $(BIN)/python -m tools.traffic
+	$(BIN)/python -m tools.compiled
+
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

@@ -114,39 +114,44 @@ def routed(observe: Observer, operation: Operation | None = None) -> Iterator[No
 
     ``observe`` sees, and decides on, every launch; ``operation`` sees every other operation of a launcher.
     """
-    with mock.patch.object(functional, "fused", return_value=True), _Launchers(observe, operation):
+    with mock.patch.object(functional, "fused", return_value=True), _Router(observe, operation):
         yield
 
 
-class _Launchers(TorchDispatchMode):
+class _Router(TorchDispatchMode):
     def __init__(self, observe: Observer, operation: Operation | None) -> None:
         super().__init__()
         self.observe, self.operation = observe, operation
-        self.op = ""  # that is running
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
         if func.namespace != "visattn_fast":
-            result = func(*args, **kwargs)
-            if self.op and self.operation:
-                self.operation(self.op, func, (args, kwargs), result)
-            return result
-        self.op = func._schema.name.removeprefix("visattn_fast::")
-        launchers = importlib.import_module(f"visattn_fast.kernels.{_library.OPS[self.op].launcher}")
-        try:
-            with self, intercepted(self.op, self.observe):
-                return getattr(launchers, self.op)(*args, **kwargs)
-        finally:
-            self.op = ""
+            return func(*args, **(kwargs or {}))
+        op = func._schema.name.removeprefix("visattn_fast::")
+        launchers = importlib.import_module(f"visattn_fast.kernels.{_library.OPS[op].launcher}")
+        with watched(op, self.observe, self.operation):
+            return getattr(launchers, op)(*args, **(kwargs or {}))
 
 
 @contextmanager
-def intercepted(op: str, observe: Observer) -> Iterator[None]:
-    """Within the context ``observe`` stands between every launch and Triton."""
+def watched(op: str, observe: Observer, operation: Operation | None = None) -> Iterator[None]:
+    """Within the context, which runs the launcher of ``op``, ``observe`` stands between every launch and Triton."""
     with ExitStack() as stack:
         for runner in (jit.JITFunction, interpreter.InterpretedFunction):
             stack.enter_context(mock.patch.object(runner, "run", _interceptor(op, observe, runner.run)))
+        if operation:
+            stack.enter_context(_Operations(op, operation))
         yield
+
+
+class _Operations(TorchDispatchMode):
+    def __init__(self, op: str, operation: Operation) -> None:
+        super().__init__()
+        self.op, self.operation = op, operation
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.operation(self.op, func, (args, kwargs), result)
+        return result
 
 
 def _interceptor(op: str, observe: Observer, run: Callable[..., None]) -> Callable[..., None]:

@@ -1,0 +1,102 @@
+"""Kernels that are wrong on purpose, each in one way; the tools must say so. Their launchers take x [N, C, H, W]."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+BLOCK = 2048
+
+
+@triton.jit
+def _three_passes_kernel(x_ptr, y_ptr, P, BLOCK: tl.constexpr):
+    """y = x - sum(x) / P, as two passes over x would do; but it pools twice."""
+    row = tl.program_id(0).to(tl.int64) * P
+    total = tl.zeros([BLOCK], tl.float32)
+    for _ in range(2):
+        for start in range(0, P, BLOCK):
+            p = start + tl.arange(0, BLOCK)
+            total += tl.load(x_ptr + row + p, mask=p < P, other=0.0).to(tl.float32) / 2
+    mean = tl.sum(total, 0) / P
+    for start in range(0, P, BLOCK):
+        p = start + tl.arange(0, BLOCK)
+        x = tl.load(x_ptr + row + p, mask=p < P, other=0.0).to(tl.float32)
+        tl.store(y_ptr + row + p, x - mean, mask=p < P)
+
+
+@triton.jit
+def _short_offset_kernel(x_ptr, y_ptr, P, BLOCK: tl.constexpr):
+    """Copies x; the row's offset is the product of two 32-bit integers."""
+    blocks = tl.cdiv(P, BLOCK)
+    p = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    offsets = (tl.program_id(0) // blocks * P + p).to(tl.int64)
+    tl.store(y_ptr + offsets, tl.load(x_ptr + offsets, mask=p < P), mask=p < P)
+
+
+@triton.jit
+def _large_tile_kernel(x_ptr, y_ptr, P, BLOCK: tl.constexpr):
+    """Normalises a row of which every element is kept in registers: more than a thread has."""
+    row = tl.program_id(0).to(tl.int64) * P
+    p = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + row + p, mask=p < P, other=0.0).to(tl.float32)
+    x -= tl.sum(x, 0) / P
+    tl.store(y_ptr + row + p, x / tl.sum(x * x, 0), mask=p < P)
+
+
+@triton.jit
+def _max_kernel(x_ptr, y_ptr, P, RUNNING: tl.constexpr, BLOCK: tl.constexpr):
+    """Maximum over P; on a GPU, tl.max and the comparison of a running maximum drop NaN."""
+    row = tl.program_id(0).to(tl.int64) * P
+    best = tl.full([BLOCK], float("-inf"), tl.float32)
+    for start in range(0, P, BLOCK):
+        p = start + tl.arange(0, BLOCK)
+        x = tl.load(x_ptr + row + p, mask=p < P, other=float("-inf")).to(tl.float32)
+        best = tl.where(x > best, x, best) if RUNNING else x + best
+    tl.store(y_ptr + tl.program_id(0), tl.sum(best, 0) if RUNNING else tl.max(best, 0))
+
+
+@triton.jit
+def _narrow_load_kernel(x_ptr, y_ptr, P, BLOCK: tl.constexpr):
+    """Copies x; nothing says that neighbours share their mask, so each element is loaded for itself."""
+    row = tl.program_id(0).to(tl.int64) * P
+    for start in range(0, P, BLOCK):
+        p = start + tl.arange(0, BLOCK)
+        x = tl.load(x_ptr + row + p, mask=(p < P) & (p % 3 < 3), other=0.0)
+        tl.store(y_ptr + row + p, x, mask=p < P)
+
+
+def three_passes(x: torch.Tensor) -> None:
+    _launch(_three_passes_kernel, x)
+
+
+def short_offset(x: torch.Tensor) -> None:
+    _launch(_short_offset_kernel, x, blocks=triton.cdiv(x[0, 0].numel(), BLOCK))
+
+
+def copied_first(x: torch.Tensor) -> None:
+    """Not a kernel's fault: the launcher copies x."""
+    short_offset(x.clone())
+
+
+def large_tile(x: torch.Tensor) -> None:
+    _launch(_large_tile_kernel, x, BLOCK=triton.next_power_of_2(x[0, 0].numel()), num_warps=16)
+
+
+def lossy_max(x: torch.Tensor) -> None:
+    _launch(_max_kernel, x, x.new_empty(x.shape[:2]), RUNNING=False)
+
+
+def lossy_running_max(x: torch.Tensor) -> None:
+    _launch(_max_kernel, x, x.new_empty(x.shape[:2]), RUNNING=True)
+
+
+def narrow_load(x: torch.Tensor) -> None:
+    _launch(_narrow_load_kernel, x)
+
+
+def _launch(kernel: Any, x: torch.Tensor, y: torch.Tensor | None = None, blocks: int = 1, **meta: int) -> None:
+    N, C, H, W = x.shape
+    kernel[(N * C * blocks, 1)](x, torch.empty_like(x) if y is None else y, H * W, **{"BLOCK": BLOCK, **meta})

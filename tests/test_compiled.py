@@ -1,0 +1,71 @@
+"""Every kernel compiled ahead of time, as its launcher launches it; `make kernels` prints the table of all shapes.
+
+A kernel's faults are spills, narrow accesses to large tensors, maxima that lose NaN, addresses that overflow 32 bits.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import visattn_fast as vf
+from cases import INTERPRETED
+from visattn_fast import catalogue
+
+pytest.importorskip("triton")
+compiled = pytest.importorskip("tools.compiled", reason="not beside the repository's tools")
+
+pytestmark = pytest.mark.skipif(INTERPRETED, reason="compiles: needs TRITON_INTERPRET unset")
+shapes = pytest.mark.parametrize("shape", compiled.SHAPES, ids=lambda s: "x".join(map(str, s)))
+
+
+def faults(shapes, dtypes, targets):
+    found = compiled.compile_all(compiled.variants(compiled.calls(shapes, dtypes), targets))
+    assert len(found) > 20 * len(targets), "the launches were not seen"
+    return [fault for c in found for fault in c.faults]
+
+
+@pytest.mark.parametrize("target", compiled.TARGETS)
+@shapes
+def test_bfloat16(shape, target):
+    found = faults([shape], [torch.bfloat16], [target])
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=["float16", "float32"])
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_other_dtypes(dtype, target):
+    found = faults(compiled.SHAPES[:1], [dtype], [target])
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize("shape", compiled.HUGE, ids=lambda s: "x".join(map(str, s)))
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_more_than_2_to_31_elements(shape, target):
+    """No 32-bit integer behind an address can overflow, whatever program and loop step it is in."""
+    found = faults([shape], [torch.bfloat16], [target])
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+@pytest.mark.parametrize("layout", catalogue.LAYOUTS)
+@pytest.mark.parametrize("entry", catalogue.ENTRIES.values(), ids=lambda e: e.name)
+def test_more_than_2_to_31_elements_on_a_gpu(entry, layout):
+    """The last image, which lies behind the 2^31st element, comes out as it does alone, and so does its gradient."""
+    shape = (2731, 256, 56, 56)
+    needed = 10 * 2 * torch.Size(shape).numel()
+    if torch.cuda.mem_get_info()[0] < needed:
+        pytest.skip(f"needs {needed >> 30} GiB of GPU memory")
+    x = torch.empty(shape, dtype=torch.bfloat16, device="cuda", memory_format=catalogue.LAYOUTS[layout]).normal_()
+    module, _ = entry.pair(shape[1], torch.bfloat16)
+    module.cuda()
+    results = []
+    for part in (x, x[-1:]):
+        part = part.detach().requires_grad_()
+        with vf.use_backend("triton"):
+            y = module(part)
+            (dx,) = torch.autograd.grad(y, part, torch.ones_like(y))
+        results.append((y[-1].detach().clone(), dx[-1].clone()))
+        del y, dx
+    for got, alone in zip(*results, strict=True):
+        torch.testing.assert_close(got, alone)

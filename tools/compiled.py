@@ -1,0 +1,204 @@
+"""Compiles every kernel ahead of time, without a GPU, and judges the result: `python -m tools.compiled`.
+
+What is compiled is what launchers launch: each launch on tensors without memory (device "meta") is specialised by
+Triton itself, at its meta-parameters and alignment, for targets that need not be there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import sys
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import create_function_from_signature
+
+from visattn_fast import catalogue
+
+from . import binary, ttir
+from .launches import Call, Launch
+from .table import show
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+SHAPES = ((64, 256, 56, 56), (64, 64, 112, 112), (32, 512, 28, 28), (32, 2048, 7, 7), (1, 256, 56, 56))
+# More than 2^31 elements: in many images, in one image, and between the rows of a slice.
+HUGE = ((4096, 256, 56, 56), (1, 2048, 1100, 1100), (2, 3, 32000, 32000))
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+WIDE = 16  # bytes of the widest load of one thread that every target has
+
+
+@dataclass(frozen=True)
+class Use:
+    """A launch, what it belongs to, and the shape of the maps that it streams."""
+
+    launch: Launch
+    origin: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A kernel as Triton specialises it for a target, and every launch that it serves."""
+
+    target: str
+    source: ASTSource
+    options: dict[str, Any]
+    uses: list[Use]
+
+    @property
+    def kernel(self) -> str:
+        return self.source.name
+
+    @property
+    def dtype(self) -> str:
+        """Of its first tensor."""
+        return next((kind[1:] for kind in self.source.signature.values() if kind.startswith("*")), "")
+
+    @property
+    def label(self) -> str:
+        """The meta-parameters that tell it from the kernel's other variants."""
+        constants = self.uses[0].launch.constants.items()
+        return " ".join(f"{name}={int(value)}" for name, value in constants if isinstance(value, int))
+
+    @property
+    def parameters(self) -> list[str]:
+        """The arguments that the compiled kernel still has."""
+        return [name for name, kind in self.source.signature.items() if kind != "constexpr"]
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A compiled variant, and what is wrong with it."""
+
+    variant: Variant
+    asm: dict[str, Any]
+    shared: int
+
+    @cached_property
+    def resources(self) -> binary.Resources:
+        return binary.resources(self.asm, self.shared)
+
+    @cached_property
+    def accesses(self) -> list[binary.Access]:
+        return binary.accesses(self.asm)
+
+    @property
+    def widest_load(self) -> int:
+        return max((a.width for a in self.accesses if a.kind == "load"), default=0)
+
+    @cached_property
+    def faults(self) -> list[str]:
+        """Each message names kernel, meta-parameters, target and figure."""
+        found = [f"spills {self.resources.spilled} bytes per thread"] if self.resources.spilled else []
+        found += ttir.lost_nan(self.asm["ttir"])
+        for use in self.variant.uses:
+            scalars = {name: a for name, a in use.launch.arguments.items() if isinstance(a, int)}
+            faults = [*self._narrow(use), *ttir.overflows(self.asm["ttir"], scalars, use.launch.grid)]
+            found += [f"{fault}, in {use.origin}" for fault in faults]
+        return [f"{self.variant.kernel} [{self.variant.label}] for {self.variant.target}: {fault}" for fault in found]
+
+    def _narrow(self, use: Use) -> Iterator[str]:
+        """Accesses to streamed maps that are narrower than their alignment allows."""
+        for name, tensor in use.launch.tensors.items():
+            if tensor.shape != use.shape:
+                continue
+            allowed = min(alignment(tensor) * tensor.element_size(), WIDE)
+            position = self.variant.parameters.index(name)
+            widths = {(a.kind, a.width) for a in self.accesses if position in a.arguments}
+            if not widths:
+                yield f"no access to {name} was found"
+            for kind, width in sorted(widths):
+                if width < allowed:
+                    yield f"{kind}s {name} {width} bytes at a time, {allowed} are aligned"
+
+
+def alignment(t: torch.Tensor) -> int:
+    """The power of two that divides the dense extent of a map ``[N, C, H, W]`` and the strides beyond it."""
+    N, C, H, W = t.shape
+    dense = H * W if t.stride(3) == 1 and (C == 1 or t.stride(1) != 1) else C
+    bits = dense
+    for size, stride in zip((N, C), (t.stride(0), t.stride(1)), strict=True):
+        bits |= stride if size > 1 and stride > 1 else 0
+    return bits & -bits
+
+
+def variants(calls: Iterable[Call], targets: Iterable[str]) -> list[Variant]:
+    """The different variants that the launches of the calls need."""
+    uses: list[Use] = []
+    for call in calls:
+        call.run("meta", lambda launch, run, call=call: uses.append(Use(launch, f"{launch.op} of {call}", call.shape)))
+    return specialise(uses, targets)
+
+
+def specialise(uses: Iterable[Use], targets: Iterable[str]) -> list[Variant]:
+    """What Triton compiles for the launches. These are the steps of its JITFunction.run, without a driver."""
+    found: dict[str, Variant] = {}
+    for target, use in itertools.product(targets, uses):
+        kernel, backend = use.launch.kernel, make_backend(TARGETS[target])
+        given = {"debug": False, "instrumentation_mode": "", **use.launch.options}
+        bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+        arguments, specialization, options = bind(**use.launch.arguments, **given)
+        options, signature, constants, attributes = kernel._pack_args(
+            backend, given, arguments, specialization, options
+        )
+        source = ASTSource(kernel, signature, constants, attributes)
+        key = f"{target} {source.hash()} {options.hash()}"
+        found.setdefault(key, Variant(target, source, options.__dict__, [])).uses.append(use)
+    return list(found.values())
+
+
+def compile_variant(variant: Variant) -> Compiled:
+    kernel = triton.compile(variant.source, target=TARGETS[variant.target], options=variant.options)
+    return Compiled(variant, kernel.asm, kernel.metadata.shared)
+
+
+def compile_all(found: Iterable[Variant]) -> list[Compiled]:
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(compile_variant, found))
+
+
+def calls(shapes: Iterable[tuple[int, int, int, int]] = SHAPES, dtypes: Iterable[torch.dtype] = DTYPES) -> list[Call]:
+    """Every module at every shape and dtype, in both layouts, plain and with residual and relu."""
+    return [
+        Call(entry, shape, layout, dtype, residual=activation is not None, activation=activation)
+        for shape in shapes
+        for dtype in dtypes
+        for layout in catalogue.LAYOUTS
+        for entry in catalogue.ENTRIES.values()
+        for activation in ((None, "relu") if entry.epilogue else (None,))
+    ]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--shapes", nargs="+", type=lambda s: tuple(map(int, s.split("x"))), default=SHAPES)
+    options = parser.parse_args()
+    done = compile_all(variants(calls(options.shapes), options.targets))
+    done.sort(key=lambda c: (c.variant.kernel, c.variant.label, c.variant.dtype, c.variant.target))
+    rows = []
+    for c in done:
+        r, v = c.resources, c.variant
+        rows.append((v.kernel, v.dtype, v.label, v.target, r.registers, r.shared, r.spilled, c.widest_load))
+    header = ("kernel", "dtype", "variant", "target", "registers", "shared", "spilled", "widest load")
+    show(f"{len(done)} compiled kernels", header, rows)
+    faults = [fault for c in done for fault in c.faults]
+    print(*faults, sep="\n")
+    return bool(faults)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
