@@ -1,0 +1,121 @@
+"""A small residual network with a gate at the end of every block."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import reference
+from ..catalogue import ENTRIES
+from ..reference.checks import check_feature_map, check_positive
+
+GATES = tuple(name for name, entry in ENTRIES.items() if entry.epilogue)
+
+
+class AttentionBlock(nn.Module):
+    """``relu(gate(bn2(conv2(relu(bn1(conv1(x)))))) + shortcut(x))``, both convolutions 3x3.
+
+    The gate stands after the last batch norm and before the addition, as in SE-ResNet (Hu et al., CVPR 2018) and
+    CBAM-ResNet (Woo et al., ECCV 2018). The shortcut is the identity, or a 1x1 convolution and a batch norm where the
+    shape changes.
+
+    Args:
+        in_channels, channels: C of input and output.
+        stride: of the first convolution and the shortcut.
+        attention, fused: as in `AttentionResNet`.
+    """
+
+    def __init__(self, in_channels: int, channels: int, stride: int, attention: str | None, fused: bool) -> None:
+        super().__init__()
+        self.conv1 = _convolution(in_channels, channels, 3, stride)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = _convolution(channels, channels, 3)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.gate = _gate(attention, channels, fused)
+        self.shortcut = nn.Sequential()
+        if stride != 1 or in_channels != channels:
+            self.shortcut.append(_convolution(in_channels, channels, 1, stride))
+            self.shortcut.append(nn.BatchNorm2d(channels))
+        self.fused = fused and attention is not None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[N, in_channels, H, W]`` -> ``[N, channels, ceil(H/stride), ceil(W/stride)]``."""
+        shortcut = self.shortcut(x)
+        out = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        if self.fused:
+            return self.gate(out, residual=shortcut, activation="relu")
+        return reference.epilogue(self.gate(out), shortcut, "relu")
+
+
+class AttentionResNet(nn.Module):
+    """A residual network of basic blocks, each of which ends in a gate.
+
+    A 3x3 convolution with batch norm and ReLU, then one stage of `AttentionBlock` per entry of ``depths``, then the
+    mean over H and W and a linear layer. Stage i has ``width * 2**i`` channels; every stage but the first halves H and
+    W. Convolutions are initialised after He et al. (ICCV 2015), batch norms to 1 and 0; the gates keep their own
+    initialisation.
+
+    Args:
+        attention: ``"se"``, ``"eca"``, ``"cbam"``: the name of any catalogue entry with an epilogue; None: no gate.
+        num_classes: outputs of the linear layer.
+        width: channels of the first stage.
+        depths: blocks per stage.
+        in_channels: channels of the images.
+        fused: build the gates from the fused modules, with addition and ReLU in their epilogue. False: from the
+            reference modules, both spelled out. The ``state_dict`` keys are the same either way.
+
+    Raises:
+        ValueError: an unknown ``attention``, a size that is not a positive int, no stage at all.
+    """
+
+    def __init__(
+        self,
+        attention: str | None = "cbam",
+        num_classes: int = 10,
+        width: int = 16,
+        depths: Sequence[int] = (1, 1, 1),
+        in_channels: int = 3,
+        fused: bool = True,
+    ) -> None:
+        super().__init__()
+        if attention is not None and attention not in GATES:
+            raise ValueError(f"attention must be None or one of {', '.join(map(repr, GATES))}, got {attention!r}")
+        for name, value in (("num_classes", num_classes), ("width", width), ("in_channels", in_channels)):
+            check_positive(name, value)
+        if not depths:
+            raise ValueError("depths must name at least one stage, got none")
+        for depth in depths:
+            check_positive("every entry of depths", depth)
+
+        self.in_channels = in_channels
+        self.stem = nn.Sequential(_convolution(in_channels, width, 3), nn.BatchNorm2d(width), nn.ReLU())
+        self.stages = nn.Sequential()
+        channels = width
+        for index, depth in enumerate(depths):
+            stage = nn.Sequential()
+            for block in range(depth):
+                before, channels = channels, width * 2**index
+                stride = 2 if index > 0 and block == 0 else 1
+                stage.append(AttentionBlock(before, channels, stride, attention, fused))
+            self.stages.append(stage)
+        self.head = nn.Linear(channels, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images ``[N, in_channels, H, W]`` -> logits ``[N, num_classes]``."""
+        check_feature_map(x, self.in_channels)
+        return self.head(self.stages(self.stem(x)).mean((2, 3)))
+
+
+def _gate(attention: str | None, channels: int, fused: bool) -> nn.Module:
+    if attention is None:
+        return nn.Identity()
+    entry = ENTRIES[attention]
+    return (entry.fast if fused else entry.reference)(**entry.arguments(channels))
+
+
+def _convolution(in_channels: int, channels: int, size: int, stride: int = 1) -> nn.Conv2d:
+    conv = nn.Conv2d(in_channels, channels, size, stride, padding=size // 2, bias=False)
+    nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+    return conv
