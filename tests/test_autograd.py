@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 import visattn_fast as vf
 from cases import EPILOGUES, INTERPRETED, feature_map, oracle, poisoned, run, within_budget
@@ -38,7 +41,7 @@ def test_gradcheck(entry, layout):
     x = feature_map((2, 4, 3, 3), layout, torch.float64).requires_grad_()
     inputs = (x, *fast.parameters())
     assert torch.autograd.gradcheck(functional_call(fast), inputs)
-    assert torch.autograd.gradgradcheck(functional_call(fast), inputs)
+    assert torch.autograd.gradgradcheck(functional_call(fast), inputs, fast_mode=True)
 
 
 @native_only
@@ -50,7 +53,7 @@ def test_gradcheck_epilogue(entry, with_residual, activation):
     residual = [feature_map((1, 4, 3, 2), "nchw", torch.float64, seed=3).requires_grad_()] if with_residual else []
     call = functional_call(fast, (with_residual, activation))
     assert torch.autograd.gradcheck(call, (x, *fast.parameters(), *residual))
-    assert torch.autograd.gradgradcheck(call, (x, *fast.parameters(), *residual))
+    assert torch.autograd.gradgradcheck(call, (x, *fast.parameters(), *residual), fast_mode=True)
 
 
 @entries
@@ -63,6 +66,33 @@ def test_gradient_penalty(entry):
         gradient.square().sum().backward()
         penalties.append([x.grad, *(p.grad for p in module.parameters())])
     torch.testing.assert_close(*penalties, rtol=1e-4, atol=1e-4)
+
+
+@entries
+def test_checkpoint(entry):
+    """Recomputed in the backward pass, the same gradients come out."""
+    fast, _ = entry.pair(8)
+    gradients = []
+    for call in (fast, functools.partial(checkpoint, fast, use_reentrant=False)):
+        x = feature_map((2, 8, 4, 4), "nchw", torch.float32).requires_grad_()
+        gradients.append(torch.autograd.grad(call(x).square().sum(), [x, *fast.parameters()]))
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+@entries
+def test_function_transforms(entry):
+    """torch.func.grad gives the gradients of autograd."""
+    fast, _ = entry.pair(8)
+    x = feature_map((2, 8, 4, 4), "nchw", torch.float32)
+    parameters = dict(fast.named_parameters())
+
+    def loss(x, parameters):
+        return torch.func.functional_call(fast, parameters, (x,)).square().sum()
+
+    dx, dparameters = torch.func.grad(loss, argnums=(0, 1))(x, parameters)
+    leaf = x.clone().requires_grad_()
+    expected = torch.autograd.grad(fast(leaf).square().sum(), [leaf, *parameters.values()])
+    torch.testing.assert_close((dx, *dparameters.values()), expected, rtol=1e-4, atol=1e-5)
 
 
 @gated

@@ -48,33 +48,31 @@ def fused_function(
         saves_result: y is small and needed as well: ``small`` starts with it.
     """
 
-    class FusedFunction(torch.autograd.Function):
-        @staticmethod
-        def forward(*args: Any) -> Any:
-            return forward_op(*args)
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        tensors = [a for a in inputs if not isinstance(a, int)]
+        ctx.options, ctx.arity = inputs[len(tensors) :], len(tensors)
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors, *output[0 if saves_result else 1 :])
 
-        @staticmethod
-        def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-            tensors = [a for a in inputs if not isinstance(a, int)]
-            ctx.options, ctx.arity = inputs[len(tensors) :], len(tensors)
-            ctx.mark_non_differentiable(*output[1:])
-            ctx.set_materialize_grads(False)
-            ctx.save_for_backward(*tensors, *output[0 if saves_result else 1 :])
+    def backward(ctx: Any, grad: Tensor | None, *_: None) -> Any:
+        unneeded = (None,) * len(ctx.options)
+        saved = ctx.saved_tensors  # once: activation checkpointing recomputes it at every access
+        tensors, small = saved[: ctx.arity], saved[ctx.arity :]
+        if grad is None:
+            return (None,) * ctx.arity + unneeded
+        # A compiled backward pass is traced with gradients enabled, yet is never differentiated.
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return _differentiable(ctx, mathematics, tensors, grad) + unneeded
+        found = gradients(grad, tensors, small, ctx.options)
+        return tuple(_gradient_for(t, d, grad) for t, d in zip(tensors, found, strict=True)) + unneeded
 
-        @staticmethod
-        def backward(ctx: Any, grad: Tensor | None, *_: None) -> Any:
-            unneeded = (None,) * len(ctx.options)
-            tensors, small = ctx.saved_tensors[: ctx.arity], ctx.saved_tensors[ctx.arity :]
-            if grad is None:
-                return (None,) * ctx.arity + unneeded
-            # A compiled backward pass is traced with gradients enabled, yet is never differentiated.
-            if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-                return _differentiable(ctx, mathematics, tensors, grad) + unneeded
-            found = gradients(grad, tensors, small, ctx.options)
-            return tuple(_gradient_for(t, d, grad) for t, d in zip(tensors, found, strict=True)) + unneeded
-
-    FusedFunction.__name__ = FusedFunction.__qualname__ = name
-    return FusedFunction
+    methods: dict[str, Callable[..., Any]] = {
+        "forward": forward_op,
+        "setup_context": setup_context,
+        "backward": backward,
+    }
+    return type(name, (torch.autograd.Function,), {key: staticmethod(method) for key, method in methods.items()})
 
 
 def _differentiable(
