@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
+from threading import Lock
 from typing import Any
 
 import torch
@@ -154,10 +155,21 @@ def specialise(uses: Iterable[Use], targets: Iterable[str]) -> list[Variant]:
         options, signature, constants, attributes = kernel._pack_args(
             backend, given, arguments, specialization, options
         )
-        source = ASTSource(kernel, signature, constants, attributes)
+        source = _Source(kernel, signature, constants, attributes)
         key = f"{target} {source.hash()} {options.hash()}"
         found.setdefault(key, Variant(target, source, options.__dict__, [])).uses.append(use)
     return list(found.values())
+
+
+class _Source(ASTSource):
+    """Python's parser, which Triton's front end calls, is not safe in threads everywhere (3.11.7); the rest is."""
+
+    def make_ir(self, *args: Any, **kwargs: Any) -> Any:
+        with _PARSER:
+            return super().make_ir(*args, **kwargs)
+
+
+_PARSER = Lock()
 
 
 def compile_variant(variant: Variant) -> Compiled:

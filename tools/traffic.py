@@ -171,7 +171,7 @@ def _counted(method: Callable[..., Any], add: Callable[[Any, Any], None]) -> Cal
 
     def counting(*args: Any) -> Any:
         given = dict(zip(names, args, strict=False))
-        add(given.get("ptrs") or given["ptr"], given.get("mask"))
+        add(given["ptrs" if "ptrs" in given else "ptr"], given.get("mask"))
         return method(*args)
 
     return counting
