@@ -7,7 +7,7 @@
 
 namespace visattn {
 
-// An image in blocks of whole image rows, about 256 KB each: what one pass leaves in cache for the next.
+// An image in blocks of whole image rows, about 512 KB each: what one pass leaves in cache for the next.
 template <class T>
 struct PixelBlocks : Split {
   int64_t W;
@@ -21,7 +21,7 @@ struct PixelBlocks : Split {
  private:
   static int64_t rows_per_block(const Shape& s) {
     const int64_t unit = 8 / std::gcd(s.W, int64_t{8});  // rows that make up whole vectors
-    const int64_t rows = (int64_t{1} << 18) / static_cast<int64_t>(sizeof(T) * s.C * s.W);
+    const int64_t rows = (int64_t{1} << 19) / static_cast<int64_t>(sizeof(T) * s.C * s.W);
     return std::max(unit, rows / unit * unit);
   }
 };

@@ -5,10 +5,6 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
-
 #include <initializer_list>
 #include <optional>
 
@@ -86,43 +82,26 @@ inline FeatureMap dense_map(const Tensor& t, const Shape& s, bool nhwc) {
   return {dense ? t : torch::stable::contiguous(t, format), nhwc, s.C * s.P, nhwc ? s.C : s.P};
 }
 
-inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) {
-  int64_t strides[8];
-  int64_t stride = 1;
-  for (int64_t d = static_cast<int64_t>(sizes.size()) - 1; d >= 0; --d) {
-    strides[d] = stride;
-    stride *= sizes.begin()[d];
-  }
-  AtenTensorHandle handle = nullptr;
-  const int32_t code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(sizes.size(), sizes.begin(), strides, code,
-                                                         aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
-}
-
-// Asks for huge pages under a large result. Fresh memory then costs a page fault per 2 MB instead of one per
-// 4 KB, which otherwise take longer than the kernels do.
-inline void prefer_huge_pages([[maybe_unused]] void* p, [[maybe_unused]] size_t bytes) {
-#ifdef MADV_HUGEPAGE
-  constexpr uintptr_t kHuge = uintptr_t{1} << 21;
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(p) + kHuge - 1) & ~(kHuge - 1);
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(p) + bytes) & ~(kHuge - 1);
-  if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#endif
-}
-
-inline Tensor empty_map(const Shape& s, bool nhwc, ScalarType dtype) {
-  const int64_t sizes[] = {s.N, s.C, s.H, s.W};
-  const int64_t nhwc_strides[] = {s.C * s.P, 1, s.W * s.C, s.C}, nchw_strides[] = {s.C * s.P, s.P, s.W, 1};
-  const int64_t* strides = nhwc ? nhwc_strides : nchw_strides;
+inline Tensor empty_strided(int64_t dims, const int64_t* sizes, const int64_t* strides, ScalarType dtype) {
   AtenTensorHandle handle = nullptr;
   const int32_t code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
   STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(4, sizes, strides, code, aoti_torch_device_type_cpu(), 0, &handle));
-  const Tensor out(handle);
-  const size_t element = dtype == ScalarType::Double ? 8 : dtype == ScalarType::BFloat16 ? 2 : 4;
-  prefer_huge_pages(out.data_ptr(), element * s.N * s.C * s.P);
-  return out;
+      aoti_torch_empty_strided(dims, sizes, strides, code, aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) {
+  int64_t strides[4], stride = 1;
+  for (size_t d = sizes.size(); d-- > 0;) {
+    strides[d] = stride;
+    stride *= sizes.begin()[d];
+  }
+  return empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(), strides, dtype);
+}
+
+inline Tensor empty_map(const Shape& s, bool nhwc, ScalarType dtype) {
+  const int64_t sizes[] = {s.N, s.C, s.H, s.W}, strides[] = {s.C * s.P, 1, s.W * s.C, s.C};
+  return nhwc ? empty_strided(4, sizes, strides, dtype) : empty({s.N, s.C, s.H, s.W}, dtype);
 }
 
 // A weight as a contiguous tensor of the accumulation dtype.
