@@ -36,12 +36,13 @@ class Tile(NamedTuple):
 
 
 def tile(layout: Layout, elements: int = TILE) -> Tile:
-    """Long along the dense axis, 16 elements or more per thread."""
+    """Long along the dense axis; 16 elements or more per thread, half as many where each needs an address of its own."""
     inner, outer = (layout.C, layout.HW) if layout.channels_last else (layout.HW, layout.C)
     block_outer = min(next_power_of_2(outer), elements // INNER_BLOCK)
     block_inner = min(next_power_of_2(inner), elements // block_outer)
     block_outer = min(next_power_of_2(outer), elements // block_inner)
-    num_warps = min(max(block_inner * block_outer // 512, 1), 8)
+    per_warp = 512 if layout.align >= 8 else 256
+    num_warps = max(block_inner * block_outer // per_warp, 1)
     blocks = (block_inner, block_outer) if layout.channels_last else (block_outer, block_inner)
     return Tile(layout.channels_last, layout.align, *blocks, num_warps)
 
