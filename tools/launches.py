@@ -21,6 +21,7 @@ from triton.runtime import interpreter, jit
 from visattn_fast import catalogue, functional
 from visattn_fast.ops import _library
 
+Shape = tuple[int, int, int, int]
 EPILOGUES = ((False, None), (True, None), (False, "silu"), (True, "relu"))  # (residual, activation)
 
 
@@ -60,7 +61,7 @@ class Call:
     """A forward and a backward pass of a module of the catalogue; a sliced x is half the channels of a wider map."""
 
     entry: catalogue.Entry
-    shape: tuple[int, int, int, int]
+    shape: Shape
     layout: str = "nchw"
     dtype: torch.dtype = torch.bfloat16
     residual: bool = False

@@ -22,7 +22,7 @@ from triton.runtime import interpreter
 
 from visattn_fast import catalogue
 
-from .launches import EPILOGUES, Call, Launch
+from .launches import EPILOGUES, Call, Launch, Shape
 from .table import show
 
 TOLERANCE = 0.03
@@ -131,7 +131,7 @@ def accounts(call: Call) -> list[Account]:
     ]
 
 
-def calls(entry: catalogue.Entry, shape: tuple[int, int, int, int] = SHAPE) -> Iterable[Call]:
+def calls(entry: catalogue.Entry, shape: Shape = SHAPE) -> Iterable[Call]:
     """Both layouts, with and without epilogue; and a slice, which must not be copied."""
     for layout in catalogue.LAYOUTS:
         for residual, activation in EPILOGUES if entry.epilogue else EPILOGUES[:1]:

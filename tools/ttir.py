@@ -39,6 +39,7 @@ class Value:
             todo += new
 
 
+@functools.lru_cache(maxsize=16)
 def parse(text: str) -> list[Value]:
     """The values of a TTIR module. A region may use another one's names again, so the latest definition counts."""
     values: list[Value] = []
