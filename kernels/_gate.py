@@ -62,11 +62,11 @@ def _gate_grads_kernel(
         mask = tile_mask(cs, ps, C, HW, CHANNELS_LAST, ALIGN)
         offsets = n * C * HW + tile_offsets(cs, ps, C if CHANNELS_LAST else HW, CHANNELS_LAST, ALIGN)
         x_offsets = n * stride_n + tile_offsets(cs, ps, stride_o, CHANNELS_LAST, ALIGN)
-        x = tl.load(x_ptr + x_offsets, mask=mask, other=0.0).to(acc_ty)
-        g = tl.load(grad_ptr + offsets, mask=mask, other=0.0).to(acc_ty)
         channel_gate = tl.load(channel_gate_ptr + n * C + cs, mask=cs < C, other=0.0)[:, None]
         if spatial_gate_ptr is not None:
             spatial_gate = tl.load(spatial_gate_ptr + n * HW + ps, mask=ps < HW, other=0.0)[None, :]
+        x = tl.load(x_ptr + x_offsets, mask=mask, other=0.0).to(acc_ty)
+        g = tl.load(grad_ptr + offsets, mask=mask, other=0.0).to(acc_ty)
         if ACTIVATION != NONE:
             z = x * channel_gate
             if spatial_gate_ptr is not None:
