@@ -6,7 +6,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint const
 SOURCES := $(wildcard csrc/*.h csrc/cpu/*.h csrc/cpu/*.cpp)
 INTERPRETED := tests/test_parity.py tests/test_autograd.py tests/test_kernels_interpreter.py
 
-.PHONY: report test bench lint format gpu-check build clean
+.PHONY: report test bench kernels lint format gpu-check build clean
 
 report: $(VENV)/built
 	$(BIN)/visattn-fast report --quick --out report
