@@ -4,9 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 SOURCES := $(wildcard csrc/*.h csrc/cpu/*.h csrc/cpu/*.cpp)
-INTERPRETED := tests/test_parity.py tests/test_autograd.py tests/test_kernels_interpreter.py
+INTERPRETED := $(addprefix tests/test_,parity.py autograd.py kernels_interpreter.py traffic.py planted_faults.py)
 
-.PHONY: report test bench kernels lint format gpu-check build clean
+.PHONY: report test bench kernels evidence lint format gpu-check build clean
 
 report: $(VENV)/built
 	$(BIN)/visattn-fast report --quick --out report
@@ -21,6 +21,10 @@ bench: $(VENV)/built
 kernels: $(VENV)/installed
 	TRITON_INTERPRET=1 $(BIN)/python -m tools.traffic
 	$(BIN)/python -m tools.compiled
+
+# What is proven of each kernel, and where: docs/evidence.md.
+evidence: $(VENV)/installed
+	$(BIN)/python -m tools.ledger
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -18,6 +18,7 @@ import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -56,7 +57,7 @@ def main() -> int:
     tests = run_tests()
     sanitizer = run_sanitizer()
     rows, left_out = benchmark(device, start + BUDGET)
-    found = {
+    found: dict[str, Any] = {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "machine": asdict(describe(device)),
         "tests": tests,
@@ -73,7 +74,7 @@ def main() -> int:
     return tests["status"]
 
 
-def run_tests() -> dict[str, object]:
+def run_tests() -> dict[str, Any]:
     """Parity on the device, and the tests that need one; in parallel processes where pytest-xdist is there."""
     command = [sys.executable, "-m", "pytest", "tests/test_parity.py", "tests/test_gpu.py", "-k", "cuda or test_gpu"]
     if importlib.util.find_spec("xdist"):

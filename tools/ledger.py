@@ -72,7 +72,7 @@ def gpu_section(results: list[dict[str, Any]]) -> str:
     return text
 
 
-def speeds(rows: list[dict[str, Any]]) -> list[tuple[object, ...]]:
+def speeds(rows: list[dict[str, Any]]) -> list[list[str]]:
     """Geometric means over sizes and layouts, by module and mode."""
     cases: dict[tuple[str, str], dict[Any, dict[str, Row]]] = {}
     for row in (Row(**r | {"shape": tuple(r["shape"])}) for r in rows):
@@ -82,7 +82,7 @@ def speeds(rows: list[dict[str, Any]]) -> list[tuple[object, ...]]:
         comparisons = [Comparison(case, contenders) for case, contenders in group.items()]
         means = [geometric_mean([c.rows["fused"].x_of_copy for c in comparisons])]
         means += [geometric_mean([c.speedup(rival) for c in comparisons]) for rival in ("eager", "compile")]
-        found.append((op, mode, *("failed" if m is None else f"{m:.2f}" for m in means)))
+        found.append([op, mode, *("failed" if m is None else f"{m:.2f}" for m in means)])
     return found
 
 

@@ -22,8 +22,7 @@ def _load() -> str | None:
 
     if not LIBRARY.exists():
         return "the native library was not built: pip install --no-build-isolation with a C++ compiler builds it"
-    version = torch.torch_version.TorchVersion(torch.__version__)
-    if version < (2, 11):
+    if torch.torch_version.TorchVersion(torch.__version__) < "2.11":
         return f"the native library needs torch >= 2.11, found {torch.__version__}"
     try:
         torch.ops.load_library(LIBRARY)
