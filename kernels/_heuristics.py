@@ -36,7 +36,7 @@ class Tile(NamedTuple):
 
 
 def tile(layout: Layout, elements: int = TILE) -> Tile:
-    """Long along the dense axis; 16 elements or more per thread, half as many where each needs an address of its own."""
+    """Long along the dense axis; 16 elements or more per thread, half as many where each needs its own address."""
     inner, outer = (layout.C, layout.HW) if layout.channels_last else (layout.HW, layout.C)
     block_outer = min(next_power_of_2(outer), elements // INNER_BLOCK)
     block_inner = min(next_power_of_2(inner), elements // block_outer)
