@@ -122,7 +122,7 @@ def _measure(subject: Subject, effort: Effort, contenders: Iterable[str], backen
         found["fused"]["backend"] = select(device.type, subject.dtype, backend)
     del oracle
     seconds = interleaved(runs, device, effort)
-    rates = {name: _bytes_moved(case, name, subject.x.nbytes) / quantiles(s)[1] for name, s in seconds.items()}
+    rates = {name: bytes_moved(case, name, subject.x.nbytes) / quantiles(s)[1] for name, s in seconds.items()}
     rows = []
     for name, facts in found.items():
         if name in seconds:
@@ -136,7 +136,8 @@ def _measure(subject: Subject, effort: Effort, contenders: Iterable[str], backen
     return Measured(rows, seconds)
 
 
-def _bytes_moved(case: Case, contender: str, x_bytes: int) -> int:
+def bytes_moved(case: Case, contender: str, x_bytes: int) -> int:
+    """What a streaming kernel must move in a case, small tensors aside; of ``"copy"``, what it moves itself."""
     entry = ENTRIES[case.op]
     if contender == "copy":
         return 2 * x_bytes
