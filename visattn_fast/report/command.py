@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import time
 from pathlib import Path
@@ -19,15 +20,14 @@ from .results import Report
 from .timing import Effort
 
 _FULL = Effort()
-_QUICK = Effort(seconds=0.3, fewest=7, most=60)
-_QUICK_SHAPES = (SHAPES[1], SHAPES[3])
+_QUICK = Effort(seconds=0.2, fewest=5, most=60)
 _QUICK_BUDGET = 90.0  # seconds, after which no further case begins
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Its options."""
     every = ",".join
-    parser.add_argument("--quick", action="store_true", help="two sizes, few repetitions: within two minutes")
+    parser.add_argument("--quick", action="store_true", help="few repetitions, and what fits into two minutes")
     parser.add_argument("--out", default="report", metavar="DIR", help="where to write (default: %(default)s)")
     parser.add_argument("--modules", default=every(MODULES), help=f"of {every(ENTRIES)} (default: %(default)s)")
     parser.add_argument("--shapes", metavar="NxCxHxW,...", help="sizes (default: the catalogue's)")
@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         device = torch.device(args.device)
         contenders = choose(args.contenders, tuple(CONTENDERS))
-        cases, left_out = _plan(args)
+        cases = _plan(args)
         select(device.type, getattr(torch, args.dtype), args.backend)
     except (ValueError, RuntimeError) as error:
         print(f"visattn-fast report: {error}", file=sys.stderr)
@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
         effort = Effort(args.seconds, effort.fewest, effort.most)
     out = terminal.console()
     start = time.perf_counter()
-    rows = _measure(cases, device, effort, contenders, args, out, left_out)
+    rows, left_out = _measure(cases, device, effort, contenders, args, out)
     settings = {name: getattr(args, name) for name in ("quick", "backend", "dtype")} | {"contenders": contenders}
     report = Report(describe(device), settings, left_out, rows, time.perf_counter() - start)
     terminal.show(report, out)
@@ -76,18 +76,13 @@ def write(report: Report, folder: Path) -> list[Path]:
     return [folder / name for name in texts]
 
 
-def _plan(args: argparse.Namespace) -> tuple[list[Case], list[str]]:
-    """What is to be measured, and what the quick run leaves out of it, in words."""
-    shapes: tuple[Shape, ...] = SHAPES
-    left_out = []
+def _plan(args: argparse.Namespace) -> list[Case]:
+    """What is to be measured; of a quick run the largest sizes last, for which time may not be left."""
+    shapes: tuple[Shape, ...] = tuple(sorted(SHAPES, key=math.prod)) if args.quick else SHAPES
     if args.shapes:
         shapes = tuple(parse_shape(text) for text in args.shapes.split(","))
-    elif args.quick:
-        shapes = _QUICK_SHAPES
-        sizes = ["x".join(map(str, shape)) for shape in SHAPES if shape not in shapes]
-        left_out = [f"{', '.join(sizes)}: a quick run (without --quick they are measured)"]
     layouts, modes = choose(args.layouts, tuple(LAYOUTS)), choose(args.modes, tuple(MODES))
-    return matrix(choose(args.modules, tuple(ENTRIES)), shapes, layouts, modes, args.dtype), left_out
+    return matrix(choose(args.modules, tuple(ENTRIES)), shapes, layouts, modes, args.dtype)
 
 
 def _measure(
@@ -97,8 +92,8 @@ def _measure(
     contenders: list[str],
     args: argparse.Namespace,
     out: terminal.Console,
-    left_out: list[str],
-) -> list[Row]:
+) -> tuple[list[Row], list[str]]:
+    """The rows, and what was left out, in words."""
     end = time.perf_counter() + (_QUICK_BUDGET if args.quick else float("inf"))
     rows: list[Row] = []
     late: list[str] = []
@@ -107,6 +102,4 @@ def _measure(
             late.append(f"{case.op} {case.size} {case.layout} {case.mode}")
         else:
             rows += measure(case, device, effort, contenders, args.backend).rows
-    if late:
-        left_out.append(f"{', '.join(late)}: the quick run's {_QUICK_BUDGET:.0f} s were over")
-    return rows
+    return rows, [f"{', '.join(late)}: the quick run's {_QUICK_BUDGET:.0f} s were over"] if late else []
