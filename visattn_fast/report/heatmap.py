@@ -104,12 +104,12 @@ def draw(photograph: Tensor, maps: list[Attention], caption: str) -> Figure:
     bottom[0].axis("off")
     bottom[0].text(0, 0.95, textwrap.fill(caption, 46), va="top", fontsize=10, linespacing=1.4)
     for index, (gates, over, under) in enumerate(zip(maps, top[1:], bottom[1:], strict=True), 1):
-        over.imshow(grey, cmap="gray", extent=frame)
-        drawn = over.imshow(gates.spatial, cmap="inferno", alpha=0.65, extent=frame, interpolation="bilinear")
+        over.imshow(grey.numpy(), cmap="gray", extent=frame)
+        drawn = over.imshow(gates.spatial.numpy(), cmap="inferno", alpha=0.65, extent=frame, interpolation="bilinear")
         bar = figure.colorbar(drawn, ax=over, orientation="horizontal", shrink=0.9, pad=0.02)
         bar.set_label(f"gate, {gates.spatial.min():.2f} to {gates.spatial.max():.2f}")
         over.set_title(f"block {index}: spatial attention, {gates.spatial.shape[1]} x {gates.spatial.shape[0]}")
-        ordered = gates.channel.sort(descending=True).values
+        ordered = gates.channel.sort(descending=True).values.tolist()
         under.bar(range(len(ordered)), ordered, width=0.85, color="#4c6a92")
         under.set(ylim=(0, 1), xlabel="channels, sorted", ylabel="gate")
         under.set_title(f"block {index}: channel attention, {len(ordered)} channels")
