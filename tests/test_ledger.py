@@ -1,0 +1,56 @@
+"""docs/evidence.md is in step with the package, and claims no GPU run that left no result."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from cases import INTERPRETED
+from visattn_fast import catalogue
+from visattn_fast.backends import backends
+from visattn_fast.ops._library import OPS
+
+pytest.importorskip("triton")
+ledger = pytest.importorskip("tools.ledger", reason="not beside the repository's tools")
+
+pytestmark = pytest.mark.skipif(INTERPRETED, reason="reads a file")
+
+
+def test_every_op_and_target_is_listed():
+    text = ledger.LEDGER.read_text(encoding="utf-8")
+    for name in (*OPS, *catalogue.ENTRIES):
+        assert f"| {name} |" in text, f"{name} is missing: make evidence"
+    for target in ledger.compiled.TARGETS:
+        assert f"| {target} |" in text
+
+
+def test_gpu_claims_come_from_results():
+    results = ledger.gpu_results()
+    text = ledger.LEDGER.read_text(encoding="utf-8")
+    assert ledger.gpu_section(results) in text, "make evidence"
+    assert ("Not yet run on a GPU" in text) == (not results)
+    if not results:
+        assert backends("cuda")["triton"].opt_in
+
+
+def test_a_result_is_shown(tmp_path, monkeypatch):
+    """A result file turns into a section with its card, its tests and its speeds."""
+    case = {"op": "se", "shape": [2, 8, 4, 4], "dtype": "bfloat16", "layout": "nchw", "mode": "forward", "x_bytes": 512}
+    rows = [
+        case | {"contender": contender, "p50_ms": time, "x_of_copy": time}
+        for contender, time in (("copy", 1.0), ("eager", 6.0), ("compile", 3.0), ("fused", 1.5))
+    ]
+    result = {
+        "date": "2000-01-01T00:00:00+00:00",
+        "machine": {"device_name": "A card", "commit": "abc", "torch": "2", "triton": "3"},
+        "tests": {"summary": "7 passed"},
+        "sanitizer": "0 errors",
+        "rows": rows,
+    }
+    monkeypatch.setattr(ledger, "RESULTS", tmp_path)
+    (tmp_path / "result.json").write_text(json.dumps(result))
+    text = ledger.gpu_section(ledger.gpu_results())
+    assert "### A card, 2000-01-01, commit abc" in text
+    assert "Tests: 7 passed." in text
+    assert "| se | forward | 1.50 | 4.00 | 2.00 |" in text
