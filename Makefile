@@ -9,7 +9,7 @@ INTERPRETED := $(addprefix tests/test_,parity.py autograd.py kernels_interpreter
 .PHONY: report test bench kernels evidence lint format gpu-check build clean
 
 report: $(VENV)/built
-	$(BIN)/visattn-fast report --quick --out report
+	$(BIN)/visattn-fast report --seconds 1 --out report
 
 test: $(VENV)/built
 	$(BIN)/python -m pytest

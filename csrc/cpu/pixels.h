@@ -21,8 +21,10 @@ struct PixelBlocks : Split {
  private:
   static int64_t rows_per_block(const Shape& s) {
     const int64_t unit = 8 / std::gcd(s.W, int64_t{8});  // rows that make up whole vectors
-    const int64_t rows = (int64_t{1} << 19) / static_cast<int64_t>(sizeof(T) * s.C * s.W);
-    return std::max(unit, rows / unit * unit);
+    const int64_t most =
+        std::max<int64_t>(1, (int64_t{1} << 19) / static_cast<int64_t>(sizeof(T) * s.C * s.W));
+    const int64_t blocks = ((s.H + most - 1) / most + 3) / 4 * 4;  // two or four threads share them evenly
+    return ((s.H + blocks - 1) / blocks + unit - 1) / unit * unit;
   }
 };
 
