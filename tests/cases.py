@@ -69,11 +69,12 @@ def needs_dtype(backend: str, device: str, dtype: torch.dtype) -> None:
 def run(
     module: nn.Module, x: Tensor, residual: Tensor | None = None, activation: str | None = None, noise: float = 0.0
 ) -> dict[str, Tensor]:
-    """Forward, then backward with a random output gradient: y, and the gradients of x, residual and every parameter.
+    """Forward, then backward with a random output gradient: y, the gradients of x, residual and every parameter, and
 
-    Reference modules get the epilogue spelled out. The output gradient is the same for every dtype and device, but for
-    ``noise``, a relative deviation.
+    the module's buffers thereafter (the module itself keeps its own). Reference modules get the epilogue spelled out.
+    The output gradient is the same for every dtype and device, but for ``noise``, a relative deviation.
     """
+    module = copy.deepcopy(module)
     x = x.detach().requires_grad_()
     inputs = {"x": x, **dict(module.named_parameters())}
     if residual is not None:
@@ -88,7 +89,8 @@ def run(
     grad *= 1 + noise * catalogue.feature_map(tuple(y.shape), dtype=torch.float64, seed=2)
     grad = grad.to(y.device, y.dtype)
     grads = torch.autograd.grad(y, list(inputs.values()), grad)
-    return {"y": y.detach(), **dict(zip(inputs, grads, strict=True))}
+    buffers = {name: b for name, b in module.named_buffers() if b.dtype.is_floating_point}
+    return {"y": y.detach(), **dict(zip(inputs, grads, strict=True)), **buffers}
 
 
 def check(

@@ -63,6 +63,8 @@ def test_slices_are_read_in_place(layout):
 @formats
 @shapes
 def test_parts(entry, layout, shape, device):
+    if not entry.takes(shape):
+        pytest.skip(f"no {entry.name} for {shape}")
     check(entry, feature_map(shape, layout, torch.float32, device), "triton")
 
 

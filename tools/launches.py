@@ -18,7 +18,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime import interpreter, jit
 
-from visattn_fast import catalogue, functional
+from visattn_fast import catalogue
 from visattn_fast.ops import _library
 
 Shape = tuple[int, int, int, int]
@@ -30,7 +30,7 @@ class Launch:
     """One launch of a Triton kernel.
 
     Attributes:
-        op: the op whose launcher made it.
+        op: the module's direction that made it, ``se_fwd``, ``se_bwd``, ...
         arguments: of the kernel, by name, constexprs included.
         options: num_warps and the like.
     """
@@ -79,7 +79,7 @@ class Call:
         return f"{self.entry.name}-{size}-{self.layout}-{dtype}-{self.epilogue}" + "-sliced" * self.sliced
 
     def passes(self) -> dict[str, int]:
-        """What each of its two ops declares to move, in multiples of x; the epilogue reads residual and writes g'."""
+        """What its two directions are declared to move, in multiples of x; the epilogue reads residual, writes g'."""
         name, residual, activation = self.entry.name, self.residual, self.activation is not None
         return {
             f"{name}_fwd": self.entry.forward_passes + residual,
@@ -91,10 +91,13 @@ class Call:
         module = self.entry.fast(**self.entry.arguments(self.shape[1])).to(device, self.dtype)
         x, residual = self._map(device, self.sliced).requires_grad_(), self._map(device).requires_grad_()
         extra = {"residual": residual if self.residual else None, "activation": self.activation}
-        with routed(observe, operation):
+        forward, backward = self.passes()
+        with routed(forward, observe, operation):
             y = module(x, **(extra if self.entry.epilogue else {}))
-            inputs = [x, *module.parameters(), *([residual] if self.residual else [])]
-            torch.autograd.grad(y, inputs, torch.ones_like(y))
+        inputs = [x, *module.parameters(), *([residual] if self.residual else [])]
+        grad = torch.ones_like(y)
+        with routed(backward, observe, operation):
+            torch.autograd.grad(y, inputs, grad)
 
     def _map(self, device: str, sliced: bool = False) -> torch.Tensor:
         N, C, H, W = self.shape
@@ -105,31 +108,39 @@ class Call:
 
 # Sees a launch, and runs it, or not, by calling its second argument.
 Observer = Callable[[Launch, Callable[[], None]], None]
-# Sees what a launcher asks of PyTorch: the op, PyTorch's overload, its arguments, its results.
+# Sees what a launcher asks of PyTorch: the direction, PyTorch's overload, its arguments, its results.
 Operation = Callable[[str, Any, Any, Any], None]
 
 
 @contextmanager
-def routed(observe: Observer, operation: Operation | None = None) -> Iterator[None]:
+def routed(op: str, observe: Observer, operation: Operation | None = None) -> Iterator[None]:
     """Within the context every op of the package is its Triton launcher, on tensors of any device.
 
-    ``observe`` sees, and decides on, every launch; ``operation`` sees every other operation of a launcher.
+    ``observe`` sees, and decides on, every launch; ``operation`` sees every other operation of a launcher. What
+    happens between the package's ops, on small tensors, is PyTorch's and not seen.
+
+    Args:
+        op: the name that launches and operations are seen under.
     """
-    with mock.patch.object(functional, "fused", return_value=True), _Router(observe, operation):
+    backends = importlib.import_module("visattn_fast.backends")  # the package has a function of that name
+    with mock.patch.object(backends, "select", return_value="triton"), _Router(op, observe, operation):
         yield
 
 
 class _Router(TorchDispatchMode):
-    def __init__(self, observe: Observer, operation: Operation | None) -> None:
+    def __init__(self, op: str, observe: Observer, operation: Operation | None) -> None:
         super().__init__()
-        self.observe, self.operation = observe, operation
+        self.op, self.observe, self.operation = op, observe, operation
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace != "visattn_fast":
             return func(*args, **(kwargs or {}))
         op = func._schema.name.removeprefix("visattn_fast::")
-        launchers = importlib.import_module(f"visattn_fast.kernels.{_library.OPS[op].launcher}")
-        with watched(op, self.observe, self.operation):
+        launcher = _library.OPS[op].launcher
+        if launcher is None:
+            return func(*args, **(kwargs or {}))
+        launchers = importlib.import_module(f"visattn_fast.kernels.{launcher}")
+        with watched(self.op, self.observe, self.operation):
             return getattr(launchers, op)(*args, **(kwargs or {}))
 
 

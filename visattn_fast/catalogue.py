@@ -17,30 +17,43 @@ class Entry:
     """A module of the catalogue.
 
     Attributes:
-        name: the name of its function in `functional`.
+        name: of its function in `functional`, or of a variant of it.
         fast, reference: its two classes.
         arguments: constructor arguments for C channels.
         forward_passes, backward_passes: bytes that the streaming kernels move, in multiples of the bytes of x, small
-            tensors aside; each read and each write counts.
+            tensors aside; each read and each write counts. Convolutions inside the module are PyTorch's, and not
+            counted.
         epilogue: whether forward takes ``residual`` and ``activation``.
+        takes: whether there is such a module for a map of shape ``[N, C, H, W]``.
+        training: the mode that `pair` leaves its modules in.
+        ops: that its two directions are made of; without any, ``name_fwd`` and ``name_bwd``.
     """
 
     name: str
     fast: type[nn.Module]
     reference: type[nn.Module]
     arguments: Callable[[int], dict[str, Any]]
-    forward_passes: int
-    backward_passes: int
+    forward_passes: float
+    backward_passes: float
     epilogue: bool = True
+    takes: Callable[[tuple[int, ...]], bool] = lambda shape: True
+    training: bool = True
+    ops: tuple[str, ...] = ()
 
     def pair(self, channels: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> tuple[nn.Module, nn.Module]:
-        """A fast and a reference module with equal parameters, drawn from ``seed``; the caller's generator is kept."""
+        """A fast and a reference module with equal parameters, drawn from ``seed``; the caller's generator is kept.
+
+        Parameters and running statistics that start as zeros or ones are spread, so that nothing hides behind them.
+        """
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            fast = self.fast(**self.arguments(channels)).to(dtype)
-        plain = self.reference(**self.arguments(channels)).to(dtype)
+            fast = self.fast(**self.arguments(channels))
+            for tensor in (*fast.parameters(), *(b for b in fast.buffers() if b.dtype.is_floating_point)):
+                if (tensor == tensor.flatten()[0]).all():
+                    tensor.data += 0.5 * torch.rand_like(tensor)
+        plain = self.reference(**self.arguments(channels))
         plain.load_state_dict(fast.state_dict())
-        return fast, plain
+        return fast.to(dtype).train(self.training), plain.to(dtype).train(self.training)
 
 
 ENTRIES = {

@@ -2,32 +2,47 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-Gradients = Callable[..., tuple[Tensor, ...]]
+Gradients = Callable[..., tuple[Tensor | None, ...]]
 
 
-def mixed(mathematics: Callable[..., Tensor], x: Tensor, *weights: Tensor | None) -> Tensor:
-    """``mathematics(x, *weights)`` in x's dtype, where x and weights may differ in dtype outside of autocast too."""
-    dtypes = {t.dtype for t in (x, *weights) if t is not None}
+def mixed(mathematics: Callable[..., Tensor], x: Tensor, *arguments: Any) -> Tensor:
+    """``mathematics(x, *arguments)`` in x's dtype, where x and weights may differ in dtype outside of autocast too."""
+    tensors = [t for t in (x, *arguments) if isinstance(t, Tensor)]
+    dtypes = {t.dtype for t in tensors}
     if len(dtypes) == 1 or torch.is_autocast_enabled(x.device.type):
-        return mathematics(x, *weights).to(x.dtype)
+        return mathematics(x, *arguments).to(x.dtype)
     widest = torch.float64 if torch.float64 in dtypes else torch.float32
-    return mathematics(*(None if t is None else t.to(widest) for t in (x, *weights))).to(x.dtype)
+    return mathematics(*(t.to(widest) if isinstance(t, Tensor) else t for t in (x, *arguments))).to(x.dtype)
 
 
-def run(function: type[torch.autograd.Function], *args: Any) -> Tensor:
-    """The first result of a fused function. An autograd node is made only where a gradient can be asked for."""
+def run(function: type[torch.autograd.Function], *args: Any) -> tuple[Tensor, ...]:
+    """The results of a fused function. An autograd node is made only where a gradient can be asked for."""
     if not (torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)):
-        return function.forward(*args)[0]
+        return function.forward(*args)
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return function.apply(*args)[0]
+        return function.apply(*args)
     # Function.apply first inspects forward's signature for defaults, which it has not: 28 of 50 us a call.
-    return super(torch.autograd.Function, function).apply(*args)[0]  # type: ignore[misc]
+    return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
+
+
+def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function``, whose first argument is a tensor, with autocast off: sums and gates stay in the wide dtype."""
+
+    @functools.wraps(function)
+    def exact(x: Tensor, *args: Any) -> Any:
+        if not torch.is_autocast_enabled(x.device.type):
+            return function(x, *args)
+        with torch.autocast(x.device.type, enabled=False):
+            return function(x, *args)
+
+    return exact
 
 
 def fused_function(
@@ -44,15 +59,16 @@ def fused_function(
 
     Args:
         name: of the class.
-        forward_op: ``(*tensors, *options) -> (y, *small)``; options are ints.
-        gradients: ``(grad, tensors, small, options)`` -> a gradient for each of ``tensors``, in any dtype; a vector
-            for a map stands for ``grad`` itself.
+        forward_op: ``(*tensors, *options) -> (y, *small)``; options are numbers. A function of several ops, instead
+            of one op, is made `without_autocast`, and so are its gradients.
+        gradients: ``(grad, tensors, small, options)`` -> a gradient for each of ``tensors``, in any dtype, or None; a
+            vector for a map stands for ``grad`` itself.
         mathematics: ``(*tensors, *options) -> y`` in differentiable PyTorch.
         saves_result: y is small and needed as well: ``small`` starts with it.
     """
 
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        tensors = [a for a in inputs if not isinstance(a, int)]
+        tensors = [a for a in inputs if not isinstance(a, (int, float))]
         ctx.options, ctx.arity = inputs[len(tensors) :], len(tensors)
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
@@ -89,8 +105,8 @@ def _differentiable(
     return tuple(next(found) if needed else None for needed in needs)
 
 
-def _gradient_for(tensor: Tensor | None, gradient: Tensor, grad: Tensor) -> Tensor | None:
-    if tensor is None:
+def _gradient_for(tensor: Tensor | None, gradient: Tensor | None, grad: Tensor) -> Tensor | None:
+    if tensor is None or gradient is None:
         return None
     if gradient.dim() < tensor.dim():
         return grad

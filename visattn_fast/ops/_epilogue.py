@@ -44,11 +44,16 @@ def empty_residual_gradient(x: Tensor, activation: int) -> Tensor:
     return x.new_empty(0) if activation == 0 else empty_map(x)
 
 
-def with_epilogue(mathematics: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The mathematics of a gate, followed by the epilogue: ``(x, *weights, residual, activation) -> y``."""
+def with_epilogue(mathematics: Callable[..., Tensor], options: int = 0) -> Callable[..., Tensor]:
+    """The mathematics of a gate, ``(x, *weights, *options) -> y``, followed by the epilogue.
+
+    Returns:
+        ``(x, *weights, residual, activation, *options) -> y``, as the ops order their arguments.
+    """
 
     def gated(*args: Any) -> Tensor:
-        *tensors, residual, activation = args
-        return epilogue(mixed(mathematics, *tensors), residual, ACTIVATIONS[activation])
+        *tensors, residual, activation = args[: len(args) - options]
+        y = mixed(mathematics, *tensors, *args[len(args) - options :])
+        return epilogue(y, residual, ACTIVATIONS[activation])
 
     return gated

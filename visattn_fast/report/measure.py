@@ -142,7 +142,7 @@ def bytes_moved(case: Case, contender: str, x_bytes: int) -> int:
     if contender == "copy":
         return 2 * x_bytes
     passes = entry.forward_passes + (entry.backward_passes if case.mode == "both" else 0)
-    return passes * x_bytes
+    return round(passes * x_bytes)
 
 
 def _first_line(error: Exception) -> str:

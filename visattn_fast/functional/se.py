@@ -1,0 +1,43 @@
+"""Squeeze-and-excitation."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .. import ops, reference
+from ..reference.checks import check_bottleneck
+from ._gated import gated
+
+
+def se(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    *,
+    residual: Tensor | None = None,
+    activation: str | None = None,
+) -> Tensor:
+    """Squeeze-and-excitation: ``act(x * sigmoid(w2 relu(w1 mean(x) + b1) + b2) + residual)``.
+
+    Args:
+        x: ``[N, C, H, W]``, any floating dtype, NCHW or channels_last.
+        w1, b1: squeeze, ``[R, C]`` (or a 1x1 convolution's ``[R, C, 1, 1]``) and ``[R]`` or None.
+        w2, b2: excitation, ``[C, R]`` (or ``[C, R, 1, 1]``) and ``[C]`` or None.
+        residual: x's shape, or None.
+        activation: None, ``"relu"`` or ``"silu"``.
+
+    Returns:
+        ``[N, C, H, W]`` in x's dtype and memory format. Sums are kept in float32 (float64 for float64); weights may
+        have another dtype than x.
+
+    Raises:
+        TypeError: a tensor that is not floating.
+        ValueError: shapes or devices that do not fit, an unknown activation.
+        RuntimeError: the backend asked for cannot serve.
+
+    Source: Hu et al., "Squeeze-and-Excitation Networks", CVPR 2018.
+    """
+    check_bottleneck(x, w1, b1, w2, b2)
+    return gated(reference.se, ops.SEFunction, (x, w1, b1, w2, b2), residual, activation)

@@ -1,0 +1,34 @@
+"""What a module that computes its batch norm itself does as ``nn.BatchNorm2d`` does: mode, momentum, averages."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+def batch_norm_step(bn: nn.modules.batchnorm._BatchNorm) -> tuple[bool, float]:
+    """Whether this forward pass of ``bn`` takes the batch's statistics, and the momentum of their running averages.
+
+    Counts the batch in training, as ``bn``'s own forward does; without a momentum the average is cumulative.
+    """
+    if not (bn.training and bn.track_running_stats):
+        return bn.training or bn.running_mean is None, 0.0
+    assert bn.num_batches_tracked is not None
+    bn.num_batches_tracked.add_(1)
+    return True, bn.momentum if bn.momentum is not None else 1.0 / float(bn.num_batches_tracked)
+
+
+@torch.no_grad()
+def update_running_statistics(
+    running_mean: Tensor | None, running_var: Tensor | None, mean: Tensor, var: Tensor, count: int, momentum: float
+) -> None:
+    """``running = (1 - momentum) running + momentum statistic``, in place; the variance without its bias.
+
+    Args:
+        running_mean, running_var: ``[C]``; None: nothing to do.
+        mean, var: of the batch, ``[C]``; var is the biased one, the mean square deviation.
+        count: the number of values behind each.
+    """
+    if running_mean is not None and running_var is not None and momentum:
+        running_mean.lerp_(mean.to(running_mean.dtype), momentum)
+        running_var.lerp_((var * (count / max(count - 1, 1))).to(running_var.dtype), momentum)
