@@ -11,7 +11,7 @@ import triton.language as tl
 from ._heuristics import SCALE_TILE, TILE, cdiv, next_power_of_2, reduction, vector_block
 from ._launch import launch
 from ._layout import Layout, accumulation_dtype
-from ._tiles import INDEX_MAX, max_first, sigmoid_grad, tile_mask, tile_offsets
+from ._tiles import INDEX_MAX, SIGMOID, gate_grad, max_first, tile_mask, tile_offsets
 
 
 @triton.jit
@@ -87,8 +87,10 @@ def _combine_pool_kernel(
 
 
 @triton.jit
-def _combine_kernel(parts_ptr, gate_ptr, out_ptr, L, parts, BLOCK_S: tl.constexpr, BLOCK_L: tl.constexpr):
-    """out [M, L] = sum over parts of [M, parts, L], in order [* gate (1 - gate), gate [M, L]]."""
+def _combine_kernel(
+    parts_ptr, gate_ptr, out_ptr, L, parts, GATE: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_L: tl.constexpr
+):
+    """out [M, L] = sum over parts of [M, parts, L], in order [* the derivative at gate [M, L]]."""
     acc_ty = out_ptr.dtype.element_ty
     blocks = tl.cdiv(L, BLOCK_L)
     m = (tl.program_id(0) // blocks).to(tl.int64)
@@ -100,7 +102,7 @@ def _combine_kernel(parts_ptr, gate_ptr, out_ptr, L, parts, BLOCK_S: tl.constexp
         total += tl.load(parts_ptr + (m * parts + s[:, None]) * L + k[None, :], mask=mask, other=0.0).to(acc_ty)
     out = tl.sum(total, 0)
     if gate_ptr is not None:
-        out *= sigmoid_grad(tl.load(gate_ptr + m * L + k, mask=k < L, other=0.0).to(acc_ty))
+        out *= gate_grad(tl.load(gate_ptr + m * L + k, mask=k < L, other=0.0).to(acc_ty), GATE)
     tl.store(out_ptr + m * L + k, out, mask=k < L)
 
 
@@ -149,10 +151,18 @@ def _pool(
     return out, argmax
 
 
-def combine(parts: torch.Tensor, gate: torch.Tensor | None, out: torch.Tensor) -> torch.Tensor:
-    """out [M, L] = sum of parts [M, S, L] over S, in a fixed order [* gate (1 - gate)]; out's dtype accumulates."""
+def combine(
+    parts: torch.Tensor, gate: torch.Tensor | None, out: torch.Tensor, activation: int = SIGMOID.value
+) -> torch.Tensor:
+    """out [M, L] = sum of parts [M, S, L] over S, in a fixed order [* gate'], in out's dtype.
+
+    gate' is the derivative of the activation, a sigmoid or a hard sigmoid, told from its value.
+    """
     M, S, L = parts.shape
     block = vector_block(L, 64)
     block_s = min(next_power_of_2(S), 2048 // block)
-    launch(_combine_kernel, M * cdiv(L, block), parts, gate, out, L, S, BLOCK_S=block_s, BLOCK_L=block)
+    launch(
+        _combine_kernel, M * cdiv(L, block), parts, gate, out, L, S,
+        GATE=activation, BLOCK_S=block_s, BLOCK_L=block,
+    )  # fmt: skip
     return out

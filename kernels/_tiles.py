@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 INDEX_MAX = tl.constexpr(2**31 - 1)
-NONE, RELU, SILU, SIGMOID = map(tl.constexpr, range(4))  # activations; the first three are also the ops' numbers
+NONE, RELU, SILU, SIGMOID, HARD_SIGMOID = map(tl.constexpr, range(5))  # the first three are also the ops' numbers
 
 
 @triton.jit
@@ -49,8 +49,10 @@ def sigmoid(v):
 
 
 @triton.jit
-def sigmoid_grad(s):
-    """The derivative of the sigmoid, from its value."""
+def gate_grad(s, GATE: tl.constexpr):
+    """The derivative of the sigmoid, or of the hard sigmoid, from its value."""
+    if GATE == HARD_SIGMOID:
+        return tl.where((s <= 0) | (s >= 1), 0.0, 1 / 6)
     return s * (1 - s)
 
 
@@ -63,6 +65,9 @@ def activate(v, ACTIVATION: tl.constexpr):
         v = v * sigmoid(v)
     elif ACTIVATION == SIGMOID:
         v = sigmoid(v)
+    elif ACTIVATION == HARD_SIGMOID:
+        v = v + 3
+        v = tl.where(v < 0, 0.0, tl.where(v > 6, 6.0, v)) / 6
     return v
 
 

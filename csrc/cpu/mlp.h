@@ -79,10 +79,25 @@ void sigmoid_in_place(A* v, int64_t count) {
   });
 }
 
+// relu6(v + 3) / 6; NaN stays NaN.
+template <class A>
+void hard_sigmoid_in_place(A* v, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    const A shifted = v[i] + 3;
+    v[i] = (shifted < 0 ? A(0) : shifted > 6 ? A(6) : shifted) / 6;
+  }
+}
+
 // dz[c] = dgate[c] * gate[c] * (1 - gate[c])
 template <class A>
 void sigmoid_grad(const A* dgate, const A* gate, int64_t count, A* dz) {
   for (int64_t i = 0; i < count; ++i) dz[i] = dgate[i] * gate[i] * (1 - gate[i]);
+}
+
+// dz[c] of the hard sigmoid, whose slope is 1/6 between its ends.
+template <class A>
+void hard_sigmoid_grad(const A* dgate, const A* gate, int64_t count, A* dz) {
+  for (int64_t i = 0; i < count; ++i) dz[i] = gate[i] <= 0 || gate[i] >= 1 ? A(0) : dgate[i] / 6;
 }
 
 // Weights w1 [R, C] and w2 [C, R] of a gate, contiguous, in the accumulation dtype.
@@ -98,21 +113,25 @@ struct Mlp {
                     " and ", w2.numel(), " elements");
   }
 
+  void squeeze(const A* in, const A* b1, A* out) const { matvec(data<A>(w1), R, C, in, b1, out); }
+  void excite(const A* hidden, const A* b2, A* out) const { matvec(data<A>(w2), C, R, hidden, b2, out); }
+  void excite_grad(const A* dz, A* dh) const { matvec_transposed(data<A>(w2), C, R, dz, dh); }
+
   // hidden [R] = relu(w1 in + b1)
   void hidden(const A* in, const A* b1, A* out) const {
-    matvec(data<A>(w1), R, C, in, b1, out);
+    squeeze(in, b1, out);
     relu_in_place(out, R);
   }
 
   // gate [C] = sigmoid(w2 hidden + b2)
   void gate(const A* hidden, const A* b2, A* out) const {
-    matvec(data<A>(w2), C, R, hidden, b2, out);
+    excite(hidden, b2, out);
     sigmoid_in_place(out, C);
   }
 
   // dz [C] -> dh [R] = w2^T dz where hidden > 0
   void hidden_grad(const A* dz, const A* hidden, A* dh) const {
-    matvec_transposed(data<A>(w2), C, R, dz, dh);
+    excite_grad(dz, dh);
     mask(hidden, dh);
   }
 
@@ -135,7 +154,7 @@ struct Mlp {
 
   // dz [C] -> dh [2, R] and din [2, C].
   void grad_of_two(const A* dz, const A* hidden, A* dh, A* din) const {
-    matvec_transposed(data<A>(w2), C, R, dz, dh);
+    excite_grad(dz, dh);
     std::copy_n(dh, R, dh + R);
     for (int64_t i = 0; i < 2; ++i) {
       mask(hidden + i * R, dh + i * R);

@@ -1,10 +1,14 @@
-// Squeeze-and-excitation: y = act(x * sigmoid(w2 relu(w1 mean + b1) + b2) + residual).
+// Squeeze-and-excitation: y = act(x * gate(w2 hidden(w1 mean + b1) + b2) + residual); gate is the sigmoid or
+// the hard sigmoid, hidden is ReLU or SiLU. `hidden` keeps what the derivative of its activation is told
+// from: relu(z), or of SiLU z itself.
 #include <tuple>
 
 #include "channel_scale.h"
 
 namespace visattn {
 namespace {
+
+enum GateActivation : int64_t { kSigmoid = 0, kHardSigmoid = 1 };
 
 template <class A>
 std::optional<Tensor> bias_as(const std::optional<Tensor>& bias) {
@@ -17,9 +21,27 @@ const A* data_or_null(const std::optional<Tensor>& t) {
   return t ? data<A>(*t) : nullptr;
 }
 
+// What the second layer takes, from what is kept; `buffer` has room for it.
+template <class A>
+const A* activated(const A* hidden, int64_t count, int64_t activation, A* buffer) {
+  if (activation == kRelu) return hidden;
+  for (int64_t i = 0; i < count; ++i) buffer[i] = hidden[i] / (1 + std::exp(-hidden[i]));
+  return buffer;
+}
+
+template <class A>
+void activated_grad(const A* hidden, int64_t count, int64_t activation, A* dh) {
+  for (int64_t i = 0; i < count; ++i) {
+    const A s = 1 / (1 + std::exp(-hidden[i]));
+    const A slope = activation == kRelu ? A(!(hidden[i] <= 0)) : s * (1 + hidden[i] * (1 - s));
+    dh[i] = slope == 0 ? A(0) : dh[i] * slope;
+  }
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> se_fwd(Tensor x, Tensor w1, std::optional<Tensor> b1, Tensor w2,
                                                   std::optional<Tensor> b2, std::optional<Tensor> residual,
-                                                  int64_t activation) {
+                                                  int64_t activation, int64_t hidden_activation,
+                                                  int64_t gate_activation) {
   return dispatch(x, [&](auto type) {
     using T = decltype(type);
     using A = Acc<T>;
@@ -28,38 +50,44 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> se_fwd(Tensor x, Tensor w1, std::opti
     const auto bias1 = bias_as<A>(b1), bias2 = bias_as<A>(b2);
     Tensor mean = empty({s.N, s.C}, kDtype<A>), hidden = empty({s.N, mlp.R}, kDtype<A>),
            gate = empty({s.N, s.C}, kDtype<A>);
-    A* h = data<A>(hidden);
-    Tensor y = channel_scale_fwd<T>(feature_map(x), s, residual, activation, data<A>(mean), data<A>(gate),
-                                    [&](int64_t n, const A* mu, A* out) {
-                                      mlp.hidden(mu, data_or_null<A>(bias1), h + n * mlp.R);
-                                      mlp.gate(h + n * mlp.R, data_or_null<A>(bias2), out);
-                                    });
+    const auto gate_of = [&](int64_t n, const A* mu, A* out) {
+      A* h = data<A>(hidden) + n * mlp.R;
+      Buffer<A> buffer(mlp.R);
+      mlp.squeeze(mu, data_or_null<A>(bias1), h);
+      if (hidden_activation == kRelu) relu_in_place(h, mlp.R);
+      mlp.excite(activated(h, mlp.R, hidden_activation, buffer.get()), data_or_null<A>(bias2), out);
+      gate_activation == kSigmoid ? sigmoid_in_place(out, s.C) : hard_sigmoid_in_place(out, s.C);
+    };
+    Tensor y =
+        channel_scale_fwd<T>(feature_map(x), s, residual, activation, data<A>(mean), data<A>(gate), gate_of);
     return std::make_tuple(y, mean, hidden, gate);
   });
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> se_bwd(Tensor grad, Tensor x, Tensor w1, Tensor w2,
-                                                                  std::optional<Tensor> residual, Tensor mean,
-                                                                  Tensor hidden, Tensor gate,
-                                                                  int64_t activation) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> se_bwd(
+    Tensor grad, Tensor x, Tensor w1, Tensor w2, std::optional<Tensor> residual, Tensor mean, Tensor hidden,
+    Tensor gate, int64_t activation, int64_t hidden_activation, int64_t gate_activation) {
   return dispatch(x, [&](auto type) {
     using T = decltype(type);
     using A = Acc<T>;
     const Shape s = shape_of(x);
     const Mlp<A> mlp(w1, w2, s.C);
     const int64_t R = mlp.R;
-    Buffer<A> dz(s.N * s.C), dh(s.N * R);
+    Buffer<A> dz(s.N * s.C), dh(s.N * R), buffer(s.N * R);
     const A *h = data<A>(hidden), *sg = data<A>(gate);
-    auto [dx, dresidual] = channel_scale_bwd<T>(grad, feature_map(x), s, residual, sg, activation,
-                                                [&](int64_t n, const A* dgate, A* dmean) {
-                                                  sigmoid_grad(dgate, sg + n * s.C, s.C, &dz[n * s.C]);
-                                                  mlp.hidden_grad(&dz[n * s.C], h + n * R, &dh[n * R]);
-                                                  mlp.input_grad(&dh[n * R], dmean);
-                                                });
+    const auto dmean_of = [&](int64_t n, const A* dgate, A* dmean) {
+      A *dz_n = &dz[n * s.C], *dh_n = &dh[n * R];
+      gate_activation == kSigmoid ? sigmoid_grad(dgate, sg + n * s.C, s.C, dz_n)
+                                  : hard_sigmoid_grad(dgate, sg + n * s.C, s.C, dz_n);
+      mlp.excite_grad(dz_n, dh_n);
+      activated_grad(h + n * R, R, hidden_activation, dh_n);
+      mlp.input_grad(dh_n, dmean);
+    };
+    auto [dx, dresidual] = channel_scale_bwd<T>(grad, feature_map(x), s, residual, sg, activation, dmean_of);
     Tensor dw1 = empty_grad(w1, kDtype<A>);
     Tensor dw2 = empty_grad(w2, kDtype<A>);
     Tensor db1 = empty({R}, kDtype<A>), db2 = empty({s.C}, kDtype<A>);
-    batch_outer(s.N, dz.get(), s.C, h, R, data<A>(dw2));
+    batch_outer(s.N, dz.get(), s.C, activated(h, s.N * R, hidden_activation, buffer.get()), R, data<A>(dw2));
     batch_outer(s.N, dh.get(), R, data<A>(mean), s.C, data<A>(dw1));
     batch_sum(s.N, dz.get(), s.C, data<A>(db2));
     batch_sum(s.N, dh.get(), R, data<A>(db1));

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import ops, reference
 from ..backends import fused
-from ..reference.checks import ACTIVATIONS, activation_code, check_residual
+from ..reference.checks import ACTIVATIONS, check_choice, check_residual
 
 
 def gated(
@@ -30,7 +30,7 @@ def gated(
     """
     x, *weights = tensors
     assert x is not None
-    code = activation_code(activation)
+    code = check_choice("activation", activation, ACTIVATIONS)
     check_residual(residual, x)
     if not fused(x):
         return reference.epilogue(ops.mixed(mathematics, x, *weights, *options), residual, activation)

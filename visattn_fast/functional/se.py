@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .. import ops, reference
-from ..reference.checks import check_bottleneck
+from .. import ops
+from ..reference.checks import ACTIVATIONS, GATES, check_bottleneck, check_choice
 from ._gated import gated
 
 
@@ -18,6 +18,8 @@ def se(
     *,
     residual: Tensor | None = None,
     activation: str | None = None,
+    hidden_activation: str = "relu",
+    gate_activation: str = "sigmoid",
 ) -> Tensor:
     """Squeeze-and-excitation: ``act(x * sigmoid(w2 relu(w1 mean(x) + b1) + b2) + residual)``.
 
@@ -27,6 +29,8 @@ def se(
         w2, b2: excitation, ``[C, R]`` (or ``[C, R, 1, 1]``) and ``[C]`` or None.
         residual: x's shape, or None.
         activation: None, ``"relu"`` or ``"silu"``.
+        hidden_activation: ``"relu"`` or ``"silu"`` (EfficientNet).
+        gate_activation: ``"sigmoid"`` or ``"hard_sigmoid"``, ``relu6(v + 3) / 6`` (MobileNetV3).
 
     Returns:
         ``[N, C, H, W]`` in x's dtype and memory format. Sums are kept in float32 (float64 for float64); weights may
@@ -40,4 +44,6 @@ def se(
     Source: Hu et al., "Squeeze-and-Excitation Networks", CVPR 2018.
     """
     check_bottleneck(x, w1, b1, w2, b2)
-    return gated(reference.se, ops.SEFunction, (x, w1, b1, w2, b2), residual, activation)
+    hidden = 1 + check_choice("hidden_activation", hidden_activation, ACTIVATIONS[1:])
+    gate = check_choice("gate_activation", gate_activation, GATES)
+    return gated(ops.se_mathematics, ops.SEFunction, (x, w1, b1, w2, b2), residual, activation, (hidden, gate))

@@ -5,7 +5,7 @@ from ._library import register_triton
 from .cbam import CBAMFunction
 from .channel_attention import ChannelAttentionFunction
 from .eca import ECAFunction
-from .se import SEFunction
+from .se import SEFunction, se_mathematics
 from .spatial_attention import SpatialAttentionFunction
 
 __all__ = [
@@ -17,4 +17,5 @@ __all__ = [
     "mixed",
     "register_triton",
     "run",
+    "se_mathematics",
 ]

@@ -27,7 +27,11 @@ def start_backward(grad: Tensor, x: Tensor, gate: Tensor, residual: Tensor | Non
     grad = grad.to(accumulation_dtype(x))
     if activation == 0:
         return grad
-    pre = epilogue(x * gate.to(accumulation_dtype(x)), residual)
+    return activation_gradient(grad, epilogue(x * gate.to(accumulation_dtype(x)), residual), activation)
+
+
+def activation_gradient(grad: Tensor, pre: Tensor, activation: int) -> Tensor:
+    """``grad * act'(pre)``, for ReLU and SiLU."""
     if activation == 1:
         return torch.where(pre <= 0, 0.0, grad)
     s = torch.sigmoid(pre)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
-ACTIVATIONS = (None, "relu", "silu")  # the index is the code that the ops take
+# The index is the code that the ops take.
+ACTIVATIONS = (None, "relu", "silu")
+GATES = ("sigmoid", "hard_sigmoid")
 
 
 def check_positive(name: str, value: int) -> None:
@@ -102,8 +106,8 @@ def check_residual(residual: Tensor | None, x: Tensor) -> None:
         raise ValueError(f"residual must be on the device of x, {x.device}, got {residual.device}")
 
 
-def activation_code(activation: str | None) -> int:
-    """The index of ``activation`` in ACTIVATIONS. Raises ValueError for an unknown one."""
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation must be one of {ACTIVATIONS}, got {activation!r}")
-    return ACTIVATIONS.index(activation)
+def check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> int:
+    """The index of ``value`` in ``choices``. Raises ValueError for an unknown one."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {choices}, got {value!r}")
+    return choices.index(value)

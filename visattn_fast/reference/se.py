@@ -8,27 +8,42 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .checks import check_bottleneck, hidden_width
+from .checks import ACTIVATIONS, GATES, check_bottleneck, check_choice, hidden_width
 
 
-def se(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None) -> Tensor:
+def se(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    hidden_activation: str = "relu",
+    gate_activation: str = "sigmoid",
+) -> Tensor:
     """``x * sigmoid(w2 relu(w1 mean(x) + b1) + b2)``, the mean over H and W.
 
     Args:
         x: ``[N, C, H, W]``.
         w1, b1: squeeze, ``[R, C]`` (or a 1x1 convolution's ``[R, C, 1, 1]``) and ``[R]`` or None.
         w2, b2: excitation, ``[C, R]`` (or ``[C, R, 1, 1]``) and ``[C]`` or None.
+        hidden_activation: ``"relu"`` or ``"silu"`` (EfficientNet).
+        gate_activation: ``"sigmoid"`` or ``"hard_sigmoid"``, ``relu6(v + 3) / 6`` (MobileNetV3).
 
     Returns:
         ``[N, C, H, W]``.
 
     Raises:
-        ValueError: shapes or devices that do not fit.
+        ValueError: shapes or devices that do not fit, an unknown activation.
         TypeError: a dtype that is not floating.
     """
     check_bottleneck(x, w1, b1, w2, b2)
-    hidden = F.relu(F.linear(x.mean((2, 3)), w1.flatten(1), b1))
-    gate = torch.sigmoid(F.linear(hidden, w2.flatten(1), b2))
+    check_choice("hidden_activation", hidden_activation, ACTIVATIONS[1:])
+    check_choice("gate_activation", gate_activation, GATES)
+    squeezed = F.linear(x.mean((2, 3)), w1.flatten(1), b1)
+    hidden = F.relu(squeezed) if hidden_activation == "relu" else F.silu(squeezed)
+    excited = F.linear(hidden, w2.flatten(1), b2)
+    # F.hardsigmoid has no second derivative.
+    gate = torch.sigmoid(excited) if gate_activation == "sigmoid" else F.relu6(excited + 3) / 6
     return x * gate[:, :, None, None]
 
 
