@@ -3,6 +3,7 @@
 from . import functional, reference
 from .backends import Backend, backends, use_backend
 from .modules import FastCBAM, FastChannelAttention, FastECA, FastSE, FastSpatialAttention
+from .watch import GateStatistics, attention_maps, watch_gates
 
 __version__ = "0.1.0"
 
@@ -13,8 +14,11 @@ __all__ = [
     "FastECA",
     "FastSE",
     "FastSpatialAttention",
+    "GateStatistics",
+    "attention_maps",
     "backends",
     "functional",
     "reference",
     "use_backend",
+    "watch_gates",
 ]

@@ -89,6 +89,10 @@ class ChannelAttention(nn.Module):
         """``[N, C, H, W]`` -> gate ``[N, C, 1, 1]``."""
         return channel_attention(x, self.fc1.weight, self.fc2.weight)
 
+    def attention(self, x: Tensor) -> dict[str, Tensor]:
+        """The gate of x: ``{"channel": [N, C, 1, 1]}``."""
+        return {"channel": channel_attention(x, self.fc1.weight, self.fc2.weight)}
+
 
 class SpatialAttention(nn.Module):
     """CBAM's spatial gate (Woo et al., "CBAM: Convolutional Block Attention Module", ECCV 2018).
@@ -114,6 +118,10 @@ class SpatialAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``[N, C, H, W]`` -> gate ``[N, 1, H, W]``."""
         return spatial_attention(x, self.conv1.weight)
+
+    def attention(self, x: Tensor) -> dict[str, Tensor]:
+        """The gate of x: ``{"spatial": [N, 1, H, W]}``."""
+        return {"spatial": spatial_attention(x, self.conv1.weight)}
 
 
 class CBAM(nn.Module):
@@ -145,3 +153,9 @@ class CBAM(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``[N, C, H, W]`` -> ``[N, C, H, W]``."""
         return cbam(x, *self.weights())
+
+    def attention(self, x: Tensor) -> dict[str, Tensor]:
+        """Both gates of x: ``{"channel": [N, C, 1, 1], "spatial": [N, 1, H, W]}``."""
+        w1, w2, wconv = self.weights()
+        channel = channel_attention(x, w1, w2)
+        return {"channel": channel, "spatial": spatial_attention(x * channel, wconv)}

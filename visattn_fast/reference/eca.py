@@ -25,10 +25,15 @@ def eca(x: Tensor, weight: Tensor) -> Tensor:
         ValueError: shapes or devices that do not fit, an even k.
         TypeError: a dtype that is not floating.
     """
+    return x * eca_gate(x, weight)
+
+
+def eca_gate(x: Tensor, weight: Tensor) -> Tensor:
+    """What `eca` multiplies x by, ``[N, C, 1, 1]``."""
     check_feature_map(x)
     check_channel_kernel(weight, x)
     gate = torch.sigmoid(F.conv1d(x.mean((2, 3))[:, None], weight, padding=weight.shape[2] // 2))
-    return x * gate[:, 0, :, None, None]
+    return gate[:, 0, :, None, None]
 
 
 def eca_kernel_size(channels: int, gamma: int = 2, b: int = 1) -> int:
@@ -68,6 +73,11 @@ class ECA(nn.Module):
         """``[N, C, H, W]`` -> ``[N, C, H, W]``."""
         check_feature_map(x, self.channels)
         return eca(x, self.conv.weight)
+
+    def attention(self, x: Tensor) -> dict[str, Tensor]:
+        """The gate of x: ``{"channel": [N, C, 1, 1]}``."""
+        check_feature_map(x, self.channels)
+        return {"channel": eca_gate(x, self.conv.weight)}
 
     def extra_repr(self) -> str:
         return f"channels={self.channels}"

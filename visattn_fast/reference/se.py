@@ -36,6 +36,19 @@ def se(
         ValueError: shapes or devices that do not fit, an unknown activation.
         TypeError: a dtype that is not floating.
     """
+    return x * se_gate(x, w1, b1, w2, b2, hidden_activation, gate_activation)
+
+
+def se_gate(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    hidden_activation: str = "relu",
+    gate_activation: str = "sigmoid",
+) -> Tensor:
+    """What `se` multiplies x by, ``[N, C, 1, 1]``."""
     check_bottleneck(x, w1, b1, w2, b2)
     check_choice("hidden_activation", hidden_activation, ACTIVATIONS[1:])
     check_choice("gate_activation", gate_activation, GATES)
@@ -44,7 +57,7 @@ def se(
     excited = F.linear(hidden, w2.flatten(1), b2)
     # F.hardsigmoid has no second derivative.
     gate = torch.sigmoid(excited) if gate_activation == "sigmoid" else F.relu6(excited + 3) / 6
-    return x * gate[:, :, None, None]
+    return gate[:, :, None, None]
 
 
 class SE(nn.Module):
@@ -80,6 +93,10 @@ class SE(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``[N, C, H, W]`` -> ``[N, C, H, W]``."""
         return se(x, *self.weights())
+
+    def attention(self, x: Tensor) -> dict[str, Tensor]:
+        """The gate of x: ``{"channel": [N, C, 1, 1]}``."""
+        return {"channel": se_gate(x, *self.weights())}
 
     def extra_repr(self) -> str:
         return f"channels={self.channels}, reduction={self.reduction}"

@@ -1,0 +1,388 @@
+"""attention_maps and watch_gates: every gate, its statistics, and nothing changed by looking."""
+
+from __future__ import annotations
+
+import copy
+import io
+import logging
+
+import pytest
+import torch
+from torch import nn
+
+import visattn_fast as vf
+from cases import feature_map
+from visattn_fast import catalogue, reference
+from visattn_fast.models import AttentionResNet
+
+entries = pytest.mark.parametrize("entry", catalogue.ENTRIES.values(), ids=lambda e: e.name)
+modes = pytest.mark.parametrize("training", [True, False])
+
+
+class Net(nn.Module):
+    """Gates of several kinds, batch norm, dropout; ``twice`` runs twice, ``idle`` never."""
+
+    def __init__(self, fused: bool = True) -> None:
+        super().__init__()
+        self.conv = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.Dropout(0.5))
+        self.se, self.twice, self.cbam, self.idle = (
+            (vf.FastSE(16), vf.FastECA(16), vf.FastCBAM(16), vf.FastSE(16))
+            if fused
+            else (reference.SE(16), reference.ECA(16), reference.CBAM(16), reference.SE(16))
+        )
+
+    def forward(self, x, scale=None):
+        x = self.twice(self.twice(self.se(x=self.conv(x))))
+        x = self.cbam(x, residual=x, activation="relu") if isinstance(self.cbam, vf.FastCBAM) else self.cbam(x)
+        return x if scale is None else x * scale
+
+
+KEYS = ["se", "twice[0]", "twice[1]", "cbam.channel", "cbam.spatial"]
+
+
+def net(fused: bool = True) -> Net:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return Net(fused)
+
+
+def images(dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return feature_map((2, 3, 6, 5), "nchw", dtype)
+
+
+def snapshot(model: nn.Module) -> tuple:
+    """All that looking must not change, in a form that compares."""
+    state = {key: (value.data_ptr(), value._version, value.clone()) for key, value in model.state_dict().items()}
+    hooks = [(list(m._forward_hooks), list(m._forward_pre_hooks)) for m in model.modules()]
+    grads = [p.grad for p in model.parameters()]
+    return state, [m.training for m in model.modules()], hooks, grads, torch.get_rng_state()
+
+
+def assert_unchanged(before: tuple, model: nn.Module) -> None:
+    state, modes, hooks, grads, rng = snapshot(model)
+    for key, (pointer, version, value) in before[0].items():
+        assert state[key][:2] == (pointer, version), key
+        assert torch.equal(state[key][2], value), key
+    assert (modes, hooks, grads) == before[1:4]
+    assert torch.equal(rng, before[4])
+
+
+@entries
+@modes
+def test_every_gate_of_the_catalogue(entry, training):
+    """Fast and reference modules show the same gates, and looking at them changes neither state nor results."""
+    pair = [module.train(training) for module in entry.pair(32)]
+    x = feature_map((2, 32, 6, 5), "nchw", torch.float32)
+    gates = []
+    for module in pair:
+        before = snapshot(module)
+        gates.append(module.attention(x))
+        assert_unchanged(before, module)
+    assert gates[0]
+    assert gates[0].keys() == gates[1].keys()
+    for kind, gate in gates[0].items():
+        assert len(gate) == 2
+        torch.testing.assert_close(gate, gates[1][kind])
+
+
+def test_gates_make_the_result():
+    x = feature_map((2, 32, 6, 5), "nchw", torch.float64)
+    for name in ("se", "eca", "cbam"):
+        module, _ = catalogue.ENTRIES[name].pair(32, torch.float64)
+        gated = x
+        for gate in module.attention(x).values():
+            gated = gated * gate
+        torch.testing.assert_close(module(x), gated)
+    for name in ("channel_attention", "spatial_attention"):
+        module, _ = catalogue.ENTRIES[name].pair(32, torch.float64)
+        (gate,) = module.attention(x).values()
+        torch.testing.assert_close(module(x), gate)
+
+
+@modes
+@pytest.mark.parametrize("fused", [True, False])
+def test_maps(fused, training):
+    """All gates that run, by name and in order, as in eval mode; the model is left alone, mixed modes included."""
+    model = net(fused).train(training)
+    model.conv[1].eval()
+    expected = copy.deepcopy(model).eval()(images())
+    before = snapshot(model)
+    maps = vf.attention_maps(model, images())
+    assert_unchanged(before, model)
+    assert list(maps) == KEYS
+    assert not any(gate.requires_grad for gate in maps.values())
+    shapes = [tuple(gate.shape) for gate in maps.values()]
+    assert shapes == [(2, 16, 1, 1)] * 4 + [(2, 1, 6, 5)]
+    h = model.eval().conv(images())
+    torch.testing.assert_close(maps["se"], model.se.attention(h)["channel"])
+    u = h * maps["se"] * maps["twice[0]"] * maps["twice[1]"]
+    torch.testing.assert_close(maps["cbam.channel"], model.cbam.attention(u)["channel"])
+    assert torch.equal(model(images()), expected)
+
+
+def test_input_of_several_arguments():
+    model = net()
+    assert list(vf.attention_maps(model, (images(), torch.tensor(2.0)))) == KEYS
+
+
+def test_a_model_that_is_a_gate():
+    x = feature_map((2, 16, 6, 5), "nchw", torch.float32)
+    assert list(vf.attention_maps(vf.FastSE(16), x)) == ["channel"]
+    assert list(vf.attention_maps(vf.FastCBAM(16), x)) == ["channel", "spatial"]
+    assert vf.attention_maps(nn.Conv2d(16, 16, 1), x) == {}
+
+
+def test_foreign_modules_named_attention_are_no_gates():
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = vf.FastSE(16)  # a submodule of that name
+
+        def forward(self, x):
+            return self.attention(x)
+
+    class Other(nn.Module):
+        def attention(self, query, key):
+            raise AssertionError("takes something else than forward")
+
+        def forward(self, x):
+            return x
+
+    x = feature_map((2, 16, 6, 5), "nchw", torch.float32)
+    assert list(vf.attention_maps(nn.Sequential(Layer(), Other()), x)) == ["0.attention"]
+
+
+def test_maps_of_a_model_that_fails():
+    model = net().train()
+    before = snapshot(model)
+    with pytest.raises(RuntimeError):
+        vf.attention_maps(model, torch.zeros(1, 5, 8, 8))
+    assert_unchanged(before, model)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_other_dtypes(fused):
+    model = net(fused).bfloat16()
+    assert {gate.dtype for gate in vf.attention_maps(model, images(torch.bfloat16)).values()} == {torch.bfloat16}
+    if fused:  # the map's dtype is not the weights'
+        gate = vf.FastSE(16)
+        x = feature_map((2, 16, 6, 5), "nchw", torch.float32)
+        mixed = vf.attention_maps(gate, x.bfloat16())["channel"]
+        torch.testing.assert_close(mixed, gate.attention(x)["channel"].detach(), rtol=0.01, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # Dynamo's, where a part of a model is compiled
+@pytest.mark.parametrize("wrap", ["parallel", "compiled", "part", "in place"])
+def test_maps_of_wrapped_models(wrap):
+    """Names and maps are those of the model inside; compiled parts run eagerly."""
+    torch._dynamo.reset()
+    model = net().eval()
+    expected = vf.attention_maps(model, images())
+    wrapped = model
+    if wrap == "parallel":
+        wrapped = nn.DataParallel(model)
+    elif wrap == "compiled":
+        wrapped = torch.compile(model, backend="eager")
+    elif wrap == "part":
+        model.cbam = torch.compile(model.cbam, backend="eager")
+    else:
+        model.compile(backend="eager")
+    wrapped(images())
+    maps = vf.attention_maps(wrapped, images())
+    assert list(maps) == KEYS
+    assert all(torch.equal(maps[key], gate) for key, gate in expected.items())
+
+
+def train(model: nn.Module, steps: int, root: nn.Module | None = None) -> list[torch.Tensor]:
+    torch.manual_seed(1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    losses = []
+    for _ in range(steps):
+        loss = (model if root is None else root)(images()).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+    return losses
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_watch(fused):
+    """Every n-th training step reports every gate; training is bit for bit the same."""
+    plain, watched = net(fused), net(fused)
+    seen: list[vf.GateStatistics] = []
+    with vf.watch_gates(watched, seen.append, every=2) as watch:
+        losses = train(watched, 3)
+        watched.eval()(images())
+        vf.attention_maps(watched.train(), images())
+    assert [(s.step, s.name) for s in seen] == [(step, key) for step in (0, 2) for key in KEYS]
+    assert [s.kind for s in seen[:5]] == ["channel"] * 4 + ["spatial"]
+    assert torch.equal(torch.stack(losses), torch.stack(train(plain, 3)))
+    for p, q in zip(plain.state_dict().values(), watched.state_dict().values(), strict=True):
+        assert torch.equal(p, q)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in watched.modules())
+    watch.remove()
+    train(watched, 1)
+    assert len(seen) == 10
+
+
+class Given(nn.Module):
+    """A gate of given values, as a user may write one."""
+
+    def __init__(self, values: torch.Tensor, kind: str = "channel") -> None:
+        super().__init__()
+        self.values, self.kind = values, kind
+
+    def attention(self, x):
+        return {self.kind: self.values}
+
+    def forward(self, x):
+        return x
+
+
+def statistics(values: torch.Tensor, kind: str = "channel") -> vf.GateStatistics:
+    seen: list[vf.GateStatistics] = []
+    gate = Given(values, kind)
+    with vf.watch_gates(gate, seen.append):
+        gate(torch.zeros(1))
+    return seen[0]
+
+
+def test_statistics():
+    values = torch.tensor([0.0, 0.04, 0.5, 0.5, 0.5, 0.5, 0.6, 0.96])
+    found = statistics(values)
+    assert found[:3] == (0, "channel", "channel")
+    assert found[3:] == pytest.approx((values.mean().item(), values.std(correction=0).item(), 0.25, 0.125))
+    assert found.fault == ""
+
+
+@pytest.mark.parametrize(
+    ("values", "kind", "fault"),
+    [
+        (torch.full((100,), 0.5), "channel", "constant"),
+        (torch.linspace(0, 0.04, 100), "spatial", "shut"),
+        (torch.linspace(0.96, 1, 100), "element", "open"),
+        (torch.linspace(0, 0.04, 100), "weights", ""),  # a softmax over many positions
+        (torch.tensor([0.5, float("nan")]), "channel", "not finite"),
+        (torch.tensor([0.5, float("inf")]), "channel", "not finite"),
+        (torch.linspace(0.2, 0.8, 100).bfloat16(), "channel", ""),
+    ],
+)
+def test_faults(values, kind, fault):
+    assert statistics(values, kind).fault == fault
+
+
+def test_a_dead_gate_shows(caplog):
+    """One gate of a network is shut by a bias; it alone is a warning in the log."""
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), vf.FastSE(16, 4, bias=True), vf.FastSE(16, 4, bias=True))
+    with torch.no_grad():
+        for gate in (model[1], model[2]):
+            gate.fc[2].weight.normal_(generator=torch.Generator().manual_seed(0))
+        model[2].fc[2].bias.sub_(20)
+    with caplog.at_level(logging.INFO, "visattn_fast.watch"), vf.watch_gates(model, every=2):
+        train(model, 3)
+    levels = [(record.levelname, record.getMessage()) for record in caplog.records]
+    assert [level for level, _ in levels] == ["INFO", "WARNING"] * 2
+    assert "step 2, gate 2: mean 0.000" in levels[3][1]
+    assert levels[3][1].endswith("100% below 0.05, 0% above 0.95: shut")
+
+
+def test_watch_under_autocast():
+    """Autocast's cache must not hold weights that were cast without gradients."""
+    x = feature_map((2, 16, 6, 5), "nchw", torch.float32)
+    grads = []
+    for every in (1, 10**6):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Identity(), reference.SE(16))
+        with vf.watch_gates(model, lambda s: None, every) as watch, torch.autocast("cpu", torch.bfloat16):
+            watch._step += every - 1  # the second run reports nothing
+            vf.attention_maps(model, x)
+            model(x).square().sum().backward()
+        grads.append([p.grad for p in model.parameters()])
+    for p, q in zip(*grads, strict=True):
+        assert p is not None
+        assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize("wrap", ["parallel", "compiled", "part"])
+@pytest.mark.filterwarnings("ignore:The .grad attribute")
+def test_watch_of_wrapped_models(wrap):
+    """Compiled models run once more, eagerly, in the steps to report; training does not notice."""
+    torch._dynamo.reset()
+    results = []
+    for watched in (False, True):
+        model = root = net().train()
+        if wrap == "parallel":
+            root = nn.DataParallel(model)
+        elif wrap == "compiled":
+            root = torch.compile(model, backend="eager")
+        else:
+            model.cbam = torch.compile(model.cbam, backend="eager")
+        seen: list[vf.GateStatistics] = []
+        if watched:
+            vf.watch_gates(root, seen.append, every=2)
+        losses = train(model, 3, root)
+        results.append((torch.stack(losses), *model.state_dict().values()))
+    assert [(s.step, s.name) for s in seen] == [(step, key) for step in (0, 2) for key in KEYS]
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_watch_before_compilation_does_not_break():
+    """Hooks inside a compiled graph do nothing, not even break the graph."""
+    torch._dynamo.reset()
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), vf.FastSE(16))
+    seen: list[vf.GateStatistics] = []
+    vf.watch_gates(model, seen.append)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    compiled(images()).sum().backward()
+    assert seen == []
+    model(images())
+    assert [s.name for s in seen] == ["1"]
+    model.compile(backend="eager")
+    with pytest.warns(UserWarning, match=r"module\.compile\(\)"):
+        vf.watch_gates(model)
+
+
+def test_copies_of_a_watched_model_are_not_watched():
+    model = net()
+    seen: list[vf.GateStatistics] = []
+    vf.watch_gates(model, seen.append)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    for twin in (copy.deepcopy(model), torch.load(file, weights_only=False)):
+        train(twin, 1)
+        assert seen == []
+    train(model, 1)
+    assert len(seen) == len(KEYS)
+
+
+def test_recomputed_activations_count_once():
+    model = net()
+    seen: list[vf.GateStatistics] = []
+
+    class Checkpointed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = model
+
+        def forward(self, x):
+            return torch.utils.checkpoint.checkpoint(self.net, x, use_reentrant=False)
+
+    root = Checkpointed()
+    vf.watch_gates(root, seen.append, every=1)
+    train(root, 2)
+    assert [s.name for s in seen] == [f"net.{key}" for key in KEYS] * 2
+
+
+def test_bad_arguments():
+    with pytest.raises(ValueError, match="every must be a positive int, got 0"):
+        vf.watch_gates(net(), every=0)
+    with pytest.raises(ValueError, match=r"model must have a module with a method attention\(x\), got Linear"):
+        vf.watch_gates(nn.Linear(3, 3))
+
+
+def test_a_network_of_the_package():
+    maps = vf.attention_maps(AttentionResNet("cbam", width=8), feature_map((1, 3, 12, 9), "nchw", torch.float32))
+    assert list(maps) == [f"stages.{i}.0.gate.{kind}" for i in range(3) for kind in ("channel", "spatial")]

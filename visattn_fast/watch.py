@@ -1,0 +1,310 @@
+"""Looking at a model's gates: all of them for one input, or their statistics while it trains.
+
+A gate is a module whose class has a method ``attention`` that takes what ``forward`` takes, or the first part of it,
+and returns its gates by name, as every module of the catalogue does: ``{"channel": [N, C, 1, 1]}``, say. A fused
+module never holds its gates as tensors; ``attention`` computes them in plain PyTorch.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+import sys
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+_logger = logging.getLogger(__name__)
+
+_SHUT, _OPEN = 0.05, 0.95
+_FLAT = 1e-3  # a spread below which a gate is a constant factor
+_SIGMOIDS = ("channel", "spatial", "height", "width", "element")  # gates that may rest at 0 or 1; a softmax's may not
+_WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+
+_looking = ContextVar("_looking", default=False)  # a run that only looks is no training step
+
+Found = list[tuple[str, dict[str, Tensor]]]  # a module's name and its gates, call by call
+
+
+def attention_maps(model: nn.Module, x: Any) -> dict[str, Tensor]:
+    """Every gate of ``model`` for the input x, by module name, in the order in which the modules run.
+
+    The model runs in eval mode, eagerly and without gradients, and is left exactly as it was: parameters, buffers,
+    modes, hooks, gradients and random generators. DataParallel, DistributedDataParallel and torch.compile's wrappers
+    are looked through.
+
+    Args:
+        model: any module. Its gates are found by their method ``attention``; what lies inside a gate counts as a part
+            of it. Gates that do not run are left out.
+        x: the model's input; a tuple: its positional arguments.
+
+    Returns:
+        Detached tensors, of the shapes that each module's ``attention`` documents. Keys are the names of
+        ``model.named_modules()``: ``"stages.0.0.gate"``; for a module with several gates each gate's name is added,
+        ``"stages.0.0.gate.channel"``, and for a module that runs several times the count of the call, from 0:
+        ``"gate[1].channel"``. A model that is itself a gate has no name: its keys are its gates' names.
+    """
+    model = _unwrapped(model)
+    modes = {module: module.training for module in model.modules()}
+    try:
+        for module in modes:
+            module.training = False
+        return {key: gate for key, _, gate in _named(_run(model, x if isinstance(x, tuple) else (x,), {}))}
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+class GateStatistics(NamedTuple):
+    """One gate in one training step, over all images, channels and pixels.
+
+    Attributes:
+        step: which training step, from 0.
+        name: of the gate, as in `attention_maps`.
+        kind: the gate's name in its module: ``"channel"``, ``"spatial"``, ...
+        mean, spread: mean and standard deviation.
+        below, above: the shares of values below 0.05 and above 0.95.
+    """
+
+    step: int
+    name: str
+    kind: str
+    mean: float
+    spread: float
+    below: float
+    above: float
+
+    @property
+    def fault(self) -> str:
+        """What is wrong with the gate; empty if nothing is.
+
+        ``"not finite"``; ``"shut"`` or ``"open"``: 99 % of a sigmoid gate are near 0 or 1; ``"constant"``: a spread
+        below 0.001.
+        """
+        if not abs(self.mean) < float("inf"):
+            return "not finite"
+        if self.kind in _SIGMOIDS and max(self.below, self.above) >= 0.99:
+            return "shut" if self.below > self.above else "open"
+        return "constant" if self.spread < _FLAT else ""
+
+
+def log_statistics(statistics: GateStatistics) -> None:
+    """Writes a line to the logger ``visattn_fast.watch``: a warning for a gate with a fault, else as information."""
+    level = logging.WARNING if statistics.fault else logging.INFO
+    verdict = f": {statistics.fault}" if statistics.fault else ""
+    message = "step %d, gate %s: mean %.3f, spread %.3f, %.0f%% below 0.05, %.0f%% above 0.95%s"
+    step, name, _, mean, spread, below, above = statistics
+    _logger.log(level, message, step, name, mean, spread, 100 * below, 100 * above, verdict)
+
+
+def watch_gates(
+    model: nn.Module, log: Callable[[GateStatistics], object] = log_statistics, every: int = 100
+) -> GateWatch:
+    """Hands the statistics of every gate of ``model`` to ``log``, in every ``every``-th training step from the first.
+
+    A training step is a call of ``model`` in training mode. Results, gradients, buffers and random generators stay
+    the same. Wrap the model in DistributedDataParallel before or after. Compile it before: hooks inside a compiled
+    graph do nothing, so in the steps that it reports, the watch of a ``torch.compile(model)`` runs the model once more,
+    eagerly and without gradients; a model compiled later is not watched.
+
+    Args:
+        model: any module, as `attention_maps` takes it.
+        log: is called with `GateStatistics`, for one gate after the other; by default `log_statistics`.
+        every: steps from one report to the next.
+
+    Returns:
+        A handle: ``remove()`` ends the watch, and so does leaving it as a context.
+
+    Raises:
+        ValueError: ``every`` is not a positive int, or the model has no gate.
+
+    Warns:
+        UserWarning: a module was compiled in place, by ``module.compile()``: its gates are not seen.
+    """
+    if not isinstance(every, int) or isinstance(every, bool) or every < 1:
+        raise ValueError(f"every must be a positive int, got {every!r}")
+    inner = _unwrapped(model)
+    gates = list(_gates(inner))
+    if not gates:
+        raise ValueError(f"model must have a module with a method attention(x), got {type(inner).__name__} without")
+    if any(module._compiled_call_impl is not None for module in model.modules()):
+        warnings.warn(
+            "watch_gates sees no gate inside a module that module.compile() compiled in place: use"
+            " torch.compile(module) instead, and watch what it returns",
+            stacklevel=2,
+        )
+    watch = GateWatch(log, every)
+    watch._compiled = any(_is_compiled(module) for module in model.modules())
+    watch._attach(*(model, []) if watch._compiled else (inner, gates))
+    return watch
+
+
+class GateWatch:
+    """What `watch_gates` returns. A model that is copied or pickled takes along a watch that does nothing."""
+
+    def __init__(self, log: Callable[[GateStatistics], object], every: int) -> None:
+        self._log, self._every = log, every
+        self._compiled = False
+        self._step = -1
+        self._found: Found | None = None  # what the step under way has shown, where it is one to report
+        self._handles: list[RemovableHandle] = []
+
+    def remove(self) -> None:
+        """Takes the hooks off the model."""
+        while self._handles:
+            self._handles.pop().remove()
+
+    def __enter__(self) -> GateWatch:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return GateWatch, (log_statistics, self._every)
+
+    def _attach(self, model: nn.Module, gates: list[tuple[str, nn.Module]]) -> None:
+        for name, gate in gates:
+            look = functools.partial(self._look, name)
+            self._handles.append(gate.register_forward_hook(look, with_kwargs=True))
+        self._handles.append(model.register_forward_pre_hook(self._begin, with_kwargs=True))
+        self._handles.append(model.register_forward_hook(self._end))
+
+    def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if torch.compiler.is_compiling() or _looking.get() or not (model.training and self._handles):
+            return
+        self._step += 1
+        self._found = [] if self._step % self._every == 0 else None
+        if self._compiled and self._found is not None:
+            self._found = _run(_unwrapped(model), args, kwargs, _summary)
+
+    def _look(self, name: str, gate: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if not (torch.compiler.is_compiling() or _looking.get() or self._found is None):
+            with torch.no_grad(), _no_autocast_cache():
+                self._found.append((name, {k: _summary(g) for k, g in _gates_of(gate, args, kwargs).items()}))
+
+    def _end(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if torch.compiler.is_compiling() or _looking.get() or self._found is None:
+            return
+        found, self._found = self._found, None
+        for name, kind, summary in _named(found):
+            self._log(GateStatistics(self._step, name, kind, *summary.tolist()))
+
+
+def _summary(gate: Tensor) -> Tensor:
+    """Mean, spread, and the shares that are shut and open, ``[4]``."""
+    values = gate.float()
+    spread, mean = torch.std_mean(values, correction=0)
+    return torch.stack([mean, spread, (values < _SHUT).float().mean(), (values > _OPEN).float().mean()])
+
+
+def _run(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], keep: Callable[[Tensor], Tensor] = Tensor.detach
+) -> Found:
+    """What ``keep`` keeps of every gate while the model runs once, on copies of its buffers, without any trace."""
+    found: Found = []
+
+    def look(name: str, gate: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        found.append((name, {kind: keep(value) for kind, value in _gates_of(gate, args, kwargs).items()}))
+
+    handles = [
+        gate.register_forward_hook(functools.partial(look, name), with_kwargs=True) for name, gate in _gates(model)
+    ]
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    looking = _looking.set(True)
+    try:
+        with torch.no_grad(), _no_autocast_cache(), _eager(), _same_randomness(model):
+            torch.func.functional_call(model, buffers, args, kwargs)
+    finally:
+        _looking.reset(looking)
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def _named(found: Found) -> Iterator[tuple[str, str, Tensor]]:
+    """(key, the gate's name in its module, tensor); `attention_maps` says what keys look like."""
+    calls, seen = Counter(name for name, _ in found), Counter[str]()
+    for name, gates in found:
+        call = f"{name}[{seen[name]}]" if calls[name] > 1 else name
+        seen[name] += 1
+        for kind, tensor in gates.items():
+            yield (call if call and len(gates) == 1 else f"{call}.{kind}".lstrip(".")), kind, tensor
+
+
+def _gates(module: nn.Module, name: str = "", seen: set[nn.Module] | None = None) -> Iterator[tuple[str, nn.Module]]:
+    """The outermost gates below and including ``module``, each once, by name."""
+    seen = set() if seen is None else seen
+    if module in seen:
+        return
+    seen.add(module)
+    if _inputs(module):
+        yield name, module
+        return
+    for child, submodule in module.named_children():
+        below = name if child == "_orig_mod" else f"{name}.{child}".lstrip(".")
+        yield from _gates(submodule, below, seen)
+
+
+def _inputs(module: nn.Module) -> tuple[str, ...]:
+    """Names of the arguments of its method ``attention``, where it has one that takes what ``forward`` takes."""
+    method = getattr(type(module), "attention", None)
+    if not inspect.isfunction(method):
+        return ()
+    names = tuple(inspect.signature(method).parameters)[1:]
+    return names if set(names) <= set(inspect.signature(type(module).forward).parameters) else ()
+
+
+def _gates_of(gate: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Tensor]:
+    """Its gates for the arguments of a call, in the parameters' dtype where x has another one."""
+    given = inspect.signature(type(gate).forward).bind(gate, *args, **kwargs).arguments
+    inputs = {name: given[name] for name in _inputs(gate) if name in given}
+    weight = next(gate.parameters(), None)
+    for name, value in inputs.items():
+        floating = isinstance(value, Tensor) and value.is_floating_point()
+        if weight is not None and floating and not torch.is_autocast_enabled(value.device.type):
+            inputs[name] = value.to(weight.dtype)
+    return gate.attention(**inputs)  # type: ignore[operator]
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    while isinstance(model, _WRAPPERS) or _is_compiled(model):
+        model = model.module if isinstance(model, _WRAPPERS) else model._orig_mod  # type: ignore[assignment]
+    return model
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    """Whether it is what ``torch.compile(module)`` returns."""
+    return "_orig_mod" in module._modules
+
+
+def _eager() -> AbstractContextManager[object]:
+    """What is compiled runs eagerly in it, with its hooks. Nothing is where Dynamo was not even imported."""
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+
+
+def _same_randomness(model: nn.Module) -> AbstractContextManager[None]:
+    """Random generators of the CPU and of the model's devices leave it as they entered it."""
+    devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
+    accelerators = [device for device in devices if device.type in ("cuda", "xpu")]
+    kind = accelerators[0].type if accelerators else "cuda"
+    return torch.random.fork_rng(accelerators, device_type=kind)
+
+
+@contextmanager
+def _no_autocast_cache() -> Iterator[None]:
+    """Autocast's copies of weights, made without gradients, must not be those that training meets next."""
+    enabled = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(enabled)
