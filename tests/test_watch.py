@@ -288,7 +288,7 @@ def test_a_dead_gate_shows(caplog):
 
 
 def test_watch_under_autocast():
-    """Autocast's cache must not hold weights that were cast without gradients."""
+    """Autocast may keep weights that were cast while looking; their gradients must not get lost."""
     x = feature_map((2, 16, 6, 5), "nchw", torch.float32)
     grads = []
     for every in (1, 10**6):

@@ -14,7 +14,7 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
@@ -188,7 +188,7 @@ class GateWatch:
 
     def _look(self, name: str, gate: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if not (torch.compiler.is_compiling() or _looking.get() or self._found is None):
-            with torch.no_grad(), _no_autocast_cache():
+            with torch.no_grad():
                 self._found.append((name, {k: _summary(g) for k, g in _gates_of(gate, args, kwargs).items()}))
 
     def _end(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -221,7 +221,7 @@ def _run(
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     looking = _looking.set(True)
     try:
-        with torch.no_grad(), _no_autocast_cache(), _eager(), _same_randomness(model):
+        with torch.no_grad(), _eager(), _same_randomness(model):
             torch.func.functional_call(model, buffers, args, kwargs)
     finally:
         _looking.reset(looking)
@@ -297,14 +297,3 @@ def _same_randomness(model: nn.Module) -> AbstractContextManager[None]:
     accelerators = [device for device in devices if device.type in ("cuda", "xpu")]
     kind = accelerators[0].type if accelerators else "cuda"
     return torch.random.fork_rng(accelerators, device_type=kind)
-
-
-@contextmanager
-def _no_autocast_cache() -> Iterator[None]:
-    """Autocast's copies of weights, made without gradients, must not be those that training meets next."""
-    enabled = torch.is_autocast_cache_enabled()
-    torch.set_autocast_cache_enabled(False)
-    try:
-        yield
-    finally:
-        torch.set_autocast_cache_enabled(enabled)
