@@ -5,6 +5,7 @@ Kernels run on a GPU, or on the CPU under TRITON_INTERPRET=1; what only plans a 
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 from typing import Any
 
@@ -65,6 +66,10 @@ def test_slices_are_read_in_place(layout):
 def test_parts(entry, layout, shape, device):
     if not entry.takes(shape):
         pytest.skip(f"no {entry.name} for {shape}")
+    arguments = entry.arguments(shape[1])
+    if "reduction" in arguments and shape[1] > 1000:  # few hidden channels: it is x that is reduced in parts
+        arguments["reduction"] = shape[1] // 10
+        entry = dataclasses.replace(entry, arguments=lambda c: arguments)
     check(entry, feature_map(shape, layout, torch.float32, device), "triton")
 
 
