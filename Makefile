@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 SOURCES := $(wildcard csrc/*.h csrc/cpu/*.h csrc/cpu/*.cpp)
+# Test processes. Threads of two of them share the cores, and wait asleep; the interpreter needs one thread each.
+PROCESSES ?= 2
 INTERPRETED := $(addprefix tests/test_,parity.py autograd.py kernels_interpreter.py traffic.py planted_faults.py)
 
 .PHONY: report test bench kernels evidence lint format gpu-check build clean
@@ -12,8 +14,8 @@ report: $(VENV)/built
 	$(BIN)/visattn-fast report --seconds 1 --out report
 
 test: $(VENV)/built
-	$(BIN)/python -m pytest
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(INTERPRETED)
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses $(PROCESSES)
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest --numprocesses $(PROCESSES) $(INTERPRETED)
 
 bench: $(VENV)/built
 	$(BIN)/python -m pytest bench --benchmark-only

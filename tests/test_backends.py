@@ -105,7 +105,7 @@ for fast, plain in ((vf.FastSE(16), vf.reference.SE(16)), (vf.FastCBAM(16), vf.r
     torch.testing.assert_close(fast(x, residual=x, activation="relu"), (plain(x) + x).relu())
     fast(x).sum().backward()
 mean, w1, w2 = x.mean((2, 3)), torch.randn(4, 16), torch.randn(16, 4)
-y, *_ = torch.ops.visattn_fast.se_fwd(x.detach(), w1, None, w2, None, None, 0)
+y, *_ = torch.ops.visattn_fast.se_fwd(x.detach(), w1, None, w2, None, None, 0, 1, 0)
 torch.testing.assert_close(y, vf.reference.se(x.detach(), w1, None, w2, None))
 found = vf.backends("cpu")
 assert not found["cpp"].available and not found["triton"].available
