@@ -1,0 +1,39 @@
+"""Other libraries' modules, for the tests that hold ours against them; where one is missing, a test is skipped."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+_needs_torchvision = ("segmentation_models_pytorch", "timm", "torchvision")
+
+
+def library(name: str) -> ModuleType:
+    """The module of that name, or a skip that names the library."""
+    package = name.partition(".")[0]
+    if importlib.util.find_spec(package) is None:
+        pytest.skip(f"{package} is not installed")
+    if package in _needs_torchvision:
+        _declare_torchvision_operators()
+    return importlib.import_module(name)
+
+
+def _declare_torchvision_operators() -> None:
+    """torchvision's wheels hold operators for a CUDA torch alone. Beside a CPU torch they do not load, and its import
+
+    then fails, because it looks for the schemas of two of them.
+    """
+    spec = importlib.util.find_spec("torchvision")
+    if spec is None:
+        pytest.skip("torchvision is not installed")
+    try:
+        torch.ops.load_library(str(next(Path(spec.origin).parent.glob("_C*"))))
+    except (OSError, StopIteration):
+        for name in ("nms", "qnms"):
+            if not hasattr(torch.ops.torchvision, name):
+                torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float threshold) -> Tensor")

@@ -1,0 +1,100 @@
+"""Other libraries' modules with our weights: the same output and gradients, from our reference and fused modules."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import nn
+
+import visattn_fast as vf
+from cases import INTERPRETED, TARGETS, feature_map, needs_dtype, run
+from outside import library
+from visattn_fast import catalogue
+
+C = 32
+
+
+class Case(NamedTuple):
+    """A module of another library, ours, and its parameters by the names of ours."""
+
+    other: nn.Module
+    name: str
+    arguments: dict
+    names: dict[str, str]
+
+
+def se(other, first, second, reduction, bias=True):
+    kinds = ("weight", "bias") if bias else ("weight",)
+    names = {f"fc.{i}.{kind}": f"{layer}.{kind}" for i, layer in ((0, first), (2, second)) for kind in kinds}
+    return Case(other, "SE", {"channels": C, "reduction": reduction, "bias": bias}, names)
+
+
+def timm_se(**options):
+    return se(library("timm.layers").SEModule(C, **options), "fc1", "fc2", 4, options.get("bias", True))
+
+
+def timm_eca(channels, kernel_size):
+    other = library("timm.layers").EcaModule(channels, **({} if channels else {"kernel_size": kernel_size}))
+    return Case(other, "ECA", {"channels": C, "kernel_size": kernel_size}, {"conv.weight": "conv.weight"})
+
+
+class Gate(nn.Module):
+    """What a gate of ours makes of x, as timm's modules return it."""
+
+    def __init__(self, gate):
+        super().__init__()
+        self.gate = gate
+
+    def forward(self, x):
+        return x * self.gate(x)
+
+
+def timm_channel_attention():
+    other = library("timm.layers.cbam").ChannelAttn(C, rd_channels=4)
+    return Case(other, "ChannelAttention", {"channels": C}, {f"fc{i}.weight": f"fc{i}.weight" for i in (1, 2)})
+
+
+CASES = {
+    "timm SEModule": lambda: timm_se(rd_channels=8),
+    "timm SEModule, rd_divisor": lambda: timm_se(rd_ratio=1 / 16, rd_divisor=8),
+    "timm SEModule, no bias": lambda: timm_se(rd_ratio=1 / 4, bias=False),
+    "timm EcaModule": lambda: timm_eca(None, 5),
+    "timm EcaModule, by channels": lambda: timm_eca(C, 3),
+    "timm ChannelAttn": timm_channel_attention,
+    "torchvision SqueezeExcitation": lambda: se(
+        library("torchvision.ops").SqueezeExcitation(C, C // 4), "fc1", "fc2", 4
+    ),
+    "monai ChannelSELayer": lambda: se(library("monai.networks.blocks").ChannelSELayer(2, C), "fc.0", "fc.2", 2),
+}
+MODULES = [("reference", "cpu", "reference"), *(("fast", *target) for target in TARGETS)]
+
+
+@pytest.mark.skipif(INTERPRETED, reason="held against the reference, as the parity tests do in the interpreter")
+@pytest.mark.filterwarnings("ignore")  # the libraries' own
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+@pytest.mark.parametrize("layout", catalogue.LAYOUTS)
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("which", "device", "backend"), MODULES)
+def test_same(which, device, backend, case, layout, dtype):
+    other, name, arguments, names = CASES[case]()
+    needs_dtype(backend, device, dtype)
+    ours = (getattr(vf, f"Fast{name}") if which == "fast" else getattr(vf.reference, name))(**arguments)
+    theirs = dict(other.named_parameters())
+    assert set(names.values()) == theirs.keys()
+    with torch.no_grad():
+        for i, (ours_name, p) in enumerate(ours.named_parameters()):
+            p.copy_(catalogue.feature_map((1, 1, 1, p.numel()), seed=i).view_as(p) / 2)
+            theirs[names[ours_name]].copy_(p.view_as(theirs[names[ours_name]]))
+    ours, other = ours.to(device, dtype), other.to(device, dtype)
+    x = feature_map((2, C, 7, 6), layout, dtype, device)
+    with vf.use_backend(backend):
+        got = run(ours if name in ("SE", "ECA") else Gate(ours), x)
+    want = run(other, x)
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-12
+    torch.testing.assert_close(got.pop("y"), want.pop("y"), rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(got.pop("x"), want.pop("x"), rtol=tolerance, atol=tolerance)
+    for key, gradient in got.items():
+        expected = want[names[key.removeprefix("gate.")]].view_as(gradient)
+        torch.testing.assert_close(gradient, expected, rtol=tolerance, atol=10 * tolerance)
