@@ -2,17 +2,29 @@
 
 from . import functional, reference
 from .backends import Backend, backends, use_backend
-from .modules import FastCBAM, FastChannelAttention, FastECA, FastSE, FastSpatialAttention
+from .modules import (
+    FastAttentionLayer,
+    FastAttentionPooling,
+    FastCBAM,
+    FastChannelAttention,
+    FastECA,
+    FastSE,
+    FastSequenceAttention,
+    FastSpatialAttention,
+)
 from .watch import GateStatistics, attention_maps, watch_gates
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Backend",
+    "FastAttentionLayer",
+    "FastAttentionPooling",
     "FastCBAM",
     "FastChannelAttention",
     "FastECA",
     "FastSE",
+    "FastSequenceAttention",
     "FastSpatialAttention",
     "GateStatistics",
     "attention_maps",

@@ -97,6 +97,11 @@ def fused(x: torch.Tensor) -> bool:
     return select(x.device.type, x.dtype, _preference) != "reference"
 
 
+def reference_asked() -> bool:
+    """Whether the reference was chosen explicitly: what fast modules made of PyTorch's operations alone go by."""
+    return _preference == "reference"
+
+
 def select(device_type: str, dtype: torch.dtype, preference: str) -> str:
     """The backend that serves calls on ``device_type`` in ``dtype``.
 

@@ -3,5 +3,15 @@
 from .cbam import FastCBAM, FastChannelAttention, FastSpatialAttention
 from .eca import FastECA
 from .se import FastSE
+from .sequence import FastAttentionLayer, FastAttentionPooling, FastSequenceAttention
 
-__all__ = ["FastCBAM", "FastChannelAttention", "FastECA", "FastSE", "FastSpatialAttention"]
+__all__ = [
+    "FastAttentionLayer",
+    "FastAttentionPooling",
+    "FastCBAM",
+    "FastChannelAttention",
+    "FastECA",
+    "FastSE",
+    "FastSequenceAttention",
+    "FastSpatialAttention",
+]

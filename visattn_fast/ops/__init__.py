@@ -2,6 +2,7 @@
 
 from ._autograd import mixed, run
 from ._library import register_triton
+from .additive_score import AdditiveScoreFunction
 from .cbam import CBAMFunction
 from .channel_attention import ChannelAttentionFunction
 from .eca import ECAFunction
@@ -9,6 +10,7 @@ from .se import SEFunction, se_mathematics
 from .spatial_attention import SpatialAttentionFunction
 
 __all__ = [
+    "AdditiveScoreFunction",
     "CBAMFunction",
     "ChannelAttentionFunction",
     "ECAFunction",

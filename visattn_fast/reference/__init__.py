@@ -1,20 +1,29 @@
 """The catalogue in plain PyTorch: specification of the fused modules and oracle of their tests. Needs torch alone."""
 
+from .attention_layer import AttentionLayer
+from .attention_pooling import AttentionPooling
 from .cbam import CBAM, ChannelAttention, SpatialAttention, cbam, channel_attention, spatial_attention
 from .eca import ECA, eca
 from .epilogue import epilogue
+from .masking import masked_softmax
 from .se import SE, se
+from .sequence_attention import SequenceAttention, additive_score
 
 __all__ = [
     "CBAM",
     "ECA",
     "SE",
+    "AttentionLayer",
+    "AttentionPooling",
     "ChannelAttention",
+    "SequenceAttention",
     "SpatialAttention",
+    "additive_score",
     "cbam",
     "channel_attention",
     "eca",
     "epilogue",
+    "masked_softmax",
     "se",
     "spatial_attention",
 ]

@@ -1,0 +1,85 @@
+"""Bahdanau's additive score without its hidden layer in memory: ops and autograd."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ._autograd import fused_function, mixed
+from ._layout import accumulation_dtype, empty_small
+from ._library import define
+
+
+def _blocks(q: Tensor, k: Tensor) -> Iterator[tuple[slice, slice]]:
+    """Blocks of batch and queries whose hidden layers ``[N, Q, K, h]`` stay in cache; elsewhere, worth a launch."""
+    (batch, queries, hidden), keys = q.shape, k.shape[1]
+    limit = 1 << (18 if q.device.type == "cpu" else 26)
+    rows = min(max(limit // (keys * hidden), 1), queries)
+    images = max(limit // (rows * keys * hidden), 1) if rows == queries else 1
+    for n in range(0, batch, images):
+        for i in range(0, queries, rows):
+            yield slice(n, n + images), slice(i, i + rows)
+
+
+def _additive_score_fwd_reference(q, k, v):
+    a = accumulation_dtype(q)
+    scores = q.new_empty(*q.shape[:2], k.shape[1])
+    q, k, v = q.to(a), k.to(a), v.to(a)
+    for n, i in _blocks(q, k):
+        scores[n, i] = (q[n, i, None] + k[n, None]).tanh_() @ v
+    return scores
+
+
+def _additive_score_bwd_reference(grad, q, k, v):
+    a = accumulation_dtype(q)
+    grad, q, k = grad.to(a), q.to(a), k.to(a)
+    dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros(v.shape, dtype=a, device=v.device)
+    for n, i in _blocks(q, k):
+        t = (q[n, i, None] + k[n, None]).tanh_()  # [N, Q, K, h]
+        g = grad[n, i].contiguous()
+        dv += g.view(-1) @ t.view(-1, t.shape[3])
+        slope = t.square_().neg_().add_(1).mul_(g[..., None])
+        dq[n, i] = slope.sum(2)
+        dk[n] += slope.sum(1)
+    v = v.to(a)
+    return dq.mul_(v), dk.mul_(v), dv
+
+
+def _additive_score_fwd_fake(q, k, v):
+    return q.new_empty(*q.shape[:2], k.shape[1])
+
+
+def _additive_score_bwd_fake(grad, q, k, v):
+    return empty_small(q, *q.shape), empty_small(q, *k.shape), empty_small(q, *v.shape)
+
+
+additive_score_fwd = define(
+    "additive_score_fwd(Tensor q, Tensor k, Tensor v) -> Tensor scores",
+    None,
+    _additive_score_fwd_reference,
+    _additive_score_fwd_fake,
+)
+additive_score_bwd = define(
+    "additive_score_bwd(Tensor grad, Tensor q, Tensor k, Tensor v) -> (Tensor dq, Tensor dk, Tensor dv)",
+    None,
+    _additive_score_bwd_reference,
+    _additive_score_bwd_fake,
+)
+
+
+def _forward(q, k, v):
+    return (additive_score_fwd(q, k, v),)
+
+
+def _gradients(grad, tensors, small, options):
+    return additive_score_bwd(grad, *tensors)
+
+
+def _mathematics(q, k, v):
+    return mixed(reference.additive_score, q, k, v)
+
+
+AdditiveScoreFunction = fused_function("AdditiveScoreFunction", _forward, _gradients, _mathematics)
