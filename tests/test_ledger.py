@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(INTERPRETED, reason="reads a file")
 
 def test_every_op_and_target_is_listed():
     text = ledger.LEDGER.read_text(encoding="utf-8")
-    for name in (*OPS, *catalogue.ENTRIES):
+    for name in (*(name for name, op in OPS.items() if op.launcher), *catalogue.ENTRIES):
         assert f"| {name} |" in text, f"{name} is missing: make evidence"
     for target in ledger.compiled.TARGETS:
         assert f"| {target} |" in text

@@ -34,8 +34,8 @@ class FastAttentionLayer(reference.AttentionLayer):
 class FastAttentionPooling(reference.AttentionPooling):
     """`reference.AttentionPooling`: same ``state_dict``, same result.
 
-    The width is applied to queries and keys before they meet, and shared values are one matrix product: three passes
-    over the ``[..., Q, K]`` map less, each way.
+    The width is applied to queries and shared keys before they meet, and shared values are one matrix product: fewer
+    passes over the ``[..., Q, K]`` map, each way.
     """
 
     def forward(
@@ -46,9 +46,12 @@ class FastAttentionPooling(reference.AttentionPooling):
             return super().forward(queries, keys, values, mask, need_weights)
         queries, keys, values, mask = self.pairs(queries, keys, values, mask)
         width = self.w * 0.5**0.5
-        distance = (queries * width)[..., None] - keys * width
+        if keys.shape[-2] == 1:
+            distance = (queries * width)[..., None] - keys * width
+        else:
+            distance = (queries[..., None] - keys) * width
         weights = reference.masked_softmax(-distance.square(), mask)
-        shared = values.shape[-2] == 1
+        shared = values.shape[-2] == 1 and not torch.is_autocast_enabled(values.device.type)  # which rounds products
         out = (weights @ values.to(weights.dtype).mT)[..., 0] if shared else (weights * values).sum(-1)
         return out, weights if need_weights else None
 

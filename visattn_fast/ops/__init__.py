@@ -2,7 +2,7 @@
 
 from ._autograd import mixed, run
 from ._library import register_triton
-from .additive_score import AdditiveScoreFunction
+from .additive_score import AdditiveScoreFunction, fits_a_block
 from .cbam import CBAMFunction
 from .channel_attention import ChannelAttentionFunction
 from .eca import ECAFunction
@@ -16,6 +16,7 @@ __all__ = [
     "ECAFunction",
     "SEFunction",
     "SpatialAttentionFunction",
+    "fits_a_block",
     "mixed",
     "register_triton",
     "run",

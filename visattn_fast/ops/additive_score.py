@@ -12,11 +12,20 @@ from ._autograd import fused_function, mixed
 from ._layout import accumulation_dtype, empty_small
 from ._library import define
 
+# Elements of a hidden layer's block: what stays in cache, or is worth a launch.
+_LIMITS = {"cpu": 1 << 18}
+_LIMIT = 1 << 26
+
+
+def fits_a_block(q: Tensor, k: Tensor) -> bool:
+    """Whether the hidden layer is so small that there is nothing to save."""
+    return q.numel() * k.shape[1] <= _LIMITS.get(q.device.type, _LIMIT)
+
 
 def _blocks(q: Tensor, k: Tensor) -> Iterator[tuple[slice, slice]]:
-    """Blocks of batch and queries whose hidden layers ``[N, Q, K, h]`` stay in cache; elsewhere, worth a launch."""
+    """Blocks of the batch and of the queries, for a hidden layer ``[N, Q, K, h]``, by the sizes alone."""
     (batch, queries, hidden), keys = q.shape, k.shape[1]
-    limit = 1 << (18 if q.device.type == "cpu" else 26)
+    limit = _LIMITS.get(q.device.type, _LIMIT)
     rows = min(max(limit // (keys * hidden), 1), queries)
     images = max(limit // (rows * keys * hidden), 1) if rows == queries else 1
     for n in range(0, batch, images):
