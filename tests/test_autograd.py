@@ -67,8 +67,9 @@ def test_gradcheck_epilogue(entry, with_residual, activation):
 def test_gradient_penalty(entry):
     """A gradient of a gradient's norm, as GANs take it, equals the reference's."""
     penalties = []
-    for module in entry.pair(8):
-        x = feature_map((2, 8, 4, 4), "nchw", torch.float32).requires_grad_()
+    dtype = torch.float64 if entry.layers else torch.float32  # a batch norm of two pooled values magnifies rounding
+    for module in entry.pair(8, dtype):
+        x = feature_map((2, 8, 4, 4), "nchw", dtype).requires_grad_()
         (gradient,) = torch.autograd.grad(module(x).square().sum(), x, create_graph=True)
         gradient.square().sum().backward()
         penalties.append([x.grad, *(p.grad for p in module.parameters())])
@@ -90,6 +91,8 @@ def test_checkpoint(entry):
 def test_function_transforms(entry):
     """torch.func.grad gives the gradients of autograd."""
     fast, _ = entry.pair(8)
+    if entry.layers and entry.training and list(fast.buffers()):
+        pytest.skip("PyTorch's own batch norm updates its statistics in place, which transforms refuse")
     x = feature_map((2, 8, 4, 4), "nchw", torch.float32)
     parameters = dict(fast.named_parameters())
 
@@ -140,6 +143,8 @@ def test_saved_for_backward(entry, layout):
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         fast(x)
+    if entry.layers:
+        pytest.skip("PyTorch's layers keep maps of their own")
     assert saved.pop(x.untyped_storage().data_ptr()) == x.nbytes
     for p in fast.parameters():
         saved.pop(p.untyped_storage().data_ptr(), None)
@@ -203,6 +208,8 @@ class _Recorder(TorchDispatchMode):
 @pytest.mark.parametrize("shape", [(2, 8, 5, 3), (0, 8, 5, 3), (2, 8, 1, 1)], ids=["plain", "empty", "1x1"])
 def test_opcheck(entry, layout, shape):
     """Schema, fake (shapes, dtypes, strides) and dispatch of both directions, held against the reference op."""
+    if not entry.takes(shape):
+        pytest.skip(f"no {entry.name} for {shape}")
     fast, _ = entry.pair(8)
     x = feature_map(shape, layout, torch.float32).requires_grad_()
     with _Recorder() as recorder:

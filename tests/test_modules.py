@@ -15,7 +15,23 @@ from visattn_fast import catalogue, reference
 
 entries = pytest.mark.parametrize("entry", catalogue.ENTRIES.values(), ids=lambda e: e.name)
 
+BATCH_NORM = ("weight", "bias", "running_mean", "running_var")
+
+
+def batch_norm(name, channels):
+    return {f"{name}.{key}": (channels,) for key in BATCH_NORM} | {f"{name}.num_batches_tracked": ()}
+
+
 KEYS = {
+    "SK": {
+        **{f"convs.{i}.0.weight": (32, 32, 3, 3) for i in range(2)},
+        **batch_norm("convs.0.1", 32),
+        **batch_norm("convs.1.1", 32),
+        "fc.0.weight": (32, 32, 1, 1),
+        **batch_norm("fc.1", 32),
+        **{f"fcs.{i}.weight": (32, 32, 1, 1) for i in range(2)},
+        **{f"fcs.{i}.bias": (32,) for i in range(2)},
+    },
     "SE": {"fc.0.weight": (2, 32), "fc.2.weight": (32, 2)},
     "ECA": {"conv.weight": (1, 1, 3)},
     "CBAM": {
@@ -54,7 +70,7 @@ def test_constructors():
 def test_copies(entry):
     """deepcopy and pickle give modules of their own with equal results."""
     fast, _ = entry.pair(32)
-    x = feature_map((1, 32, 5, 5), "nchw", torch.float32)
+    x = feature_map((2, 32, 5, 5), "nchw", torch.float32)
     for twin in (copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
         assert torch.equal(twin(x), fast(x))
         for p in twin.parameters():
@@ -66,7 +82,7 @@ def test_copies(entry):
 def test_train_eval_and_hooks(entry):
     """Without a batch norm the mode changes nothing; hooks on the module itself run."""
     fast, _ = entry.pair(32)
-    x = feature_map((1, 32, 5, 5), "nchw", torch.float32).requires_grad_()
+    x = feature_map((2, 32, 5, 5), "nchw", torch.float32).requires_grad_()
     seen = []
     fast.register_forward_hook(lambda module, inputs, output: seen.append("forward"))
     fast.register_full_backward_hook(lambda module, grad_in, grad_out: seen.append("backward"))
@@ -93,13 +109,15 @@ def test_compile(entry, dynamic):
     torch._dynamo.reset()
     fast, _ = entry.pair(16)
     compiled = torch.compile(fast, fullgraph=True, dynamic=dynamic)
+    tolerance = {"rtol": 1e-3, "atol": 1e-3} if entry.layers else {}  # Inductor has batch norms of its own
     shapes = [(2, 16, 6, 5), (3, 16, 8, 9), (5, 16, 7, 6)] if dynamic else [(2, 16, 6, 5)]
     for index, shape in enumerate(shapes):
         x = feature_map(shape, "nchw", torch.float32).requires_grad_()
-        with torch._dynamo.config.patch(error_on_recompile=index > 0):
+        # Inductor compiles PyTorch's own convolutions anew for another size.
+        with torch._dynamo.config.patch(error_on_recompile=index > 0 and not entry.layers):
             results = [torch.autograd.grad(f(x).square().sum(), [x, *fast.parameters()]) for f in (compiled, fast)]
-            torch.testing.assert_close(compiled(x), fast(x))
-        torch.testing.assert_close(*results)
+            torch.testing.assert_close(compiled(x), fast(x), **tolerance)
+        torch.testing.assert_close(*results, **tolerance)
 
 
 def test_compile_epilogue_and_backend_choice():

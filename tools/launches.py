@@ -89,6 +89,7 @@ class Call:
     def run(self, device: str, observe: Observer, operation: Operation | None = None) -> None:
         """Both passes on ``device``, which may be ``"meta"``; see `routed`."""
         module = self.entry.fast(**self.entry.arguments(self.shape[1])).to(device, self.dtype)
+        module.train(self.entry.training)
         x, residual = self._map(device, self.sliced).requires_grad_(), self._map(device).requires_grad_()
         extra = {"residual": residual if self.residual else None, "activation": self.activation}
         forward, backward = self.passes()

@@ -10,6 +10,7 @@ from .modules import (
     FastECA,
     FastSE,
     FastSequenceAttention,
+    FastSK,
     FastSpatialAttention,
 )
 from .watch import GateStatistics, attention_maps, watch_gates
@@ -24,6 +25,7 @@ __all__ = [
     "FastChannelAttention",
     "FastECA",
     "FastSE",
+    "FastSK",
     "FastSequenceAttention",
     "FastSpatialAttention",
     "GateStatistics",

@@ -26,6 +26,8 @@ class Entry:
         epilogue: whether forward takes ``residual`` and ``activation``.
         takes: whether there is such a module for a map of shape ``[N, C, H, W]``.
         training: the mode that `pair` leaves its modules in.
+        layers: whether PyTorch's convolutions or linear layers run inside over whole maps: they keep maps of their own
+            for the backward pass, and their sums may depend on the number of threads.
         ops: that its two directions are made of; without any, ``name_fwd`` and ``name_bwd``.
     """
 
@@ -38,6 +40,7 @@ class Entry:
     epilogue: bool = True
     takes: Callable[[tuple[int, ...]], bool] = lambda shape: True
     training: bool = True
+    layers: bool = False
     ops: tuple[str, ...] = ()
 
     def pair(self, channels: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> tuple[nn.Module, nn.Module]:
@@ -79,6 +82,30 @@ ENTRIES = {
             1,
             1,
             epilogue=False,
+        ),
+        Entry(
+            "sk",
+            modules.FastSK,
+            reference.SK,
+            lambda c: {"channels": c, "reduction": min(16, c)},
+            5,
+            8,
+            epilogue=False,
+            takes=lambda shape: shape[0] > 1,
+            layers=True,
+            ops=("branch_mean", "branch_sum", "branch_dot", "branch_grad"),
+        ),
+        Entry(
+            "sk_eval",
+            modules.FastSK,
+            reference.SK,
+            lambda c: {"channels": c, "reduction": min(16, c)},
+            5,
+            8,
+            epilogue=False,
+            training=False,
+            layers=True,
+            ops=("branch_mean", "branch_sum", "branch_dot", "branch_grad"),
         ),
     )
 }

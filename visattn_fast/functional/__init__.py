@@ -4,5 +4,6 @@ from .cbam import cbam, channel_attention, spatial_attention
 from .eca import eca
 from .se import se
 from .sequence import additive_score, masked_attention
+from .sk import sk
 
-__all__ = ["additive_score", "cbam", "channel_attention", "eca", "masked_attention", "se", "spatial_attention"]
+__all__ = ["additive_score", "cbam", "channel_attention", "eca", "masked_attention", "se", "sk", "spatial_attention"]

@@ -4,6 +4,7 @@ from .cbam import FastCBAM, FastChannelAttention, FastSpatialAttention
 from .eca import FastECA
 from .se import FastSE
 from .sequence import FastAttentionLayer, FastAttentionPooling, FastSequenceAttention
+from .sk import FastSK
 
 __all__ = [
     "FastAttentionLayer",
@@ -12,6 +13,7 @@ __all__ = [
     "FastChannelAttention",
     "FastECA",
     "FastSE",
+    "FastSK",
     "FastSequenceAttention",
     "FastSpatialAttention",
 ]

@@ -7,6 +7,7 @@ from .cbam import CBAMFunction
 from .channel_attention import ChannelAttentionFunction
 from .eca import ECAFunction
 from .se import SEFunction, se_mathematics
+from .sk import SKFunction
 from .spatial_attention import SpatialAttentionFunction
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "ChannelAttentionFunction",
     "ECAFunction",
     "SEFunction",
+    "SKFunction",
     "SpatialAttentionFunction",
     "fits_a_block",
     "mixed",

@@ -37,7 +37,7 @@ def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def exact(x: Tensor, *args: Any) -> Any:
-        if not torch.is_autocast_enabled(x.device.type):
+        if x.is_meta or not torch.is_autocast_enabled(x.device.type):  # autocast knows no meta device
             return function(x, *args)
         with torch.autocast(x.device.type, enabled=False):
             return function(x, *args)

@@ -8,11 +8,13 @@ from .epilogue import epilogue
 from .masking import masked_softmax
 from .se import SE, se
 from .sequence_attention import SequenceAttention, additive_score
+from .sk import SK, sk
 
 __all__ = [
     "CBAM",
     "ECA",
     "SE",
+    "SK",
     "AttentionLayer",
     "AttentionPooling",
     "ChannelAttention",
@@ -25,5 +27,6 @@ __all__ = [
     "epilogue",
     "masked_softmax",
     "se",
+    "sk",
     "spatial_attention",
 ]

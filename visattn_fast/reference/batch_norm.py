@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -32,3 +33,10 @@ def update_running_statistics(
     if running_mean is not None and running_var is not None and momentum:
         running_mean.lerp_(mean.to(running_mean.dtype), momentum)
         running_var.lerp_((var * (count / max(count - 1, 1))).to(running_var.dtype), momentum)
+
+
+def look_through(bn: nn.modules.batchnorm._BatchNorm, x: Tensor) -> Tensor:
+    """``bn(x)`` in the mode that it is in, without counting the batch or touching its running statistics."""
+    batch = bn.training or bn.running_mean is None
+    statistics = (None, None) if batch else (bn.running_mean, bn.running_var)
+    return F.batch_norm(x, *statistics, bn.weight, bn.bias, batch, 0.0, bn.eps)

@@ -95,15 +95,43 @@ def check_spatial_kernel(wconv: Tensor, x: Tensor) -> None:
     check_weight("wconv", wconv, (1, 2, size, size), x)
 
 
+def check_branches(
+    v1: Tensor, v2: Tensor, w: Tensor, norm_weight: Tensor, norm_bias: Tensor, running_mean: Tensor | None,
+    running_var: Tensor | None, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, training: bool,
+) -> None:  # fmt: skip
+    """Raises unless the branches and weights of `sk` fit each other, and a batch in training has several images."""
+    check_floating("w", w)
+    if w.dim() < 2 or w.shape[0] == 0:
+        raise ValueError(f"w must have shape [d, C] with d >= 1, got {list(w.shape)}")
+    hidden, channels = w.shape[:2]
+    check_feature_map(v1, channels)
+    check_same_map("v2", v2, v1)
+    check_weight("w", w, (hidden, channels), v1)
+    for name, weight, bias in (("1", w1, b1), ("2", w2, b2)):
+        check_weight(f"w{name}", weight, (channels, hidden), v1)
+        check_weight(f"b{name}", bias, (channels,), v1)
+    norm = {"norm_weight": norm_weight, "norm_bias": norm_bias}
+    for name, values in {**norm, "running_mean": running_mean, "running_var": running_var}.items():
+        if values is not None or name in norm:
+            check_weight(name, values, (hidden,), v1)  # type: ignore[arg-type]
+    if (training or running_mean is None or running_var is None) and v1.shape[0] < 2:
+        raise ValueError(f"the batch norm of pooled values needs at least 2 images in training, got {v1.shape[0]}")
+
+
+def check_same_map(name: str, tensor: Tensor, x: Tensor) -> None:
+    """Raises unless ``tensor`` is a floating tensor of x's shape on x's device."""
+    check_floating(name, tensor)
+    if tensor.shape != x.shape:
+        raise ValueError(f"{name} must have the shape of x, {tuple(x.shape)}, got {tuple(tensor.shape)}")
+    if tensor.device != x.device:
+        raise ValueError(f"{name} must be on the device of x, {x.device}, got {tensor.device}")
+
+
 def check_residual(residual: Tensor | None, x: Tensor) -> None:
     """Raises unless ``residual`` is absent, or a floating tensor of x's shape on x's device."""
     if residual is None:
         return
-    check_floating("residual", residual)
-    if residual.shape != x.shape:
-        raise ValueError(f"residual must have the shape of x, {tuple(x.shape)}, got {tuple(residual.shape)}")
-    if residual.device != x.device:
-        raise ValueError(f"residual must be on the device of x, {x.device}, got {residual.device}")
+    check_same_map("residual", residual, x)
 
 
 def check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> int:

@@ -1,0 +1,59 @@
+"""Selective kernels: passes over the branches, and between them the algebra of pooled values in PyTorch."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import torch.nn.functional as F
+
+from .. import reference
+from ._autograd import fused_function, mixed, without_autocast
+from .branches import branch_dot, branch_grad, branch_mean, branch_sum
+
+
+@without_autocast
+def _forward(v1, v2, w, norm_weight, norm_bias, running_mean, running_var, w1, b1, w2, b2, eps):
+    w, norm_weight, norm_bias, w1, b1, w2, b2 = _double(w, norm_weight, norm_bias, w1, b1, w2, b2)
+    mean = branch_mean(v1, v2)
+    z = F.linear(mean.double(), w)
+    if running_mean is None:  # the batch's own statistics
+        var, center = torch.var_mean(z, 0, correction=0)
+    else:
+        center, var = running_mean.to(z.dtype, copy=True), running_var.double()
+    rstd = (var + eps).rsqrt()
+    hidden = F.relu((z - center) * rstd * norm_weight + norm_bias)
+    gate = torch.softmax(torch.stack([F.linear(hidden, w1, b1), F.linear(hidden, w2, b2)], 1), 1).to(mean.dtype)
+    return branch_sum(v1, v2, gate), mean, z, hidden, gate, center, rstd
+
+
+@without_autocast
+def _gradients(grad, tensors, small, options):
+    v1, v2, *weights = tensors
+    w, norm_weight, _, running_mean, _, w1, _, w2, _ = _double(*weights)
+    mean, z, hidden, gate, center, rstd = small
+    dgate = branch_dot(grad, v1, v2)
+    dlogits = gate.double() * (dgate - (gate.double() * dgate).sum(1, keepdim=True))
+    d1, d2 = dlogits[:, 0], dlogits[:, 1]
+    dhidden = torch.where(hidden <= 0, 0.0, d1 @ w1 + d2 @ w2)
+    normal, dz = (z - center) * rstd, dhidden * norm_weight
+    if running_mean is None:
+        dz = dz - dz.mean(0) - normal * (dz * normal).mean(0)
+    dz = dz * rstd
+    dv1, dv2 = branch_grad(grad, v1, v2, gate, (dz @ w).to(mean.dtype))
+    products = dz.t() @ mean.double(), d1.t() @ hidden, d2.t() @ hidden
+    dw, dw1, dw2 = (d.view(weights[i].shape) for d, i in zip(products, (0, 5, 7), strict=True))
+    return dv1, dv2, dw, (dhidden * normal).sum(0), dhidden.sum(0), None, None, dw1, d1.sum(0), dw2, d2.sum(0)
+
+
+def _double(*weights):
+    """In float64, matrices without trailing dimensions: the batch norm of few pooled values magnifies rounding."""
+    return [None if t is None else (t.flatten(1) if t.dim() > 1 else t).double() for t in weights]
+
+
+def _mathematics(*args):
+    *tensors, eps = args
+    return mixed(functools.partial(reference.sk, eps=eps), *tensors)
+
+
+SKFunction = fused_function("SKFunction", _forward, _gradients, _mathematics)

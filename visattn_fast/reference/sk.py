@@ -1,0 +1,160 @@
+"""Selective kernels in plain PyTorch."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .batch_norm import batch_norm_step, look_through, update_running_statistics
+from .checks import check_branches, check_feature_map, check_positive, check_weight
+
+BRANCHES = 2
+
+
+def sk(
+    v1: Tensor,
+    v2: Tensor,
+    w: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    b2: Tensor,
+    *,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """Selects between two branches: ``gate_1 relu(v1) + gate_2 relu(v2)``, gates that sum to one in each channel.
+
+    ``h = relu(batch_norm(w mean(relu(v1) + relu(v2))))``, the mean over H and W; ``gate = softmax([w1 h + b1, w2 h +
+    b2])`` over the two.
+
+    Args:
+        v1, v2: the branches before their ReLU, ``[N, C, H, W]``.
+        w: ``[d, C]`` (or a 1x1 convolution's ``[d, C, 1, 1]``).
+        norm_weight, norm_bias, running_mean, running_var: of the batch norm, ``[d]``.
+        w1, b1, w2, b2: ``[C, d]`` (or ``[C, d, 1, 1]``) and ``[C]``.
+        training: normalise with the batch's statistics and update the running ones by ``momentum``.
+
+    Returns:
+        ``[N, C, H, W]``.
+
+    Raises:
+        ValueError: shapes or devices that do not fit, a batch of fewer than two images in training.
+        TypeError: a dtype that is not floating.
+    """
+    check_branches(v1, v2, w, norm_weight, norm_bias, running_mean, running_var, w1, b1, w2, b2, training=training)
+    u1, u2 = F.relu(v1), F.relu(v2)
+    weights = w, norm_weight, norm_bias, running_mean, running_var, w1, b1, w2, b2
+    gate = sk_gate((u1 + u2).mean((2, 3)), *weights, training=training, momentum=momentum, eps=eps)
+    gate = gate[:, :, :, None, None]
+    return gate[:, 0] * u1 + gate[:, 1] * u2
+
+
+def sk_gate(
+    mean: Tensor, w: Tensor, norm_weight: Tensor, norm_bias: Tensor, running_mean: Tensor | None,
+    running_var: Tensor | None, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, *, training: bool, momentum: float,
+    eps: float,
+) -> Tensor:  # fmt: skip
+    """The gate ``[N, 2, C]`` of `sk` from the pooled sum of its branches ``[N, C]``."""
+    z = F.linear(mean, w.flatten(1))
+    if training or running_mean is None or running_var is None:
+        var, center = torch.var_mean(z.detach(), 0, correction=0)
+        update_running_statistics(running_mean, running_var, center, var, len(z), momentum)
+        normal = F.batch_norm(z, None, None, norm_weight, norm_bias, True, 0.0, eps)
+    else:
+        statistics = running_mean.to(norm_weight.dtype), running_var.to(norm_weight.dtype)
+        normal = F.batch_norm(z, *statistics, norm_weight, norm_bias, False, 0.0, eps)
+    hidden = F.relu(normal)
+    logits = [F.linear(hidden, w1.flatten(1), b1), F.linear(hidden, w2.flatten(1), b2)]
+    return torch.softmax(torch.stack(logits, 1), 1)
+
+
+class SK(nn.Module):
+    """Selective kernel unit (Li et al., "Selective Kernel Networks", CVPR 2019).
+
+    Two branches, ``U1 = relu(BN(conv3x3(x)))`` and ``U2`` likewise with dilation 2, weighted in each channel by gates
+    that sum to one: ``gate_1 * U1 + gate_2 * U2``, ``gate = softmax(fcs(fc(mean(U1 + U2))))``; the mean over H and W,
+    fc a linear layer to d units, batch norm and ReLU. ``[N, C, H, W]`` -> ``[N, C, H, W]``. In training N must be at
+    least 2: the batch norm of the d units has one value of each per image.
+
+    Args:
+        channels: C.
+        reduction: d is ``channels // reduction``, and at least ``min_width``.
+        groups: of both convolutions; the paper's networks have 32.
+        min_width: the paper's L.
+
+    Raises:
+        ValueError: a non-positive argument, ``groups`` that do not divide ``channels``.
+
+    ``state_dict``, for i in 0 and 1: ``convs.i.0.weight`` ``[C, C/groups, 3, 3]`` and the batch norm ``convs.i.1.*``;
+    ``fc.0.weight`` ``[d, C, 1, 1]`` and the batch norm ``fc.1.*``; ``fcs.i.weight`` ``[C, d, 1, 1]``, ``fcs.i.bias``.
+    """
+
+    def __init__(self, channels: int, reduction: int = 16, groups: int = 1, min_width: int = 32) -> None:
+        super().__init__()
+        for name, value in (("channels", channels), ("reduction", reduction), ("groups", groups)):
+            check_positive(name, value)
+        check_positive("min_width", min_width)
+        if channels % groups:
+            raise ValueError(f"channels must be a multiple of groups={groups}, got {channels}")
+        self.channels, self.reduction = channels, reduction
+        hidden = max(channels // reduction, min_width)
+        self.convs = nn.ModuleList(
+            nn.Sequential(
+                nn.Conv2d(channels, channels, 3, padding=dilation, dilation=dilation, groups=groups, bias=False),
+                nn.BatchNorm2d(channels),
+                nn.ReLU(),
+            )
+            for dilation in range(1, BRANCHES + 1)
+        )
+        self.fc = nn.Sequential(nn.Conv2d(channels, hidden, 1, bias=False), nn.BatchNorm2d(hidden), nn.ReLU())
+        self.fcs = nn.ModuleList(nn.Conv2d(hidden, channels, 1) for _ in range(BRANCHES))
+
+    def branches(self, x: Tensor) -> list[Tensor]:
+        """Both branches before their ReLU, ``[N, C, H, W]`` each."""
+        self._check(x)
+        return [norm(conv(x)) for conv, norm in self._layers()]
+
+    def _layers(self) -> list[Any]:
+        return [(conv, norm) for conv, norm, _ in cast(Any, self.convs)]
+
+    def _check(self, x: Tensor) -> None:
+        check_feature_map(x, self.channels)
+        weight = self.convs[0][0].weight  # type: ignore[index]
+        check_weight("convs.0.0.weight", weight, tuple(weight.shape), x)
+
+    def weights(self) -> tuple[Any, ...]:
+        """``(w, norm_weight, norm_bias, running_mean, running_var, w1, b1, w2, b2)``, as `sk` takes them."""
+        squeeze, norm, _ = self.fc
+        first, second = self.fcs
+        statistics = norm.running_mean, norm.running_var
+        return squeeze.weight, norm.weight, norm.bias, *statistics, first.weight, first.bias, second.weight, second.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[N, C, H, W]`` -> ``[N, C, H, W]``."""
+        return sk(*self.branches(x), *self.weights(), **self.norm_step()).to(x.dtype)
+
+    def norm_step(self) -> dict[str, Any]:
+        """``training``, ``momentum`` and ``eps`` of this forward pass, as `sk` takes them; in training it counts."""
+        _, norm, _ = cast(Any, self.fc)
+        training, momentum = batch_norm_step(norm)
+        return {"training": training, "momentum": momentum, "eps": norm.eps}
+
+    def attention(self, x: Tensor) -> dict[str, Tensor]:
+        """The gates of x: ``{"branch": [N, 2, C, 1, 1]}``."""
+        self._check(x)
+        u1, u2 = (F.relu(look_through(norm, conv(x))) for conv, norm in self._layers())
+        _, norm, _ = cast(Any, self.fc)
+        gate = sk_gate((u1 + u2).mean((2, 3)), *self.weights(), training=norm.training, momentum=0.0, eps=norm.eps)
+        return {"branch": gate[:, :, :, None, None]}
+
+    def extra_repr(self) -> str:
+        return f"channels={self.channels}, reduction={self.reduction}"
