@@ -1,7 +1,7 @@
 // The passes over two branches, each after a ReLU, that a module weighs against each other (SK).
-#include <tuple>
-
 #include "branch.h"
+
+#include <tuple>
 
 namespace visattn {
 namespace {

@@ -1,5 +1,6 @@
-// Branches that a module weighs against each other, row by row: sums of K rows, weighted sums, and their gradients.
-// A row holds the pixels of a channel (nchw: one gate for the row) or the channels of a pixel (nhwc: one a column).
+// Branches that a module weighs against each other, row by row: sums of K rows, weighted sums, and their
+// gradients. A row holds the pixels of a channel (nchw: one gate for the row) or the channels of a pixel
+// (nhwc: one a column).
 #pragma once
 
 #include "image.h"
