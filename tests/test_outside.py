@@ -98,3 +98,30 @@ def test_same(which, device, backend, case, layout, dtype):
     for key, gradient in got.items():
         expected = want[names[key.removeprefix("gate.")]].view_as(gradient)
         torch.testing.assert_close(gradient, expected, rtol=tolerance, atol=10 * tolerance)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="held against the reference, as the parity tests do in the interpreter")
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+@pytest.mark.parametrize("layout", catalogue.LAYOUTS)
+@pytest.mark.parametrize(("hidden", "gate"), [("relu", "sigmoid"), ("relu", "hard_sigmoid"), ("silu", "sigmoid")])
+@pytest.mark.parametrize(("which", "device", "backend"), MODULES)
+def test_torchvision_through_the_function(which, device, backend, hidden, gate, layout, dtype):
+    """torchvision's own parameters, as MobileNetV3 and EfficientNet configure the module."""
+    kinds = {"relu": nn.ReLU, "silu": nn.SiLU, "sigmoid": nn.Sigmoid, "hard_sigmoid": nn.Hardsigmoid}
+    other = library("torchvision.ops").SqueezeExcitation(C, 8, kinds[hidden], kinds[gate]).to(device, dtype)
+    needs_dtype(backend, device, dtype)
+    function = vf.functional.se if which == "fast" else vf.reference.se
+    parameters = (other.fc1.weight, other.fc1.bias, other.fc2.weight, other.fc2.bias)
+    x = feature_map((2, C, 7, 6), layout, dtype, device).requires_grad_()
+    grad = feature_map((2, C, 7, 6), layout, dtype, device, seed=1)
+    with vf.use_backend(backend):
+        y = function(x, *parameters, hidden_activation=hidden, gate_activation=gate)
+        got = [y, *torch.autograd.grad(y, (x, *parameters), grad)]
+    expected = other(x)
+    want = [expected, *torch.autograd.grad(expected, (x, *parameters), grad)]
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-12
+    torch.testing.assert_close(got.pop(0), want.pop(0), rtol=tolerance, atol=tolerance)
+    if gate == "hard_sigmoid":  # PyTorch's gradient of it takes 1/6 in float32, even in float64
+        tolerance = max(tolerance, 1e-8)
+    torch.testing.assert_close(got, want, rtol=10 * tolerance, atol=10 * tolerance)
