@@ -125,3 +125,35 @@ def test_torchvision_through_the_function(which, device, backend, hidden, gate, 
     if gate == "hard_sigmoid":  # PyTorch's gradient of it takes 1/6 in float32, even in float64
         tolerance = max(tolerance, 1e-8)
     torch.testing.assert_close(got, want, rtol=10 * tolerance, atol=10 * tolerance)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="held against the reference, as the parity tests do in the interpreter")
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("layout", catalogue.LAYOUTS)
+@pytest.mark.parametrize(("which", "device", "backend"), MODULES)
+def test_timm_selective_kernel(which, device, backend, layout, training):
+    """Both paths on all of x; timm's selection is one convolution without bias. Running statistics move alike."""
+    other = library("timm.layers").SelectiveKernel(C, C, rd_channels=32, split_input=False)
+    ours = (vf.FastSK if which == "fast" else vf.reference.SK)(C)
+    pairs = {f"convs.{i}.0": f"paths.{i}.conv" for i in (0, 1)} | {f"convs.{i}.1": f"paths.{i}.bn" for i in (0, 1)}
+    pairs |= {"fc.0": "attn.fc_reduce", "fc.1": "attn.bn"}
+    for mine, theirs in pairs.items():
+        ours.get_submodule(mine).load_state_dict(other.get_submodule(theirs).state_dict())
+    with torch.no_grad():
+        for branch, weight in zip(ours.fcs, other.attn.fc_select.weight.chunk(2), strict=True):
+            branch.weight.copy_(weight)
+            branch.bias.zero_()
+    ours, other = (m.to(device, torch.float64).train(training) for m in (ours, other))
+    x = feature_map((3, C, 7, 6), layout, torch.float64, device)
+    with vf.use_backend(backend):
+        got = run(ours, x)
+    want = run(other, x)
+    expected = {name: want[name] for name in ("y", "x")}
+    for mine, theirs in pairs.items():
+        expected |= {n.replace(theirs, mine, 1): t for n, t in want.items() if n.startswith(f"{theirs}.")}
+    chunks = want["attn.fc_select.weight"].chunk(2)
+    expected |= {f"fcs.{i}.weight": chunk for i, chunk in enumerate(chunks)}
+    assert got.keys() - expected.keys() == {"fcs.0.bias", "fcs.1.bias"}
+    for name, t in expected.items():
+        torch.testing.assert_close(got[name], t, rtol=1e-9, atol=1e-10, msg=lambda m, name=name: f"{name}: {m}")
