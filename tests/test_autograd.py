@@ -89,17 +89,19 @@ def test_checkpoint(entry):
 
 @entries
 def test_function_transforms(entry):
-    """torch.func.grad gives the gradients of autograd."""
+    """torch.func.grad gives the gradients of autograd. Running statistics go in as well: they are written to."""
     fast, _ = entry.pair(8)
     if entry.layers and entry.training and list(fast.buffers()):
         pytest.skip("PyTorch's own batch norm updates its statistics in place, which transforms refuse")
     x = feature_map((2, 8, 4, 4), "nchw", torch.float32)
     parameters = dict(fast.named_parameters())
 
-    def loss(x, parameters):
-        return torch.func.functional_call(fast, parameters, (x,)).square().sum()
+    buffers = {name: b.clone() for name, b in fast.named_buffers()}
 
-    dx, dparameters = torch.func.grad(loss, argnums=(0, 1))(x, parameters)
+    def loss(x, parameters, buffers):
+        return torch.func.functional_call(fast, (parameters, buffers), (x,)).square().sum()
+
+    dx, dparameters = torch.func.grad(loss, argnums=(0, 1))(x, parameters, buffers)
     leaf = x.clone().requires_grad_()
     expected = torch.autograd.grad(fast(leaf).square().sum(), [leaf, *parameters.values()])
     torch.testing.assert_close((dx, *dparameters.values()), expected, rtol=1e-4, atol=1e-5)
@@ -132,7 +134,7 @@ def test_frozen_inputs(entry):
 @layouts
 def test_saved_for_backward(entry, layout):
     """Training keeps x, the parameters and small maps; never a second copy of x."""
-    shape = (2, 64, 24, 24)
+    shape = (1, 64, 64, 64)
     fast, _ = entry.pair(64)
     x = feature_map(shape, layout, torch.float32).requires_grad_()
     saved = {}
@@ -148,7 +150,9 @@ def test_saved_for_backward(entry, layout):
     assert saved.pop(x.untyped_storage().data_ptr()) == x.nbytes
     for p in fast.parameters():
         saved.pop(p.untyped_storage().data_ptr(), None)
-    assert sum(saved.values()) <= 0.08 * x.nbytes  # four values a pixel of 64 channels, and a few a channel
+    assert (
+        sum(saved.values()) <= 0.08 * x.nbytes
+    )  # four values a pixel of 64 channels, or two a row and a column of a channel
 
 
 @entries

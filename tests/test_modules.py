@@ -39,6 +39,14 @@ KEYS = {
         "channelattention.fc2.weight": (32, 4, 1, 1),
         "spatialattention.conv1.weight": (1, 2, 7, 7),
     },
+    "CoordAtt": {
+        "conv1.weight": (8, 32, 1, 1),
+        "conv1.bias": (8,),
+        **{f"bn1.{name}": (8,) for name in ("weight", "bias", "running_mean", "running_var")},
+        "bn1.num_batches_tracked": (),
+        **{f"conv_{axis}.weight": (32, 8, 1, 1) for axis in "hw"},
+        **{f"conv_{axis}.bias": (32,) for axis in "hw"},
+    },
     "ChannelAttention": {"fc1.weight": (4, 32, 1, 1), "fc2.weight": (32, 4, 1, 1)},
     "SpatialAttention": {"conv1.weight": (1, 2, 7, 7)},
 }

@@ -59,12 +59,34 @@ class Entry:
         return fast.to(dtype).train(self.training), plain.to(dtype).train(self.training)
 
 
+_AXIS_OPS = ("axis_mean", "axis_scale", "axis_scale_bwd", "axis_input_grad")
+
 ENTRIES = {
     entry.name: entry
     for entry in (
         Entry("se", modules.FastSE, reference.SE, lambda c: {"channels": c, "reduction": min(16, c)}, 3, 4),
         Entry("eca", modules.FastECA, reference.ECA, lambda c: {"channels": c}, 3, 4),
         Entry("cbam", modules.FastCBAM, reference.CBAM, lambda c: {"channels": c, "reduction": min(8, c)}, 4, 5),
+        Entry(
+            "coord_att",
+            modules.FastCoordAtt,
+            reference.CoordAtt,
+            lambda c: {"in_channels": c},
+            3,
+            4,
+            takes=lambda shape: shape[0] > 0,  # a batch's statistics want a batch
+            ops=_AXIS_OPS,
+        ),
+        Entry(
+            "coord_att_eval",
+            modules.FastCoordAtt,
+            reference.CoordAtt,
+            lambda c: {"in_channels": c},
+            3,
+            4,
+            training=False,
+            ops=_AXIS_OPS,
+        ),
         Entry(
             "channel_attention",
             modules.FastChannelAttention,

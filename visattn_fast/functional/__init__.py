@@ -1,9 +1,20 @@
 """The public functions, one file per family: check, choose a backend, call."""
 
 from .cbam import cbam, channel_attention, spatial_attention
+from .coord_att import coord_att
 from .eca import eca
 from .se import se
 from .sequence import additive_score, masked_attention
 from .sk import sk
 
-__all__ = ["additive_score", "cbam", "channel_attention", "eca", "masked_attention", "se", "sk", "spatial_attention"]
+__all__ = [
+    "additive_score",
+    "cbam",
+    "channel_attention",
+    "coord_att",
+    "eca",
+    "masked_attention",
+    "se",
+    "sk",
+    "spatial_attention",
+]

@@ -1,6 +1,7 @@
 """The fused modules: each inherits constructor and parameters from its reference and overrides forward alone."""
 
 from .cbam import FastCBAM, FastChannelAttention, FastSpatialAttention
+from .coord_att import FastCoordAtt
 from .eca import FastECA
 from .se import FastSE
 from .sequence import FastAttentionLayer, FastAttentionPooling, FastSequenceAttention
@@ -11,6 +12,7 @@ __all__ = [
     "FastAttentionPooling",
     "FastCBAM",
     "FastChannelAttention",
+    "FastCoordAtt",
     "FastECA",
     "FastSE",
     "FastSK",

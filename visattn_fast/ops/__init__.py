@@ -5,6 +5,7 @@ from ._library import register_triton
 from .additive_score import AdditiveScoreFunction, fits_a_block
 from .cbam import CBAMFunction
 from .channel_attention import ChannelAttentionFunction
+from .coord_att import CoordAttFunction
 from .eca import ECAFunction
 from .se import SEFunction, se_mathematics
 from .sk import SKFunction
@@ -14,6 +15,7 @@ __all__ = [
     "AdditiveScoreFunction",
     "CBAMFunction",
     "ChannelAttentionFunction",
+    "CoordAttFunction",
     "ECAFunction",
     "SEFunction",
     "SKFunction",

@@ -3,6 +3,7 @@
 from .attention_layer import AttentionLayer
 from .attention_pooling import AttentionPooling
 from .cbam import CBAM, ChannelAttention, SpatialAttention, cbam, channel_attention, spatial_attention
+from .coord_att import CoordAtt, coord_att
 from .eca import ECA, eca
 from .epilogue import epilogue
 from .masking import masked_softmax
@@ -18,11 +19,13 @@ __all__ = [
     "AttentionLayer",
     "AttentionPooling",
     "ChannelAttention",
+    "CoordAtt",
     "SequenceAttention",
     "SpatialAttention",
     "additive_score",
     "cbam",
     "channel_attention",
+    "coord_att",
     "eca",
     "epilogue",
     "masked_softmax",

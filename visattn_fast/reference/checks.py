@@ -61,19 +61,54 @@ def check_weight(name: str, weight: Tensor, shape: tuple[int, ...], x: Tensor) -
         raise ValueError(f"{name} must be on the device of x, {x.device}, got {weight.device}")
 
 
-def check_bottleneck(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None) -> None:
+def check_bottleneck(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    names: tuple[str, str, str, str] = ("w1", "b1", "w2", "b2"),
+) -> None:
     """Raises unless x is a feature map and w1 ``[R, C]``, b1 ``[R]``, w2 ``[C, R]``, b2 ``[C]`` fit it."""
-    check_floating("w1", w1)
+    check_floating(names[0], w1)
     if w1.dim() < 2 or w1.shape[0] == 0:
-        raise ValueError(f"w1 must have shape [R, C] with R >= 1, got {list(w1.shape)}")
+        raise ValueError(f"{names[0]} must have shape [R, C] with R >= 1, got {list(w1.shape)}")
     hidden, channels = w1.shape[0], w1.shape[1]
     check_feature_map(x, channels)
-    check_weight("w1", w1, (hidden, channels), x)
-    check_weight("w2", w2, (channels, hidden), x)
+    check_weight(names[0], w1, (hidden, channels), x)
+    check_weight(names[2], w2, (channels, hidden), x)
     if b1 is not None:
-        check_weight("b1", b1, (hidden,), x)
+        check_weight(names[1], b1, (hidden,), x)
     if b2 is not None:
-        check_weight("b2", b2, (channels,), x)
+        check_weight(names[3], b2, (channels,), x)
+
+
+def check_coordinate_gates(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    w_h: Tensor,
+    b_h: Tensor | None,
+    w_w: Tensor,
+    b_w: Tensor | None,
+    training: bool,
+) -> None:
+    """Raises unless x is a feature map, and w1 ``[M, C]``, w_h, w_w ``[C, M]`` and vectors ``[M]``, ``[C]`` fit it."""
+    check_bottleneck(x, w1, b1, w_h, b_h, ("w1", "b1", "w_h", "b_h"))
+    hidden, channels = w1.shape[0], w1.shape[1]
+    check_weight("w_w", w_w, (channels, hidden), x)
+    if b_w is not None:
+        check_weight("b_w", b_w, (channels,), x)
+    norm = {"bn_weight": bn_weight, "bn_bias": bn_bias, "running_mean": running_mean, "running_var": running_var}
+    for name, vector in norm.items():
+        if vector is not None:
+            check_weight(name, vector, (hidden,), x)
+    if not training and (running_mean is None or running_var is None):
+        raise ValueError("running_mean and running_var must be given unless training")
 
 
 def check_channel_kernel(weight: Tensor, x: Tensor) -> None:

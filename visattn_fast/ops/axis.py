@@ -1,0 +1,77 @@
+"""Passes over x along its two axes: means over W and over H together, and gates for rows and columns.
+
+Lines are ``[N, C, H + W]`` in the accumulation dtype: a value for each row of a channel, then one for each column.
+Their memory follows x's: dense along H + W in nchw, along C in channels_last.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ._epilogue import empty_residual_gradient, finish, residual_gradient, start_backward
+from ._layout import accumulation_dtype, empty_map, empty_small, memory_format, to_map
+from ._library import define
+
+
+def _empty_lines(x: Tensor) -> Tensor:
+    n, c, h, w = x.shape
+    if memory_format(x) == torch.channels_last:
+        return empty_small(x, n, h + w, c).mT
+    return empty_small(x, n, c, h + w)
+
+
+def _to_lines(rows: Tensor, columns: Tensor, x: Tensor) -> Tensor:
+    return _empty_lines(x).copy_(torch.cat([rows, columns], 2))
+
+
+def _rows_and_columns(lines: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """``[N, C, H, 1]`` and ``[N, C, 1, W]``."""
+    rows, columns = lines.split([x.shape[2], x.shape[3]], 2)
+    return rows[:, :, :, None], columns[:, :, None]
+
+
+def _axis_mean_reference(x):
+    a = accumulation_dtype(x)
+    return _to_lines(x.mean(3, dtype=a), x.mean(2, dtype=a), x)
+
+
+def _axis_scale_reference(x, gates, residual, activation):
+    rows, columns = _rows_and_columns(gates, x)
+    return finish(x, rows * columns, residual, activation)
+
+
+def _axis_scale_bwd_reference(grad, x, gates, residual, activation):
+    rows, columns = _rows_and_columns(gates, x)
+    grad = start_backward(grad, x, rows * columns, residual, activation)
+    product = grad * x
+    dgates = _to_lines((product * columns).sum(3), (product * rows).sum(2), x)
+    return dgates, residual_gradient(grad, x, activation)
+
+
+def _axis_input_grad_reference(grad, x, gates, dmeans):
+    rows, columns = _rows_and_columns(gates, x)
+    drows, dcolumns = _rows_and_columns(dmeans, x)
+    return to_map(grad.to(gates.dtype) * (rows * columns) + (drows / x.shape[3] + dcolumns / x.shape[2]), x)
+
+
+axis_mean = define("axis_mean(Tensor x) -> Tensor", "axis", _axis_mean_reference, _empty_lines)
+axis_scale = define(
+    "axis_scale(Tensor x, Tensor gates, Tensor? residual, int activation) -> Tensor",
+    "axis",
+    _axis_scale_reference,
+    lambda x, gates, residual, activation: empty_map(x),
+)
+axis_scale_bwd = define(
+    "axis_scale_bwd(Tensor grad, Tensor x, Tensor gates, Tensor? residual, int activation)"
+    " -> (Tensor dgates, Tensor dresidual)",
+    "axis",
+    _axis_scale_bwd_reference,
+    lambda grad, x, gates, residual, activation: (_empty_lines(x), empty_residual_gradient(x, activation)),
+)
+axis_input_grad = define(  # the values of x are not read, only its layout
+    "axis_input_grad(Tensor grad, Tensor x, Tensor gates, Tensor dmeans) -> Tensor",
+    "axis",
+    _axis_input_grad_reference,
+    lambda grad, x, gates, dmeans: empty_map(x),
+)
