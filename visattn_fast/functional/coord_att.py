@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import ops, reference
 from ..backends import fused
 from ..reference.batch_norm import update_running_statistics
-from ..reference.checks import activation_code, check_coordinate_gates, check_residual
+from ..reference.checks import ACTIVATIONS, check_choice, check_coordinate_gates, check_residual
 from ._gated import gated_outputs
 
 
@@ -58,7 +58,7 @@ def coord_att(
     gates = (w_h, b_h, w_w, b_w)
     check_coordinate_gates(x, *norm, *statistics, *gates, training)
     check_residual(residual, x)
-    code = activation_code(activation)
+    code = check_choice("activation", activation, ACTIVATIONS)
     if not fused(x):
         with _widened(statistics, (x, *norm, *gates)) as wide:  # updated in place, also where `mixed` would cast them
             y = ops.mixed(reference.coord_att, x, *norm, *wide, *gates, training, momentum, eps)

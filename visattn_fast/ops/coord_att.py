@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
-from ._autograd import fused_function
+from ._autograd import fused_function, without_autocast
 from ._epilogue import with_epilogue
 from ._layout import accumulation_dtype, memory_format
 from .axis import axis_input_grad, axis_mean, axis_scale, axis_scale_bwd
@@ -28,6 +28,7 @@ def _concatenate(rows: Tensor, columns: Tensor, channels_last: bool) -> Tensor:
     return torch.cat([rows.mT, columns.mT], 1).mT if channels_last else torch.cat([rows, columns], 2)
 
 
+@without_autocast
 def _forward(x, w1, b1, bn_weight, bn_bias, mean, var, w_h, b_h, w_w, b_w, residual, activation, eps):
     """mean and var are the statistics to normalise with, or None for the batch's, which are then the last results."""
     a, height, channels_last = accumulation_dtype(x), x.shape[2], memory_format(x) == torch.channels_last
@@ -53,6 +54,7 @@ def _forward(x, w1, b1, bn_weight, bn_bias, mean, var, w_h, b_h, w_w, b_w, resid
     return y, means, normal, inverse, affine, hidden, gates, *statistics
 
 
+@without_autocast
 def _gradients(grad, tensors, small, options):
     x, w1, b1, bn_weight, bn_bias, running_mean, _, w_h, b_h, w_w, b_w, residual = tensors
     means, normal, inverse, affine, hidden, gates = small[:6]
@@ -75,15 +77,13 @@ def _gradients(grad, tensors, small, options):
         daffine = torch.addcmul(torch.sub(daffine, dbias, alpha=1 / count), normal, dweight, value=-1 / count)
     dz = daffine * (inverse if bn_weight is None else inverse * bn_weight)
     dw1 = torch.bmm(dz.mT, means.mT).sum(0).view(w1.shape)
-    db1 = (
-        None if b1 is None else inverse.new_zeros(b1.shape) if batch else dz.sum((0, 1))
-    )  # the batch's mean takes it out
+    db1 = inverse.new_zeros(w1.shape[0]) if batch else dz.sum((0, 1))  # the batch's mean takes it out
     dmeans = (dz @ w1_).mT if form == torch.channels_last else torch.bmm(w1_.t().expand(dz.shape[0], -1, -1), dz.mT)
     dx = axis_input_grad(upstream, x, gates, dmeans)
 
     dnorm = (None if bn_weight is None else dweight, None if bn_bias is None else dbias)
     db_h, db_w = (None if b is None else d.sum((0, 2)) for b, d in ((b_h, drows), (b_w, dcolumns)))
-    return dx, dw1, db1, *dnorm, None, None, dw_h, db_h, dw_w, db_w, dresidual
+    return dx, dw1, None if b1 is None else db1, *dnorm, None, None, dw_h, db_h, dw_w, db_w, dresidual
 
 
 def _mathematics(x, w1, b1, bn_weight, bn_bias, mean, var, w_h, b_h, w_w, b_w, eps):
