@@ -11,22 +11,39 @@ from ._launch import launch
 from ._layout import Layout
 from ._tiles import NONE, activate, activation_grad, program_tile, tile_mask, tile_offsets
 
+# How a channel and a spatial gate become one.
+PRODUCT, SUM = map(tl.constexpr, range(2))
+
+
+@triton.jit
+def gated(x, channel_gate, spatial_gate, COMBINE: tl.constexpr):
+    """x [BLOCK_C, BLOCK_P] times both gates, [BLOCK_C] and [BLOCK_P], or times their sum."""
+    if COMBINE == SUM:
+        x *= channel_gate[:, None] + spatial_gate[None, :]
+    else:
+        x *= channel_gate[:, None]
+        x *= spatial_gate[None, :]
+    return x
+
 
 @triton.jit
 def _scale_kernel(
     x_ptr, channel_gate_ptr, spatial_gate_ptr, residual_ptr, y_ptr, C, HW, stride_n, stride_o,
-    ACTIVATION: tl.constexpr, CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr,
+    ACTIVATION: tl.constexpr, COMBINE: tl.constexpr, CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """y = act(x * channel_gate [* spatial_gate] [+ residual])."""
+    """y = act(x * channel_gate [* spatial_gate] [+ residual]), or with the sum of the gates."""
     acc_ty = channel_gate_ptr.dtype.element_ty
     n, c, p = program_tile(C, HW, BLOCK_C, BLOCK_P)
     mask = tile_mask(c, p, C, HW, CHANNELS_LAST, ALIGN)
     offsets = n * C * HW + tile_offsets(c, p, C if CHANNELS_LAST else HW, CHANNELS_LAST, ALIGN)
     x = tl.load(x_ptr + n * stride_n + tile_offsets(c, p, stride_o, CHANNELS_LAST, ALIGN), mask=mask, other=0.0)
-    v = x.to(acc_ty) * tl.load(channel_gate_ptr + n * C + c, mask=c < C, other=0.0)[:, None]
+    v = x.to(acc_ty)
+    channel_gate = tl.load(channel_gate_ptr + n * C + c, mask=c < C, other=0.0)
     if spatial_gate_ptr is not None:
-        v *= tl.load(spatial_gate_ptr + n * HW + p, mask=p < HW, other=0.0)[None, :]
+        v = gated(v, channel_gate, tl.load(spatial_gate_ptr + n * HW + p, mask=p < HW, other=0.0), COMBINE)
+    else:
+        v *= channel_gate[:, None]
     if residual_ptr is not None:
         v += tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(acc_ty)
     tl.store(y_ptr + offsets, activate(v, ACTIVATION), mask=mask)
@@ -39,7 +56,7 @@ def _gate_grads_kernel(
     ACTIVATION: tl.constexpr, CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """g' = grad * act'(z), and both sums of g' x in one read.
+    """g' = grad * act'(z), and both sums of g' x in one read; g' = 1 without grad.
 
     dchannel [N, slots, C]: over pixels, of g' x [* spatial_gate].
     dspatial [N, ., HW]: over channels, of g' x * channel_gate.
@@ -66,7 +83,9 @@ def _gate_grads_kernel(
         if spatial_gate_ptr is not None:
             spatial_gate = tl.load(spatial_gate_ptr + n * HW + ps, mask=ps < HW, other=0.0)[None, :]
         x = tl.load(x_ptr + x_offsets, mask=mask, other=0.0).to(acc_ty)
-        g = tl.load(grad_ptr + offsets, mask=mask, other=0.0).to(acc_ty)
+        g = 1.0
+        if grad_ptr is not None:
+            g = tl.load(grad_ptr + offsets, mask=mask, other=0.0).to(acc_ty)
         if ACTIVATION != NONE:
             z = x * channel_gate
             if spatial_gate_ptr is not None:
@@ -79,16 +98,16 @@ def _gate_grads_kernel(
         per_channel = gx * spatial_gate if spatial_gate_ptr is not None else gx
         if CHANNELS_LAST:
             acc += per_channel
-            if spatial_gate_ptr is not None:
+            if dspatial_ptr is not None:
                 row = (n * blocks + block) * HW
                 tl.store(dspatial_ptr + row + ps, tl.sum(gx * channel_gate, 0), mask=ps < HW)
         else:
             tl.store(dchannel_ptr + (n * slots + block) * C + cs, tl.sum(per_channel, 1), mask=cs < C)
-            if spatial_gate_ptr is not None:
+            if dspatial_ptr is not None:
                 acc += gx * channel_gate
     if CHANNELS_LAST:
         tl.store(dchannel_ptr + (n * slots + part) * C + c, tl.sum(acc, 1), mask=c < C)
-    elif spatial_gate_ptr is not None:
+    elif dspatial_ptr is not None:
         tl.store(dspatial_ptr + (n * tl.num_programs(1) + part) * HW + p, tl.sum(acc, 0), mask=p < HW)
 
 
@@ -124,12 +143,15 @@ def _map_grad_tile(dmaps_ptr, argmax_c_ptr, n, c, p, C, HW):
 
 @triton.jit
 def _dx_kernel(
-    grad_ptr, channel_gate_ptr, spatial_gate_ptr, dpooled_ptr, argmax_hw_ptr, dmaps_ptr, argmax_c_ptr, dx_ptr, C, HW,
-    CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+    grad_ptr, channel_gate_ptr, spatial_gate_ptr, dpooled_ptr, argmax_hw_ptr, dmaps_ptr, argmax_c_ptr, ws_ptr, dz_ptr,
+    dx_ptr, C, HW,
+    COMBINE: tl.constexpr, CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """dx = (grad spatial_gate + dmean_map / C + dmax_map at argmax_c) channel_gate + dmean / HW + dmax at argmax_hw.
 
-    Terms whose pointer is None are left out; dpooled is [N, C] (the mean's) or, with argmax_hw, [N, 2, C].
+    Terms whose pointer is None are left out; dpooled is [N, C] (the mean's) or, with argmax_hw, [N, 2, C]. With the sum
+    of the gates, dx = grad (channel_gate + spatial_gate) + ws dz + dmean / HW, for ws [C] and dz [N, HW].
     """
     acc_ty = dpooled_ptr.dtype.element_ty if dpooled_ptr is not None else dmaps_ptr.dtype.element_ty
     n, c, p = program_tile(C, HW, BLOCK_C, BLOCK_P)
@@ -138,11 +160,16 @@ def _dx_kernel(
     d = tl.zeros([BLOCK_C, BLOCK_P], acc_ty)
     if grad_ptr is not None:
         d += tl.load(grad_ptr + offsets, mask=mask, other=0.0).to(acc_ty)
-    if spatial_gate_ptr is not None:
+    if COMBINE == SUM:
+        spatial_gate = tl.load(spatial_gate_ptr + n * HW + p, mask=p < HW, other=0.0)
+        d = gated(d, tl.load(channel_gate_ptr + n * C + c, mask=c < C, other=0.0), spatial_gate, SUM)
+        ws = tl.load(ws_ptr + c, mask=c < C, other=0.0).to(acc_ty)
+        d += ws[:, None] * tl.load(dz_ptr + n * HW + p, mask=p < HW, other=0.0)[None, :]
+    elif spatial_gate_ptr is not None:
         d *= tl.load(spatial_gate_ptr + n * HW + p, mask=p < HW, other=0.0)[None, :]
     if dmaps_ptr is not None:
         d += _map_grad_tile(dmaps_ptr, argmax_c_ptr, n, c, p, C, HW)
-    if channel_gate_ptr is not None:
+    if COMBINE == PRODUCT and channel_gate_ptr is not None:
         d *= tl.load(channel_gate_ptr + n * C + c, mask=c < C, other=0.0)[:, None]
     if dpooled_ptr is not None:
         row = n * C if argmax_hw_ptr is None else n * 2 * C
@@ -156,7 +183,7 @@ def _dx_kernel(
 
 def scale(
     x: torch.Tensor, layout: Layout, channel_gate: torch.Tensor, spatial_gate: torch.Tensor | None,
-    residual: torch.Tensor | None, activation: int,
+    residual: torch.Tensor | None, activation: int, combine: tl.constexpr = PRODUCT,
 ) -> torch.Tensor:  # fmt: skip
     """y = act(x * gates + residual), in x's layout. Reads x (and the residual) and writes y."""
     y = layout.empty(x)
@@ -164,7 +191,8 @@ def scale(
     launch(
         _scale_kernel, tiles(layout, t),
         x, channel_gate, spatial_gate, None if residual is None else layout.dense(residual), y,
-        layout.C, layout.HW, layout.stride_n, layout.stride_o, ACTIVATION=activation, **t._asdict(),
+        layout.C, layout.HW, layout.stride_n, layout.stride_o, ACTIVATION=activation, COMBINE=combine.value,
+        **t._asdict(),
     )  # fmt: skip
     return y
 
@@ -196,6 +224,23 @@ def gate_grads(
     return dresidual if activation else grad, dresidual, dchannel, dspatial
 
 
+def gate_sums(x: torch.Tensor, layout: Layout, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """One read of x: parts [N, S, C] of its sum over pixels, and [N, S, HW] of the sum over channels of x * weight.
+
+    weight is [N, C].
+    """
+    N, C, HW = layout.N, layout.C, layout.HW
+    t, blocks, parts, steps = reduction(layout, over_c=not layout.channels_last)
+    slots_c, slots_p = (parts, blocks) if layout.channels_last else (blocks, parts)
+    sums, weighted = weight.new_empty((N, slots_c, C)), weight.new_empty((N, slots_p, HW))
+    launch(
+        _gate_grads_kernel, N * blocks,
+        None, x, None, weight, None, None, sums, weighted, C, HW, layout.stride_n, layout.stride_o, slots_c, steps,
+        ACTIVATION=NONE.value, **t._asdict(), parts=parts,
+    )  # fmt: skip
+    return sums, weighted
+
+
 def map_grads_reduction(layout: Layout) -> Reduction:
     """map_grads fills a slot for each part. Tiles are large: each block of channels reads the maps again."""
     return reduction(layout, over_c=False, elements=SCALE_TILE)
@@ -217,12 +262,14 @@ def input_grad(
     x: torch.Tensor, layout: Layout, grad: torch.Tensor | None = None, channel_gate: torch.Tensor | None = None,
     spatial_gate: torch.Tensor | None = None, dpooled: torch.Tensor | None = None,
     argmax_hw: torch.Tensor | None = None, dmaps: torch.Tensor | None = None, argmax_c: torch.Tensor | None = None,
+    ws: torch.Tensor | None = None, dz: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """dx of `_dx_kernel`, like x (whose values are not read). Reads grad, where given, and writes dx."""
     dx = layout.empty(x)
     t = tile(layout, SCALE_TILE)
     launch(
         _dx_kernel, tiles(layout, t),
-        grad, channel_gate, spatial_gate, dpooled, argmax_hw, dmaps, argmax_c, dx, layout.C, layout.HW, **t._asdict(),
+        grad, channel_gate, spatial_gate, dpooled, argmax_hw, dmaps, argmax_c, ws, dz, dx, layout.C, layout.HW,
+        COMBINE=(PRODUCT if dz is None else SUM).value, **t._asdict(),
     )  # fmt: skip
     return dx

@@ -11,7 +11,7 @@ import triton.language as tl
 from ._heuristics import SCALE_TILE, TILE, cdiv, next_power_of_2, reduction, vector_block
 from ._launch import launch
 from ._layout import Layout, accumulation_dtype
-from ._tiles import INDEX_MAX, SIGMOID, gate_grad, max_first, tile_mask, tile_offsets
+from ._tiles import INDEX_MAX, NONE, SIGMOID, activate, gate_grad, max_first, tile_mask, tile_offsets
 
 
 @triton.jit
@@ -88,9 +88,13 @@ def _combine_pool_kernel(
 
 @triton.jit
 def _combine_kernel(
-    parts_ptr, gate_ptr, out_ptr, L, parts, GATE: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_L: tl.constexpr
-):
-    """out [M, L] = sum over parts of [M, parts, L], in order [* the derivative at gate [M, L]]."""
+    parts_ptr, gate_ptr, bias_ptr, out_ptr, L, parts, divisor,
+    GATE: tl.constexpr, RESULT: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_L: tl.constexpr,
+):  # fmt: skip
+    """out [M, L] = act(sum over parts of [M, parts, L] / divisor [* the derivative at gate] [+ bias]), parts in order.
+
+    gate is [M, L], bias [1].
+    """
     acc_ty = out_ptr.dtype.element_ty
     blocks = tl.cdiv(L, BLOCK_L)
     m = (tl.program_id(0) // blocks).to(tl.int64)
@@ -100,10 +104,12 @@ def _combine_kernel(
         s = start + tl.arange(0, BLOCK_S)
         mask = (s < parts)[:, None] & (k < L)[None, :]
         total += tl.load(parts_ptr + (m * parts + s[:, None]) * L + k[None, :], mask=mask, other=0.0).to(acc_ty)
-    out = tl.sum(total, 0)
+    out = tl.sum(total, 0) / divisor
     if gate_ptr is not None:
         out *= gate_grad(tl.load(gate_ptr + m * L + k, mask=k < L, other=0.0).to(acc_ty), GATE)
-    tl.store(out_ptr + m * L + k, out, mask=k < L)
+    if bias_ptr is not None:
+        out += tl.load(bias_ptr).to(acc_ty)
+    tl.store(out_ptr + m * L + k, activate(out, RESULT), mask=k < L)
 
 
 def mean_hw(x: torch.Tensor, layout: Layout) -> torch.Tensor:
@@ -152,17 +158,19 @@ def _pool(
 
 
 def combine(
-    parts: torch.Tensor, gate: torch.Tensor | None, out: torch.Tensor, activation: int = SIGMOID.value
-) -> torch.Tensor:
-    """out [M, L] = sum of parts [M, S, L] over S, in a fixed order [* gate'], in out's dtype.
+    parts: torch.Tensor, gate: torch.Tensor | None, out: torch.Tensor, activation: int = SIGMOID.value,
+    divisor: int = 1, bias: torch.Tensor | None = None, result: tl.constexpr = NONE,
+) -> torch.Tensor:  # fmt: skip
+    """out [M, L] = sum of parts [M, S, L] over S, in a fixed order, / divisor [* gate'] [+ bias [1]], in out's dtype.
 
-    gate' is the derivative of the activation, a sigmoid or a hard sigmoid, told from its value.
+    gate' is the derivative of the activation, a sigmoid or a hard sigmoid, told from its value. ``result`` is an
+    activation that is applied at the end.
     """
     M, S, L = parts.shape
     block = vector_block(L, 64)
     block_s = min(next_power_of_2(S), 2048 // block)
     launch(
-        _combine_kernel, M * cdiv(L, block), parts, gate, out, L, S,
-        GATE=activation, BLOCK_S=block_s, BLOCK_L=block,
+        _combine_kernel, M * cdiv(L, block), parts, gate, bias, out, L, S, divisor,
+        GATE=activation, RESULT=result.value, BLOCK_S=block_s, BLOCK_L=block,
     )  # fmt: skip
     return out

@@ -44,6 +44,8 @@ BAD_ARGUMENTS = [
     (lambda r: r.SE(0), r"channels must be a positive int, got 0"),
     (lambda r: r.SE(32, reduction=-1), r"reduction must be a positive int, got -1"),
     (lambda r: r.SE(32.0), r"channels must be a positive int, got 32.0"),
+    (lambda r: r.scSE(8), r"channels must be at least reduction=16, got 8"),
+    (lambda r: r.LocalAttention(4), r"channels must be at least reduction=8, got 4"),
     (lambda r: r.ECA(0), r"channels must be a positive int, got 0"),
     (lambda r: r.ECA(8, gamma=0), r"gamma must be a positive int, got 0"),
     (lambda r: r.ECA(8, kernel_size=4), r"kernel_size must be odd, .*got 4"),
@@ -100,6 +102,20 @@ BAD_WEIGHTS = [
     (
         lambda f: f.se(X, torch.ones(4, 32), torch.ones(5), torch.ones(32, 4), None),
         r"b1 must have shape \[4\], got \[5\]",
+    ),
+    (
+        lambda f: f.scse(X, torch.ones(4, 32), None, torch.ones(32, 4), None, torch.ones(2, 32), None),
+        r"ws must have shape \[1, 32\], got \[2, 32\]",
+    ),
+    (
+        lambda f: f.scse(X, torch.ones(4, 32), None, torch.ones(32, 4), None, torch.ones(1, 32), torch.ones(2)),
+        r"bs must have shape \[1\], got \[2\]",
+    ),
+    (
+        lambda f: f.local_attention(
+            X, torch.ones(4, 32), None, torch.ones(32, 4), None, torch.ones(4, 32), None, torch.ones(1, 5), None
+        ),
+        r"p2 must have shape \[1, 4\], got \[1, 5\]",
     ),
     (
         lambda f: f.channel_attention(X, torch.ones(4, 32, 3, 3), torch.ones(32, 4, 1, 1)),

@@ -66,6 +66,15 @@ ENTRIES = {
     for entry in (
         Entry("se", modules.FastSE, reference.SE, lambda c: {"channels": c, "reduction": min(16, c)}, 3, 4),
         Entry("eca", modules.FastECA, reference.ECA, lambda c: {"channels": c}, 3, 4),
+        Entry("scse", modules.FastscSE, reference.scSE, lambda c: {"channels": c, "reduction": min(16, c)}, 3, 4),
+        Entry(
+            "local_attention",
+            modules.FastLocalAttention,
+            reference.LocalAttention,
+            lambda c: {"channels": c, "reduction": min(8, c)},
+            3,
+            4,
+        ),
         Entry("cbam", modules.FastCBAM, reference.CBAM, lambda c: {"channels": c, "reduction": min(8, c)}, 4, 5),
         Entry(
             "coord_att",

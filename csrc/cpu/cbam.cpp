@@ -8,12 +8,6 @@
 namespace visattn {
 namespace {
 
-// Both gates of a block that begins at pixel p0, as the factors of its matrix.
-template <class A>
-Gate<A> both_gates(bool nhwc, const A* channel, const A* spatial, int64_t p0) {
-  return nhwc ? Gate<A>{spatial + p0, channel} : Gate<A>{channel, spatial + p0};
-}
-
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cbam_fwd(
     Tensor x, Tensor w1, Tensor w2, Tensor wconv, std::optional<Tensor> residual, int64_t activation) {
   return dispatch(x, [&](auto type) {

@@ -25,12 +25,21 @@ VF_INLINE inline V activate_grad(V g, V v) {
   return g;
 }
 
-// A gate as an outer product of one factor per row and one per column; null stands for ones. `column` is
-// padded.
+// A gate made of one factor per row and one per column: their product, or with `sum` their sum. A null factor
+// is left out. `column` is padded.
 template <class A>
 struct Gate {
   const A *row, *column;
+  bool sum = false;
 };
+
+template <bool kRow, bool kColumn, bool kSum, class V>
+VF_INLINE inline V gated(V v, V row, V column) {
+  if constexpr (kSum) return v * (row + column);
+  if constexpr (kRow) v = v * row;
+  if constexpr (kColumn) v = v * column;
+  return v;
+}
 
 // Rows that do not follow each other in memory are taken four at a time, so that the columns' factors are
 // loaded once for all four.
@@ -43,7 +52,7 @@ VF_INLINE inline void for_row_groups(const Matrix<T>& m, const F& f) {
   for (; r < m.rows; ++r) f(r, std::integral_constant<int, 1>{});
 }
 
-template <class T, int kAct, bool kResidual, bool kRow, bool kColumn>
+template <class T, int kAct, bool kResidual, bool kRow, bool kColumn, bool kSum>
 void apply_gate_as(Matrix<const T> x, Gate<Acc<T>> gate, const T* residual, T* y, int64_t dense_ld) {
   using A = Acc<T>;
   simd([=]() VF_INLINE {
@@ -59,13 +68,11 @@ void apply_gate_as(Matrix<const T> x, Gate<Acc<T>> gate, const T* residual, T* y
         row[r] = set1<A>(kRow ? gate.row[r0 + r] : A(1));
       }
       for_vectors<A>(x.cols, [&](int64_t c, auto lanes) VF_INLINE {
-        Vec<A> column;
+        Vec<A> column = row[0];
         if constexpr (kColumn) column = load(gate.column + c);
 #pragma GCC unroll 4
         for (int r = 0; r < R; ++r) {
-          Vec<A> v = load(px[r] + c, lanes);
-          if constexpr (kRow) v = v * row[r];
-          if constexpr (kColumn) v = v * column;
+          Vec<A> v = gated<kRow, kColumn, kSum>(load(px[r] + c, lanes), row[r], column);
           if constexpr (kResidual) v = v + load(pr[r] + c, lanes);
           store(py[r] + c, activate<kAct>(v), lanes);
         }
@@ -74,7 +81,7 @@ void apply_gate_as(Matrix<const T> x, Gate<Acc<T>> gate, const T* residual, T* y
   });
 }
 
-template <class T, int kAct, bool kRow, bool kColumn>
+template <class T, int kAct, bool kRow, bool kColumn, bool kSum>
 void gate_grad_as(Matrix<const T> x, Gate<Acc<T>> gate, const T* grad, const T* residual, T* out,
                   int64_t dense_ld) {
   using A = Acc<T>;
@@ -84,9 +91,9 @@ void gate_grad_as(Matrix<const T> x, Gate<Acc<T>> gate, const T* grad, const T* 
       T* po = out + r * dense_ld;
       const Vec<A> row = set1<A>(kRow ? gate.row[r] : A(1));
       for_vectors<A>(x.cols, [&](int64_t c, auto lanes) VF_INLINE {
-        Vec<A> v = load(px + c, lanes);
-        if constexpr (kRow) v = v * row;
-        if constexpr (kColumn) v = v * load(gate.column + c);
+        Vec<A> column = row;
+        if constexpr (kColumn) column = load(gate.column + c);
+        Vec<A> v = gated<kRow, kColumn, kSum>(load(px + c, lanes), row, column);
         if (pr) v = v + load(pr + c, lanes);
         store(po + c, activate_grad<kAct>(load(pg + c, lanes), v), lanes);
       });
@@ -94,15 +101,20 @@ void gate_grad_as(Matrix<const T> x, Gate<Acc<T>> gate, const T* grad, const T* 
   });
 }
 
-// Calls f with the presence of the row and the column factor as compile-time constants.
+// Calls f with the presence of the row and the column factor, and whether they are added, as compile-time
+// constants.
 template <class A, class F>
 void with_factors(Gate<A> gate, const F& f) {
-  if (gate.row && gate.column) {
-    f(std::true_type{}, std::true_type{});
+  const std::true_type yes;
+  const std::false_type no;
+  if (gate.sum) {
+    f(yes, yes, yes);
+  } else if (gate.row && gate.column) {
+    f(yes, yes, no);
   } else if (gate.row) {
-    f(std::true_type{}, std::false_type{});
+    f(yes, no, no);
   } else {
-    f(std::false_type{}, std::true_type{});
+    f(no, yes, no);
   }
 }
 
@@ -110,13 +122,14 @@ void with_factors(Gate<A> gate, const F& f) {
 template <class T>
 void apply_gate(Matrix<const T> x, Gate<Acc<T>> gate, const T* residual, T* y, int64_t dense_ld,
                 int64_t activation) {
-  with_factors(gate, [&](auto row, auto column) {
-    constexpr bool kRow = decltype(row)::value, kColumn = decltype(column)::value;
+  with_factors(gate, [&](auto row, auto column, auto sum) {
+    constexpr bool kRow = decltype(row)::value, kColumn = decltype(column)::value,
+                   kSum = decltype(sum)::value;
     const auto run = [&](auto act) {
       if (residual) {
-        apply_gate_as<T, decltype(act)::value, true, kRow, kColumn>(x, gate, residual, y, dense_ld);
+        apply_gate_as<T, decltype(act)::value, true, kRow, kColumn, kSum>(x, gate, residual, y, dense_ld);
       } else {
-        apply_gate_as<T, decltype(act)::value, false, kRow, kColumn>(x, gate, residual, y, dense_ld);
+        apply_gate_as<T, decltype(act)::value, false, kRow, kColumn, kSum>(x, gate, residual, y, dense_ld);
       }
     };
     if (activation == kRelu) return run(std::integral_constant<int, kRelu>{});
@@ -129,12 +142,13 @@ void apply_gate(Matrix<const T> x, Gate<Acc<T>> gate, const T* residual, T* y, i
 template <class T>
 void gate_grad(Matrix<const T> x, Gate<Acc<T>> gate, const T* grad, const T* residual, T* out,
                int64_t dense_ld, int64_t activation) {
-  with_factors(gate, [&](auto row, auto column) {
-    constexpr bool kRow = decltype(row)::value, kColumn = decltype(column)::value;
+  with_factors(gate, [&](auto row, auto column, auto sum) {
+    constexpr bool kRow = decltype(row)::value, kColumn = decltype(column)::value,
+                   kSum = decltype(sum)::value;
     if (activation == kRelu) {
-      gate_grad_as<T, kRelu, kRow, kColumn>(x, gate, grad, residual, out, dense_ld);
+      gate_grad_as<T, kRelu, kRow, kColumn, kSum>(x, gate, grad, residual, out, dense_ld);
     } else {
-      gate_grad_as<T, kSilu, kRow, kColumn>(x, gate, grad, residual, out, dense_ld);
+      gate_grad_as<T, kSilu, kRow, kColumn, kSum>(x, gate, grad, residual, out, dense_ld);
     }
   });
 }
@@ -182,6 +196,35 @@ void affine_twice(Matrix<const T> grad, Affine<Acc<T>> row, Affine<Acc<T>> colum
         for (int r = 0; r < R; ++r) {
           const Vec<A> g = load(pg[r] + c, lanes);
           store(po[r] + c, kColumnInside ? (g * s + t) * a[r] + b[r] : (g * a[r] + b[r]) * s + t, lanes);
+        }
+      });
+    });
+  });
+}
+
+// out = grad * (row.scale + column.scale) + row.shift * column.shift + constant, which belongs to rows
+// (kConstantPerRow) or columns (padded).
+template <class T, bool kConstantPerRow>
+void affine_sum(Matrix<const T> grad, Affine<Acc<T>> row, Affine<Acc<T>> column, const Acc<T>* constant,
+                T* out) {
+  using A = Acc<T>;
+  simd([=]() VF_INLINE {
+    for_row_groups<true>(grad, [&](int64_t r0, auto group) VF_INLINE {
+      constexpr int R = decltype(group)::value;
+      Vec<A> a[R], b[R], fixed[R];
+      const T* pg[R];
+      T* po[R];
+      for (int r = 0; r < R; ++r) {
+        a[r] = set1<A>(row.scale[r0 + r]), b[r] = set1<A>(row.shift[r0 + r]);
+        fixed[r] = set1<A>(kConstantPerRow ? constant[r0 + r] : A(0));
+        pg[r] = grad.row(r0 + r), po[r] = out + (r0 + r) * grad.ld;
+      }
+      for_vectors<A>(grad.cols, [&](int64_t c, auto lanes) VF_INLINE {
+        const Vec<A> s = load(column.scale + c), t = load(column.shift + c);
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) {
+          const Vec<A> k = kConstantPerRow ? fixed[r] : load(constant + c);
+          store(po[r] + c, load(pg[r] + c, lanes) * (a[r] + s) + (b[r] * t + k), lanes);
         }
       });
     });

@@ -139,4 +139,10 @@ Gate<A> channel_gate(bool nhwc, const A* gate, int64_t row0 = 0) {
   return nhwc ? Gate<A>{nullptr, gate} : Gate<A>{gate + row0, nullptr};
 }
 
+// Channel and spatial gate of a block that begins at pixel p0, as the factors of its matrix.
+template <class A>
+Gate<A> both_gates(bool nhwc, const A* channel, const A* spatial, int64_t p0, bool sum = false) {
+  return nhwc ? Gate<A>{spatial + p0, channel, sum} : Gate<A>{channel, spatial + p0, sum};
+}
+
 }  // namespace visattn

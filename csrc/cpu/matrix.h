@@ -293,18 +293,29 @@ VF_INLINE inline void products_group(const Matrix<const T>& a, const Matrix<cons
   }
 }
 
-// Both sums want both weights; one sum alone is unweighted. per_column is padded and overwritten.
+// Both sums want both weights, null for ones; one sum alone is unweighted. per_column is padded and
+// overwritten; it sums rows in chunks, as rows sum columns.
 template <class T, bool kRow, bool kColumn>
 void products(Matrix<const T> a, Matrix<const T> b, const Acc<T>* u, const Acc<T>* v, Acc<T>* per_row,
               Acc<T>* per_column) {
   using A = Acc<T>;
+  constexpr int64_t kRows = 64;
+  Buffer<A> chunk(kColumn && a.rows > kRows ? a.cols : 0);
+  A* part = a.rows > kRows ? chunk.get() : per_column;
   simd([=]() VF_INLINE {
     if constexpr (kColumn) {
       for (int64_t c = 0; c < a.cols; c += kLanes<A>) store(per_column + c, set1<A>(0));
     }
-    int64_t r = 0;
-    for (; r + 4 <= a.rows; r += 4) products_group<T, kRow, kColumn, 4>(a, b, r, u, v, per_row, per_column);
-    for (; r < a.rows; ++r) products_group<T, kRow, kColumn, 1>(a, b, r, u, v, per_row, per_column);
+    for (int64_t r = 0; r < a.rows;) {
+      const int64_t end = r + kRows < a.rows ? r + kRows : a.rows;
+      for (; r + 4 <= end; r += 4) products_group<T, kRow, kColumn, 4>(a, b, r, u, v, per_row, part);
+      for (; r < end; ++r) products_group<T, kRow, kColumn, 1>(a, b, r, u, v, per_row, part);
+      if (!kColumn || part == per_column) continue;
+      for (int64_t c = 0; c < a.cols; c += kLanes<A>) {
+        store(per_column + c, load(per_column + c) + load(part + c));
+        store(part + c, set1<A>(0));
+      }
+    }
   });
 }
 

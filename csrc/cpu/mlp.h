@@ -100,6 +100,17 @@ void hard_sigmoid_grad(const A* dgate, const A* gate, int64_t count, A* dz) {
   for (int64_t i = 0; i < count; ++i) dz[i] = gate[i] <= 0 || gate[i] >= 1 ? A(0) : dgate[i] / 6;
 }
 
+template <class A>
+std::optional<Tensor> bias_as(const std::optional<Tensor>& bias) {
+  if (!bias) return std::nullopt;
+  return weight_as(*bias, kDtype<A>);
+}
+
+template <class A>
+const A* data_or_null(const std::optional<Tensor>& t) {
+  return t ? data<A>(*t) : nullptr;
+}
+
 // Weights w1 [R, C] and w2 [C, R] of a gate, contiguous, in the accumulation dtype.
 template <class A>
 struct Mlp {
@@ -162,6 +173,23 @@ struct Mlp {
     }
   }
 };
+
+struct MlpGrads {
+  Tensor dw1, db1, dw2, db2;
+};
+
+// Weight gradients: dz [N, C], dh [N, R], in [N, C], hidden [N, R].
+template <class A>
+MlpGrads weight_grad(const Mlp<A>& mlp, const Tensor& w1, const Tensor& w2, int64_t batch, const A* dz,
+                     const A* dh, const A* in, const A* hidden) {
+  MlpGrads grads{empty_grad(w1, kDtype<A>), empty({mlp.R}, kDtype<A>), empty_grad(w2, kDtype<A>),
+                 empty({mlp.C}, kDtype<A>)};
+  batch_outer(batch, dz, mlp.C, hidden, mlp.R, data<A>(grads.dw2));
+  batch_outer(batch, dh, mlp.R, in, mlp.C, data<A>(grads.dw1));
+  batch_sum(batch, dz, mlp.C, data<A>(grads.db2));
+  batch_sum(batch, dh, mlp.R, data<A>(grads.db1));
+  return grads;
+}
 
 // Weight gradients of two branches: dz [N, C], dh [N, 2, R], in [N, 2, C], hidden [N, 2, R].
 template <class A>

@@ -38,6 +38,9 @@ class Team {
  public:
   explicit Team(bool parallel) : parallel_(parallel) {}
 
+  // Whether a single thread does everything, block after block.
+  bool alone() const { return !parallel_; }
+
   // f(begin, end) over parts of [0, count).
   template <class F>
   void each(int64_t count, const F& f) const {

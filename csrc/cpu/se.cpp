@@ -10,17 +10,6 @@ namespace {
 
 enum GateActivation : int64_t { kSigmoid = 0, kHardSigmoid = 1 };
 
-template <class A>
-std::optional<Tensor> bias_as(const std::optional<Tensor>& bias) {
-  if (!bias) return std::nullopt;
-  return weight_as(*bias, kDtype<A>);
-}
-
-template <class A>
-const A* data_or_null(const std::optional<Tensor>& t) {
-  return t ? data<A>(*t) : nullptr;
-}
-
 // What the second layer takes, from what is kept; `buffer` has room for it.
 template <class A>
 const A* activated(const A* hidden, int64_t count, int64_t activation, A* buffer) {
@@ -84,13 +73,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> se_bwd(
       mlp.input_grad(dh_n, dmean);
     };
     auto [dx, dresidual] = channel_scale_bwd<T>(grad, feature_map(x), s, residual, sg, activation, dmean_of);
-    Tensor dw1 = empty_grad(w1, kDtype<A>);
-    Tensor dw2 = empty_grad(w2, kDtype<A>);
-    Tensor db1 = empty({R}, kDtype<A>), db2 = empty({s.C}, kDtype<A>);
-    batch_outer(s.N, dz.get(), s.C, activated(h, s.N * R, hidden_activation, buffer.get()), R, data<A>(dw2));
-    batch_outer(s.N, dh.get(), R, data<A>(mean), s.C, data<A>(dw1));
-    batch_sum(s.N, dz.get(), s.C, data<A>(db2));
-    batch_sum(s.N, dh.get(), R, data<A>(db1));
+    const A* taken = activated(h, s.N * R, hidden_activation, buffer.get());
+    const auto [dw1, db1, dw2, db2] = weight_grad(mlp, w1, w2, s.N, dz.get(), dh.get(), data<A>(mean), taken);
     return std::make_tuple(dx, dresidual, dw1, db1, dw2, db2);
   });
 }

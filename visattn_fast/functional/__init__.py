@@ -3,6 +3,8 @@
 from .cbam import cbam, channel_attention, spatial_attention
 from .coord_att import coord_att
 from .eca import eca
+from .local_attention import local_attention
+from .scse import scse
 from .se import se
 from .sequence import additive_score, masked_attention
 from .sk import sk
@@ -13,7 +15,9 @@ __all__ = [
     "channel_attention",
     "coord_att",
     "eca",
+    "local_attention",
     "masked_attention",
+    "scse",
     "se",
     "sk",
     "spatial_attention",

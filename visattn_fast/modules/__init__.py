@@ -3,6 +3,8 @@
 from .cbam import FastCBAM, FastChannelAttention, FastSpatialAttention
 from .coord_att import FastCoordAtt
 from .eca import FastECA
+from .local_attention import FastLocalAttention
+from .scse import FastscSE
 from .se import FastSE
 from .sequence import FastAttentionLayer, FastAttentionPooling, FastSequenceAttention
 from .sk import FastSK
@@ -14,8 +16,10 @@ __all__ = [
     "FastChannelAttention",
     "FastCoordAtt",
     "FastECA",
+    "FastLocalAttention",
     "FastSE",
     "FastSK",
     "FastSequenceAttention",
     "FastSpatialAttention",
+    "FastscSE",
 ]

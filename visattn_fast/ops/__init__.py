@@ -7,6 +7,8 @@ from .cbam import CBAMFunction
 from .channel_attention import ChannelAttentionFunction
 from .coord_att import CoordAttFunction
 from .eca import ECAFunction
+from .local_attention import LocalAttentionFunction
+from .scse import ScSEFunction
 from .se import SEFunction, se_mathematics
 from .sk import SKFunction
 from .spatial_attention import SpatialAttentionFunction
@@ -17,8 +19,10 @@ __all__ = [
     "ChannelAttentionFunction",
     "CoordAttFunction",
     "ECAFunction",
+    "LocalAttentionFunction",
     "SEFunction",
     "SKFunction",
+    "ScSEFunction",
     "SpatialAttentionFunction",
     "fits_a_block",
     "mixed",

@@ -6,7 +6,9 @@ from .cbam import CBAM, ChannelAttention, SpatialAttention, cbam, channel_attent
 from .coord_att import CoordAtt, coord_att
 from .eca import ECA, eca
 from .epilogue import epilogue
+from .local_attention import LocalAttention, local_attention
 from .masking import masked_softmax
+from .scse import scSE, scse
 from .se import SE, se
 from .sequence_attention import SequenceAttention, additive_score
 from .sk import SK, sk
@@ -20,6 +22,7 @@ __all__ = [
     "AttentionPooling",
     "ChannelAttention",
     "CoordAtt",
+    "LocalAttention",
     "SequenceAttention",
     "SpatialAttention",
     "additive_score",
@@ -28,7 +31,10 @@ __all__ = [
     "coord_att",
     "eca",
     "epilogue",
+    "local_attention",
     "masked_softmax",
+    "scSE",
+    "scse",
     "se",
     "sk",
     "spatial_attention",
