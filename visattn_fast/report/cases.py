@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from ..catalogue import LAYOUTS, SHAPES
+from ..catalogue import ENTRIES, LAYOUTS, SHAPES
 
 MODES = {"forward": "inference, no gradients", "both": "training, forward and backward"}
 CONTENDERS = {"eager": "plain PyTorch", "compile": "torch.compile of it", "fused": "visattn_fast"}
-MODULES = ("se", "eca", "cbam")
+QUICK_MODULES = ("se", "eca", "cbam")
+MODULES = tuple(name for name, entry in ENTRIES.items() if entry.training)
 Shape = tuple[int, int, int, int]
 
 

@@ -13,7 +13,7 @@ import torch
 from ..backends import NAMES, select
 from ..catalogue import ENTRIES, LAYOUTS, SHAPES
 from . import markdown, page, terminal
-from .cases import CONTENDERS, MODES, MODULES, Case, Shape, choose, matrix, parse_shape
+from .cases import CONTENDERS, MODES, MODULES, QUICK_MODULES, Case, Shape, choose, matrix, parse_shape
 from .machine import describe
 from .measure import Row, measure
 from .results import Report
@@ -27,9 +27,11 @@ _QUICK_BUDGET = 90.0  # seconds, after which no further case begins
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Its options."""
     every = ",".join
-    parser.add_argument("--quick", action="store_true", help="few repetitions, and what fits into two minutes")
+    parser.add_argument("--quick", action="store_true", help="few modules and repetitions, what fits into two minutes")
     parser.add_argument("--out", default="report", metavar="DIR", help="where to write (default: %(default)s)")
-    parser.add_argument("--modules", default=every(MODULES), help=f"of {every(ENTRIES)} (default: %(default)s)")
+    parser.add_argument(
+        "--modules", help=f"of {every(ENTRIES)} (default: {every(MODULES)}; quick: {every(QUICK_MODULES)})"
+    )
     parser.add_argument("--shapes", metavar="NxCxHxW,...", help="sizes (default: the catalogue's)")
     parser.add_argument("--layouts", default=every(LAYOUTS), help="default: %(default)s")
     parser.add_argument("--modes", default=every(MODES), help="default: %(default)s")
@@ -82,7 +84,8 @@ def _plan(args: argparse.Namespace) -> list[Case]:
     if args.shapes:
         shapes = tuple(parse_shape(text) for text in args.shapes.split(","))
     layouts, modes = choose(args.layouts, tuple(LAYOUTS)), choose(args.modes, tuple(MODES))
-    return matrix(choose(args.modules, tuple(ENTRIES)), shapes, layouts, modes, args.dtype)
+    modules = choose(args.modules, tuple(ENTRIES)) if args.modules else QUICK_MODULES if args.quick else MODULES
+    return [c for c in matrix(modules, shapes, layouts, modes, args.dtype) if ENTRIES[c.op].takes(c.shape)]
 
 
 def _measure(
