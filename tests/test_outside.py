@@ -56,6 +56,21 @@ def timm_channel_attention():
     return Case(other, "ChannelAttention", {"channels": C}, {f"fc{i}.weight": f"fc{i}.weight" for i in (1, 2)})
 
 
+def same_names(other, name, arguments):
+    """A module whose parameters have the names of ours."""
+    return Case(other, name, arguments, {key: key for key, _ in other.named_parameters()})
+
+
+def timm_coord_attn():
+    return same_names(
+        library("timm.layers.coord_attn").CoordAttn(C, rd_channels=8, bias=True), "CoordAtt", {"in_channels": C}
+    )
+
+
+def smp_scse():
+    return same_names(library("segmentation_models_pytorch.base.modules").SCSEModule(C), "scSE", {"channels": C})
+
+
 CASES = {
     "timm SEModule": lambda: timm_se(rd_channels=8),
     "timm SEModule, rd_divisor": lambda: timm_se(rd_ratio=1 / 16, rd_divisor=8),
@@ -63,6 +78,8 @@ CASES = {
     "timm EcaModule": lambda: timm_eca(None, 5),
     "timm EcaModule, by channels": lambda: timm_eca(C, 3),
     "timm ChannelAttn": timm_channel_attention,
+    "timm CoordAttn": timm_coord_attn,
+    "segmentation-models-pytorch SCSEModule": smp_scse,
     "torchvision SqueezeExcitation": lambda: se(
         library("torchvision.ops").SqueezeExcitation(C, C // 4), "fc1", "fc2", 4
     ),
@@ -90,14 +107,15 @@ def test_same(which, device, backend, case, layout, dtype):
     ours, other = ours.to(device, dtype), other.to(device, dtype)
     x = feature_map((2, C, 7, 6), layout, dtype, device)
     with vf.use_backend(backend):
-        got = run(ours if name in ("SE", "ECA") else Gate(ours), x)
+        got = run(Gate(ours) if name == "ChannelAttention" else ours, x)
     want = run(other, x)
     tolerance = 1e-5 if dtype == torch.float32 else 1e-12
     torch.testing.assert_close(got.pop("y"), want.pop("y"), rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(got.pop("x"), want.pop("x"), rtol=tolerance, atol=tolerance)
-    for key, gradient in got.items():
-        expected = want[names[key.removeprefix("gate.")]].view_as(gradient)
-        torch.testing.assert_close(gradient, expected, rtol=tolerance, atol=10 * tolerance)
+    for key, found in got.items():  # gradients, and running statistics
+        key = key.removeprefix("gate.")
+        expected = want[names.get(key, key)].view_as(found)
+        torch.testing.assert_close(found, expected, rtol=tolerance, atol=10 * tolerance)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="held against the reference, as the parity tests do in the interpreter")
