@@ -153,7 +153,10 @@ def _dx_kernel(
     Terms whose pointer is None are left out; dpooled is [N, C] (the mean's) or, with argmax_hw, [N, 2, C]. With the sum
     of the gates, dx = grad (channel_gate + spatial_gate) + ws dz + dmean / HW, for ws [C] and dz [N, HW].
     """
-    acc_ty = dpooled_ptr.dtype.element_ty if dpooled_ptr is not None else dmaps_ptr.dtype.element_ty
+    if channel_gate_ptr is not None:
+        acc_ty = channel_gate_ptr.dtype.element_ty
+    else:
+        acc_ty = dpooled_ptr.dtype.element_ty if dpooled_ptr is not None else dmaps_ptr.dtype.element_ty
     n, c, p = program_tile(C, HW, BLOCK_C, BLOCK_P)
     mask = tile_mask(c, p, C, HW, CHANNELS_LAST, ALIGN)
     offsets = n * C * HW + tile_offsets(c, p, C if CHANNELS_LAST else HW, CHANNELS_LAST, ALIGN)

@@ -56,6 +56,8 @@ BAD_ARGUMENTS = [
     (lambda r: r.SK(32, groups=5), r"channels must be a multiple of groups=5, got 32"),
     (lambda r: r.ChannelAttention(4), r"channels must be at least reduction=8, got 4"),
     (lambda r: r.SpatialAttention(4), r"kernel_size must be 3 or 7, got 4"),
+    (lambda r: r.SOCA(4), r"channels must be at least reduction=8, got 4"),
+    (lambda r: r.CrissCross(4), r"channels must be at least reduction=8, got 4"),
     (lambda r: r.CBAM(32, kernel_size=5), r"kernel_size must be 3 or 7, got 5"),
 ]
 

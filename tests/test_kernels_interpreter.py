@@ -16,8 +16,9 @@ from cases import TARGETS, check, feature_map
 from visattn_fast import catalogue
 
 pytest.importorskip("triton")
-cbam, eca, se, heuristics, layouts = (
-    importlib.import_module(f"visattn_fast.kernels.{name}") for name in ("cbam", "eca", "se", "_heuristics", "_layout")
+cbam, channel_scale, eca, se, heuristics, layouts = (
+    importlib.import_module(f"visattn_fast.kernels.{name}")
+    for name in ("cbam", "channel_scale", "eca", "se", "_heuristics", "_layout")
 )
 
 DEVICES = [device for device, backend in TARGETS if backend == "triton"]
@@ -107,6 +108,9 @@ def test_empty_batch_launches_nothing(monkeypatch):
     gradients += eca.eca_bwd(y, x, weight, x, *small, 0)
     y, *small = cbam.cbam_fwd(x, w1, w2, wconv, x, 2)
     gradients += cbam.cbam_bwd(y, x, w1, w2, wconv, x, *small, 2)
+    gate = torch.ones(0, 6)
+    gradients += (channel_scale.channel_scale_fwd(x, gate, x, 1), *channel_scale.channel_scale_bwd(y, x, gate, x, 1))
+    gradients += (channel_scale.channel_input_grad(y, x, gate, gate),)
     gate, *small = cbam.channel_attention_fwd(x, w1, w2)
     gradients += cbam.channel_attention_bwd(gate, x, w1, w2, gate, *small)
     gate, *small = cbam.spatial_attention_fwd(x, wconv)

@@ -32,6 +32,21 @@ KEYS = {
         **{f"fcs.{i}.weight": (32, 32, 1, 1) for i in range(2)},
         **{f"fcs.{i}.bias": (32,) for i in range(2)},
     },
+    "CrissCross": {
+        "query_conv.weight": (4, 32, 1, 1),
+        "query_conv.bias": (4,),
+        "key_conv.weight": (4, 32, 1, 1),
+        "key_conv.bias": (4,),
+        "value_conv.weight": (32, 32, 1, 1),
+        "value_conv.bias": (32,),
+        "gamma": (1,),
+    },
+    "SOCA": {
+        "conv_du.0.weight": (4, 32, 1, 1),
+        "conv_du.0.bias": (4,),
+        "conv_du.2.weight": (32, 4, 1, 1),
+        "conv_du.2.bias": (32,),
+    },
     "SE": {"fc.0.weight": (2, 32), "fc.2.weight": (32, 2)},
     "scSE": {
         "cSE.1.weight": (2, 32, 1, 1),

@@ -22,12 +22,14 @@ class Entry:
         arguments: constructor arguments for C channels.
         forward_passes, backward_passes: bytes that the streaming kernels move, in multiples of the bytes of x, small
             tensors aside; each read and each write counts. Convolutions inside the module are PyTorch's, and not
-            counted.
+            counted; 0 where all of the module is PyTorch's.
         epilogue: whether forward takes ``residual`` and ``activation``.
         takes: whether there is such a module for a map of shape ``[N, C, H, W]``.
         training: the mode that `pair` leaves its modules in.
         layers: whether PyTorch's convolutions or linear layers run inside over whole maps: they keep maps of their own
             for the backward pass, and their sums may depend on the number of threads.
+        saved: what is kept for the backward pass beside x and parameters, in multiples of the bytes of x of 64 channels
+            and 576 pixels.
         ops: that its two directions are made of; without any, ``name_fwd`` and ``name_bwd``.
     """
 
@@ -41,6 +43,7 @@ class Entry:
     takes: Callable[[tuple[int, ...]], bool] = lambda shape: True
     training: bool = True
     layers: bool = False
+    saved: float = 0.08  # four values a pixel, or two a row and a column of a channel
     ops: tuple[str, ...] = ()
 
     def pair(self, channels: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> tuple[nn.Module, nn.Module]:
@@ -139,6 +142,33 @@ ENTRIES = {
             training=False,
             layers=True,
             ops=("branch_mean", "branch_sum", "branch_dot", "branch_grad"),
+        ),
+        Entry(
+            "soca",
+            modules.FastSOCA,
+            reference.SOCA,
+            lambda c: {"channels": c, "reduction": min(8, c)},
+            2,
+            4,
+            saved=0.12,  # the covariance
+            ops=(
+                "channel_covariance",
+                "soca_gate_fwd",
+                "channel_scale_fwd",
+                "channel_scale_bwd",
+                "soca_gate_bwd",
+                "channel_input_grad",
+            ),
+        ),
+        Entry(
+            "criss_cross",
+            modules.FastCrissCross,
+            reference.CrissCross,
+            lambda c: {"channels": c, "reduction": min(8, c)},
+            0,
+            0,
+            epilogue=False,
+            saved=2.3,  # queries, keys, values and what comes of them
         ),
     )
 }

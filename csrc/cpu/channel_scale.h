@@ -19,6 +19,56 @@ inline std::optional<FeatureMap> optional_map(const std::optional<Tensor>& t, co
   return dense_map(*t, s, nhwc);
 }
 
+// y = act(x * gate + residual) of one image. gate [C] is padded; residual may be null.
+template <class T>
+void scale_image(const Matrix<const T>& x, const Split& parts, const Team& team, bool nhwc,
+                 const Acc<T>* gate, const T* residual, T* y, int64_t dense_ld, int64_t activation) {
+  team.each(parts.count, [&](int64_t b, int64_t e) {
+    const int64_t r0 = parts.begin(b), r1 = parts.end(e - 1), skip = r0 * dense_ld;
+    apply_gate<T>(rows_of(x, r0, r1), channel_gate(nhwc, gate, r0), residual ? residual + skip : nullptr,
+                  y + skip, dense_ld, activation);
+  });
+}
+
+// dots = sum over the pixels of g x of one image, where g = grad * act'(x * gate + residual); with an
+// activation, g is kept.
+template <class T>
+void dot_image(const Matrix<const T>& x, const T* grad, const Split& parts, const Team& team, bool nhwc,
+               const Acc<T>* gate, const T* residual, T* kept, int64_t dense_ld, int64_t activation,
+               ChannelPartials<Acc<T>>& dots) {
+  const Matrix<const T> upstream{kept ? kept : grad, dense_ld, x.rows, x.cols};
+  team.each(parts.count, [&](int64_t b, int64_t e) {
+    for (int64_t i = b; i < e; ++i) {
+      const int64_t r0 = parts.begin(i), r1 = parts.end(i), skip = r0 * dense_ld;
+      const auto xs = rows_of(x, r0, r1), gs = rows_of(upstream, r0, r1);
+      if (kept) {
+        gate_grad<T>(xs, channel_gate(nhwc, gate, r0), grad + skip, residual ? residual + skip : nullptr,
+                     kept + skip, dense_ld, activation);
+      }
+      if (nhwc) {
+        products<T, false, true>(xs, gs, nullptr, nullptr, nullptr, dots.part(i));
+      } else {
+        products<T, true, false>(xs, gs, nullptr, nullptr, dots.part(0) + r0, nullptr);
+      }
+    }
+  });
+}
+
+// dx = grad * gate + shift of one image; gate and shift [C] are padded.
+template <class T>
+void input_grad_image(const Matrix<const T>& grad, const Split& parts, const Team& team, bool nhwc,
+                      const Acc<T>* gate, const Acc<T>* shift, T* dx) {
+  team.each(parts.count, [&](int64_t b, int64_t e) {
+    const int64_t r0 = parts.begin(b), r1 = parts.end(e - 1);
+    const auto gs = rows_of(grad, r0, r1);
+    if (nhwc) {
+      affine<T, false>(gs, gate, shift, dx + r0 * grad.ld);
+    } else {
+      affine<T, true>(gs, gate + r0, shift + r0, dx + r0 * grad.ld);
+    }
+  });
+}
+
 // gate_of(n, mean [C], gate [C]) fills the gate of image n. mean and gate are [N, C].
 template <class T, class GateOf>
 Tensor channel_scale_fwd(const FeatureMap& x, const Shape& s, const std::optional<Tensor>& residual,
@@ -37,12 +87,9 @@ Tensor channel_scale_fwd(const FeatureMap& x, const Shape& s, const std::optiona
       pool.run(in, team, mean + n * s.C);
       gate_of(n, mean + n * s.C, gate + n * s.C);
       std::copy_n(gate + n * s.C, s.C, padded.get());
-      const T* pr = static_cast<const T*>(image_or_null(res, n, sizeof(T)));
-      team.each(parts.count, [&](int64_t b, int64_t e) {
-        const int64_t r0 = parts.begin(b), r1 = parts.end(e - 1), skip = r0 * dense_ld;
-        apply_gate<T>(rows_of(in, r0, r1), channel_gate(x.nhwc, padded.get(), r0), pr ? pr + skip : nullptr,
-                      py + n * s.C * s.P + skip, dense_ld, activation);
-      });
+      scale_image(in, parts, team, x.nhwc, padded.get(),
+                  static_cast<const T*>(image_or_null(res, n, sizeof(T))), py + n * s.C * s.P, dense_ld,
+                  activation);
     }
   });
   return y;
@@ -71,37 +118,14 @@ ChannelScaleGrad channel_scale_bwd(const Tensor& grad, const FeatureMap& x, cons
     for (int64_t n = begin; n < end; ++n) {
       const auto in = matrix(x.image<T>(n), s, nhwc, x.ld);
       std::copy_n(gate + n * s.C, s.C, scale.get());
-      const T* pr = static_cast<const T*>(image_or_null(res, n, sizeof(T)));
       T* kept = act ? data<T>(out.dresidual) + n * image : nullptr;
-      const auto upstream = matrix<const T>(act ? kept : g.image<T>(n), s, nhwc, g.ld);
-      team.each(parts.count, [&](int64_t b, int64_t e) {
-        for (int64_t i = b; i < e; ++i) {
-          const int64_t r0 = parts.begin(i), r1 = parts.end(i), skip = r0 * g.ld;
-          const auto xs = rows_of(in, r0, r1), gs = rows_of(upstream, r0, r1);
-          if (act) {
-            gate_grad<T>(xs, channel_gate<A>(nhwc, scale.get(), r0), g.image<T>(n) + skip,
-                         pr ? pr + skip : nullptr, kept + skip, g.ld, activation);
-          }
-          if (nhwc) {
-            products<T, false, true>(xs, gs, nullptr, nullptr, nullptr, dots.part(i));
-          } else {
-            products<T, true, false>(xs, gs, nullptr, nullptr, dots.part(0) + r0, nullptr);
-          }
-        }
-      });
+      dot_image(in, g.image<T>(n), parts, team, nhwc, scale.get(),
+                static_cast<const T*>(image_or_null(res, n, sizeof(T))), kept, g.ld, activation, dots);
       dots.sum(dgate.get());
       dmean_of(n, dgate.get(), dmean.get());
       for (int64_t c = 0; c < s.C; ++c) dmean[c] /= static_cast<A>(s.P);
-      team.each(parts.count, [&](int64_t b, int64_t e) {
-        const int64_t r0 = parts.begin(b), r1 = parts.end(e - 1);
-        const auto gs = rows_of(upstream, r0, r1);
-        T* dx = data<T>(out.dx) + n * image + r0 * g.ld;
-        if (nhwc) {
-          affine<T, false>(gs, scale.get(), dmean.get(), dx);
-        } else {
-          affine<T, true>(gs, scale.get() + r0, dmean.get() + r0, dx);
-        }
-      });
+      const auto upstream = matrix<const T>(act ? kept : g.image<T>(n), s, nhwc, g.ld);
+      input_grad_image(upstream, parts, team, nhwc, scale.get(), dmean.get(), data<T>(out.dx) + n * image);
     }
   });
   return out;

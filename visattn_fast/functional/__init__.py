@@ -2,23 +2,27 @@
 
 from .cbam import cbam, channel_attention, spatial_attention
 from .coord_att import coord_att
+from .criss_cross import criss_cross
 from .eca import eca
 from .local_attention import local_attention
 from .scse import scse
 from .se import se
 from .sequence import additive_score, masked_attention
 from .sk import sk
+from .soca import soca
 
 __all__ = [
     "additive_score",
     "cbam",
     "channel_attention",
     "coord_att",
+    "criss_cross",
     "eca",
     "local_attention",
     "masked_attention",
     "scse",
     "se",
     "sk",
+    "soca",
     "spatial_attention",
 ]

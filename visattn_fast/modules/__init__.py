@@ -2,12 +2,14 @@
 
 from .cbam import FastCBAM, FastChannelAttention, FastSpatialAttention
 from .coord_att import FastCoordAtt
+from .criss_cross import FastCrissCross
 from .eca import FastECA
 from .local_attention import FastLocalAttention
 from .scse import FastscSE
 from .se import FastSE
 from .sequence import FastAttentionLayer, FastAttentionPooling, FastSequenceAttention
 from .sk import FastSK
+from .soca import FastSOCA
 
 __all__ = [
     "FastAttentionLayer",
@@ -15,10 +17,12 @@ __all__ = [
     "FastCBAM",
     "FastChannelAttention",
     "FastCoordAtt",
+    "FastCrissCross",
     "FastECA",
     "FastLocalAttention",
     "FastSE",
     "FastSK",
+    "FastSOCA",
     "FastSequenceAttention",
     "FastSpatialAttention",
     "FastscSE",

@@ -6,11 +6,13 @@ from .additive_score import AdditiveScoreFunction, fits_a_block
 from .cbam import CBAMFunction
 from .channel_attention import ChannelAttentionFunction
 from .coord_att import CoordAttFunction
+from .criss_cross import CrissCrossFunction
 from .eca import ECAFunction
 from .local_attention import LocalAttentionFunction
 from .scse import ScSEFunction
 from .se import SEFunction, se_mathematics
 from .sk import SKFunction
+from .soca import SOCAFunction
 from .spatial_attention import SpatialAttentionFunction
 
 __all__ = [
@@ -18,10 +20,12 @@ __all__ = [
     "CBAMFunction",
     "ChannelAttentionFunction",
     "CoordAttFunction",
+    "CrissCrossFunction",
     "ECAFunction",
     "LocalAttentionFunction",
     "SEFunction",
     "SKFunction",
+    "SOCAFunction",
     "ScSEFunction",
     "SpatialAttentionFunction",
     "fits_a_block",

@@ -4,6 +4,7 @@ from .attention_layer import AttentionLayer
 from .attention_pooling import AttentionPooling
 from .cbam import CBAM, ChannelAttention, SpatialAttention, cbam, channel_attention, spatial_attention
 from .coord_att import CoordAtt, coord_att
+from .criss_cross import CrissCross, criss_cross
 from .eca import ECA, eca
 from .epilogue import epilogue
 from .local_attention import LocalAttention, local_attention
@@ -12,16 +13,19 @@ from .scse import scSE, scse
 from .se import SE, se
 from .sequence_attention import SequenceAttention, additive_score
 from .sk import SK, sk
+from .soca import SOCA, soca
 
 __all__ = [
     "CBAM",
     "ECA",
     "SE",
     "SK",
+    "SOCA",
     "AttentionLayer",
     "AttentionPooling",
     "ChannelAttention",
     "CoordAtt",
+    "CrissCross",
     "LocalAttention",
     "SequenceAttention",
     "SpatialAttention",
@@ -29,6 +33,7 @@ __all__ = [
     "cbam",
     "channel_attention",
     "coord_att",
+    "criss_cross",
     "eca",
     "epilogue",
     "local_attention",
@@ -37,5 +42,6 @@ __all__ = [
     "scse",
     "se",
     "sk",
+    "soca",
     "spatial_attention",
 ]

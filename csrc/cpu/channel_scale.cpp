@@ -1,0 +1,101 @@
+// The passes over x of any channel gate whose mathematics stands elsewhere: y = act(x * gate + residual), its
+// gradient to the gate, and its gradient to x.
+#include "channel_scale.h"
+
+#include <tuple>
+
+namespace visattn {
+namespace {
+
+template <class A>
+Tensor gate_as(const Tensor& t, const Shape& s, const char* name) {
+  STD_TORCH_CHECK(t.dim() == 2 && t.size(0) == s.N && t.size(1) == s.C, name, " must be [N, C]");
+  return weight_as(t, kDtype<A>);
+}
+
+Tensor scale_fwd(Tensor x, Tensor gate, std::optional<Tensor> residual, int64_t activation) {
+  return dispatch(x, [&](auto type) {
+    using T = decltype(type);
+    using A = Acc<T>;
+    const Shape s = shape_of(x);
+    const FeatureMap in = feature_map(x);
+    const auto res = optional_map(residual, s, in.nhwc);
+    const Tensor sg = gate_as<A>(gate, s, "gate");
+    Tensor y = empty_map(s, in.nhwc, x.scalar_type());
+    for_images(s.N, s.C * s.P, [&](int64_t begin, int64_t end, const Team& team) {
+      Buffer<A> padded(s.C);
+      const Split parts = row_parts<T>(s, in.nhwc);
+      for (int64_t n = begin; n < end; ++n) {
+        std::copy_n(data<A>(sg) + n * s.C, s.C, padded.get());
+        scale_image(matrix(in.image<T>(n), s, in.nhwc, in.ld), parts, team, in.nhwc, padded.get(),
+                    static_cast<const T*>(image_or_null(res, n, sizeof(T))), data<T>(y) + n * s.C * s.P,
+                    in.nhwc ? s.C : s.P, activation);
+      }
+    });
+    return y;
+  });
+}
+
+std::tuple<Tensor, Tensor> scale_bwd(Tensor grad, Tensor x, Tensor gate, std::optional<Tensor> residual,
+                                     int64_t activation) {
+  return dispatch(x, [&](auto type) {
+    using T = decltype(type);
+    using A = Acc<T>;
+    const Shape s = shape_of(x);
+    const FeatureMap in = feature_map(x), g = dense_map(grad, s, in.nhwc);
+    const bool act = activation != kNone;
+    const auto res = act ? optional_map(residual, s, in.nhwc) : std::nullopt;
+    const Tensor sg = gate_as<A>(gate, s, "gate");
+    const int64_t image = s.C * s.P;
+    Tensor dgate = empty({s.N, s.C}, kDtype<A>);
+    Tensor dresidual = act ? empty_map(s, in.nhwc, x.scalar_type()) : empty({0}, x.scalar_type());
+    for_images(s.N, image, [&](int64_t begin, int64_t end, const Team& team) {
+      Buffer<A> padded(s.C);
+      const Split parts = row_parts<T>(s, in.nhwc);
+      ChannelPartials<A> dots(s.C, in.nhwc ? parts.count : 1);
+      for (int64_t n = begin; n < end; ++n) {
+        std::copy_n(data<A>(sg) + n * s.C, s.C, padded.get());
+        dot_image(matrix(in.image<T>(n), s, in.nhwc, in.ld), g.image<T>(n), parts, team, in.nhwc,
+                  padded.get(), static_cast<const T*>(image_or_null(res, n, sizeof(T))),
+                  act ? data<T>(dresidual) + n * image : nullptr, g.ld, activation, dots);
+        dots.sum(data<A>(dgate) + n * s.C);
+      }
+    });
+    return std::make_tuple(dgate, dresidual);
+  });
+}
+
+Tensor input_grad(Tensor grad, Tensor x, Tensor gate, std::optional<Tensor> dmean) {
+  return dispatch(x, [&](auto type) {
+    using T = decltype(type);
+    using A = Acc<T>;
+    const Shape s = shape_of(x);
+    const bool nhwc = is_nhwc(x);
+    const FeatureMap g = dense_map(grad, s, nhwc);
+    const Tensor sg = gate_as<A>(gate, s, "gate");
+    const auto shift = dmean ? std::optional<Tensor>(gate_as<A>(*dmean, s, "dmean")) : std::nullopt;
+    Tensor dx = empty_map(s, nhwc, x.scalar_type());
+    for_images(s.N, s.C * s.P, [&](int64_t begin, int64_t end, const Team& team) {
+      Buffer<A> scale(s.C), mean(s.C);
+      const Split parts = row_parts<T>(s, nhwc);
+      for (int64_t n = begin; n < end; ++n) {
+        std::copy_n(data<A>(sg) + n * s.C, s.C, scale.get());
+        for (int64_t c = 0; shift && c < s.C; ++c) {
+          mean[c] = data<A>(*shift)[n * s.C + c] / static_cast<A>(s.P);
+        }
+        input_grad_image(matrix(g.image<T>(n), s, nhwc, g.ld), parts, team, nhwc, scale.get(), mean.get(),
+                         data<T>(dx) + n * s.C * s.P);
+      }
+    });
+    return dx;
+  });
+}
+
+}  // namespace
+}  // namespace visattn
+
+STABLE_TORCH_LIBRARY_IMPL(visattn_fast, CPU, m) {
+  m.impl("channel_scale_fwd", TORCH_BOX(&visattn::scale_fwd));
+  m.impl("channel_scale_bwd", TORCH_BOX(&visattn::scale_bwd));
+  m.impl("channel_input_grad", TORCH_BOX(&visattn::input_grad));
+}

@@ -1,0 +1,43 @@
+"""The passes over x of any channel gate whose mathematics stands elsewhere."""
+
+from __future__ import annotations
+
+import torch
+
+from ._gate import gate_grads, input_grad, scale
+from ._launch import device_guard
+from ._layout import canonical
+from ._pool import combine
+
+
+def channel_scale_fwd(
+    x: torch.Tensor, gate: torch.Tensor, residual: torch.Tensor | None, activation: int
+) -> torch.Tensor:
+    """y = act(x * gate + residual); x, residual [N, C, H, W], gate [N, C]. Moves 2 times the bytes of x."""
+    with device_guard(x):
+        x, layout = canonical(x)
+        return scale(x, layout, gate.contiguous(), None, residual, activation)
+
+
+def channel_scale_bwd(
+    grad: torch.Tensor, x: torch.Tensor, gate: torch.Tensor, residual: torch.Tensor | None, activation: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(dgate [N, C], dresidual); dgate = sum over the pixels of g' x, g' = grad * act'(x * gate + residual).
+
+    Moves 2 times the bytes of x; with an activation g' is written, too, as dresidual (else empty: it is grad).
+    """
+    with device_guard(x):
+        x, layout = canonical(x)
+        gate = gate.contiguous()
+        _, dresidual, parts, _ = gate_grads(grad, x, layout, gate, None, residual, activation)
+        return combine(parts, None, torch.empty_like(gate)), dresidual
+
+
+def channel_input_grad(
+    grad: torch.Tensor, x: torch.Tensor, gate: torch.Tensor, dmean: torch.Tensor | None
+) -> torch.Tensor:
+    """dx = grad * gate + dmean / HW, in x's layout; gate, dmean [N, C]. Moves 2 times the bytes of x, not x itself."""
+    with device_guard(x):
+        x, layout = canonical(x)
+        dmean = None if dmean is None else dmean.contiguous()
+        return input_grad(x, layout, grad=layout.dense(grad), channel_gate=gate.contiguous(), dpooled=dmean)

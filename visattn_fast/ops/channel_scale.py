@@ -1,0 +1,59 @@
+"""The passes over x of any channel gate: what a gate of its own mathematics is made of."""
+
+from __future__ import annotations
+
+from ._epilogue import empty_residual_gradient, finish, residual_gradient, start_backward
+from ._layout import accumulation_dtype, empty_map, empty_small, to_map
+from ._library import define
+
+
+def _channel_scale_fwd_reference(x, gate, residual, activation):
+    return finish(x, gate[:, :, None, None], residual, activation)
+
+
+def _channel_scale_bwd_reference(grad, x, gate, residual, activation):
+    grad = start_backward(grad, x, gate[:, :, None, None], residual, activation)
+    return (grad * x).sum((2, 3)), residual_gradient(grad, x, activation)
+
+
+def _channel_input_grad_reference(grad, x, gate, dmean):
+    dx = grad * gate[:, :, None, None].to(accumulation_dtype(x))
+    if dmean is not None:
+        dx = dx + dmean[:, :, None, None] / (x.shape[2] * x.shape[3])
+    return to_map(dx, x)
+
+
+def _channel_scale_fwd_fake(x, gate, residual, activation):
+    return empty_map(x)
+
+
+def _channel_scale_bwd_fake(grad, x, gate, residual, activation):
+    return empty_small(x, *x.shape[:2]), empty_residual_gradient(x, activation)
+
+
+def _channel_input_grad_fake(grad, x, gate, dmean):
+    return empty_map(x)
+
+
+# y = act(x * gate + residual); gate [N, C] in the accumulation dtype.
+channel_scale_fwd = define(
+    "channel_scale_fwd(Tensor x, Tensor gate, Tensor? residual, int activation) -> Tensor y",
+    "channel_scale",
+    _channel_scale_fwd_reference,
+    _channel_scale_fwd_fake,
+)
+# dgate = sum over the pixels of g' x, g' = grad * act'(x * gate + residual); dresidual = g', empty if it is grad.
+channel_scale_bwd = define(
+    "channel_scale_bwd(Tensor grad, Tensor x, Tensor gate, Tensor? residual, int activation)"
+    " -> (Tensor dgate, Tensor dresidual)",
+    "channel_scale",
+    _channel_scale_bwd_reference,
+    _channel_scale_bwd_fake,
+)
+# dx = grad * gate + dmean / HW, in x's memory format; x's values are not read.
+channel_input_grad = define(
+    "channel_input_grad(Tensor grad, Tensor x, Tensor gate, Tensor? dmean) -> Tensor dx",
+    "channel_scale",
+    _channel_input_grad_reference,
+    _channel_input_grad_fake,
+)

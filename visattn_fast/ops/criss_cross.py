@@ -1,0 +1,179 @@
+"""Criss-cross attention in blocks: ops and autograd.
+
+Queries, keys and values lie side by side as ``[N, H, W, 2 R + C]``, in which rows, and columns of the transposed view,
+are matrices with dense channels. A row's queries meet that row's keys alone, so that a block of rows is done when it
+is left, and then a block of columns is; the softmax of the two is joined as in flash attention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ._autograd import fused_function, mixed
+from ._layout import accumulation_dtype, empty_map, empty_small, to_map
+from ._library import define
+
+_BLOCK = 1 << 16  # weights that are computed at a time
+_PIXELS = 1 << 10  # of each image, that are summed at a time: rounding grows with the length of a sum
+
+
+class _Lines(NamedTuple):
+    """Tensors of one image with rows, or columns, first: ``[lines, length, channels]``; a slice is a block of lines."""
+
+    columns: bool
+    tensors: tuple[Tensor, ...]
+
+    def blocks(self) -> Iterator[list[Tensor]]:
+        lines, length = self.tensors[0].shape[:2]
+        step = max(_BLOCK // length**2, 1)
+        for start in range(0, lines, step):
+            yield [t[start : start + step] for t in self.tensors]
+
+    def energies(self, q: Tensor, k: Tensor) -> Tensor:
+        """``[B, L, R]`` -> ``[B, L, L]``; a column leaves the position itself to its row."""
+        found = q @ k.mT
+        if self.columns:
+            found.diagonal(0, 1, 2).fill_(-torch.inf)
+        return found
+
+
+def _rows_and_columns(*tensors: Tensor) -> tuple[_Lines, _Lines]:
+    return _Lines(False, tensors), _Lines(True, tuple(t.transpose(0, 1) for t in tensors))
+
+
+def _split(packed: Tensor, channels: int) -> tuple[Tensor, ...]:
+    hidden = (packed.shape[-1] - channels) // 2
+    return packed.split([hidden, hidden, channels], -1)
+
+
+def _criss_cross_fwd_reference(x, weight, bias, gamma):
+    n, c, height, width = x.shape
+    a = accumulation_dtype(x)
+    weight, bias, gamma = weight.to(a), bias.to(a), gamma.to(a)
+    packed = x.permute(0, 2, 3, 1).flatten(1, 2).to(a) @ weight.t()
+    packed = packed.add_(bias).unflatten(1, (height, width))
+    # What all keys have in common moves all energies of a query alike: without it, gradients cancel less.
+    keys = _split(packed, c)[1]
+    keys -= keys.nan_to_num(0.0, 0.0, 0.0).mean((1, 2), keepdim=True)  # NaN stays where it is
+    out, lse = empty_small(x, n, height, width, c), empty_small(x, n, height, width)
+    for image in range(n):
+        total = torch.empty_like(lse[image])
+        rows, columns = _rows_and_columns(*_split(packed[image], c), out[image], lse[image], total)
+        for q, k, v, o, top, count in rows.blocks():
+            p = rows.energies(q, k)
+            top.copy_(p.amax(2))
+            p.sub_(top[..., None]).exp_()
+            count.copy_(p.sum(2))
+            o.copy_(p @ v)
+        for q, k, v, o, top, count in columns.blocks():
+            p = columns.energies(q, k)
+            new_top = torch.maximum(top, p.amax(2))
+            p.sub_(new_top[..., None]).exp_()
+            shrunk = top.sub_(new_top).exp_()  # of what the rows have summed
+            count.mul_(shrunk).add_(p.sum(2))
+            o.mul_(shrunk[..., None]).add_(p @ v).div_(count[..., None])
+            top.copy_(new_top.add_(count.log()))
+    y, attended = empty_map(x), out.permute(0, 3, 1, 2)
+    if x.dtype == a:
+        torch.addcmul(x, attended, gamma, out=y)
+    else:
+        y.copy_(attended * gamma + x)
+    return y, packed, out, lse
+
+
+def _criss_cross_bwd_reference(grad, x, weight, gamma, packed, out, lse):
+    n, c, height, width = x.shape
+    a = accumulation_dtype(x)
+    weight, gamma = weight.to(a), gamma.to(a)
+    dpacked, dgamma = torch.zeros_like(packed), torch.zeros_like(gamma)
+    for image in range(n):
+        upstream, dot = grad[image].permute(1, 2, 0), torch.empty_like(lse[image])
+        shared = (*_split(packed[image], c), *_split(dpacked[image], c), upstream, out[image], lse[image], dot)
+        for lines in _rows_and_columns(*shared):
+            for q, k, v, dq, dk, dv, g, o, norm, d in lines.blocks():
+                g = g.to(a).contiguous()
+                if not lines.columns:
+                    d.copy_((g * o).sum(2))
+                p = lines.energies(q, k).sub_(norm[..., None]).exp_()
+                dv += p.mT @ g
+                p *= (g @ v.mT).sub_(d[..., None])  # the energies' gradient
+                dq += p @ k
+                dk += p.mT @ q
+        dgamma += dot.sum()
+    hidden = (weight.shape[0] - c) // 2
+    if height * width == 1:  # the softmax of one energy
+        dpacked[..., : 2 * hidden] = 0.0
+    dpacked = dpacked.mul_(gamma).flatten(1, 2)  # [N, H W, 2 R + C]
+    dweight = torch.zeros_like(weight)
+    pixels = x.permute(0, 2, 3, 1).flatten(1, 2)
+    for d, v in zip(dpacked.split(_PIXELS, 1), pixels.split(_PIXELS, 1), strict=True):
+        dweight += (d.mT @ v.to(a)).sum(0)
+    dbias = dpacked.sum(1)  # [N, 2 R + C]; of the keys' zero, but for rounding, of which their weights are freed, too
+    dweight[hidden : 2 * hidden] -= dbias[:, hidden : 2 * hidden].t() @ pixels.mean(1, dtype=a)
+    dbias = dbias.sum(0)
+    dbias[hidden : 2 * hidden] = 0.0
+    dx = to_map(grad, x)
+    if x.dtype != a:
+        dx.copy_(grad + (dpacked @ weight).unflatten(1, (height, width)).permute(0, 3, 1, 2))
+    elif dx.is_contiguous():
+        dx.flatten(2).baddbmm_(weight.t().expand(n, -1, -1), dpacked.mT)
+    else:
+        dx.permute(0, 2, 3, 1).flatten(1, 2).baddbmm_(dpacked, weight.expand(n, -1, -1))
+    return dx, dweight, dbias, dgamma
+
+
+def _criss_cross_fwd_fake(x, weight, bias, gamma):
+    n, _, height, width = x.shape
+    packed, out = (empty_small(x, n, height, width, size) for size in (weight.shape[0], x.shape[1]))
+    return empty_map(x), packed, out, empty_small(x, n, height, width)
+
+
+def _criss_cross_bwd_fake(grad, x, weight, gamma, packed, out, lse):
+    dweight, dbias = empty_small(x, *weight.shape), empty_small(x, weight.shape[0])
+    return empty_map(x), dweight, dbias, empty_small(x, 1)
+
+
+criss_cross_fwd = define(
+    "criss_cross_fwd(Tensor x, Tensor weight, Tensor bias, Tensor gamma)"
+    " -> (Tensor y, Tensor packed, Tensor out, Tensor lse)",
+    None,
+    _criss_cross_fwd_reference,
+    _criss_cross_fwd_fake,
+)
+criss_cross_bwd = define(
+    "criss_cross_bwd(Tensor grad, Tensor x, Tensor weight, Tensor gamma, Tensor packed, Tensor out, Tensor lse)"
+    " -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dgamma)",
+    None,
+    _criss_cross_bwd_reference,
+    _criss_cross_bwd_fake,
+)
+
+
+def _pack(*tensors: Tensor) -> Tensor:
+    """Weights, or biases, of queries, keys and values as one."""
+    return torch.cat([t.flatten(1) if t.dim() > 1 else t for t in tensors])
+
+
+def _forward(x, wq, bq, wk, bk, wv, bv, gamma):
+    return criss_cross_fwd(x, _pack(wq, wk, wv), _pack(bq, bk, bv), gamma)
+
+
+def _gradients(grad, tensors, small, options):
+    x, wq, _, wk, _, wv, _, gamma = tensors
+    dx, dweight, dbias, dgamma = criss_cross_bwd(grad, x, _pack(wq, wk, wv), gamma, *small)
+    sizes = [wq.shape[0], wk.shape[0], wv.shape[0]]
+    dwq, dwk, dwv = (d.view(w.shape) for d, w in zip(dweight.split(sizes), (wq, wk, wv), strict=True))
+    dbq, dbk, dbv = dbias.split(sizes)
+    return dx, dwq, dbq, dwk, dbk, dwv, dbv, dgamma
+
+
+def _mathematics(x, *weights):
+    return mixed(reference.criss_cross, x, *weights)
+
+
+CrissCrossFunction = fused_function("CrissCrossFunction", _forward, _gradients, _mathematics)

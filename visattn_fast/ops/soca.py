@@ -1,0 +1,179 @@
+"""Second-order channel attention: ops and autograd.
+
+The gate needs the square root of the covariance only times a vector, and the Newton-Schulz steps are a polynomial in
+the matrix: 122 products of the matrix with vectors take the place of 12 products of matrices, and as many again give
+the gradient. All steps commute, and each is its own transpose.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import reference
+from ..reference.soca import STEPS, trace
+from ._autograd import fused_function, without_autocast
+from ._epilogue import with_epilogue
+from ._layout import accumulation_dtype, empty_small, memory_format
+from ._library import define
+from .channel_scale import channel_input_grad, channel_scale_bwd, channel_scale_fwd
+
+_BLOCK = 1 << 18  # elements of x that are centred at a time
+
+
+def _covariance_reference(x):
+    """Centred block by block: nothing cancels, and no centred copy of x is made."""
+    n, c, h, w = x.shape
+    a = accumulation_dtype(x)
+    mean = x.mean((2, 3), dtype=a)
+    nhwc = memory_format(x) == torch.channels_last
+    matrices = x.permute(0, 2, 3, 1).flatten(1, 2) if nhwc else x.flatten(2)
+    cov = empty_small(x, n, c, c)
+    step = max(_BLOCK // c, 1)
+    for image, mu, out in zip(matrices, mean, cov, strict=True):
+        total = 0
+        for block in image.split(step, 0 if nhwc else 1):
+            block = block.to(a) - (mu if nhwc else mu[:, None])
+            total = total + (block.t() @ block if nhwc else block @ block.t())
+        out.copy_(total / (h * w))
+    return mean, cov
+
+
+def _covariance_fake(x):
+    n, c = x.shape[:2]
+    return empty_small(x, n, c), empty_small(x, n, c, c)
+
+
+covariance = define(
+    "channel_covariance(Tensor x) -> (Tensor mean, Tensor cov)", None, _covariance_reference, _covariance_fake
+)
+
+
+class _Root:
+    """The Newton-Schulz iterates of a symmetric matrix a ``[N, C, C]``, applied to row vectors ``[N, 1, C]``.
+
+    ``Y_0 = a``, ``Z_0 = 1``; ``T_k = (3 - Z_{k-1} Y_{k-1}) / 2``, ``Y_k = Y_{k-1} T_k``, ``Z_k = T_k Z_{k-1}``; Y_k
+    tends to the square root of a. Remembers what a was multiplied by; ``backward`` takes it back in reverse.
+    """
+
+    def __init__(self, a: Tensor) -> None:
+        self.a = a
+        self.inputs: list[Tensor] = []
+        self.gradients: list[Tensor] = []
+
+    def y(self, k: int, v: Tensor) -> Tensor:
+        if k == 0:
+            self.inputs.append(v)
+            return v @ self.a
+        return self.t(k, self.y(k - 1, v))
+
+    def z(self, k: int, v: Tensor) -> Tensor:
+        return v if k == 0 else self.t(k, self.z(k - 1, v))
+
+    def t(self, k: int, v: Tensor) -> Tensor:
+        return torch.sub(1.5 * v, self.y(k - 1, self.z(k - 1, v)), alpha=0.5)
+
+    def y_backward(self, k: int, g: Tensor) -> Tensor:
+        if k == 0:
+            self.gradients.append(g)
+            return g @ self.a
+        return self.y_backward(k - 1, self.t_backward(k, g))
+
+    def z_backward(self, k: int, g: Tensor) -> Tensor:
+        return g if k == 0 else self.z_backward(k - 1, self.t_backward(k, g))
+
+    def t_backward(self, k: int, g: Tensor) -> Tensor:
+        return 1.5 * g + self.z_backward(k - 1, self.y_backward(k - 1, -0.5 * g))
+
+    def matrix_gradient(self) -> Tensor:
+        """Gradient of a, as a symmetric matrix, after ``backward`` of all that was applied."""
+        inputs, gradients = torch.cat(self.inputs, 1), torch.cat(self.gradients[::-1], 1)
+        outer = inputs.mT @ gradients
+        return (outer + outer.mT) / 2
+
+
+def _ones(cov: Tensor) -> Tensor:
+    return torch.full((cov.shape[0], 1, cov.shape[1]), 1 / cov.shape[1], dtype=cov.dtype, device=cov.device)
+
+
+def _soca_gate_fwd_reference(cov, w1, b1, w2, b2):
+    w1, b1, w2, b2 = (None if t is None else t.to(cov.dtype) for t in (w1.flatten(1), b1, w2.flatten(1), b2))
+    total = trace(cov)
+    pooled = (_Root(cov / total).y(STEPS, _ones(cov)) * total.sqrt())[:, 0]
+    hidden = F.relu(F.linear(pooled, w1, b1))
+    return pooled, hidden, torch.sigmoid(F.linear(hidden, w2, b2))
+
+
+def _soca_gate_bwd_reference(dgate, cov, w1, w2, pooled, hidden, gate):
+    dz2 = dgate * gate * (1 - gate)
+    dz1 = torch.where(hidden <= 0, 0.0, dz2 @ w2.flatten(1).to(cov.dtype))
+    dpooled = (dz1 @ w1.flatten(1).to(cov.dtype))[:, None]
+    total = trace(cov)
+    root = _Root(cov / total)
+    root.y(STEPS, _ones(cov))
+    root.y_backward(STEPS, dpooled * total.sqrt())
+    da = root.matrix_gradient()
+    # pooled = sqrt(total) p(cov / total): total's own gradient lies on the diagonal, but where it is not the trace.
+    dtotal = (pooled[:, None] * dpooled).sum(2, keepdim=True) / (2 * total)
+    dtotal = dtotal - (da * cov).sum((1, 2), keepdim=True) / total**2
+    dtotal = torch.where(total == cov.diagonal(dim1=1, dim2=2).sum(1)[:, None, None], dtotal, 0.0)
+    dcov = da / total + dtotal * torch.eye(cov.shape[1], dtype=cov.dtype, device=cov.device)
+    dw1, dw2 = (dz1.t() @ pooled).view(w1.shape), (dz2.t() @ hidden).view(w2.shape)
+    return dcov, dw1, dz1.sum(0), dw2, dz2.sum(0)
+
+
+def _soca_gate_fwd_fake(cov, w1, b1, w2, b2):
+    n, c = cov.shape[:2]
+    return cov.new_empty(n, c), cov.new_empty(n, w1.shape[0]), cov.new_empty(n, c)
+
+
+def _soca_gate_bwd_fake(dgate, cov, w1, w2, pooled, hidden, gate):
+    dw1, dw2 = cov.new_empty(w1.shape), cov.new_empty(w2.shape)
+    return torch.empty_like(cov), dw1, cov.new_empty(w1.shape[0]), dw2, cov.new_empty(w2.shape[0])
+
+
+soca_gate_fwd = define(
+    "soca_gate_fwd(Tensor cov, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2)"
+    " -> (Tensor pooled, Tensor hidden, Tensor gate)",
+    None,
+    _soca_gate_fwd_reference,
+    _soca_gate_fwd_fake,
+)
+soca_gate_bwd = define(
+    "soca_gate_bwd(Tensor dgate, Tensor cov, Tensor w1, Tensor w2, Tensor pooled, Tensor hidden, Tensor gate)"
+    " -> (Tensor dcov, Tensor dw1, Tensor db1, Tensor dw2, Tensor db2)",
+    None,
+    _soca_gate_bwd_reference,
+    _soca_gate_bwd_fake,
+)
+
+
+def _forward(x, w1, b1, w2, b2, residual, activation):
+    mean, cov = covariance(x)
+    pooled, hidden, gate = soca_gate_fwd(cov, w1, b1, w2, b2)
+    return channel_scale_fwd(x, gate, residual, activation), mean, cov, pooled, hidden, gate
+
+
+def _gradients(grad, tensors, small, options):
+    (x, w1, _, w2, _, residual), (mean, cov, pooled, hidden, gate) = tensors, small
+    dgate, dresidual = channel_scale_bwd(grad, x, gate, residual, *options)
+    dcov, dw1, db1, dw2, db2 = soca_gate_bwd(dgate, cov, w1, w2, pooled, hidden, gate)
+    # dx = g gate + 2 / HW dcov (x - mean); the mean's part is the same for every pixel of a channel.
+    dmean = -2 * (mean[:, None] @ dcov)[:, 0]
+    dx = channel_input_grad(dresidual if options[0] else grad, x, gate, dmean)
+    _add_product(dx, (dcov * (2 / (x.shape[2] * x.shape[3]))).to(x.dtype), x)
+    return dx, dw1, db1, dw2, db2, dresidual
+
+
+def _add_product(dx: Tensor, dcov: Tensor, x: Tensor) -> None:
+    """dx += dcov x, as matrices of each image, in place."""
+    if memory_format(dx) == torch.channels_last:
+        dx.permute(0, 2, 3, 1).flatten(1, 2).baddbmm_(x.permute(0, 2, 3, 1).flatten(1, 2), dcov)
+    else:
+        dx.flatten(2).baddbmm_(dcov, x.flatten(2))
+
+
+SOCAFunction = fused_function(
+    "SOCAFunction", without_autocast(_forward), without_autocast(_gradients), with_epilogue(reference.soca)
+)
