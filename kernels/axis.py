@@ -64,7 +64,7 @@ def plan(layout: Layout, itemsize: int) -> Plan:
         block_j = min(next_power_of_2(J), WIDEST)
         block_r = min(next_power_of_2(groups), TILE // block_j)
         block_c = min(next_power_of_2(layout.C), TILE // (block_j * block_r))
-    num_warps = max(block_c * block_j * block_r // (512 if align * itemsize >= 16 else 256), 1)
+    num_warps = max(block_c * block_j * block_r // 256, 1)  # addresses take as many registers as elements do
     blocks_j, tiles = cdiv(J, block_j), cdiv(groups, block_r)
     programs = layout.N * cdiv(layout.C, block_c) * blocks_j
     least = cdiv(MIN_ROWS, block_r * G) if layout.channels_last else tiles

@@ -134,7 +134,7 @@ def test_frozen_inputs(entry):
 @layouts
 def test_saved_for_backward(entry, layout):
     """Training keeps x, the parameters and small maps; never a second copy of x."""
-    shape = (1, 64, 64, 64)
+    shape = (2, 64, 64, 64)
     fast, _ = entry.pair(64)
     x = feature_map(shape, layout, torch.float32).requires_grad_()
     saved = {}

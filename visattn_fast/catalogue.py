@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -62,7 +62,34 @@ class Entry:
         return fast.to(dtype).train(self.training), plain.to(dtype).train(self.training)
 
 
-_AXIS_OPS = ("axis_mean", "axis_scale", "axis_scale_bwd", "axis_input_grad")
+def _evaluated(entry: Entry) -> Entry:
+    """The same module in eval mode: its batch norms take their running statistics."""
+    return replace(entry, name=f"{entry.name}_eval", training=False, takes=lambda shape: True)
+
+
+# In training a batch norm over a handful of values magnifies rounding, so these want a few of them.
+_COORD_ATT = Entry(
+    "coord_att",
+    modules.FastCoordAtt,
+    reference.CoordAtt,
+    lambda c: {"in_channels": c},
+    3,
+    4,
+    takes=lambda shape: shape[0] * (shape[2] + shape[3]) >= 8,
+    ops=("axis_mean", "axis_scale", "axis_scale_bwd", "axis_input_grad"),
+)
+_SK = Entry(
+    "sk",
+    modules.FastSK,
+    reference.SK,
+    lambda c: {"channels": c, "reduction": min(16, c)},
+    5,
+    8,
+    epilogue=False,
+    takes=lambda shape: shape[0] > 1 and shape[0] * shape[2] * shape[3] >= 8,
+    layers=True,
+    ops=("branch_mean", "branch_sum", "branch_dot", "branch_grad"),
+)
 
 ENTRIES = {
     entry.name: entry
@@ -79,28 +106,10 @@ ENTRIES = {
             4,
         ),
         Entry("cbam", modules.FastCBAM, reference.CBAM, lambda c: {"channels": c, "reduction": min(8, c)}, 4, 5),
-        Entry(
-            "coord_att",
-            modules.FastCoordAtt,
-            reference.CoordAtt,
-            lambda c: {"in_channels": c},
-            3,
-            4,
-            takes=lambda shape: (
-                shape[0] * (shape[2] + shape[3]) >= 8
-            ),  # a batch norm of fewer values magnifies rounding
-            ops=_AXIS_OPS,
-        ),
-        Entry(
-            "coord_att_eval",
-            modules.FastCoordAtt,
-            reference.CoordAtt,
-            lambda c: {"in_channels": c},
-            3,
-            4,
-            training=False,
-            ops=_AXIS_OPS,
-        ),
+        _COORD_ATT,
+        _evaluated(_COORD_ATT),
+        _SK,
+        _evaluated(_SK),
         Entry(
             "channel_attention",
             modules.FastChannelAttention,
@@ -118,30 +127,6 @@ ENTRIES = {
             1,
             1,
             epilogue=False,
-        ),
-        Entry(
-            "sk",
-            modules.FastSK,
-            reference.SK,
-            lambda c: {"channels": c, "reduction": min(16, c)},
-            5,
-            8,
-            epilogue=False,
-            takes=lambda shape: shape[0] > 1,
-            layers=True,
-            ops=("branch_mean", "branch_sum", "branch_dot", "branch_grad"),
-        ),
-        Entry(
-            "sk_eval",
-            modules.FastSK,
-            reference.SK,
-            lambda c: {"channels": c, "reduction": min(16, c)},
-            5,
-            8,
-            epilogue=False,
-            training=False,
-            layers=True,
-            ops=("branch_mean", "branch_sum", "branch_dot", "branch_grad"),
         ),
         Entry(
             "soca",
