@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from visattn_fast import catalogue
-from visattn_fast.models import AttentionResNet
+from visattn_fast.models import GATES, AttentionResNet
 
-GATES = [name for name, entry in catalogue.ENTRIES.items() if entry.epilogue]
 attentions = pytest.mark.parametrize("attention", [*GATES, None])
 
 
@@ -39,6 +38,8 @@ def test_fused_is_reference(attention, depths):
         assert all(p.grad is not None for p in network.parameters())
     for p, q in zip(fused.parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad)
+    for b, c in zip(fused.buffers(), reference.buffers(), strict=True):
+        torch.testing.assert_close(b, c)
 
 
 @attentions
@@ -57,10 +58,17 @@ def test_gates_are_of_the_catalogue(attention):
         assert [type(block.gate) for stage in network.stages for block in stage] == [expected] * 3
 
 
+def test_gates():
+    """Every class that gates a map, once, and as it trains."""
+    assert {"se", "eca", "cbam"} <= set(GATES)
+    assert all(catalogue.ENTRIES[name].training for name in GATES)
+    assert len({catalogue.ENTRIES[name].fast for name in GATES}) == len(GATES)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"attention": "senet"}, "attention must be None or one of 'se', 'eca', .*, got 'senet'"),
+        ({"attention": "senet"}, "attention must be None or one of 'se', 'eca', 'cbam'.*, got 'senet'"),
         ({"attention": "channel_attention"}, "attention must be None or one of"),
         ({"num_classes": 0}, "num_classes must be a positive int, got 0"),
         ({"width": 8.0}, r"width must be a positive int, got 8\.0"),

@@ -1,5 +1,5 @@
 """Small networks that carry the catalogue's gates, for examples, tests and reports."""
 
-from .resnet import AttentionResNet
+from .resnet import GATES, AttentionResNet
 
-__all__ = ["AttentionResNet"]
+__all__ = ["GATES", "AttentionResNet"]

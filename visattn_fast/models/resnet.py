@@ -11,7 +11,9 @@ from .. import reference
 from ..catalogue import ENTRIES
 from ..reference.checks import check_feature_map, check_positive
 
-GATES = tuple(name for name, entry in ENTRIES.items() if entry.epilogue)
+# CBAM's halves return gates, and do not apply them; of a module in two modes there is one.
+_HALVES = ("channel_attention", "spatial_attention")
+GATES = tuple(name for name, entry in ENTRIES.items() if entry.training and name not in _HALVES)
 
 
 class AttentionBlock(nn.Module):
@@ -38,13 +40,13 @@ class AttentionBlock(nn.Module):
         if stride != 1 or in_channels != channels:
             self.shortcut.append(_convolution(in_channels, channels, 1, stride))
             self.shortcut.append(nn.BatchNorm2d(channels))
-        self.fused = fused and attention is not None
+        self.epilogue = fused and attention is not None and ENTRIES[attention].epilogue
 
     def forward(self, x: Tensor) -> Tensor:
         """``[N, in_channels, H, W]`` -> ``[N, channels, ceil(H/stride), ceil(W/stride)]``."""
         shortcut = self.shortcut(x)
         out = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
-        if self.fused:
+        if self.epilogue:
             return self.gate(out, residual=shortcut, activation="relu")
         return reference.epilogue(self.gate(out), shortcut, "relu")
 
@@ -58,13 +60,13 @@ class AttentionResNet(nn.Module):
     initialisation.
 
     Args:
-        attention: ``"se"``, ``"eca"``, ``"cbam"``: the name of any catalogue entry with an epilogue; None: no gate.
+        attention: ``"se"``, ``"eca"``, ``"cbam"``: any of `GATES`, the gates of the catalogue by name; None: no gate.
         num_classes: outputs of the linear layer.
         width: channels of the first stage.
         depths: blocks per stage.
         in_channels: channels of the images.
-        fused: build the gates from the fused modules, with addition and ReLU in their epilogue. False: from the
-            reference modules, both spelled out. The ``state_dict`` keys are the same either way.
+        fused: build the gates from the fused modules, with addition and ReLU in their epilogue where they have one.
+            False: from the reference modules, both spelled out. The ``state_dict`` keys are the same either way.
 
     Raises:
         ValueError: an unknown ``attention``, a size that is not a positive int, no stage at all.
