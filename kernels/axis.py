@@ -20,7 +20,7 @@ from ._tiles import NONE, activate, activation_grad
 
 TILE = 2048  # elements of a tile that sums, along the dense axis and across it
 MIN_ROWS = 8  # image rows that are worth a partial result
-WIDEST = 1024  # elements of a group in one tile
+WIDEST = 512  # elements of a group in one tile
 
 
 class AxisTile(NamedTuple):
@@ -57,14 +57,14 @@ def plan(layout: Layout, itemsize: int) -> Plan:
         G *= 2
     J, groups = layout.W * G, layout.H // G
     if layout.channels_last:
-        block_c = min(next_power_of_2(layout.C), 64)
+        block_c = min(next_power_of_2(layout.C), 128)
         block_j = min(next_power_of_2(J), TILE // block_c)
         block_r = min(next_power_of_2(groups), TILE // (block_c * block_j))
     else:
         block_j = min(next_power_of_2(J), WIDEST)
         block_r = min(next_power_of_2(groups), TILE // block_j)
         block_c = min(next_power_of_2(layout.C), TILE // (block_j * block_r))
-    num_warps = max(block_c * block_j * block_r // 256, 1)  # addresses take as many registers as elements do
+    num_warps = max(block_c * block_j * block_r // (512 if align * itemsize >= 16 else 256), 1)
     blocks_j, tiles = cdiv(J, block_j), cdiv(groups, block_r)
     programs = layout.N * cdiv(layout.C, block_c) * blocks_j
     least = cdiv(MIN_ROWS, block_r * G) if layout.channels_last else tiles
@@ -114,9 +114,9 @@ def _line_offsets(c, line, C, L, CHANNELS_LAST: tl.constexpr):
 
 
 @triton.jit
-def _columns(ptr, c, j, C, H, W, J, CHANNELS_LAST: tl.constexpr):
+def _columns(ptr, c, j, C, H, W, J, CHANNELS_LAST: tl.constexpr, G: tl.constexpr):
     """The columns' values of a group's elements, [BLOCK_C, 1, BLOCK_J]."""
-    offsets = _line_offsets(c, H + j % W, C, H + W, CHANNELS_LAST)
+    offsets = _line_offsets(c, H + (j if G == 1 else j % W), C, H + W, CHANNELS_LAST)
     return tl.load(ptr + offsets, mask=(c < C)[:, None] & (j < J)[None, :], other=0.0)[:, None, :]
 
 
@@ -136,12 +136,13 @@ def _rows(ptr, c, r, j, C, H, W, CHANNELS_LAST: tl.constexpr, G: tl.constexpr):
 def _sums_kernel(
     x_ptr, grad_ptr, gates_ptr, residual_ptr, dresidual_ptr, out_ptr,
     C, H, W, stride_n, stride_o, slots, steps, row_divisor, column_divisor,
-    ACTIVATION: tl.constexpr, CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr, G: tl.constexpr,
+    DENSE: tl.constexpr, ACTIVATION: tl.constexpr, CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr, G: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_J: tl.constexpr,
 ):  # fmt: skip
     """out [N, slots, lines] = sums of x over W and over H, in one read; of g' x times the other axis' gate, with grad.
 
-    g' = grad * act'(x * gates + residual) is stored in dresidual, where there is an activation.
+    g' = grad * act'(x * gates + residual) is stored in dresidual, where there is an activation. A DENSE x has grad's
+    addresses, which saves the registers of a second set of them.
     """
     acc_ty = out_ptr.dtype.element_ty
     J = _group(W, CHANNELS_LAST, ALIGN, G)
@@ -150,25 +151,27 @@ def _sums_kernel(
     part = tl.program_id(1)
     if grad_ptr is not None:
         lines = gates_ptr + n * C * (H + W)
-        columns = _columns(lines, c, j, C, H, W, J, CHANNELS_LAST)
+        columns = _columns(lines, c, j, C, H, W, J, CHANNELS_LAST, G)
     out = out_ptr + (n * slots + block) * C * (H + W)
     acc = tl.zeros([BLOCK_C, BLOCK_R, BLOCK_J], acc_ty)
     for step in range(steps):
         r = (part * steps + step) * BLOCK_R + tl.arange(0, BLOCK_R)
         mask = _mask(c, r, j, C, groups, J, CHANNELS_LAST, ALIGN)
-        x_offsets = n * stride_n + _offsets(c, r, j, J, stride_o, CHANNELS_LAST, ALIGN)
+        stride_dense = C if CHANNELS_LAST else groups * J
+        offsets = n * C * (groups * J) + _offsets(c, r, j, J, stride_dense, CHANNELS_LAST, ALIGN)
+        x_offsets = offsets
+        if not DENSE:
+            x_offsets = n * stride_n + _offsets(c, r, j, J, stride_o, CHANNELS_LAST, ALIGN)
         v = tl.load(x_ptr + x_offsets, mask=mask, other=0.0).to(acc_ty)
         along = v
         if grad_ptr is not None:
-            offsets = n * C * (groups * J) + _offsets(
-                c, r, j, J, C if CHANNELS_LAST else groups * J, CHANNELS_LAST, ALIGN
-            )
-            g = tl.load(grad_ptr + offsets, mask=mask, other=0.0).to(acc_ty)
             rows = _rows(lines, c, r, j, C, H, W, CHANNELS_LAST, G)
             if ACTIVATION != NONE:
                 z = v * (rows * columns)
                 if residual_ptr is not None:
                     z += tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(acc_ty)
+            g = tl.load(grad_ptr + offsets, mask=mask, other=0.0).to(acc_ty)
+            if ACTIVATION != NONE:
                 g = activation_grad(g, z, ACTIVATION)
                 tl.store(dresidual_ptr + offsets, g, mask=mask)
             v *= g
@@ -181,8 +184,12 @@ def _sums_kernel(
             row_mask = (c < C)[:, None] & (r < groups)[None, :]
             tl.store(out + offsets_k, tl.sum(of_row, 2) / row_divisor, mask=row_mask)
     # Element j of a group belongs to its image row j // W, and that row has a slot of its own.
-    slot = (n * slots + part * G + j // W) * C * (H + W)
-    offsets = slot[None, :] + _line_offsets(c, H + j % W, C, H + W, CHANNELS_LAST)
+    first = (n * slots + part * G) * C * (H + W)
+    if G == 1:
+        offsets = first + _line_offsets(c, H + j, C, H + W, CHANNELS_LAST)
+    else:
+        in_row = _line_offsets(c, H + j % W, C, H + W, CHANNELS_LAST)
+        offsets = first + (j // W).to(tl.int64)[None, :] * C * (H + W) + in_row
     tl.store(out_ptr + offsets, tl.sum(acc, 1) / column_divisor, mask=(c < C)[:, None] & (j < J)[None, :])
 
 
@@ -217,9 +224,9 @@ def _axis_map_kernel(
     groups = H // G
     n, _, c, j = _program(C, J, BLOCK_C, BLOCK_J)
     lines = n * C * (H + W)
-    columns = _columns(gates_ptr + lines, c, j, C, H, W, J, CHANNELS_LAST)
+    columns = _columns(gates_ptr + lines, c, j, C, H, W, J, CHANNELS_LAST, G)
     if dmeans_ptr is not None:
-        dcolumns = _columns(dmeans_ptr + lines, c, j, C, H, W, J, CHANNELS_LAST) / H
+        dcolumns = _columns(dmeans_ptr + lines, c, j, C, H, W, J, CHANNELS_LAST, G) / H
     for step in range(steps):
         r = (tl.program_id(1) * steps + step) * BLOCK_R + tl.arange(0, BLOCK_R)
         mask = _mask(c, r, j, C, groups, J, CHANNELS_LAST, ALIGN)
@@ -266,7 +273,7 @@ def _sums(
     launch(
         _sums_kernel, p.programs, x, grad, gates, residual, dresidual, parts, C, H, W,
         layout.stride_n, layout.stride_o, slots, p.steps, *(divisors if slots == 1 else (1, 1)),
-        ACTIVATION=activation, **p.tile._asdict(), parts=p.parts,
+        DENSE=layout.is_dense(x), ACTIVATION=activation, **p.tile._asdict(), parts=p.parts,
     )  # fmt: skip
     if slots > 1:
         launch(

@@ -86,7 +86,7 @@ _SK = Entry(
     5,
     8,
     epilogue=False,
-    takes=lambda shape: shape[0] > 1 and shape[0] * shape[2] * shape[3] >= 8,
+    takes=lambda shape: min(shape[:2]) > 1 and shape[0] * shape[2] * shape[3] >= 8,
     layers=True,
     ops=("branch_mean", "branch_sum", "branch_dot", "branch_grad"),
 )
@@ -153,6 +153,7 @@ ENTRIES = {
             0,
             0,
             epilogue=False,
+            takes=lambda shape: shape[1] > 1,  # the gradients of one channel's keys cancel
             saved=2.3,  # queries, keys, values and what comes of them
         ),
     )
