@@ -17,10 +17,13 @@ ledger = pytest.importorskip("tools.ledger", reason="not beside the repository's
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="reads a file")
 
 
-def test_every_op_and_target_is_listed():
+def test_every_module_and_target_is_listed():
     text = ledger.LEDGER.read_text(encoding="utf-8")
-    for name in (*(name for name, op in OPS.items() if op.launcher), *catalogue.ENTRIES):
-        assert f"| {name} |" in text, f"{name} is missing: make evidence"
+    for entry in catalogue.ENTRIES.values():
+        assert f"| {entry.name} |" in text, f"{entry.name} is missing: make evidence"
+        if any(OPS[op].launcher for op in entry.ops or (f"{entry.name}_fwd", f"{entry.name}_bwd")):
+            assert f"| {entry.name}_fwd |" in text, f"the traffic of {entry.name} is missing: make evidence"
+            assert f"| {entry.name}_bwd |" in text, f"the traffic of {entry.name} is missing: make evidence"
     for target in ledger.compiled.TARGETS:
         assert f"| {target} |" in text
 
