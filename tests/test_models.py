@@ -1,12 +1,16 @@
-"""AttentionResNet: the fused network is the reference network, in results, gradients and state_dict."""
+"""The models: the fused network is the reference network, in results, gradients and state_dict."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
+import visattn_fast as vf
+from cases import within_budget
+from outside import library
 from visattn_fast import catalogue
-from visattn_fast.models import GATES, AttentionResNet
+from visattn_fast.models import GATES, AttentionResNet, VGG16WithAttention
 
 attentions = pytest.mark.parametrize("attention", [*GATES, None])
 
@@ -87,3 +91,94 @@ def test_bad_input():
         AttentionResNet()(torch.zeros(2, 1, 8, 8))
     with pytest.raises(ValueError, match=r"x must have shape \[N, C, H, W\]"):
         AttentionResNet()(torch.zeros(3, 8, 8))
+
+
+@pytest.fixture(scope="module")
+def vgg() -> VGG16WithAttention:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return VGG16WithAttention(dropout=0.0).eval()
+
+
+def structure(**arguments) -> VGG16WithAttention:
+    """A network whose 138 million parameters hold nothing."""
+    with torch.device("meta"):
+        return VGG16WithAttention(**arguments)
+
+
+def vgg_run(network: VGG16WithAttention, x: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Logits, and the gradients of x and of all but the classifier's parameters."""
+    x = x.detach().requires_grad_()
+    inputs = {"x": x}
+    inputs.update((n, p) for n, p in network.named_parameters() if not n.startswith("classifier"))
+    y = network(x)
+    grad = catalogue.feature_map((*y.shape, 1, 1), dtype=torch.float64, seed=1).flatten(1).to(y.dtype)
+    return {"y": y.detach(), **dict(zip(inputs, torch.autograd.grad(y, list(inputs.values()), grad), strict=True))}
+
+
+def test_vgg_structure():
+    """VGG-16's layers under torchvision's names, and the right attention before each pool."""
+    convolutions = [0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28]
+    for fused, attention in ((True, vf.FastLocalAttention), (False, vf.reference.LocalAttention)):
+        network = structure(num_classes=7, fused=fused)
+        assert [type(gate) for gate in network.attentions] == [attention] * 5
+        assert [i for i, layer in enumerate(network.features) if isinstance(layer, nn.Conv2d)] == convolutions
+        assert [i for i, layer in enumerate(network.features) if isinstance(layer, nn.MaxPool2d)] == [4, 9, 16, 23, 30]
+        assert [layer.p for layer in network.classifier if isinstance(layer, nn.Dropout)] == [0.5, 0.5]
+        assert network(torch.zeros(2, 3, 45, 33, device="meta")).shape == (2, 7)
+
+
+def test_vgg_loads_torchvision():
+    with torch.device("meta"):
+        other = library("torchvision.models").vgg16().state_dict()
+    ours = structure().state_dict()
+    assert {name: t.shape for name, t in other.items()} == {
+        name: t.shape for name, t in ours.items() if not name.startswith("attentions.")
+    }
+    missing, unexpected = structure().load_state_dict(other, strict=False, assign=True)
+    assert not unexpected
+    assert all(key.startswith("attentions.") for key in missing)
+
+
+def test_vgg_initialisation(vgg):
+    assert all(not p.any() for name, p in vgg.named_parameters() if name.endswith("bias"))
+    for layer in (vgg.features[2], vgg.features[28], vgg.classifier[3], vgg.attentions[4].spatial_attention[0]):
+        deviation = (2 / layer.weight[0].numel()) ** 0.5
+        assert layer.weight.std().item() == pytest.approx(deviation, rel=0.05)
+    gates = vf.attention_maps(vgg, catalogue.feature_map((1, 3, 64, 64)))
+    assert len(gates) == 10
+    assert all((gate - 0.5).abs().max() < 0.02 for gate in gates.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_vgg_fused_is_reference(vgg, dtype):
+    x = catalogue.feature_map((2, 3, 32, 40))
+    exact = structure(dropout=0.0, fused=False)
+    exact.load_state_dict({name: t.double() for name, t in vgg.state_dict().items()}, assign=True)
+    runs = []
+    for fused in (True, False):
+        network = structure(dropout=0.0, fused=fused)
+        network.load_state_dict({name: t.to(dtype) for name, t in vgg.state_dict().items()}, assign=True)
+        runs.append(vgg_run(network, x.to(dtype)))
+    oracle = vgg_run(exact, x.double())
+    within_budget(*runs, oracle, oracle)
+
+
+def test_vgg_state_dict_crosses(vgg):
+    other = structure(fused=False)
+    assert list(other.state_dict()) == list(vgg.state_dict())
+    other.load_state_dict(vgg.state_dict(), assign=True)
+    x = catalogue.feature_map((1, 3, 32, 32))
+    with torch.no_grad():
+        torch.testing.assert_close(other.eval()(x), vgg(x))
+
+
+def test_vgg_bad_input():
+    with pytest.raises(ValueError, match="num_classes must be a positive int, got 0"):
+        VGG16WithAttention(num_classes=0)
+    with pytest.raises(ValueError, match="dropout"):
+        structure(dropout=2.0)
+    with pytest.raises(ValueError, match=r"x must have 3 channels.*\(2, 1, 32, 32\)"):
+        structure()(torch.zeros(2, 1, 32, 32, device="meta"))
+    with pytest.raises(ValueError, match=r"at least 32 pixels high and wide, got shape \(1, 3, 31, 64\)"):
+        structure()(torch.zeros(1, 3, 31, 64, device="meta"))
