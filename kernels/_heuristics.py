@@ -14,6 +14,7 @@ PROGRAMS = 1024  # about eight per streaming multiprocessor of the largest chips
 MIN_STEPS = 4  # tiles that are worth a partial result and its part of a second launch
 TILE = 2048  # elements of a tile that accumulates
 SCALE_TILE = 4096  # elements of a tile that is read and written once
+PLANE_TILE = 16384  # elements of a tile of whole planes, kept in registers between two uses
 
 
 # triton.cdiv and triton.next_power_of_2 are made to be called from kernels, too, and cost microseconds here.
@@ -45,6 +46,20 @@ def tile(layout: Layout, elements: int = TILE) -> Tile:
     num_warps = max(block_inner * block_outer // per_warp, 1)
     blocks = (block_inner, block_outer) if layout.channels_last else (block_outer, block_inner)
     return Tile(layout.channels_last, layout.align, *blocks, num_warps)
+
+
+def plane_tile(layout: Layout, limit: int) -> Tile | None:
+    """A tile that holds whole planes, so that one program reads them once and does all; None where none fits.
+
+    With the channels inside, a tile has at least 16 of them: 32 bytes of a 16-bit map, the least that memory moves.
+    """
+    block_p, channels = next_power_of_2(layout.HW), next_power_of_2(layout.C)
+    least = min(channels, 16) if layout.channels_last else 1
+    if block_p * least > limit:
+        return None
+    block_c = max(least, min(channels, TILE // block_p))
+    num_warps = min(max(block_c * block_p // 512, 1), 16)
+    return Tile(layout.channels_last, layout.align, block_c, block_p, num_warps)
 
 
 def tiles(layout: Layout, t: Tile) -> int:

@@ -116,7 +116,8 @@ def oracle(
     plain: nn.Module, x: Tensor, residual: Tensor | None = None, activation: str | None = None
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The run of ``plain`` in float64, and again with parameters and output gradient rounded: what rounding can do."""
-    eps, double = torch.finfo(next(plain.parameters()).dtype).eps, copy.deepcopy(plain).double()
+    dtype = next((p.dtype for p in plain.parameters()), x.dtype)
+    eps, double = torch.finfo(dtype).eps, copy.deepcopy(plain).double()
     inputs = (x.double(), None if residual is None else residual.double(), activation)
     exact = run(double, *inputs)
     generator = torch.Generator().manual_seed(0)

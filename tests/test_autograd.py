@@ -120,7 +120,8 @@ def test_frozen_inputs(entry):
     torch.testing.assert_close(leaf.grad, expected["x"])
     assert all(p.grad is None for p in fast.parameters())
     fast.requires_grad_(True)
-    fast(x).backward(grad)
+    if list(fast.parameters()):
+        fast(x).backward(grad)
     for name, p in fast.named_parameters():
         torch.testing.assert_close(p.grad, expected[name])
     fast.requires_grad_(False)

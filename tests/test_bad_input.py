@@ -11,7 +11,8 @@ from visattn_fast import catalogue, reference
 entries = pytest.mark.parametrize("entry", catalogue.ENTRIES.values(), ids=lambda e: e.name)
 
 X = torch.randn(2, 32, 4, 4)
-ANY_CHANNELS = ("spatial_attention",)
+ANY_CHANNELS = ("spatial_attention", "simam")
+NO_PARAMETERS = ("simam",)
 BAD_CALLS = {
     "rank": (lambda m: m(X[0]), ValueError, r"x must have shape \[N, C, H, W\], got 3 dimensions: \(32, 4, 4\)"),
     "channels": (lambda m: m(X[:, :8]), ValueError, r"x must have 32 channels, .*got shape \(2, 8, 4, 4\)"),
@@ -59,6 +60,8 @@ BAD_ARGUMENTS = [
     (lambda r: r.SOCA(4), r"channels must be at least reduction=8, got 4"),
     (lambda r: r.CrissCross(4), r"channels must be at least reduction=8, got 4"),
     (lambda r: r.CBAM(32, kernel_size=5), r"kernel_size must be 3 or 7, got 5"),
+    (lambda r: r.SimAM(0), r"e_lambda must be a positive number, got 0"),
+    (lambda r: r.SimAM("a"), r"e_lambda must be a positive number, got 'a'"),
 ]
 
 
@@ -69,6 +72,8 @@ def test_bad_calls(entry, which, name):
     call, error, message = BAD_CALLS[name]
     if name == "channels" and entry.name in ANY_CHANNELS:
         pytest.skip("takes any number of channels")
+    if name == "device" and entry.name in NO_PARAMETERS:
+        pytest.skip("has no parameters to be elsewhere")
     with pytest.raises(error, match=message):
         call(entry.pair(32)[which])
 
@@ -123,6 +128,7 @@ BAD_WEIGHTS = [
         lambda f: f.channel_attention(X, torch.ones(4, 32, 3, 3), torch.ones(32, 4, 1, 1)),
         r"w1 must have shape \[4, 32\], got \[4, 32, 3, 3\]",
     ),
+    (lambda f: f.simam(X, float("nan")), r"e_lambda must be a positive number, got nan"),
     (lambda f: f.eca(X, torch.ones(1, 1, 4)), r"kernel size of weight must be odd, .*got 4"),
     (lambda f: f.eca(X, torch.ones(3)), r"weight must have shape \[1, 1, k\], got \[3\]"),
     (lambda f: f.spatial_attention(X, torch.ones(1, 2, 4, 4)), r"kernel size of wconv must be odd, .*got 4"),

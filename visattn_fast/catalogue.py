@@ -110,6 +110,7 @@ ENTRIES = {
         _evaluated(_COORD_ATT),
         _SK,
         _evaluated(_SK),
+        Entry("simam", modules.FastSimAM, reference.SimAM, lambda c: {}, 2, 3),
         Entry(
             "channel_attention",
             modules.FastChannelAttention,

@@ -201,6 +201,38 @@ VF_INLINE inline void transpose(V (&v)[2]) {
   v[0] = first;
 }
 
+// Two vectors taken as one run of elements: those at even and those at odd places.
+template <class V>
+VF_INLINE inline void unzip(V low, V high, V& even, V& odd) {
+  constexpr int lanes = sizeof(V) / sizeof(low[0]);
+  if constexpr (lanes == 8) {
+    even = VF_SHUFFLE(low, high, 0, 2, 4, 6, 8, 10, 12, 14);
+    odd = VF_SHUFFLE(low, high, 1, 3, 5, 7, 9, 11, 13, 15);
+  } else if constexpr (lanes == 4) {
+    even = VF_SHUFFLE(low, high, 0, 2, 4, 6);
+    odd = VF_SHUFFLE(low, high, 1, 3, 5, 7);
+  } else {
+    even = VF_SHUFFLE(low, high, 0, 2);
+    odd = VF_SHUFFLE(low, high, 1, 3);
+  }
+}
+
+// The inverse of unzip.
+template <class V>
+VF_INLINE inline void zip(V even, V odd, V& low, V& high) {
+  constexpr int lanes = sizeof(V) / sizeof(even[0]);
+  if constexpr (lanes == 8) {
+    low = VF_SHUFFLE(even, odd, 0, 8, 1, 9, 2, 10, 3, 11);
+    high = VF_SHUFFLE(even, odd, 4, 12, 5, 13, 6, 14, 7, 15);
+  } else if constexpr (lanes == 4) {
+    low = VF_SHUFFLE(even, odd, 0, 4, 1, 5);
+    high = VF_SHUFFLE(even, odd, 2, 6, 3, 7);
+  } else {
+    low = VF_SHUFFLE(even, odd, 0, 2);
+    high = VF_SHUFFLE(even, odd, 1, 3);
+  }
+}
+
 // The lanes moved by half, quarter, ... of the vector: after log2(lanes) steps each lane has met every other.
 template <int step, class V>
 VF_INLINE inline V rotate(V v) {

@@ -8,6 +8,7 @@ from .local_attention import local_attention
 from .scse import scse
 from .se import se
 from .sequence import additive_score, masked_attention
+from .simam import simam
 from .sk import sk
 from .soca import soca
 
@@ -22,6 +23,7 @@ __all__ = [
     "masked_attention",
     "scse",
     "se",
+    "simam",
     "sk",
     "soca",
     "spatial_attention",

@@ -8,6 +8,7 @@ from .local_attention import FastLocalAttention
 from .scse import FastscSE
 from .se import FastSE
 from .sequence import FastAttentionLayer, FastAttentionPooling, FastSequenceAttention
+from .simam import FastSimAM
 from .sk import FastSK
 from .soca import FastSOCA
 
@@ -24,6 +25,7 @@ __all__ = [
     "FastSK",
     "FastSOCA",
     "FastSequenceAttention",
+    "FastSimAM",
     "FastSpatialAttention",
     "FastscSE",
 ]

@@ -11,6 +11,7 @@ from .eca import ECAFunction
 from .local_attention import LocalAttentionFunction
 from .scse import ScSEFunction
 from .se import SEFunction, se_mathematics
+from .simam import SimAMFunction
 from .sk import SKFunction
 from .soca import SOCAFunction
 from .spatial_attention import SpatialAttentionFunction
@@ -27,6 +28,7 @@ __all__ = [
     "SKFunction",
     "SOCAFunction",
     "ScSEFunction",
+    "SimAMFunction",
     "SpatialAttentionFunction",
     "fits_a_block",
     "mixed",

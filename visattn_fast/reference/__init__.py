@@ -12,6 +12,7 @@ from .masking import masked_softmax
 from .scse import scSE, scse
 from .se import SE, se
 from .sequence_attention import SequenceAttention, additive_score
+from .simam import SimAM, simam
 from .sk import SK, sk
 from .soca import SOCA, soca
 
@@ -28,6 +29,7 @@ __all__ = [
     "CrissCross",
     "LocalAttention",
     "SequenceAttention",
+    "SimAM",
     "SpatialAttention",
     "additive_score",
     "cbam",
@@ -41,6 +43,7 @@ __all__ = [
     "scSE",
     "scse",
     "se",
+    "simam",
     "sk",
     "soca",
     "spatial_attention",

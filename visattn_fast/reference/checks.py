@@ -17,6 +17,12 @@ def check_positive(name: str, value: int) -> None:
         raise ValueError(f"{name} must be a positive int, got {value!r}")
 
 
+def check_positive_number(name: str, value: float) -> None:
+    """Raises ValueError unless ``value`` is a positive finite number."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < float("inf"):
+        raise ValueError(f"{name} must be a positive number, got {value!r}")
+
+
 def check_odd(name: str, value: int) -> None:
     """Raises ValueError unless ``value`` is a positive odd int."""
     check_positive(name, value)

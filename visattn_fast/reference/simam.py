@@ -1,0 +1,68 @@
+"""SimAM in plain PyTorch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .checks import check_feature_map, check_positive_number
+
+
+def simam_gate(x: Tensor, e_lambda: float = 1e-4) -> Tensor:
+    """The gate of `simam`, ``[N, C, H, W]``."""
+    check_feature_map(x)
+    check_positive_number("e_lambda", e_lambda)
+    squares = (x - x.mean((2, 3), keepdim=True)).square()
+    variance = squares.sum((2, 3), keepdim=True) / max(x.shape[2] * x.shape[3] - 1, 1)
+    return torch.sigmoid(squares / (4 * (variance + e_lambda)) + 0.5)
+
+
+def simam(x: Tensor, e_lambda: float = 1e-4) -> Tensor:
+    """``x * sigmoid(d^2 / (4 (sum(d^2) / (HW - 1) + e_lambda)) + 0.5)``, ``d = x - mean(x)``; over H and W.
+
+    The variance of a 1x1 map is 0, where the original divides by zero.
+
+    Args:
+        x: ``[N, C, H, W]``.
+        e_lambda: what keeps the quotient finite, positive.
+
+    Returns:
+        ``[N, C, H, W]``.
+
+    Raises:
+        ValueError: a shape that does not fit, an ``e_lambda`` that is not positive.
+        TypeError: a dtype that is not floating.
+    """
+    return x * simam_gate(x, e_lambda)
+
+
+class SimAM(nn.Module):
+    """Parameter-free attention (Yang et al., "SimAM", ICML 2021).
+
+    ``y = x * sigmoid(d^2 / (4 (sum(d^2) / (HW - 1) + e_lambda)) + 0.5)`` with ``d = x - mean(x)``, mean and sum over H
+    and W: ``[N, C, H, W]`` -> ``[N, C, H, W]``. The variance of a 1x1 map is 0.
+
+    Args:
+        e_lambda: what keeps the quotient finite.
+
+    Raises:
+        ValueError: an ``e_lambda`` that is not positive.
+
+    ``state_dict``: empty.
+    """
+
+    def __init__(self, e_lambda: float = 1e-4) -> None:
+        super().__init__()
+        check_positive_number("e_lambda", e_lambda)
+        self.e_lambda = e_lambda
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[N, C, H, W]`` -> ``[N, C, H, W]``."""
+        return simam(x, self.e_lambda)
+
+    def attention(self, x: Tensor) -> dict[str, Tensor]:
+        """``{"element": [N, C, H, W]}``: the gate of every element of x."""
+        return {"element": simam_gate(x, self.e_lambda)}
+
+    def extra_repr(self) -> str:
+        return f"e_lambda={self.e_lambda}"
