@@ -47,12 +47,12 @@ def _x_channel(c, C, KIND: tl.constexpr):
 
 @triton.jit
 def _load_x(
-    x_ptr, c, p, C, HW, stride_o, KIND: tl.constexpr, CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr,
+    x_ptr, c0, c, p, C, HW, stride_o, KIND: tl.constexpr, CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """The tile of x behind channels c of y."""
+    """The tile of x behind channels c of y, the first of which is c0."""
     if KIND == SHUFFLE and CHANNELS_LAST:
-        j = tl.min(c, 0) // 2 + tl.arange(0, BLOCK_C // 2)
+        j = c0 // 2 + tl.arange(0, BLOCK_C // 2)
         HALF: tl.constexpr = (ALIGN + 1) // 2
         mask = tile_mask(j, p, C // 2, HW, CHANNELS_LAST, HALF)
         first = tile_offsets(j, p, stride_o, CHANNELS_LAST, HALF)
@@ -68,13 +68,13 @@ def _load_x(
 
 @triton.jit
 def _store_dx(
-    dx_ptr, dx, c, p, C, HW, KIND: tl.constexpr, CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr,
+    dx_ptr, dx, c0, c, p, C, HW, KIND: tl.constexpr, CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """The inverse of `_load_x`, into a dense map."""
     dx = dx.to(dx_ptr.dtype.element_ty)
     if KIND == SHUFFLE and CHANNELS_LAST:
-        j = tl.min(c, 0) // 2 + tl.arange(0, BLOCK_C // 2)
+        j = c0 // 2 + tl.arange(0, BLOCK_C // 2)
         HALF: tl.constexpr = (ALIGN + 1) // 2
         mask = tile_mask(j, p, C // 2, HW, CHANNELS_LAST, HALF)
         a, b = tl.split(tl.permute(tl.reshape(dx, [BLOCK_C // 2, 2, p.shape[0]]), 0, 2, 1))
@@ -84,6 +84,15 @@ def _store_dx(
         stride_o = C if CHANNELS_LAST else HW
         offsets = tile_offsets(_x_channel(c, C, KIND), p, stride_o, CHANNELS_LAST, ALIGN)
         tl.store(dx_ptr + offsets, dx, mask=tile_mask(c, p, C, HW, CHANNELS_LAST, ALIGN))
+
+
+@triton.jit
+def _program_tile(C, HW, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr):
+    """As `program_tile`, with the first channel as a number: alignment is seen through it, not through a minimum."""
+    n, c, p = program_tile(C, HW, BLOCK_C, BLOCK_P)
+    pid = tl.num_programs(0) - 1 - tl.program_id(0)
+    c0 = pid // tl.cdiv(HW, BLOCK_P) % tl.cdiv(C, BLOCK_C) * BLOCK_C
+    return n, c0, c, p
 
 
 @triton.jit
@@ -158,9 +167,9 @@ def _plane_fwd_kernel(
 ):  # fmt: skip
     """Statistics and gate of whole planes: mean and scale [N, C], y. Reads x once."""
     acc_ty = mean_ptr.dtype.element_ty
-    n, c, p = program_tile(C, HW, BLOCK_C, BLOCK_P)
+    n, c0, c, p = _program_tile(C, HW, BLOCK_C, BLOCK_P)
     mask = tile_mask(c, p, C, HW, CHANNELS_LAST, ALIGN)
-    x = _load_x(x_ptr + n * stride_n, c, p, C, HW, stride_o, KIND, CHANNELS_LAST, ALIGN, BLOCK_C).to(acc_ty)
+    x = _load_x(x_ptr + n * stride_n, c0, c, p, C, HW, stride_o, KIND, CHANNELS_LAST, ALIGN, BLOCK_C).to(acc_ty)
     mean = tl.sum(x, 1) / HW
     d = tl.where(mask, x - mean[:, None], 0.0)
     scale = _scale_of(tl.sum(d * d, 1), HW, EPS, KIND)
@@ -185,10 +194,10 @@ def _plane_bwd_kernel(
 ):  # fmt: skip
     """dx of whole planes and, for kinds with parameters, the sums of r and r d [N, 2, C]. Reads x and grad once."""
     acc_ty = mean_ptr.dtype.element_ty
-    n, c, p = program_tile(C, HW, BLOCK_C, BLOCK_P)
+    n, c0, c, p = _program_tile(C, HW, BLOCK_C, BLOCK_P)
     mask = tile_mask(c, p, C, HW, CHANNELS_LAST, ALIGN)
     offsets = n * C * HW + tile_offsets(c, p, C if CHANNELS_LAST else HW, CHANNELS_LAST, ALIGN)
-    x = _load_x(x_ptr + n * stride_n, c, p, C, HW, stride_o, KIND, CHANNELS_LAST, ALIGN, BLOCK_C).to(acc_ty)
+    x = _load_x(x_ptr + n * stride_n, c0, c, p, C, HW, stride_o, KIND, CHANNELS_LAST, ALIGN, BLOCK_C).to(acc_ty)
     g = tl.load(grad_ptr + offsets, mask=mask, other=0.0).to(acc_ty)
     cx = _x_channel(c, C, KIND)
     mean = tl.load(mean_ptr + n * C + cx, mask=c < C, other=0.0)
@@ -207,7 +216,7 @@ def _plane_bwd_kernel(
         tl.store(sums_ptr + n * 2 * C + cx, sum_r, mask=c < C)
         tl.store(sums_ptr + (n * 2 + 1) * C + cx, sum_rd, mask=c < C)
     dx = _dx_tile(x, g, d, s, mean, scale, a, k, spatial, sum_r, sum_rd, sum_rdd, HW, KIND)
-    _store_dx(dx_ptr + n * C * HW, dx, c, p, C, HW, KIND, CHANNELS_LAST, ALIGN, BLOCK_C)
+    _store_dx(dx_ptr + n * C * HW, dx, c0, c, p, C, HW, KIND, CHANNELS_LAST, ALIGN, BLOCK_C)
 
 
 @triton.jit
@@ -278,10 +287,10 @@ def _gate_kernel(
 ):  # fmt: skip
     """y, from statistics [G, C] that lie stats_n apart for each image."""
     acc_ty = mean_ptr.dtype.element_ty
-    n, c, p = program_tile(C, HW, BLOCK_C, BLOCK_P)
+    n, c0, c, p = _program_tile(C, HW, BLOCK_C, BLOCK_P)
     mask = tile_mask(c, p, C, HW, CHANNELS_LAST, ALIGN)
     offsets = n * C * HW + tile_offsets(c, p, C if CHANNELS_LAST else HW, CHANNELS_LAST, ALIGN)
-    x = _load_x(x_ptr + n * stride_n, c, p, C, HW, stride_o, KIND, CHANNELS_LAST, ALIGN, BLOCK_C).to(acc_ty)
+    x = _load_x(x_ptr + n * stride_n, c0, c, p, C, HW, stride_o, KIND, CHANNELS_LAST, ALIGN, BLOCK_C).to(acc_ty)
     cx = _x_channel(c, C, KIND)
     mean = tl.load(mean_ptr + n * stats_n + cx, mask=c < C, other=0.0)
     scale = tl.load(scale_ptr + n * stats_n + cx, mask=c < C, other=0.0)
@@ -308,7 +317,8 @@ def _sums_kernel(
     blocks = tl.cdiv(C, BLOCK_C)
     n = (tl.program_id(0) // blocks).to(tl.int64)
     part = tl.program_id(1)
-    c = tl.program_id(0) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
+    c0 = tl.program_id(0) % blocks * BLOCK_C
+    c = c0 + tl.arange(0, BLOCK_C)
     cx = _x_channel(c, C, KIND)
     mean = tl.load(mean_ptr + n * stats_n + cx, mask=c < C, other=0.0)
     scale = tl.load(scale_ptr + n * stats_n + cx, mask=c < C, other=0.0)
@@ -320,7 +330,7 @@ def _sums_kernel(
         p = (part * steps + step) * BLOCK_P + tl.arange(0, BLOCK_P)
         mask = tile_mask(c, p, C, HW, CHANNELS_LAST, ALIGN)
         offsets = n * C * HW + tile_offsets(c, p, C if CHANNELS_LAST else HW, CHANNELS_LAST, ALIGN)
-        x = _load_x(x_ptr + n * stride_n, c, p, C, HW, stride_o, KIND, CHANNELS_LAST, ALIGN, BLOCK_C).to(acc_ty)
+        x = _load_x(x_ptr + n * stride_n, c0, c, p, C, HW, stride_o, KIND, CHANNELS_LAST, ALIGN, BLOCK_C).to(acc_ty)
         g = tl.load(grad_ptr + offsets, mask=mask, other=0.0).to(acc_ty)
         d, s = _deviation_and_gate(x, mean, scale, a, b, k, spatial, KIND)
         if ACTIVATION != NONE:
@@ -335,7 +345,7 @@ def _sums_kernel(
         sum_rdd += tl.sum(r * d * d, 1)
         if dx_ptr is not None:
             dx = g * s + r * (a * scale)[:, None]
-            _store_dx(dx_ptr + n * C * HW, dx, c, p, C, HW, KIND, CHANNELS_LAST, ALIGN, BLOCK_C)
+            _store_dx(dx_ptr + n * C * HW, dx, c0, c, p, C, HW, KIND, CHANNELS_LAST, ALIGN, BLOCK_C)
     row = (n * tl.num_programs(1) + part) * 3 * C
     tl.store(parts_ptr + row + cx, sum_r, mask=c < C)
     tl.store(parts_ptr + row + C + cx, sum_rd, mask=c < C)
@@ -350,10 +360,10 @@ def _self_gate_dx_kernel(
 ):  # fmt: skip
     """dx, from g' and the sums [G, 3, C]."""
     acc_ty = mean_ptr.dtype.element_ty
-    n, c, p = program_tile(C, HW, BLOCK_C, BLOCK_P)
+    n, c0, c, p = _program_tile(C, HW, BLOCK_C, BLOCK_P)
     mask = tile_mask(c, p, C, HW, CHANNELS_LAST, ALIGN)
     offsets = n * C * HW + tile_offsets(c, p, C if CHANNELS_LAST else HW, CHANNELS_LAST, ALIGN)
-    x = _load_x(x_ptr + n * stride_n, c, p, C, HW, stride_o, KIND, CHANNELS_LAST, ALIGN, BLOCK_C).to(acc_ty)
+    x = _load_x(x_ptr + n * stride_n, c0, c, p, C, HW, stride_o, KIND, CHANNELS_LAST, ALIGN, BLOCK_C).to(acc_ty)
     g = tl.load(grad_ptr + offsets, mask=mask, other=0.0).to(acc_ty)
     cx = _x_channel(c, C, KIND)
     mean = tl.load(mean_ptr + n * stats_n + cx, mask=c < C, other=0.0)
@@ -365,7 +375,7 @@ def _self_gate_dx_kernel(
     a, b, k, spatial = _parameters(p0, p1, p2, p3, p4, p5, cx, C, K, acc_ty, KIND)
     d, s = _deviation_and_gate(x, mean, scale, a, b, k, spatial, KIND)
     dx = _dx_tile(x, g, d, s, mean, scale, a, k, spatial, sum_r, sum_rd, sum_rdd, count, KIND)
-    _store_dx(dx_ptr + n * C * HW, dx, c, p, C, HW, KIND, CHANNELS_LAST, ALIGN, BLOCK_C)
+    _store_dx(dx_ptr + n * C * HW, dx, c0, c, p, C, HW, KIND, CHANNELS_LAST, ALIGN, BLOCK_C)
 
 
 class Gate(NamedTuple):
@@ -386,10 +396,20 @@ class Gate(NamedTuple):
         return 1 if self.parameters[0] is None else self.parameters[0].numel()
 
 
+def _exchanges(layout: Layout, gate: Gate) -> bool:
+    """Whether tiles of x are made of two halves."""
+    return gate.kind == SHUFFLE and layout.channels_last
+
+
+def _for_halves(t: Tile, layout: Layout, gate: Gate) -> Tile:
+    """Half as many threads where tiles are made of halves, so that each still has a whole 16 bytes of a half."""
+    return t._replace(num_warps=max(t.num_warps // 2, 1)) if _exchanges(layout, gate) else t
+
+
 def _plane_tile(layout: Layout, gate: Gate, backward: bool = False) -> Tile | None:
     # Backward keeps x and grad in registers. Halves of a shuffled tile meet in shared memory, of which not every chip
     # has enough for the largest tiles.
-    half = backward or (gate.kind == SHUFFLE and layout.channels_last)
+    half = backward or _exchanges(layout, gate)
     return None if gate.shared else plane_tile(layout, PLANE_TILE // 2 if half else PLANE_TILE)
 
 
@@ -424,10 +444,12 @@ def statistics(x: torch.Tensor, layout: Layout, gate: Gate) -> tuple[torch.Tenso
         _moments_kernel, layout.N * blocks, x, partial, layout.C, layout.HW, layout.stride_n, layout.stride_o, steps,
         **t._asdict(), parts=parts,
     )  # fmt: skip
+    if not layout.N:
+        return mean.zero_(), scale.zero_()
     rows = images * parts
     block = vector_block(layout.C, 64)
     launch(
-        _combine_moments_kernel, groups * cdiv(layout.C, block) if layout.N else 0,
+        _combine_moments_kernel, groups * cdiv(layout.C, block),
         partial, mean, scale, layout.C, layout.HW, rows, parts, steps * t.BLOCK_P, images * layout.HW,
         EPS=gate.eps, KIND=gate.kind.value, BLOCK_S=min(next_power_of_2(rows), TILE // block), BLOCK_L=block,
     )  # fmt: skip
@@ -440,7 +462,7 @@ def apply_gate(
 ) -> torch.Tensor:  # fmt: skip
     """y from statistics [G, C]. Reads x once."""
     y = layout.empty(x)
-    t = tile(layout, SCALE_TILE)
+    t = _for_halves(tile(layout, SCALE_TILE), layout, gate)
     launch(
         _gate_kernel, tiles(layout, t),
         x, None if residual is None else layout.dense(residual), y, mean, scale, *gate.parameters,
@@ -463,6 +485,8 @@ def self_gate_bwd(
     grad = layout.dense(grad)
     residual = None if residual is None or not activation else layout.dense(residual)
     dx, dresidual = layout.empty(x), layout.empty(x) if activation else x.new_empty(0)
+    if not layout.N:
+        return dx, dresidual, None
     t = _plane_tile(layout, gate, backward=True)
     if t is not None:
         sums = None if gate.kind == SIMAM else mean.new_empty((layout.N, 2, C))
@@ -476,6 +500,7 @@ def self_gate_bwd(
     stats_n = 0 if gate.shared else C
     groups, images = gate.groups(layout)
     t, blocks, parts, steps = reduction(layout, over_c=False)
+    t = _for_halves(t, layout, gate)
     partial = mean.new_empty((layout.N, parts, 3, C))
     launch(
         _sums_kernel, layout.N * blocks,
@@ -486,7 +511,7 @@ def self_gate_bwd(
     sums = mean.new_empty((groups, 3, C))
     combine(partial.view(groups, images * parts, 3 * C), None, sums)
     if not fixed:
-        t = tile(layout, SCALE_TILE)
+        t = _for_halves(tile(layout, SCALE_TILE), layout, gate)
         launch(
             _self_gate_dx_kernel, tiles(layout, t),
             dresidual if activation else grad, x, mean, scale, sums, *gate.parameters, dx,

@@ -19,6 +19,8 @@ pytest.importorskip("triton")
 cbam, channel_scale, eca, se, heuristics, layouts = (
     importlib.import_module(f"visattn_fast.kernels.{name}")
     for name in ("cbam", "channel_scale", "eca", "se", "_heuristics", "_layout")
+cbam, eca, nam, se, shuffle_attention, simam, heuristics, layouts = (
+    for name in ("cbam", "eca", "nam", "se", "shuffle_attention", "simam", "_heuristics", "_layout")
 )
 
 DEVICES = [device for device, backend in TARGETS if backend == "triton"]
@@ -115,4 +117,12 @@ def test_empty_batch_launches_nothing(monkeypatch):
     gradients += cbam.channel_attention_bwd(gate, x, w1, w2, gate, *small)
     gate, *small = cbam.spatial_attention_fwd(x, wconv)
     gradients += cbam.spatial_attention_bwd(gate, x, wconv, gate, *small)
+    y, *small = simam.simam_fwd(x, x, 1, 1e-4)
+    gradients += simam.simam_bwd(y, x, x, *small, 1)
+    six = [torch.ones(3)] * 6
+    y, *small = shuffle_attention.shuffle_attention_fwd(x, *six, x, 1, 1e-5)
+    gradients += shuffle_attention.shuffle_attention_bwd(y, x, *six, x, *small, 1)
+    c = torch.ones(6)
+    y, *small = nam.nam_fwd(x, c, c, None, None, x, 1, 1e-5)
+    gradients += nam.nam_bwd(y, x, c, c, x, *small, 1, 1e-5, False)
     assert all(not g.any() for g in gradients)

@@ -82,7 +82,16 @@ KEYS = {
     },
     "ChannelAttention": {"fc1.weight": (4, 32, 1, 1), "fc2.weight": (32, 4, 1, 1)},
     "SpatialAttention": {"conv1.weight": (1, 2, 7, 7)},
+    "NAM": {
+        **{f"bn2.{name}": (32,) for name in ("weight", "bias", "running_mean", "running_var")},
+        "bn2.num_batches_tracked": (),
+    },
     "SimAM": {},
+    "ShuffleAttention": {
+        **dict.fromkeys(("cweight", "cbias", "sweight", "sbias"), (1, 2, 1, 1)),
+        "gn.weight": (2,),
+        "gn.bias": (2,),
+    },
 }
 
 

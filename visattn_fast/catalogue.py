@@ -31,6 +31,7 @@ class Entry:
         saved: what is kept for the backward pass beside x and parameters, in multiples of the bytes of x of 64 channels
             and 576 pixels.
         ops: that its two directions are made of; without any, ``name_fwd`` and ``name_bwd``.
+        cut: parameters whose gradient leaves out a part of what they do, as the original has it.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Entry:
     layers: bool = False
     saved: float = 0.08  # four values a pixel, or two a row and a column of a channel
     ops: tuple[str, ...] = ()
+    cut: tuple[str, ...] = ()
 
     def pair(self, channels: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> tuple[nn.Module, nn.Module]:
         """A fast and a reference module with equal parameters, drawn from ``seed``; the caller's generator is kept.
@@ -91,6 +93,12 @@ _SK = Entry(
     ops=("branch_mean", "branch_sum", "branch_dot", "branch_grad"),
 )
 
+
+def _shuffle_groups(channels: int) -> int:
+    """The largest of 8, 4, 2 and 1 that shuffle attention takes for an even number of channels."""
+    return next(g for g in (8, 4, 2, 1) if channels % (2 * g) == 0 or g == 1)
+
+
 ENTRIES = {
     entry.name: entry
     for entry in (
@@ -111,6 +119,36 @@ ENTRIES = {
         _SK,
         _evaluated(_SK),
         Entry("simam", modules.FastSimAM, reference.SimAM, lambda c: {}, 2, 3),
+        Entry(
+            "shuffle_attention",
+            modules.FastShuffleAttention,
+            reference.ShuffleAttention,
+            lambda c: {"channels": c, "groups": _shuffle_groups(c)},
+            2,
+            3,
+            takes=lambda shape: shape[1] % 2 == 0,
+        ),
+        Entry(
+            "nam",
+            modules.FastNAM,
+            reference.NAM,
+            lambda c: {"channels": c},
+            3,
+            5,
+            takes=lambda shape: shape[0] * shape[2] * shape[3] != 1,
+            cut=("bn2.weight",),
+        ),
+        Entry(
+            "nam_eval",
+            modules.FastNAM,
+            reference.NAM,
+            lambda c: {"channels": c},
+            2,
+            3,
+            training=False,
+            ops=("nam_fwd", "nam_bwd"),
+            cut=("bn2.weight",),
+        ),
         Entry(
             "channel_attention",
             modules.FastChannelAttention,

@@ -115,7 +115,10 @@ struct Lanes {
     return out;
   }
   VF_INLINE Vec<A> deviation(Vec<A> x) const { return (m == m) ? x - m : Vec<A>{}; }
-  VF_INLINE Vec<A> sigmoid(Vec<A> d) const { return sigmoid_lanes((q * d + a) * d + b); }
+  // Where there is no quadratic term, an infinite d is not to make one: 0 * inf is NaN.
+  VF_INLINE Vec<A> sigmoid(Vec<A> d) const {
+    return sigmoid_lanes((((q == Vec<A>{}) ? Vec<A>{} : q * d) + a) * d + b);
+  }
 };
 
 // ---- passes. Stores may alias anything as far as the compiler knows, so all that loops need is copied

@@ -5,9 +5,11 @@ from .coord_att import coord_att
 from .criss_cross import criss_cross
 from .eca import eca
 from .local_attention import local_attention
+from .nam import nam
 from .scse import scse
 from .se import se
 from .sequence import additive_score, masked_attention
+from .shuffle_attention import shuffle_attention
 from .simam import simam
 from .sk import sk
 from .soca import soca
@@ -21,8 +23,10 @@ __all__ = [
     "eca",
     "local_attention",
     "masked_attention",
+    "nam",
     "scse",
     "se",
+    "shuffle_attention",
     "simam",
     "sk",
     "soca",

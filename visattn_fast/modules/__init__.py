@@ -5,9 +5,11 @@ from .coord_att import FastCoordAtt
 from .criss_cross import FastCrissCross
 from .eca import FastECA
 from .local_attention import FastLocalAttention
+from .nam import FastNAM
 from .scse import FastscSE
 from .se import FastSE
 from .sequence import FastAttentionLayer, FastAttentionPooling, FastSequenceAttention
+from .shuffle_attention import FastShuffleAttention
 from .simam import FastSimAM
 from .sk import FastSK
 from .soca import FastSOCA
@@ -21,10 +23,12 @@ __all__ = [
     "FastCrissCross",
     "FastECA",
     "FastLocalAttention",
+    "FastNAM",
     "FastSE",
     "FastSK",
     "FastSOCA",
     "FastSequenceAttention",
+    "FastShuffleAttention",
     "FastSimAM",
     "FastSpatialAttention",
     "FastscSE",

@@ -9,8 +9,10 @@ from .coord_att import CoordAttFunction
 from .criss_cross import CrissCrossFunction
 from .eca import ECAFunction
 from .local_attention import LocalAttentionFunction
+from .nam import NAMFunction
 from .scse import ScSEFunction
 from .se import SEFunction, se_mathematics
+from .shuffle_attention import ShuffleAttentionFunction
 from .simam import SimAMFunction
 from .sk import SKFunction
 from .soca import SOCAFunction
@@ -24,10 +26,12 @@ __all__ = [
     "CrissCrossFunction",
     "ECAFunction",
     "LocalAttentionFunction",
+    "NAMFunction",
     "SEFunction",
     "SKFunction",
     "SOCAFunction",
     "ScSEFunction",
+    "ShuffleAttentionFunction",
     "SimAMFunction",
     "SpatialAttentionFunction",
     "fits_a_block",

@@ -41,7 +41,8 @@ def deviation_and_gate(x: Tensor, k: Coefficients) -> tuple[Tensor, Tensor]:
     """d and ``sigmoid((q d + a) d + b)``, both ``[N, C, H, W]``."""
     m, q, a, b = map(over_pixels, k)
     d = x.to(accumulation_dtype(x)) - m
-    return d, torch.sigmoid((q * d + a) * d + b)
+    slope = a if isinstance(q, float) and q == 0.0 else q * d + a  # 0 * inf is NaN
+    return d, torch.sigmoid(slope * d + b)
 
 
 def logit_gradient(grad: Tensor, x: Tensor, gate: Tensor) -> Tensor:

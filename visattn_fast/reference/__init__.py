@@ -9,9 +9,11 @@ from .eca import ECA, eca
 from .epilogue import epilogue
 from .local_attention import LocalAttention, local_attention
 from .masking import masked_softmax
+from .nam import NAM, nam
 from .scse import scSE, scse
 from .se import SE, se
 from .sequence_attention import SequenceAttention, additive_score
+from .shuffle_attention import ShuffleAttention, shuffle_attention
 from .simam import SimAM, simam
 from .sk import SK, sk
 from .soca import SOCA, soca
@@ -19,6 +21,7 @@ from .soca import SOCA, soca
 __all__ = [
     "CBAM",
     "ECA",
+    "NAM",
     "SE",
     "SK",
     "SOCA",
@@ -29,6 +32,7 @@ __all__ = [
     "CrissCross",
     "LocalAttention",
     "SequenceAttention",
+    "ShuffleAttention",
     "SimAM",
     "SpatialAttention",
     "additive_score",
@@ -40,9 +44,11 @@ __all__ = [
     "epilogue",
     "local_attention",
     "masked_softmax",
+    "nam",
     "scSE",
     "scse",
     "se",
+    "shuffle_attention",
     "simam",
     "sk",
     "soca",

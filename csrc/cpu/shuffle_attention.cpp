@@ -1,0 +1,129 @@
+// Shuffle attention: half of each group's channels gated by their mean, half by their own normalised
+// elements; then the channels are shuffled by two.
+#include <array>
+#include <limits>
+#include <tuple>
+
+#include "self_gate.h"
+
+namespace visattn {
+namespace {
+
+using Weights = std::array<Tensor, 6>;  // cweight, cbias, sweight, sbias, gn_weight, gn_bias
+
+template <class A>
+class Shuffle {
+ public:
+  static constexpr bool kShared = false, kShuffled = true;
+
+  Shuffle(const Weights& weights, const Shape& s, A* mean, A* rstd, A eps = 0)
+      : C_(s.C), N_(s.N), K_(weights[0].numel()), mean_(mean), rstd_(rstd), eps_(eps), sum_r_(0), sum_rd_(0) {
+    STD_TORCH_CHECK(K_ > 0 && C_ % (2 * K_) == 0, "x must have a multiple of ", 2 * K_, " channels, got ",
+                    C_);
+    for (size_t i = 0; i < 6; ++i) {
+      STD_TORCH_CHECK(weights[i].numel() == K_, "weights must have ", K_, " elements each");
+      weights_[i] = weight_as(weights[i], kDtype<A>);
+      w_[i] = data<A>(weights_[i]);
+    }
+  }
+
+  void keep_sums() { sum_r_ = Buffer<A>(N_ * C_), sum_rd_ = Buffer<A>(N_ * C_); }
+
+  bool fixed() const { return false; }
+
+  Coefficients<A> fit(int64_t n, int64_t c, Moments<A> moments, int64_t count) const {
+    mean_[n * C_ + c] = moments.mean;
+    rstd_[n * C_ + c] = 1 / std::sqrt(moments.second / static_cast<A>(count) + eps_);
+    return known(n, c);
+  }
+
+  Coefficients<A> known(int64_t n, int64_t c) const {
+    const A mean = mean_[n * C_ + c];
+    const int64_t j = c % K_;
+    if (!spatial(c)) return {std::numeric_limits<A>::quiet_NaN(), 0, 0, w_[0][j] * mean + w_[1][j]};
+    return {mean, 0, w_[2][j] * w_[4][j] * rstd_[n * C_ + c], w_[2][j] * w_[5][j] + w_[3][j]};
+  }
+
+  Line<A> line(int64_t n, int64_t c, Sums<A> sums, int64_t count) {
+    sum_r_[n * C_ + c] = sums.r, sum_rd_[n * C_ + c] = sums.rd;
+    const A values = static_cast<A>(count), rstd = rstd_[n * C_ + c];
+    if (!spatial(c)) return {0, w_[0][c % K_] * sums.r / values};
+    const A a = known(n, c).a;
+    return {-a * rstd * rstd * sums.rd / values, -a * sums.r / values};
+  }
+
+  // Gradients of the six weights, over images and groups in order.
+  void weight_grads(const std::array<A*, 6>& dw) {
+    for (A* d : dw) std::fill_n(d, K_, A(0));
+    for (int64_t n = 0; n < N_; ++n) {
+      for (int64_t c = 0; c < C_; ++c) {
+        const int64_t i = n * C_ + c, j = c % K_;
+        const A r = sum_r_[i], normed = rstd_[i] * sum_rd_[i];
+        if (spatial(c)) {
+          dw[2][j] += w_[4][j] * normed + w_[5][j] * r;
+          dw[3][j] += r;
+          dw[4][j] += w_[2][j] * normed;
+          dw[5][j] += w_[2][j] * r;
+        } else {
+          dw[0][j] += mean_[i] * r;
+          dw[1][j] += r;
+        }
+      }
+    }
+  }
+
+ private:
+  bool spatial(int64_t c) const { return c / K_ % 2 == 1; }
+
+  int64_t C_, N_, K_;
+  A *mean_, *rstd_;
+  A eps_;
+  Weights weights_;
+  std::array<const A*, 6> w_;
+  Buffer<A> sum_r_, sum_rd_;
+};
+
+std::tuple<Tensor, Tensor, Tensor> shuffle_attention_fwd(Tensor x, Tensor cweight, Tensor cbias,
+                                                         Tensor sweight, Tensor sbias, Tensor gn_weight,
+                                                         Tensor gn_bias, std::optional<Tensor> residual,
+                                                         int64_t activation, double eps) {
+  return dispatch(x, [&](auto type) {
+    using T = decltype(type);
+    using A = Acc<T>;
+    const Shape s = shape_of(x);
+    Tensor mean = empty({s.N, s.C}, kDtype<A>), rstd = empty({s.N, s.C}, kDtype<A>);
+    Shuffle<A> algebra({cweight, cbias, sweight, sbias, gn_weight, gn_bias}, s, data<A>(mean), data<A>(rstd),
+                       static_cast<A>(eps));
+    return std::make_tuple(self_gate_fwd<T>(feature_map(x), s, residual, activation, algebra), mean, rstd);
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> shuffle_attention_bwd(
+    Tensor grad, Tensor x, Tensor cweight, Tensor cbias, Tensor sweight, Tensor sbias, Tensor gn_weight,
+    Tensor gn_bias, std::optional<Tensor> residual, Tensor mean, Tensor rstd, int64_t activation) {
+  return dispatch(x, [&](auto type) {
+    using T = decltype(type);
+    using A = Acc<T>;
+    const Shape s = shape_of(x);
+    const Weights weights{cweight, cbias, sweight, sbias, gn_weight, gn_bias};
+    Shuffle<A> algebra(weights, s, data<A>(mean), data<A>(rstd));
+    algebra.keep_sums();
+    auto [dx, dresidual] = self_gate_bwd<T>(grad, feature_map(x), s, residual, activation, algebra);
+    Weights dw;
+    std::array<A*, 6> out;
+    for (size_t i = 0; i < 6; ++i) {
+      dw[i] = empty_grad(weights[i], kDtype<A>);
+      out[i] = data<A>(dw[i]);
+    }
+    algebra.weight_grads(out);
+    return std::make_tuple(dx, dresidual, dw[0], dw[1], dw[2], dw[3], dw[4], dw[5]);
+  });
+}
+
+}  // namespace
+}  // namespace visattn
+
+STABLE_TORCH_LIBRARY_IMPL(visattn_fast, CPU, m) {
+  m.impl("shuffle_attention_fwd", TORCH_BOX(&visattn::shuffle_attention_fwd));
+  m.impl("shuffle_attention_bwd", TORCH_BOX(&visattn::shuffle_attention_bwd));
+}

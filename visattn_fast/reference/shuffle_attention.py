@@ -1,0 +1,127 @@
+"""Shuffle attention in plain PyTorch."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .checks import check_feature_map, check_positive, check_positive_number, check_weight
+
+
+def check_shuffle_attention(x: Tensor, weights: tuple[Tensor, ...], eps: float) -> int:
+    """Raises unless the six weights have one width K and x has a multiple of 2 K channels. Returns the groups."""
+    check_feature_map(x)
+    check_positive_number("eps", eps)
+    cweight = weights[0]
+    width = cweight.numel() if isinstance(cweight, Tensor) else 0
+    names = ("cweight", "cbias", "sweight", "sbias", "gn_weight", "gn_bias")
+    for name, weight in zip(names, weights, strict=True):
+        flat = weight.flatten() if isinstance(weight, Tensor) else weight
+        check_weight(name, flat, (width,), x)
+    if not width or x.shape[1] % (2 * width):
+        raise ValueError(f"x must have a multiple of {2 * width} channels, as the weights have, got {tuple(x.shape)}")
+    return x.shape[1] // (2 * width)
+
+
+def shuffle(x: Tensor) -> Tensor:
+    """Channel ``h C / 2 + j`` becomes channel ``2 j + h``."""
+    n, c, h, w = x.shape
+    return x.reshape(n, 2, c // 2, h, w).transpose(1, 2).reshape(n, c, h, w)
+
+
+def _gated_and_gate(
+    x: Tensor, weights: tuple[Tensor, ...], eps: float, maps: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    groups = check_shuffle_attention(x, weights, eps)
+    n, c, h, w = x.shape
+    width = c // (2 * groups)
+    cweight, cbias, sweight, sbias = (t.reshape(1, width, 1, 1) for t in weights[:4])
+    x0, x1 = x.reshape(n * groups, 2 * width, h, w).chunk(2, dim=1)
+    gate0 = torch.sigmoid(cweight * x0.mean((2, 3), keepdim=True) + cbias)
+    if h * w == 1:  # F.group_norm refuses a single value in all; one has no variance
+        normed = (x1 - x1) + weights[5].reshape(1, width, 1, 1)
+        normed = normed + 0 * weights[4].reshape(1, width, 1, 1)
+    else:
+        normed = F.group_norm(x1, width, weights[4].flatten(), weights[5].flatten(), eps)
+    gate1 = torch.sigmoid(sweight * normed + sbias)
+    y = shuffle(torch.cat([x0 * gate0, x1 * gate1], 1).reshape(n, c, h, w))
+    gate = shuffle(torch.cat([gate0.expand_as(x0), gate1], 1).reshape(n, c, h, w)) if maps else None
+    return y, gate
+
+
+def shuffle_attention(
+    x: Tensor,
+    cweight: Tensor,
+    cbias: Tensor,
+    sweight: Tensor,
+    sbias: Tensor,
+    gn_weight: Tensor,
+    gn_bias: Tensor,
+    eps: float = 1e-5,
+) -> Tensor:
+    """Each of G groups of channels in halves x0 and x1, gated by the channel and by the element; then a shuffle.
+
+    ``x0 * sigmoid(cweight mean(x0) + cbias)`` and ``x1 * sigmoid(sweight gn(x1) + sbias)``; mean and group norm (a
+    group for each channel, biased variance, 0 for 1x1 maps) are over H and W. Channel ``h C / 2 + j`` of the
+    result becomes channel ``2 j + h``.
+
+    Args:
+        x: ``[N, C, H, W]``.
+        cweight, cbias, sweight, sbias, gn_weight, gn_bias: K elements each, shared by the ``G = C / 2K`` groups.
+        eps: of the group norm.
+
+    Returns:
+        ``[N, C, H, W]``.
+
+    Raises:
+        ValueError: shapes or devices that do not fit.
+        TypeError: a dtype that is not floating.
+    """
+    return _gated_and_gate(x, (cweight, cbias, sweight, sbias, gn_weight, gn_bias), eps)[0]
+
+
+class ShuffleAttention(nn.Module):
+    """Shuffle attention (Zhang and Yang, "SA-Net", ICASSP 2021): see `shuffle_attention`.
+
+    Args:
+        channels: C, a multiple of twice ``groups``.
+        groups: G; the parameters are shared by all groups.
+
+    Raises:
+        ValueError: a non-positive argument, channels that ``2 * groups`` does not divide.
+
+    ``state_dict``: ``cweight``, ``cbias``, ``sweight``, ``sbias`` ``[1, C / 2G, 1, 1]``, ``gn.weight`` and ``gn.bias``
+    ``[C / 2G]``.
+    """
+
+    def __init__(self, channels: int, groups: int = 8) -> None:
+        super().__init__()
+        check_positive("channels", channels)
+        check_positive("groups", groups)
+        if channels % (2 * groups):
+            raise ValueError(f"channels must be a multiple of 2 * groups = {2 * groups}, got {channels}")
+        self.channels, self.groups = channels, groups
+        shape = (1, channels // (2 * groups), 1, 1)
+        self.cweight, self.cbias = nn.Parameter(torch.zeros(shape)), nn.Parameter(torch.ones(shape))
+        self.sweight, self.sbias = nn.Parameter(torch.zeros(shape)), nn.Parameter(torch.ones(shape))
+        self.gn = nn.GroupNorm(shape[1], shape[1])
+
+    def weights(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """What `shuffle_attention` takes after x."""
+        return self.cweight, self.cbias, self.sweight, self.sbias, self.gn.weight, self.gn.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[N, C, H, W]`` -> ``[N, C, H, W]``."""
+        check_feature_map(x, self.channels)
+        return shuffle_attention(x, *self.weights(), self.gn.eps)
+
+    def attention(self, x: Tensor) -> dict[str, Tensor]:
+        """``{"element": [N, C, H, W]}``: what each element was multiplied by, in the order of the result's channels."""
+        check_feature_map(x, self.channels)
+        gate = _gated_and_gate(x, self.weights(), self.gn.eps, maps=True)[1]
+        assert gate is not None
+        return {"element": gate}
+
+    def extra_repr(self) -> str:
+        return f"channels={self.channels}, groups={self.groups}"
