@@ -150,12 +150,13 @@ def _dx_tile(x, g, d, s, mean, scale, a, k, spatial, sum_r, sum_rd, sum_rdd, cou
     else:
         slope = a * scale
         u = -slope * scale * scale * sum_rd / count
-        v = -slope * sum_r / count
+        mean_r = sum_r / count
+        v = tl.zeros_like(mean_r)
         if KIND == SHUFFLE:
-            u = tl.where(spatial, u, 0.0)
-            slope = tl.where(spatial, slope, 0.0)
-            v = tl.where(spatial, v, k * sum_r / count)
-        dx = g * s + r * slope[:, None] + u[:, None] * d + v[:, None]
+            slope, u = tl.where(spatial, slope, 0.0), tl.where(spatial, u, 0.0)
+            v = tl.where(spatial, 0.0, k * mean_r)
+        # Differences before products: of a single pixel they are 0, however steep the slope.
+        dx = g * s + (r - mean_r[:, None]) * slope[:, None] + u[:, None] * d + v[:, None]
     return dx
 
 

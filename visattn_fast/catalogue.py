@@ -92,6 +92,17 @@ _SK = Entry(
     layers=True,
     ops=("branch_mean", "branch_sum", "branch_dot", "branch_grad"),
 )
+_NAM = Entry(
+    "nam",
+    modules.FastNAM,
+    reference.NAM,
+    lambda c: {"channels": c},
+    3,
+    5,
+    takes=lambda shape: shape[0] * shape[2] * shape[3] >= 8,
+    ops=("nam_fwd", "nam_bwd"),
+    cut=("bn2.weight",),
+)
 
 
 def _shuffle_groups(channels: int) -> int:
@@ -128,27 +139,8 @@ ENTRIES = {
             3,
             takes=lambda shape: shape[1] % 2 == 0,
         ),
-        Entry(
-            "nam",
-            modules.FastNAM,
-            reference.NAM,
-            lambda c: {"channels": c},
-            3,
-            5,
-            takes=lambda shape: shape[0] * shape[2] * shape[3] != 1,
-            cut=("bn2.weight",),
-        ),
-        Entry(
-            "nam_eval",
-            modules.FastNAM,
-            reference.NAM,
-            lambda c: {"channels": c},
-            2,
-            3,
-            training=False,
-            ops=("nam_fwd", "nam_bwd"),
-            cut=("bn2.weight",),
-        ),
+        _NAM,
+        replace(_evaluated(_NAM), forward_passes=2, backward_passes=3),
         Entry(
             "channel_attention",
             modules.FastChannelAttention,

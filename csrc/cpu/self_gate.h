@@ -64,8 +64,7 @@ GateArrays<A> arrays(SelfGate<A>& k, int64_t c = 0) {
   return {k.m() + c, k.q() + c, k.a() + c, k.b() + c, k.u() + c, k.v() + c};
 }
 
-// ---- vectors: of x at columns c and, shuffled, also half + c; of y side by side from 2 c on
-// ----------------------
+// ---- vectors: of x at columns c and, shuffled, also half + c; of y side by side from 2 c on ----
 
 template <class T, class V, class Lanes>
 VF_INLINE inline void load_result(const T* p, int64_t c, Lanes lanes, V (&v)[1]) {
@@ -331,8 +330,7 @@ void with_epilogue(int64_t activation, bool residual, const F& f) {
   });
 }
 
-// ---- drivers
-// -------------------------------------------------------------------------------------------------------
+// ---- drivers ----
 
 // The images that share their statistics, one group after the other: [first, first + images).
 struct Groups {

@@ -17,7 +17,15 @@ class Shuffle {
   static constexpr bool kShared = false, kShuffled = true;
 
   Shuffle(const Weights& weights, const Shape& s, A* mean, A* rstd, A eps = 0)
-      : C_(s.C), N_(s.N), K_(weights[0].numel()), mean_(mean), rstd_(rstd), eps_(eps), sum_r_(0), sum_rd_(0) {
+      : C_(s.C),
+        N_(s.N),
+        P_(s.P),
+        K_(weights[0].numel()),
+        mean_(mean),
+        rstd_(rstd),
+        eps_(eps),
+        sum_r_(0),
+        sum_rd_(0) {
     STD_TORCH_CHECK(K_ > 0 && C_ % (2 * K_) == 0, "x must have a multiple of ", 2 * K_, " channels, got ",
                     C_);
     for (size_t i = 0; i < 6; ++i) {
@@ -41,7 +49,9 @@ class Shuffle {
     const A mean = mean_[n * C_ + c];
     const int64_t j = c % K_;
     if (!spatial(c)) return {std::numeric_limits<A>::quiet_NaN(), 0, 0, w_[0][j] * mean + w_[1][j]};
-    return {mean, 0, w_[2][j] * w_[4][j] * rstd_[n * C_ + c], w_[2][j] * w_[5][j] + w_[3][j]};
+    // A single pixel is its own mean: d is 0, and a, large as 1 / sqrt(eps), would only be rounded in dx.
+    const A a = P_ > 1 ? w_[2][j] * w_[4][j] * rstd_[n * C_ + c] : 0;
+    return {mean, 0, a, w_[2][j] * w_[5][j] + w_[3][j]};
   }
 
   Line<A> line(int64_t n, int64_t c, Sums<A> sums, int64_t count) {
@@ -75,7 +85,7 @@ class Shuffle {
  private:
   bool spatial(int64_t c) const { return c / K_ % 2 == 1; }
 
-  int64_t C_, N_, K_;
+  int64_t C_, N_, P_, K_;
   A *mean_, *rstd_;
   A eps_;
   Weights weights_;

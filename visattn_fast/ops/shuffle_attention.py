@@ -23,9 +23,10 @@ def _channelwise(x, weights, dtype):
     return *(w.flatten().to(dtype).repeat(2 * groups) for w in weights), spatial
 
 
-def _coefficients(weights, mean, rstd):
+def _coefficients(weights, mean, rstd, pixels):
     cweight, cbias, sweight, sbias, gn_weight, gn_bias, spatial = weights
-    a = torch.where(spatial, sweight * gn_weight * rstd, 0.0)
+    # One pixel is its own mean: d is 0, and a, large as 1 / sqrt(eps), would only be rounded in dx.
+    a = torch.where(spatial, sweight * gn_weight * rstd, 0.0) if pixels > 1 else 0.0
     b = torch.where(spatial, sweight * gn_bias + sbias, cweight * mean + cbias)
     return Coefficients(mean, a=a, b=b)
 
@@ -40,9 +41,10 @@ def _deviation_and_gate(x, k, spatial):
 
 def _shuffle_attention_fwd_reference(x, cweight, cbias, sweight, sbias, gn_weight, gn_bias, residual, activation, eps):
     mean, second = moments(x, (2, 3))
-    rstd = (second / (x.shape[2] * x.shape[3]) + eps).rsqrt()
+    pixels = x.shape[2] * x.shape[3]
+    rstd = (second / pixels + eps).rsqrt()
     weights = _channelwise(x, (cweight, cbias, sweight, sbias, gn_weight, gn_bias), mean.dtype)
-    _, gate = _deviation_and_gate(x, _coefficients(weights, mean, rstd), weights[-1])
+    _, gate = _deviation_and_gate(x, _coefficients(weights, mean, rstd, pixels), weights[-1])
     return to_map(epilogue(shuffle(x * gate), residual, ACTIVATIONS[activation]), x), mean, rstd
 
 
@@ -52,7 +54,7 @@ def _shuffle_attention_bwd_reference(
     pixels, width = x.shape[2] * x.shape[3], cweight.numel()
     weights = _channelwise(x, (cweight, cbias, sweight, sbias, gn_weight, gn_bias), mean.dtype)
     w_c, _, w_s, _, gn_w, gn_b, spatial = weights
-    k = _coefficients(weights, mean, rstd)
+    k = _coefficients(weights, mean, rstd, pixels)
     d, gate = _deviation_and_gate(x, k, spatial)
     grad = start_backward(grad, shuffle(x), shuffle(gate), residual, activation)
     dresidual = residual_gradient(grad, x, activation)
