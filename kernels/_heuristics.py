@@ -36,14 +36,18 @@ class Tile(NamedTuple):
     num_warps: int
 
 
+def _per_warp(layout: Layout) -> int:
+    """16 elements of a tile per thread, half as many where each needs its own address."""
+    return 512 if layout.align >= 8 else 256
+
+
 def tile(layout: Layout, elements: int = TILE) -> Tile:
-    """Long along the dense axis; 16 elements or more per thread, half as many where each needs its own address."""
+    """Long along the dense axis."""
     inner, outer = (layout.C, layout.HW) if layout.channels_last else (layout.HW, layout.C)
     block_outer = min(next_power_of_2(outer), elements // INNER_BLOCK)
     block_inner = min(next_power_of_2(inner), elements // block_outer)
     block_outer = min(next_power_of_2(outer), elements // block_inner)
-    per_warp = 512 if layout.align >= 8 else 256
-    num_warps = max(block_inner * block_outer // per_warp, 1)
+    num_warps = max(block_inner * block_outer // _per_warp(layout), 1)
     blocks = (block_inner, block_outer) if layout.channels_last else (block_outer, block_inner)
     return Tile(layout.channels_last, layout.align, *blocks, num_warps)
 
@@ -58,7 +62,7 @@ def plane_tile(layout: Layout, limit: int) -> Tile | None:
     if block_p * least > limit:
         return None
     block_c = max(least, min(channels, TILE // block_p))
-    num_warps = min(max(block_c * block_p // 512, 1), 16)
+    num_warps = min(max(block_c * block_p // _per_warp(layout), 1), 16)
     return Tile(layout.channels_last, layout.align, block_c, block_p, num_warps)
 
 

@@ -411,7 +411,8 @@ def _plane_tile(layout: Layout, gate: Gate, backward: bool = False) -> Tile | No
     # Backward keeps x and grad in registers. Halves of a shuffled tile meet in shared memory, of which not every chip
     # has enough for the largest tiles.
     half = backward or _exchanges(layout, gate)
-    return None if gate.shared else plane_tile(layout, PLANE_TILE // 2 if half else PLANE_TILE)
+    t = None if gate.shared else plane_tile(layout, PLANE_TILE // 2 if half else PLANE_TILE)
+    return t and _for_halves(t, layout, gate)
 
 
 def self_gate(
@@ -452,7 +453,7 @@ def statistics(x: torch.Tensor, layout: Layout, gate: Gate) -> tuple[torch.Tenso
     launch(
         _combine_moments_kernel, groups * cdiv(layout.C, block),
         partial, mean, scale, layout.C, layout.HW, rows, parts, steps * t.BLOCK_P, images * layout.HW,
-        EPS=gate.eps, KIND=gate.kind.value, BLOCK_S=min(next_power_of_2(rows), TILE // block), BLOCK_L=block,
+        EPS=gate.eps, KIND=gate.kind.value, BLOCK_S=min(next_power_of_2(rows), TILE // 2 // block), BLOCK_L=block,
     )  # fmt: skip
     return mean, scale
 
