@@ -15,7 +15,7 @@ from ._tiles import NONE, SIGMOID, activation_grad, gate_grad, tile_mask, tile_o
 
 
 @triton.jit
-def _upstream_tile(
+def upstream_tile(
     grad_ptr, x_ptr, residual_ptr, channel_gate_ptr, dresidual_ptr, dchannel_ptr, spatial_gate, n, row, c, p,
     C, HW, stride_n, stride_o,
     ACTIVATION: tl.constexpr, COMBINE: tl.constexpr, CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr,
@@ -62,29 +62,30 @@ def _pixel_grads_kernel(
     c = tl.arange(0, BLOCK_C)
     spatial_gate = tl.load(spatial_gate_ptr + n * HW + p, mask=p < HW, other=0.0)
     if ONE_TILE:
-        x, dspatial = _upstream_tile(
+        x, dspatial = upstream_tile(
             grad_ptr, x_ptr, residual_ptr, channel_gate_ptr, dresidual_ptr, dchannel_ptr, spatial_gate, n, row, c, p,
             C, HW, stride_n, stride_o, ACTIVATION, COMBINE, CHANNELS_LAST, ALIGN,
         )  # fmt: skip
     else:
         dspatial = tl.zeros([BLOCK_P], acc_ty)
         for start in range(0, C, BLOCK_C):
-            _, part = _upstream_tile(
+            _, part = upstream_tile(
                 grad_ptr, x_ptr, residual_ptr, channel_gate_ptr, dresidual_ptr, dchannel_ptr, spatial_gate, n, row,
                 start + c, p, C, HW, stride_n, stride_o, ACTIVATION, COMBINE, CHANNELS_LAST, ALIGN,
             )  # fmt: skip
             dspatial += part
     dz = dspatial * gate_grad(spatial_gate, SIGMOID)
     tl.store(dz_ptr + n * HW + p, dz, mask=p < HW)
-    if ONE_TILE:
-        tl.store(dweight_ptr + row + c, tl.sum(x.to(acc_ty) * dz[None, :], 1), mask=c < C)
-    else:
-        for start in range(0, C, BLOCK_C):
-            cs = start + c
-            mask = tile_mask(cs, p, C, HW, CHANNELS_LAST, ALIGN)
-            offsets = n * stride_n + tile_offsets(cs, p, stride_o, CHANNELS_LAST, ALIGN)
-            x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(acc_ty)
-            tl.store(dweight_ptr + row + cs, tl.sum(x * dz[None, :], 1), mask=cs < C)
+    if dweight_ptr is not None:
+        if ONE_TILE:
+            tl.store(dweight_ptr + row + c, tl.sum(x.to(acc_ty) * dz[None, :], 1), mask=c < C)
+        else:
+            for start in range(0, C, BLOCK_C):
+                cs = start + c
+                mask = tile_mask(cs, p, C, HW, CHANNELS_LAST, ALIGN)
+                offsets = n * stride_n + tile_offsets(cs, p, stride_o, CHANNELS_LAST, ALIGN)
+                x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(acc_ty)
+                tl.store(dweight_ptr + row + cs, tl.sum(x * dz[None, :], 1), mask=cs < C)
 
 
 def pixel_tile(layout: Layout) -> Tile:
@@ -111,20 +112,21 @@ def linear_gate(
     return mean, combine(logits, None, gate, bias=bs, result=SIGMOID)
 
 
-def linear_gate_grads(
+def pixel_grads(
     grad: torch.Tensor, x: torch.Tensor, layout: Layout, channel_gate: torch.Tensor, spatial_gate: torch.Tensor,
-    residual: torch.Tensor | None, activation: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """For the sum of both gates, one read of x and grad (and the residual). Returns
+    residual: torch.Tensor | None, activation: int, combine_gates: tl.constexpr,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:  # fmt: skip
+    """One read of x and grad (and the residual). Returns
 
     - g' = grad * act'(z), dense in x's layout, and dresidual: as `gate_grads`;
     - dz [N, C] of the channel gate and dz [N, HW] of the spatial one, before their sigmoids;
-    - dws [C] and dbs [1].
+    - for the sum of the gates, the sum [C] over images and pixels of x dz: the linear spatial gate's weight gradient.
     """
     N, C, HW = layout.N, layout.C, layout.HW
     t = pixel_tile(layout)
     blocks = cdiv(HW, t.BLOCK_P)
-    dchannel, dweight = (channel_gate.new_empty((N, blocks, C)) for _ in range(2))
+    dchannel = channel_gate.new_empty((N, blocks, C))
+    dweight = torch.empty_like(dchannel) if combine_gates == SUM else None
     dz_s = channel_gate.new_empty((N, HW))
     grad = layout.dense(grad)
     dresidual = layout.empty(x) if activation else x.new_empty(0)
@@ -132,11 +134,11 @@ def linear_gate_grads(
         _pixel_grads_kernel, N * blocks,
         grad, x, None if residual is None else layout.dense(residual), channel_gate, spatial_gate,
         dresidual if activation else None, dchannel, dweight, dz_s, C, HW, layout.stride_n, layout.stride_o,
-        ACTIVATION=activation, COMBINE=SUM.value, ONE_TILE=t.BLOCK_C >= C, **t._asdict(),
+        ACTIVATION=activation, COMBINE=combine_gates.value, ONE_TILE=t.BLOCK_C >= C, **t._asdict(),
     )  # fmt: skip
     dz_c = combine(dchannel, channel_gate, torch.empty_like(channel_gate))
-    g = dresidual if activation else grad
-    return g, dresidual, dz_c, dz_s, sum_images(dweight), sum_images(dz_s.view(N, HW, 1))
+    dws = None if dweight is None else sum_images(dweight)
+    return dresidual if activation else grad, dresidual, dz_c, dz_s, dws
 
 
 def sum_images(parts: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,7 @@ from ._gate import SUM, input_grad, scale
 from ._launch import device_guard
 from ._layout import canonical
 from ._mlp import mlp_gate, mlp_gate_bwd
-from ._pixel import linear_gate, linear_gate_grads
+from ._pixel import linear_gate, pixel_grads, sum_images
 
 
 def scse_fwd(
@@ -43,12 +43,13 @@ def scse_bwd(
     """
     with device_guard(x):
         x, layout = canonical(x)
-        g, dresidual, dz_c, dz_s, dws, dbs = linear_gate_grads(
-            grad, x, layout, channel_gate, spatial_gate, residual, activation
+        g, dresidual, dz_c, dz_s, dws = pixel_grads(
+            grad, x, layout, channel_gate, spatial_gate, residual, activation, SUM
         )
+        assert dws is not None
         dmean, *dweights = mlp_gate_bwd(dz_c, w1, w2, mean, hidden)
         dx = input_grad(
             x, layout, grad=g, channel_gate=channel_gate, spatial_gate=spatial_gate, dpooled=dmean,
             ws=ws.reshape(-1).contiguous(), dz=dz_s,
         )  # fmt: skip
-        return dx, dresidual, *dweights, dws.view(ws.shape), dbs
+        return dx, dresidual, *dweights, dws.view(ws.shape), sum_images(dz_s.view(layout.N, layout.HW, 1))

@@ -68,6 +68,21 @@ def _narrow_load_kernel(x_ptr, y_ptr, P, BLOCK: tl.constexpr):
         tl.store(y_ptr + row + p, x, mask=p < P)
 
 
+@triton.jit
+def _product_kernel(x_ptr, y_ptr, P, SAME: tl.constexpr, STAGES: tl.constexpr, BLOCK: tl.constexpr):
+    """y [BLOCK, BLOCK] = x x^T for the first BLOCK rows of x; loads wait in shared memory, STAGES at a time.
+
+    SAME neighbours are known to share their mask, and are loaded together.
+    """
+    rows, p = tl.arange(0, BLOCK), tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK, BLOCK], tl.float32)
+    for start in tl.range(0, P, BLOCK, num_stages=STAGES):
+        mask = tl.max_constancy((rows < BLOCK)[:, None] & (start + p < P)[None, :], [1, SAME])
+        x = tl.load(x_ptr + rows[:, None] * P + start + p[None, :], mask=mask, other=0.0)
+        total = tl.dot(x, tl.trans(x), total)
+    tl.store(y_ptr + rows[:, None] * BLOCK + p[None, :], total)
+
+
 def three_passes(x: torch.Tensor) -> None:
     _launch(_three_passes_kernel, x)
 
@@ -95,6 +110,23 @@ def lossy_running_max(x: torch.Tensor) -> None:
 
 def narrow_load(x: torch.Tensor) -> None:
     _launch(_narrow_load_kernel, x)
+
+
+def product(x: torch.Tensor) -> None:
+    """Nothing is wrong with it."""
+    _product(x, SAME=8, STAGES=3)
+
+
+def narrow_copy(x: torch.Tensor) -> None:
+    _product(x, SAME=2, STAGES=3)
+
+
+def large_buffers(x: torch.Tensor) -> None:
+    _product(x, SAME=8, STAGES=10)
+
+
+def _product(x: torch.Tensor, **meta: int) -> None:
+    _launch(_product_kernel, x, x.new_empty((128, 128), dtype=torch.float32), BLOCK=128, num_warps=8, **meta)
 
 
 def _launch(kernel: Any, x: torch.Tensor, y: torch.Tensor | None = None, blocks: int = 1, **meta: int) -> None:

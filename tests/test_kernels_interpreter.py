@@ -19,6 +19,8 @@ pytest.importorskip("triton")
 cbam, channel_scale, eca, nam, se, shuffle_attention, simam, heuristics, layouts = (
     importlib.import_module(f"visattn_fast.kernels.{name}")
     for name in ("cbam", "channel_scale", "eca", "nam", "se", "shuffle_attention", "simam", "_heuristics", "_layout")
+cbam, channel_scale, eca, local_attention, scse, se, heuristics, layouts = (
+    for name in ("cbam", "channel_scale", "eca", "local_attention", "scse", "se", "_heuristics", "_layout")
 )
 
 DEVICES = [device for device, backend in TARGETS if backend == "triton"]
@@ -76,6 +78,16 @@ def test_parts(entry, layout, shape, device):
 
 @on_devices
 @formats
+@pytest.mark.parametrize(("channels", "reduction"), [(300, 1), (40, 1), (264, 4)])
+def test_many_hidden_units(channels, reduction, layout, device):
+    """More than a product takes at once, than signs share an integer, than a program can sum up."""
+    arguments = {"channels": channels, "reduction": reduction}
+    entry = dataclasses.replace(catalogue.ENTRIES["local_attention"], arguments=lambda c: arguments)
+    check(entry, feature_map((2, channels, 5, 4), layout, torch.float32, device), "triton")
+
+
+@on_devices
+@formats
 @shapes
 @pytest.mark.parametrize("value", [0.0, torch.nan, -torch.inf])
 def test_first_maximum_of_all_parts(layout, shape, value, device):
@@ -106,6 +118,12 @@ def test_empty_batch_launches_nothing(monkeypatch):
     gradients = se.se_bwd(y, x, w1, w2, None, *small, 1, 1, 0)
     y, *small = eca.eca_fwd(x, weight, x, 0)
     gradients += eca.eca_bwd(y, x, weight, x, *small, 0)
+    pixel = torch.ones(1, 6)
+    y, *small = scse.scse_fwd(x, w1, None, w2, None, pixel, None, x, 1)
+    gradients += scse.scse_bwd(y, x, w1, w2, pixel, x, *small, 1)
+    p2, offset = torch.ones(1, 2), torch.ones(1)
+    y, *small = local_attention.local_attention_fwd(x, w1, None, w2, None, w1, None, p2, offset, x, 1)
+    gradients += local_attention.local_attention_bwd(y, x, w1, w2, w1, None, p2, x, *small, 1)
     y, *small = cbam.cbam_fwd(x, w1, w2, wconv, x, 2)
     gradients += cbam.cbam_bwd(y, x, w1, w2, wconv, x, *small, 2)
     gate = torch.ones(0, 6)

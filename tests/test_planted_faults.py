@@ -61,6 +61,7 @@ def compile_faults(launcher, shape, target="sm_90"):
         (faults.lossy_max, (8, 8, 64, 64), r"loses NaN: arith\.maxnumf"),
         (faults.lossy_running_max, (8, 8, 64, 64), r"loses NaN: %best.* = arith\.select"),
         (faults.narrow_load, (8, 8, 64, 64), r"loads x_ptr 2 bytes at a time, 16 are aligned"),
+        (faults.narrow_copy, (8, 16, 64, 64), r"loads x_ptr 4 bytes at a time, 16 are aligned"),
     ],
     ids=lambda p: getattr(p, "__name__", None),
 )
@@ -70,3 +71,14 @@ def test_compiled(launcher, shape, message, target):
     assert any(re.search(message, fault) for _, _, fault in found), found
     kind = next(k for k in ("offset", "spills", "NaN", "at a time") if k in message)
     assert all(kind in fault for _, _, fault in found), found
+
+
+@not_interpreted
+@pytest.mark.parametrize("target", compiled.TARGETS)
+def test_copies_to_shared_memory(target):
+    """Loads that never see a register are loads; what waits for them may be more than there is."""
+    shape = (8, 16, 64, 64)
+    assert not compile_faults(faults.product, shape, target)
+    if compiled.TARGETS[target].backend == "cuda":  # AMD's compiler lets them wait in registers
+        (fault,) = compile_faults(faults.large_buffers, shape, target)
+        assert re.search(r"takes \d{6} bytes of shared memory, \d{6} are there", fault)

@@ -18,3 +18,11 @@ CALLS = [call for entry in catalogue.ENTRIES.values() for call in traffic.calls(
 def test_moves_what_is_declared(call):
     faults = [account.fault for account in traffic.accounts(call)]
     assert not any(faults), "\n".join(faults)
+
+
+def test_channels_that_no_program_holds():
+    """LocalAttention's backward reads x once more, for the sums that wait for a sum over all channels."""
+    entry = catalogue.ENTRIES["local_attention"]
+    for shape, passes in (((1, 256, 8, 20), 4), ((1, 264, 8, 20), 5)):
+        _, backward = traffic.accounts(traffic.Call(entry, shape))
+        assert backward.streamed == pytest.approx(passes, rel=traffic.TOLERANCE)

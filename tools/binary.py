@@ -69,9 +69,16 @@ def _ptx_accesses(ptx: str) -> Iterator[Access]:
             for target in re.findall(r"%\w+", found[1]):
                 sources.setdefault(target, set()).update(re.findall(r"%\w+|\w+_param_\d+", found[2]))
     pattern = re.compile(r"\b(ld|st)\.global(?:\.[a-z:]\w*)*?(?:\.v(\d))?\.[a-z]+(\d+) [^[]*\[ *(%\w+)")
+
+    def arguments(address: str) -> tuple[int, ...]:
+        return tuple(sorted({parameters[s] for s in _closure(address, sources) if s in parameters} & pointers))
+
     for kind, vector, bits, address in pattern.findall(ptx):
-        found = {parameters[s] for s in _closure(address, sources) if s in parameters} & pointers
-        yield Access({"ld": "load", "st": "store"}[kind], tuple(sorted(found)), int(vector or 1) * int(bits) // 8)
+        yield Access({"ld": "load", "st": "store"}[kind], arguments(address), int(vector or 1) * int(bits) // 8)
+    # Loads that a pipelined loop sends past the registers, into shared memory.
+    copy = re.compile(r"\bcp\.async\.c[ag]\.shared\.global[^[]*\[[^]]*\], *\[ *(%\w+)[^]]*\], *(0x[0-9a-f]+|\d+)")
+    for address, width in copy.findall(ptx):
+        yield Access("load", arguments(address), int(width, 0))
 
 
 def _llvm_accesses(llvm: str) -> Iterator[Access]:

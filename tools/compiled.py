@@ -34,6 +34,7 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+SHARED = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}  # bytes a program may have
 SHAPES = ((64, 256, 56, 56), (64, 64, 112, 112), (32, 512, 28, 28), (32, 2048, 7, 7), (1, 256, 56, 56))
 # More than 2^31 elements: in many images, in one image, and between the rows of a slice.
 HUGE = ((4096, 256, 56, 56), (1, 2048, 1100, 1100), (2, 3, 32000, 32000))
@@ -114,6 +115,8 @@ class Compiled:
     def faults(self) -> list[str]:
         """Each message names kernel, meta-parameters, target and figure."""
         found = [f"spills {self.resources.spilled} bytes per thread"] if self.resources.spilled else []
+        limit = SHARED[self.variant.target]
+        found += [f"takes {self.shared} bytes of shared memory, {limit} are there"] if self.shared > limit else []
         found += ttir.lost_nan(self.asm["ttir"])
         for use in self.variant.uses:
             faults = [*self._narrow(use), *ttir.overflows(self.asm["ttir"], use.scalars, use.launch.grid)]

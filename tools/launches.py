@@ -56,6 +56,12 @@ class Launch:
         return {name: a for name, a in self.arguments.items() if "constexpr" in str(annotations.get(name, ""))}
 
 
+def on_triton(entry: catalogue.Entry) -> bool:
+    """Whether there are kernels for the module, or PyTorch's operations serve it on GPUs too."""
+    ops = entry.ops or (f"{entry.name}_fwd", f"{entry.name}_bwd")
+    return any(_library.OPS[op].launcher for op in ops)
+
+
 @dataclass(frozen=True)
 class Call:
     """A forward and a backward pass of a module of the catalogue; a sliced x is half the channels of a wider map."""

@@ -22,15 +22,17 @@ from visattn_fast.report.measure import Row
 from visattn_fast.report.results import Comparison, geometric_mean
 
 from . import compiled
+from .launches import on_triton
 
 ROOT = Path(__file__).parents[1]
 LEDGER = ROOT / "docs" / "evidence.md"
 RESULTS = ROOT / "bench" / "results"
 TRAFFIC = """
 import json
-from tools import traffic
+from tools import launches, traffic
 from visattn_fast import catalogue
-accounts = [(c, a) for e in catalogue.ENTRIES.values() for c in traffic.calls(e) for a in traffic.accounts(c)]
+entries = filter(launches.on_triton, catalogue.ENTRIES.values())
+accounts = [(c, a) for e in entries for c in traffic.calls(e) for a in traffic.accounts(c)]
 print(json.dumps([(a.op, c.layout, c.epilogue, a.declared, a.streamed) for c, a in accounts if not c.sliced]))
 """
 INTRODUCTION = """# What is proven of the Triton kernels, and where
@@ -96,10 +98,21 @@ def parity_section() -> str:
     for case in cases:
         module = next(name for name in sorted(counts, key=len, reverse=True) if name in case.attrib["name"])
         counts[module][outcome(case)] += 1
-    rows = [(name, *(count[o] for o in ("passed", "failed", "skipped"))) for name, count in counts.items()]
+    return parity_table(counts)
+
+
+def parity_table(counts: dict[str, Counter[str]]) -> str:
+    """Of the modules that have kernels; what the tests find of the others says nothing of Triton."""
+    without = [name for name in counts if not on_triton(catalogue.ENTRIES[name])]
+    rows = [
+        (name, *(count[o] for o in ("passed", "failed", "skipped")))
+        for name, count in counts.items()
+        if name not in without
+    ]
     text = "\n## Under Triton's interpreter\n\nValues, every gradient, ties, NaN, strides, determinism: "
     text += "`TRITON_INTERPRET=1 pytest tests/test_parity.py`.\n\n"
-    return text + table(("module", "passed", "failed", "skipped"), rows)
+    text += table(("module", "passed", "failed", "skipped"), rows)
+    return text + (f"\nWithout Triton kernels, and served by PyTorch: {', '.join(without)}.\n" if without else "")
 
 
 def outcome(case: ElementTree.Element) -> str:

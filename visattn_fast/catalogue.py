@@ -122,7 +122,7 @@ ENTRIES = {
             reference.LocalAttention,
             lambda c: {"channels": c, "reduction": min(8, c)},
             3,
-            4,
+            4,  # 5 for more than 256 channels
         ),
         Entry("cbam", modules.FastCBAM, reference.CBAM, lambda c: {"channels": c, "reduction": min(8, c)}, 4, 5),
         _COORD_ATT,

@@ -1,4 +1,4 @@
-"""LocalAttention: ops and autograd. On GPUs the ops are PyTorch's own operations so far."""
+"""LocalAttention: ops and autograd."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ local_attention_fwd = define(
     "local_attention_fwd(Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, Tensor p1, Tensor? q1, Tensor p2,"
     " Tensor? q2, Tensor? residual, int activation) -> (Tensor y, Tensor mean, Tensor hidden, Tensor channel_gate,"
     " Tensor spatial_gate, Tensor signs)",
-    None,
+    "local_attention",
     _local_attention_fwd_reference,
     _local_attention_fwd_fake,
 )
@@ -82,7 +82,7 @@ local_attention_bwd = define(
     " Tensor? residual, Tensor mean, Tensor hidden, Tensor channel_gate, Tensor spatial_gate, Tensor signs,"
     " int activation) -> (Tensor dx, Tensor dresidual, Tensor dw1, Tensor db1, Tensor dw2, Tensor db2, Tensor dp1,"
     " Tensor dq1, Tensor dp2, Tensor dq2)",
-    None,
+    "local_attention",
     _local_attention_bwd_reference,
     _local_attention_bwd_fake,
 )
