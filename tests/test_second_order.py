@@ -25,14 +25,27 @@ def test_newton_schulz_tends_to_the_square_root():
 
 
 def test_root_times_a_vector():
-    """122 products with vectors give what the products of matrices give."""
+    """122 products with vectors give what the products of matrices give; so do their gradients."""
     ops = importlib.import_module("visattn_fast.ops.soca")
     cov = covariance(torch.randn(3, 6, 5, 7, dtype=torch.float64))
-    total = trace(cov)
-    root = ops._Root(cov / total)
-    row = root.y(5, ops._ones(cov)) * total.sqrt()
-    torch.testing.assert_close(row, square_root(cov).mean(1, keepdim=True))
-    assert len(root.inputs) == 122
+    total, v = trace(cov), ops._ones(cov)
+    vectors, matrices = ops._Vectors(cov / total), ops._Matrices(cov / total)
+    expected = square_root(cov).mean(1, keepdim=True)
+    for root in (vectors, matrices):
+        torch.testing.assert_close(root.apply(v) * total.sqrt(), expected)
+    assert len(vectors.inputs) == 122
+    a, g = (cov / total).requires_grad_(), torch.randn_like(v)
+    (expected,) = torch.autograd.grad(ops._Matrices(a).apply(v), a, g)
+    for form in (ops._Vectors, ops._Matrices):
+        torch.testing.assert_close(form(a.detach()).gradient(v, g), (expected + expected.mT) / 2)
+
+
+def test_root_by_cost():
+    """Small matrices are multiplied, large ones are not: neither form is slower than the other where it serves."""
+    ops = importlib.import_module("visattn_fast.ops.soca")
+    sizes = {(1, 16): "_Matrices", (8, 64): "_Matrices", (8, 128): "_Vectors", (1, 512): "_Vectors"}
+    found = {size: type(ops._root(torch.zeros(size[0], size[1], size[1]))).__name__ for size in sizes}
+    assert found == sizes
 
 
 @pytest.mark.parametrize("x", [torch.randn(2, 16, 1, 1), torch.full((2, 16, 4, 4), 0.5)], ids=["1x1", "constant"])

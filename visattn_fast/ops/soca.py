@@ -2,7 +2,7 @@
 
 The gate needs the square root of the covariance only times a vector, and the Newton-Schulz steps are a polynomial in
 the matrix: 122 products of the matrix with vectors take the place of 12 products of matrices, and as many again give
-the gradient. All steps commute, and each is its own transpose.
+the gradient. All steps commute, and each is its own transpose. Small matrices are multiplied: calls are what they cost.
 """
 
 from __future__ import annotations
@@ -29,6 +29,10 @@ def _covariance_reference(x):
     mean = x.mean((2, 3), dtype=a)
     nhwc = memory_format(x) == torch.channels_last
     matrices = x.permute(0, 2, 3, 1).flatten(1, 2) if nhwc else x.flatten(2)
+    if x.numel() <= _BLOCK:
+        centred = matrices.to(a) - (mean[:, None] if nhwc else mean[:, :, None])
+        first, second = (centred.mT, centred) if nhwc else (centred, centred.mT)
+        return mean, torch.baddbmm(empty_small(x, 1, 1, 1), first, second, beta=0, alpha=1 / (h * w))
     cov = empty_small(x, n, c, c)
     step = max(_BLOCK // c, 1)
     for image, mu, out in zip(matrices, mean, cov, strict=True):
@@ -51,10 +55,22 @@ covariance = define(
 
 
 class _Root:
+    """p(a) of a symmetric matrix a ``[N, C, C]``: its square root by Newton-Schulz steps, applied to a row vector."""
+
+    def apply(self, v: Tensor) -> Tensor:
+        """v p(a), for v ``[N, 1, C]``."""
+        raise NotImplementedError
+
+    def gradient(self, v: Tensor, g: Tensor) -> Tensor:
+        """Gradient of a, as a symmetric matrix, from that of v p(a)."""
+        raise NotImplementedError
+
+
+class _Vectors(_Root):
     """The Newton-Schulz iterates of a symmetric matrix a ``[N, C, C]``, applied to row vectors ``[N, 1, C]``.
 
     ``Y_0 = a``, ``Z_0 = 1``; ``T_k = (3 - Z_{k-1} Y_{k-1}) / 2``, ``Y_k = Y_{k-1} T_k``, ``Z_k = T_k Z_{k-1}``; Y_k
-    tends to the square root of a. Remembers what a was multiplied by; ``backward`` takes it back in reverse.
+    tends to the square root of a. Remembers what a was multiplied by; the gradient takes it back in reverse.
     """
 
     def __init__(self, a: Tensor) -> None:
@@ -86,11 +102,57 @@ class _Root:
     def t_backward(self, k: int, g: Tensor) -> Tensor:
         return 1.5 * g + self.z_backward(k - 1, self.y_backward(k - 1, -0.5 * g))
 
-    def matrix_gradient(self) -> Tensor:
-        """Gradient of a, as a symmetric matrix, after ``backward`` of all that was applied."""
+    def apply(self, v: Tensor) -> Tensor:
+        return self.y(STEPS, v)
+
+    def gradient(self, v: Tensor, g: Tensor) -> Tensor:
+        self.y(STEPS, v)
+        self.y_backward(STEPS, g)
         inputs, gradients = torch.cat(self.inputs, 1), torch.cat(self.gradients[::-1], 1)
-        outer = inputs.mT @ gradients
-        return (outer + outer.mT) / 2
+        return _symmetric(inputs.mT @ gradients)
+
+
+class _Matrices(_Root):
+    """The same iterates as matrices, but for the last one; each is symmetric. `bmm` costs less than ``@``."""
+
+    def __init__(self, a: Tensor) -> None:
+        eye = torch.eye(a.shape[1], dtype=a.dtype, device=a.device).mul_(1.5)
+        t = torch.sub(eye, a, alpha=0.5)
+        self.y, self.z, self.t = [a, torch.bmm(a, t)], [t, t], [t]
+        for k in range(1, STEPS):
+            y, z = self.y[k], self.z[k]
+            t = torch.baddbmm(eye, z, y, alpha=-0.5)
+            self.t.append(t)
+            if k < STEPS - 1:
+                self.y.append(torch.bmm(y, t))
+                self.z.append(torch.bmm(t, z))
+
+    def apply(self, v: Tensor) -> Tensor:
+        return torch.bmm(torch.bmm(v, self.y[-1]), self.t[-1])
+
+    def gradient(self, v: Tensor, g: Tensor) -> Tensor:
+        dy, dt = v.mT * torch.bmm(g, self.t[-1]), torch.bmm(v, self.y[-1]).mT * g
+        dz = None
+        for k in range(STEPS - 1, 0, -1):
+            y, z, t = self.y[k], self.z[k], self.t[k]
+            if dz is not None:  # Y_k+1 = Y_k T, Z_k+1 = T Z_k
+                dt = torch.baddbmm(torch.bmm(y, dy), dz, z)
+                dy, dz = torch.bmm(dy, t), torch.bmm(t, dz)
+            dy = torch.baddbmm(dy, z, dt, alpha=-0.5)  # T = (3 - Z_k Y_k) / 2
+            dz = -0.5 * torch.bmm(dt, y) if dz is None else torch.baddbmm(dz, dt, y, alpha=-0.5)
+        a, t = self.y[0], self.t[0]  # Y_1 = a T, Z_1 = T, T = (3 - a) / 2
+        dt = torch.baddbmm(dz, a, dy)
+        return _symmetric(torch.baddbmm(dt, dy, t, beta=-0.5))
+
+
+def _symmetric(m: Tensor) -> Tensor:
+    return (m + m.mT) / 2
+
+
+def _root(a: Tensor) -> _Root:
+    n, c, _ = a.shape
+    # On a CPU where both take as long; elsewhere as long as the iterates are few megabytes.
+    return _Matrices(a) if n * c**3 <= (1 << 21 if a.is_cpu else 1 << 27) else _Vectors(a)
 
 
 def _ones(cov: Tensor) -> Tensor:
@@ -100,7 +162,7 @@ def _ones(cov: Tensor) -> Tensor:
 def _soca_gate_fwd_reference(cov, w1, b1, w2, b2):
     w1, b1, w2, b2 = (None if t is None else t.to(cov.dtype) for t in (w1.flatten(1), b1, w2.flatten(1), b2))
     total = trace(cov)
-    pooled = (_Root(cov / total).y(STEPS, _ones(cov)) * total.sqrt())[:, 0]
+    pooled = (_root(cov / total).apply(_ones(cov)) * total.sqrt())[:, 0]
     hidden = F.relu(F.linear(pooled, w1, b1))
     return pooled, hidden, torch.sigmoid(F.linear(hidden, w2, b2))
 
@@ -110,10 +172,7 @@ def _soca_gate_bwd_reference(dgate, cov, w1, w2, pooled, hidden, gate):
     dz1 = torch.where(hidden <= 0, 0.0, dz2 @ w2.flatten(1).to(cov.dtype))
     dpooled = (dz1 @ w1.flatten(1).to(cov.dtype))[:, None]
     total = trace(cov)
-    root = _Root(cov / total)
-    root.y(STEPS, _ones(cov))
-    root.y_backward(STEPS, dpooled * total.sqrt())
-    da = root.matrix_gradient()
+    da = _root(cov / total).gradient(_ones(cov), dpooled * total.sqrt())
     # pooled = sqrt(total) p(cov / total): total's own gradient lies on the diagonal, but where it is not the trace.
     dtotal = (pooled[:, None] * dpooled).sum(2, keepdim=True) / (2 * total)
     dtotal = dtotal - (da * cov).sum((1, 2), keepdim=True) / total**2
