@@ -131,15 +131,14 @@ class _Matrices(_Root):
         return torch.bmm(torch.bmm(v, self.y[-1]), self.t[-1])
 
     def gradient(self, v: Tensor, g: Tensor) -> Tensor:
-        dy, dt = v.mT * torch.bmm(g, self.t[-1]), torch.bmm(v, self.y[-1]).mT * g
-        dz = None
-        for k in range(STEPS - 1, 0, -1):
-            y, z, t = self.y[k], self.z[k], self.t[k]
-            if dz is not None:  # Y_k+1 = Y_k T, Z_k+1 = T Z_k
-                dt = torch.baddbmm(torch.bmm(y, dy), dz, z)
-                dy, dz = torch.bmm(dy, t), torch.bmm(t, dz)
-            dy = torch.baddbmm(dy, z, dt, alpha=-0.5)  # T = (3 - Z_k Y_k) / 2
-            dz = -0.5 * torch.bmm(dt, y) if dz is None else torch.baddbmm(dz, dt, y, alpha=-0.5)
+        # T_k+1 = (3 - Z_k Y_k) / 2; nothing goes through the last Z.
+        dt = torch.bmm(v, self.y[-1]).mT * g
+        dy = torch.baddbmm(v.mT * torch.bmm(g, self.t[-1]), self.z[-1], dt, alpha=-0.5)
+        dz = -0.5 * torch.bmm(dt, self.y[-1])
+        for y, z, t in zip(self.y[-2:0:-1], self.z[-2:0:-1], self.t[-2:0:-1], strict=True):
+            dt = torch.baddbmm(torch.bmm(y, dy), dz, z)  # Y_k+1 = Y_k T, Z_k+1 = T Z_k
+            dy = torch.baddbmm(torch.bmm(dy, t), z, dt, alpha=-0.5)
+            dz = torch.baddbmm(torch.bmm(t, dz), dt, y, alpha=-0.5)
         a, t = self.y[0], self.t[0]  # Y_1 = a T, Z_1 = T, T = (3 - a) / 2
         dt = torch.baddbmm(dz, a, dy)
         return _symmetric(torch.baddbmm(dt, dy, t, beta=-0.5))
