@@ -16,11 +16,12 @@ from cases import TARGETS, check, feature_map
 from visattn_fast import catalogue
 
 pytest.importorskip("triton")
-cbam, channel_scale, eca, nam, se, shuffle_attention, simam, heuristics, layouts = (
+cbam, channel_scale, eca, local_attention, nam, scse, se, shuffle_attention, simam, heuristics, layouts = (
     importlib.import_module(f"visattn_fast.kernels.{name}")
-    for name in ("cbam", "channel_scale", "eca", "nam", "se", "shuffle_attention", "simam", "_heuristics", "_layout")
-cbam, channel_scale, eca, local_attention, scse, se, heuristics, layouts = (
-    for name in ("cbam", "channel_scale", "eca", "local_attention", "scse", "se", "_heuristics", "_layout")
+    for name in (
+        *("cbam", "channel_scale", "eca", "local_attention", "nam", "scse", "se", "shuffle_attention", "simam"),
+        *("_heuristics", "_layout"),
+    )
 )
 
 DEVICES = [device for device, backend in TARGETS if backend == "triton"]
