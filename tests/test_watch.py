@@ -152,6 +152,31 @@ def test_foreign_modules_named_attention_are_no_gates():
     assert list(vf.attention_maps(nn.Sequential(Layer(), Other()), x)) == ["0.attention"]
 
 
+@pytest.mark.parametrize("need_weights", [True, False])
+def test_maps_over_sequences(need_weights):
+    """They are gates too, and show the weights that they did not keep."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = vf.FastAttentionLayer(8, 4, 6)
+            self.sequence = vf.FastSequenceAttention("general", 6, 8)
+            self.pooling = vf.FastAttentionPooling()
+
+        def forward(self, x, lengths):
+            y, _ = self.layer(x, need_weights=need_weights)
+            z, _ = self.sequence(y, x, key_lengths=lengths, need_weights=need_weights)
+            return self.pooling(z[..., 0], x[..., 0], x[..., 1], need_weights=need_weights)[0]
+
+    x, lengths = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([5, 3])
+    maps = vf.attention_maps(Model(), (x, lengths))
+    assert list(maps) == ["layer", "sequence", "pooling"]
+    for weights in maps.values():
+        assert weights.shape == (2, 5, 5)
+        torch.testing.assert_close(weights.sum(2), torch.ones(2, 5))
+    assert (maps["sequence"][1, :, 3:] == 0).all()
+
+
 def test_maps_of_a_model_that_fails():
     model = net().train()
     before = snapshot(model)

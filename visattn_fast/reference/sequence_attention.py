@@ -157,9 +157,17 @@ class SequenceAttention(nn.Module):
             return additive_score(self.W_q(query), self.W_k(key), self.v.weight[0])
         return (self.W(query) if self.score == "general" else query) @ key.transpose(1, 2)
 
-    def attention(self, *args: Tensor | None, **kwargs: Tensor | None) -> dict[str, Tensor]:
+    def attention(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor | None = None,
+        mask: Tensor | None = None,
+        key_lengths: Tensor | None = None,
+        position: Tensor | None = None,
+    ) -> dict[str, Tensor]:
         """``{"position": weights}``, ``[N, Q, K]``; arguments as those of forward."""
-        weights = SequenceAttention.forward(self, *args, **kwargs)[1]  # type: ignore[arg-type]
+        weights = SequenceAttention.forward(self, query, key, value, mask, key_lengths, position)[1]
         assert weights is not None
         return {"position": weights}
 
