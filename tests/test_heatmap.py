@@ -13,9 +13,9 @@ pytest.importorskip("matplotlib")
 image_module = pytest.importorskip("PIL.Image")
 
 from visattn_fast import cli  # noqa: E402
-from visattn_fast.models import AttentionResNet  # noqa: E402
+from visattn_fast.models import GATES, AttentionResNet  # noqa: E402
 from visattn_fast.models.rotation import rotated_crops  # noqa: E402
-from visattn_fast.report import heatmap  # noqa: E402
+from visattn_fast.report import heatmap, overlays  # noqa: E402
 
 PHOTOGRAPH = Path(__file__).parents[1] / "examples" / "china.jpg"
 
@@ -41,32 +41,78 @@ def test_weights_from_a_file(tmp_path, capsys):
     assert out.exists()
 
 
+def test_every_gate_in_one_picture(tmp_path, capsys):
+    """A row for each gate that the network takes; a few of them are no wider than one of them."""
+    every, few = tmp_path / "every.png", tmp_path / "few.png"
+    assert heatmap_of(PHOTOGRAPH, "--steps", "0", "--attention", "all", "--out", str(every)) == 0
+    out = capsys.readouterr().out
+    assert "the attention is noise" in out
+    assert [line for line in out.splitlines() if line in GATES] == list(GATES)
+    assert heatmap_of(PHOTOGRAPH, "--steps", "0", "--attention", "se,cbam", "--out", str(few)) == 0
+    with image_module.open(every) as picture, image_module.open(few) as smaller:
+        assert picture.width == smaller.width
+        assert picture.height > smaller.height
+
+
+@pytest.mark.parametrize("attention", GATES)
 @pytest.mark.parametrize("fused", [True, False])
-def test_maps_are_the_gates_and_leave_the_model_alone(fused):
-    model = AttentionResNet("cbam", width=8, fused=fused).double()
-    gate = model.stages[0][0].gate
-    x = vf.catalogue.feature_map((2, 3, 12, 9), dtype=torch.float64)
+def test_views_are_the_gates_and_leave_the_model_alone(attention, fused):
+    torch.manual_seed(0)
+    model = AttentionResNet(attention, width=8, fused=fused).train()
+    model.stages[0][0].bn1.eval()
+    x = vf.catalogue.feature_map((2, 3, 12, 9))
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    expected = model.eval()(x)
-    seen = []
-    handle = gate.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
-    first, *others = heatmap.attention_maps(model.train(), x)
-    handle.remove()
-    assert [m.spatial.shape for m in (first, *others)] == [(12, 9), (6, 5), (3, 3)]
-    assert [len(m.channel) for m in (first, *others)] == [8, 16, 32]
-    gated = seen[0][0] * first.channel[:, None, None] * first.spatial
-    torch.testing.assert_close(gated, vf.reference.cbam(seen[0], *gate.weights())[0])
-    assert model.training
-    assert not any(m._forward_pre_hooks for m in model.modules())
+    modes = [module.training for module in model.modules()]
+    views = heatmap.views(model, x)
+    assert [tuple(view.gain.shape) for view in views] == [(12, 9), (6, 5), (3, 3)]
+    assert modes == [module.training for module in model.modules()]
+    assert not any(m._forward_hooks for m in model.modules())
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
-    assert torch.equal(model.eval()(x), expected)
+
+    maps = vf.attention_maps(model, x[:1])
+    shown = [gate for view in views for gate in view.gates.values()]
+    for gate, expected in zip(shown, maps.values(), strict=True):
+        torch.testing.assert_close(gate, expected)
+    for view in views:
+        if view.gates.keys() == {"channel"}:
+            assert (view.gates["channel"].min() <= view.gain * 1.0001).all()
+            assert (view.gates["channel"].max() >= view.gain * 0.9999).all()
+    drawn = overlays.lines(views)
+    assert drawn[0].is_map
+    assert all(len(line.panels) == 3 for line in drawn)
+    for panel, view in zip(drawn[0].panels, views, strict=True):
+        assert panel.shape == view.gain.shape
+
+
+def test_what_is_drawn():
+    """Maps come first, directions are multiplied, channels are sorted, branches stay together."""
+    gain = torch.rand(4, 5)
+    height, width, channel = torch.rand(1, 3, 4, 1), torch.rand(1, 3, 1, 5), torch.rand(1, 3, 1, 1)
+    spatial, branch = torch.rand(1, 1, 4, 5), torch.rand(1, 2, 3, 1, 1)
+
+    def drawn(**gates):
+        return {
+            line.label: torch.from_numpy(line.panels[0].copy()) for line in overlays.lines([overlays.View(gates, gain)])
+        }
+
+    found = drawn(channel=channel, spatial=spatial)
+    assert list(found) == ["spatial gate", "channel gate, sorted"]
+    assert torch.equal(found["spatial gate"], spatial[0, 0])
+    assert torch.equal(found["channel gate, sorted"][0], channel.flatten().sort(descending=True).values)
+    (product,) = drawn(height=height, width=width).values()
+    torch.testing.assert_close(product, (height * width)[0].mean(0))
+    over, under = drawn(branch=branch).items()
+    assert torch.equal(over[1], gain)
+    assert under[0] == "branch gates, sorted by the first"
+    assert {tuple(pair) for pair in under[1].T.tolist()} == {tuple(pair) for pair in branch[0, :, :, 0, 0].T.tolist()}
 
 
 def test_hooks_go_even_if_the_model_fails():
     model = AttentionResNet("cbam", width=8)
     with pytest.raises(ValueError, match="x must have 3 channels"):
-        heatmap.attention_maps(model, torch.zeros(1, 1, 8, 8))
-    assert not any(m._forward_pre_hooks for m in model.modules())
+        heatmap.views(model, torch.zeros(1, 1, 8, 8))
+    assert not any(m._forward_hooks for m in model.modules())
+    assert all(m.training for m in model.modules())
 
 
 def test_rotated_crops():
@@ -88,6 +134,9 @@ def test_rotated_crops():
         (".", (), "directory"),
         (str(PHOTOGRAPH), ("--size", "8"), "--size must be at least 64"),
         (str(PHOTOGRAPH), ("--out", "out.nonesuch"), "--out must end in"),
+        (str(PHOTOGRAPH), ("--attention", "nonesuch"), "--attention must be all or among se, eca"),
+        (str(PHOTOGRAPH), ("--attention", "se,,eca"), "got ''"),
+        (str(PHOTOGRAPH), ("--attention", "all", "--weights", "other.pt"), "--weights are those of one network"),
         (str(PHOTOGRAPH), ("--weights", "missing.pt"), "No such file"),
         (str(PHOTOGRAPH), ("--weights", "text.jpg"), "text.jpg is no state_dict of this network"),
         (str(PHOTOGRAPH), ("--weights", "other.pt"), "other.pt is no state_dict of this network"),

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-_BATCH = 16  # crops; each comes in all four rotations
+_BATCH = 8  # crops; each comes in all four rotations
 
 
 def train_rotation(model: nn.Module, image: Tensor, steps: int, crop: int = 64, seed: int = 0) -> list[float]:
@@ -17,7 +17,7 @@ def train_rotation(model: nn.Module, image: Tensor, steps: int, crop: int = 64, 
     Args:
         model: ``[N, C, crop, crop]`` -> 4 logits.
         image: ``[C, H, W]``; H and W at least ``crop``.
-        steps: of the optimiser, each on 16 crops in all four rotations.
+        steps: of the optimiser, each on 8 crops in all four rotations.
         seed: of the crops.
 
     Returns:
@@ -42,7 +42,7 @@ def train_rotation(model: nn.Module, image: Tensor, steps: int, crop: int = 64, 
 
 
 @torch.no_grad()
-def rotation_accuracy(model: nn.Module, image: Tensor, crop: int = 64, seed: int = 1, batches: int = 8) -> float:
+def rotation_accuracy(model: nn.Module, image: Tensor, crop: int = 64, seed: int = 1, batches: int = 16) -> float:
     """The share of freshly drawn crops of ``image`` whose rotation ``model``, put into eval mode, tells."""
     generator = torch.Generator().manual_seed(seed)
     model.eval()

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
-import sys
-import tempfile
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from ..catalogue import ENTRIES, feature_map
 from .cases import Case
+from .memory import peak_bytes, saved_bytes
 
 Results = tuple[Tensor, ...]  # (y,) or (y, dx, a gradient for every parameter)
 _BAND = 4  # units in the last place of a tensor's largest value: the rounding that is granted beside eager's error
@@ -86,32 +81,11 @@ class Subject:
         if self.case.mode != "both" or contender == "copy":
             return None
         module = self.fast if contender == "fused" else self.plain
-        parameters = {p.untyped_storage().data_ptr() for p in module.parameters()}
-        kept: dict[int, int] = {}
-
-        def pack(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in parameters:
-                kept[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            run()
-        return sum(kept.values())
+        return saved_bytes(run, module.parameters())
 
     def peak_bytes(self, run: Callable[[], Results]) -> int | None:
         """The most that a run allocates at a time, beside what was there before; None where it cannot be known."""
-        if self.device.type == "cpu":
-            return _traced_peak(run)
-        module = torch.get_device_module(self.device)
-        if not hasattr(module, "max_memory_allocated"):
-            return None
-        module.synchronize()
-        module.reset_peak_memory_stats()
-        before = module.memory_allocated()
-        run()
-        module.synchronize()
-        return module.max_memory_allocated() - before
+        return peak_bytes(run, self.device)
 
 
 def _run(
@@ -129,33 +103,3 @@ def _run(
         return (y, *torch.autograd.grad(y, wanted, grad))  # handed out, not added to .grad
 
     return forward if mode == "forward" else both
-
-
-def _traced_peak(run: Callable[[], Results]) -> int:
-    with tempfile.TemporaryDirectory() as folder, _silent_stderr():
-        with torch.profiler.profile(
-            activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
-        ) as profiler:
-            run()
-        trace = Path(folder, "trace.json")
-        profiler.export_chrome_trace(str(trace))
-        events = json.loads(trace.read_text())["traceEvents"]
-    now = peak = 0
-    for event in sorted((e for e in events if e.get("name") == "[memory]"), key=lambda e: e["ts"]):
-        now += event["args"]["Bytes"]
-        peak = max(peak, now)
-    return peak
-
-
-@contextlib.contextmanager
-def _silent_stderr() -> Iterator[None]:
-    """The profiler's library announces itself on file descriptor 2 and has no option against it."""
-    sys.stderr.flush()
-    before = os.dup(2)
-    with open(os.devnull, "w") as nowhere:
-        os.dup2(nowhere.fileno(), 2)
-    try:
-        yield
-    finally:
-        os.dup2(before, 2)
-        os.close(before)
