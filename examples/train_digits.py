@@ -15,86 +15,37 @@ any other order of summation would do; the tolerances are set by it.
 from __future__ import annotations
 
 import argparse
+import copy
 import sys
-import time
 
 import torch
-import torch.nn.functional as F
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from torch import Tensor
 
+from digits import BATCH, Run, digits, train, twins
 from visattn_fast.models import AttentionResNet
 
-BATCH = 64
 FIRST_STEPS = 5
 FIRST_TOLERANCE = 1e-4  # per step, at a loss near 2.3: rounding alone gives 2e-7, one flipped near-tie up to 5e-5
 EPOCH_TOLERANCE = 0.05  # on the mean loss of an epoch; nudged departs by 0.01 to 0.03, depending on the seed
 ACCURACY = 0.97
 
 
-class Run:
-    """A network in training, its losses and the seconds that its steps took."""
-
-    def __init__(self, model: AttentionResNet, steps: int) -> None:
-        self.model = model
-        self.optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4, nesterov=True)
-        self.schedule = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, max_lr=0.05, total_steps=steps)
-        self.losses: list[float] = []
-        self.seconds = 0.0
-
-    def step(self, x: Tensor, y: Tensor) -> None:
-        start = time.perf_counter()
-        loss = F.cross_entropy(self.model(x), y)
-        self.optimizer.zero_grad()
-        loss.backward()
-        self.optimizer.step()
-        self.schedule.step()
-        self.losses.append(loss.item())
-        self.seconds += time.perf_counter() - start
-
-    @torch.no_grad()
-    def accuracy(self, x: Tensor, y: Tensor) -> float:
-        return (self.model.eval()(x).argmax(1) == y).float().mean().item()
-
-
 def networks(attention: str, seed: int) -> dict[str, AttentionResNet]:
     """The three networks, with equal parameters but for the nudge."""
-    torch.manual_seed(seed)
-    reference = AttentionResNet(attention, in_channels=1, fused=False)
-    others = AttentionResNet(attention, in_channels=1), AttentionResNet(attention, in_channels=1, fused=False)
-    for other in others:
-        other.load_state_dict(reference.state_dict())
-    fused, nudged = others
+    reference, fused = twins(attention, seed)
+    nudged = copy.deepcopy(reference)
     with torch.no_grad():
         nudged.head.weight.mul_(1 + torch.finfo(torch.float32).eps)
     return {"reference": reference, "fused": fused, "nudged": nudged}
 
 
-def digits() -> list[Tensor]:
-    """Images ``[N, 1, 8, 8]`` in 0..1 and labels ``[N]``: 1437 to train on and 360 held out, equally many per class."""
-    data = load_digits()
-    images, labels = data.images[:, None].astype("float32") / 16, data.target
-    x, x_held_out, y, y_held_out = train_test_split(images, labels, test_size=0.2, stratify=labels, random_state=0)
-    return [torch.as_tensor(array) for array in (x, y, x_held_out, y_held_out)]
-
-
-def train(attention: str, epochs: int, seed: int, x: Tensor, y: Tensor) -> dict[str, Run]:
-    """Trains the three side by side, step by step, on the same batches; each batch is moved by up to one pixel."""
-    steps = len(x) // BATCH
+def train_three(attention: str, epochs: int, seed: int, x: Tensor, y: Tensor) -> dict[str, Run]:
+    """Trains the three on the same batches."""
     for run in (Run(model, 4) for model in networks(attention, seed).values()):  # warm-up, thrown away
         for _ in range(3):
             run.step(x[:BATCH], y[:BATCH])
-    runs = {name: Run(model, epochs * steps) for name, model in networks(attention, seed).items()}
-    order = list(runs.values())
-    generator = torch.Generator().manual_seed(seed)
-    for _ in range(epochs):
-        for indices in torch.randperm(len(x), generator=generator)[: steps * BATCH].view(steps, BATCH):
-            shift = torch.randint(-1, 2, (2,), generator=generator).tolist()
-            batch, labels = torch.roll(x[indices], shift, (2, 3)), y[indices]
-            for run in order:
-                run.step(batch, labels)
-            order.append(order.pop(0))  # each is first, second and last equally often
+    runs = {name: Run(model, epochs * (len(x) // BATCH)) for name, model in networks(attention, seed).items()}
+    train(list(runs.values()), x, y, epochs, seed)
     return runs
 
 
@@ -117,19 +68,19 @@ def main() -> int:
     torch.set_num_threads(1)  # 8 x 8 pixels are too few to share
 
     x, y, x_held_out, y_held_out = digits()
-    runs = train(args.attention, args.epochs, args.seed, x, y)
+    runs = train_three(args.attention, args.epochs, args.seed, x, y)
     print(
         f"{args.attention}, {args.epochs} epochs of {len(x) // BATCH} batches of {BATCH}, one thread, seed {args.seed}"
     )
     print("               time   per step   last epoch's loss   held-out   first steps off by   epochs off by")
     failures = []
     for name, run in runs.items():
-        steps = len(run.losses)
+        steps, seconds = len(run.losses), sum(run.seconds)
         last = sum(run.losses[-(steps // args.epochs) :]) / (steps // args.epochs)
         accuracy = run.accuracy(x_held_out, y_held_out)
         first, whole = departures(run, runs["reference"], args.epochs)
         print(
-            f"{name:<9}  {run.seconds:6.2f} s {run.seconds / steps * 1e3:7.2f} ms {last:19.4f} {accuracy:9.1%}"
+            f"{name:<9}  {seconds:6.2f} s {seconds / steps * 1e3:7.2f} ms {last:19.4f} {accuracy:9.1%}"
             f" {first:20.1e} {whole:15.1e}"
         )
         if name != "nudged" and accuracy <= ACCURACY:

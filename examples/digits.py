@@ -1,0 +1,145 @@
+"""What the examples share: scikit-learn's digits, a network in training on them, what a step of it takes."""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from torch import Tensor
+
+from visattn_fast.models import AttentionResNet
+from visattn_fast.report.memory import peak_bytes
+
+BATCH = 64
+FIRST_STEPS = 3
+FIRST_TOLERANCE = 1e-3  # at a loss near 2; more would be another function, not another order of summation
+
+
+class Run:
+    """A network in training, its losses and the seconds of each step. What is frozen beforehand stays so."""
+
+    def __init__(self, model: AttentionResNet, steps: int) -> None:
+        self.model = model
+        self.trained = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.SGD(self.trained, lr=0.05, momentum=0.9, weight_decay=5e-4, nesterov=True)
+        self.schedule = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, max_lr=0.05, total_steps=steps)
+        self.losses: list[float] = []
+        self.seconds: list[float] = []
+
+    def step(self, x: Tensor, y: Tensor) -> None:
+        start = time.perf_counter()
+        loss = F.cross_entropy(self.model(x), y)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        self.schedule.step()
+        self.losses.append(loss.item())
+        self.seconds.append(time.perf_counter() - start)
+
+    @property
+    def milliseconds(self) -> float:
+        """Of a step, the median."""
+        return statistics.median(self.seconds) * 1e3
+
+    @torch.no_grad()
+    def accuracy(self, x: Tensor, y: Tensor) -> float:
+        """The share of images that are told right; the network is left in eval mode."""
+        return (self.model.eval()(x).argmax(1) == y).float().mean().item()
+
+    def peak(self, x: Tensor, y: Tensor) -> int:
+        """The bytes that forward and backward of a batch allocate at a time. The network is left as it was."""
+        x, y = x[:BATCH].clone(), y[:BATCH]
+
+        def both() -> object:
+            return torch.autograd.grad(F.cross_entropy(self.model(x), y), self.trained)
+
+        buffers = [buffer.clone() for buffer in self.model.buffers()]
+        found = peak_bytes(both, x.device)
+        for buffer, before in zip(self.model.buffers(), buffers, strict=True):
+            buffer.copy_(before)
+        assert found is not None
+        return found
+
+
+def digits(pixels: int = 8) -> list[Tensor]:
+    """Images ``[N, 1, pixels, pixels]`` in 0..1 and labels ``[N]``: 1437 to train on and 360 held out.
+
+    As many of each class as of another. The digits have 8 x 8 pixels; other sizes are interpolated.
+    """
+    data = load_digits()
+    images, labels = data.images[:, None].astype("float32") / 16, data.target
+    x, x_held_out, y, y_held_out = train_test_split(images, labels, test_size=0.2, stratify=labels, random_state=0)
+    found = [torch.as_tensor(array) for array in (x, y, x_held_out, y_held_out)]
+    if pixels != 8:
+        found[::2] = [F.interpolate(images, size=pixels, mode="bilinear") for images in found[::2]]
+    return found
+
+
+def batches(x: Tensor, y: Tensor, epochs: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+    """Shuffled batches of `BATCH`, each moved by up to one of the 8 pixels."""
+    steps = len(x) // BATCH
+    reach = x.shape[2] // 8
+    for _ in range(epochs):
+        for indices in torch.randperm(len(x), generator=generator)[: steps * BATCH].view(steps, BATCH):
+            shift = torch.randint(-reach, reach + 1, (2,), generator=generator).tolist()
+            yield torch.roll(x[indices], shift, (2, 3)), y[indices]
+
+
+def train(runs: list[Run], x: Tensor, y: Tensor, epochs: int, seed: int) -> None:
+    """Trains the runs side by side, step by step, on the same batches; each is first, second and last equally often."""
+    order = list(runs)
+    for images, labels in batches(x, y, epochs, torch.Generator().manual_seed(seed)):
+        for run in order:
+            run.step(images, labels)
+        order.append(order.pop(0))
+
+
+def twins(attention: str, seed: int, classes: int = 10) -> tuple[AttentionResNet, AttentionResNet]:
+    """A network with reference modules and one with fused modules, with equal parameters drawn from ``seed``."""
+    torch.manual_seed(seed)
+    reference = AttentionResNet(attention, classes, in_channels=1, fused=False)
+    fused = AttentionResNet(attention, classes, in_channels=1)
+    fused.load_state_dict(reference.state_dict())
+    return reference, fused
+
+
+def departure(a: Run, b: Run) -> str:
+    """What is wrong if the first losses of two runs differ by more than rounding; empty if nothing is."""
+    first = zip(a.losses[:FIRST_STEPS], b.losses[:FIRST_STEPS], strict=True)
+    largest = max(abs(one - other) for one, other in first)
+    return "" if largest <= FIRST_TOLERANCE else f"a loss of the first {FIRST_STEPS} steps is off by {largest:.1e}"
+
+
+def parse(parser: argparse.ArgumentParser, epochs: int) -> argparse.Namespace:
+    """Adds the options that two examples share, and reads all."""
+    parser.add_argument("--epochs", type=int, default=epochs, metavar="N", help="default: %(default)s")
+    parser.add_argument("--pixels", type=int, default=16, metavar="N", help="of a side, default: %(default)s")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    for option, least in (("epochs", 1), ("pixels", 8)):
+        if getattr(args, option) < least:
+            parser.error(f"argument --{option}: must be at least {least}, got {getattr(args, option)}")
+    torch.set_num_threads(1)  # too few pixels to share
+    return args
+
+
+def show(header: Sequence[str], rows: Sequence[Sequence[str]], note: str, labels: int = 1) -> None:
+    """Prints a table, its first columns ``labels`` to the left, and a note."""
+    console = Console() if sys.stdout.isatty() else Console(width=110)
+    table = Table(*header, box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in table.columns[labels:]:
+        column.justify = "right"
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+    console.print(note, highlight=False)
