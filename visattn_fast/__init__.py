@@ -2,6 +2,7 @@
 
 from . import functional, reference
 from .backends import Backend, backends, use_backend
+from .integrations import Acceleration, accelerate, restore
 from .modules import (
     FastAttentionLayer,
     FastAttentionPooling,
@@ -26,6 +27,7 @@ from .watch import GateStatistics, attention_maps, watch_gates
 __version__ = "0.1.0"
 
 __all__ = [
+    "Acceleration",
     "Backend",
     "FastAttentionLayer",
     "FastAttentionPooling",
@@ -45,10 +47,12 @@ __all__ = [
     "FastSpatialAttention",
     "FastscSE",
     "GateStatistics",
+    "accelerate",
     "attention_maps",
     "backends",
     "functional",
     "reference",
+    "restore",
     "use_backend",
     "watch_gates",
 ]

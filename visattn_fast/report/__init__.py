@@ -1,1 +1,1 @@
-"""The comparison report and the other commands of the command line. Nothing here is imported by the package itself."""
+"""The comparison report and the other commands of the command line. `import visattn_fast` imports none of it."""

@@ -1,0 +1,305 @@
+"""accelerate and restore, on modules and models of other libraries: the same numbers, and nothing else changes."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import nn
+
+import visattn_fast as vf
+from cases import INTERPRETED, run
+from outside import library
+from visattn_fast.catalogue import ENTRIES, feature_map
+from visattn_fast.models import AttentionResNet
+
+pytestmark = [
+    pytest.mark.skipif(INTERPRETED, reason="swaps classes; what the kernels compute is held elsewhere"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+]
+C = 32
+
+
+def timm(name: str, *arguments: Any, module: str = "timm.layers", **options: Any) -> nn.Module:
+    return getattr(library(module), name)(*arguments, **options)
+
+
+def squeeze_excitation(*activations: type[nn.Module]) -> nn.Module:
+    return library("torchvision.ops").SqueezeExcitation(C, 8, *activations)
+
+
+def monai(name: str, *arguments: Any, dimensions: int = 2) -> nn.Module:
+    return getattr(library("monai.networks.blocks"), name)(dimensions, C, *arguments)
+
+
+MODULES: dict[str, Callable[[], nn.Module]] = {
+    "timm SEModule": lambda: timm("SEModule", C),
+    "timm SEModule, no bias": lambda: timm("SEModule", C, bias=False),
+    "timm SEModule, SiLU": lambda: timm("SEModule", C, act_layer=nn.SiLU),
+    "timm SEModule, hard sigmoid": lambda: timm("SEModule", C, gate_layer=nn.Hardsigmoid),
+    "timm SqueezeExcite": lambda: timm("SqueezeExcite", C, module="timm.models._efficientnet_blocks"),
+    "timm EcaModule": lambda: timm("EcaModule", C),
+    "timm CoordAttn": lambda: timm("CoordAttn", C, module="timm.layers.coord_attn"),
+    "timm CoordAttn, skip": lambda: timm("CoordAttn", C, has_skip=True, bias=True, module="timm.layers.coord_attn"),
+    "torchvision SqueezeExcitation": squeeze_excitation,
+    "torchvision SqueezeExcitation of MobileNetV3": lambda: squeeze_excitation(nn.ReLU, nn.Hardsigmoid),
+    "torchvision SqueezeExcitation of EfficientNet": lambda: squeeze_excitation(nn.SiLU, nn.Sigmoid),
+    "monai ChannelSELayer": lambda: monai("ChannelSELayer"),
+    "monai ResidualSELayer": lambda: monai("ResidualSELayer", 4, "relu", "sigmoid"),
+    "smp SCSEModule": lambda: library("segmentation_models_pytorch.base.modules").SCSEModule(C),
+    **{name: lambda e=e: e.reference(**e.arguments(C)) for name, e in ENTRIES.items() if e.training},
+}
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("name", MODULES)
+def test_module(name, training):
+    """Result, gradients and running statistics are those of the original; restored, it is the original."""
+    module = MODULES[name]().double().train(training)
+    kind, x = type(module), feature_map((2, C, 7, 6), dtype=torch.float64)
+    want = run(copy.deepcopy(module), x)
+    found = vf.accelerate(module)
+    assert [(s.name, s.kind) for s in found.swapped] == [("", kind.__name__)]
+    assert isinstance(module, kind)
+    assert type(module) is not kind
+    got = run(copy.deepcopy(module), x)
+    assert got.keys() == want.keys()
+    for key, tensor in want.items():
+        torch.testing.assert_close(got[key], tensor, rtol=1e-7, atol=1e-8, msg=lambda m, key=key: f"{key}: {m}")
+    assert vf.restore(module) == 1
+    assert type(module) is kind
+    assert all(torch.equal(run(module, x)[key], tensor) for key, tensor in want.items() if key in ("y", "x"))
+
+
+class Model(NamedTuple):
+    """A model with random weights, and how many of its modules and blocks are swapped."""
+
+    build: Callable[[], nn.Module]
+    gates: int
+    blocks: int
+
+
+def timm_model(name: str, **options: Any) -> Callable[[], nn.Module]:
+    return lambda: library("timm").create_model(name, num_classes=10, **options)
+
+
+def torchvision_model(name: str) -> Callable[[], nn.Module]:
+    return lambda: getattr(library("torchvision.models"), name)(num_classes=10)
+
+
+def unet() -> nn.Module:
+    build = library("segmentation_models_pytorch").Unet
+    return build("resnet18", encoder_weights=None, decoder_attention_type="scse")
+
+
+MODELS = {
+    "timm seresnet50": Model(timm_model("seresnet50"), 16, 16),
+    "timm ecaresnet50d": Model(timm_model("ecaresnet50d"), 16, 16),
+    "timm efficientnet_b0": Model(timm_model("efficientnet_b0"), 16, 0),
+    "timm mobilenetv3_large_100": Model(timm_model("mobilenetv3_large_100"), 8, 0),
+    "torchvision efficientnet_b0": Model(torchvision_model("efficientnet_b0"), 16, 0),
+    "torchvision mobilenet_v3_small": Model(torchvision_model("mobilenet_v3_small"), 9, 0),
+    "smp Unet": Model(unet, 10, 0),
+    "own ResNet": Model(lambda: AttentionResNet("cbam", fused=False), 3, 3),
+}
+
+
+def built(name: str) -> nn.Module:
+    """The model in float64, in which its batch norms leave no doubt of what differs."""
+    torch.manual_seed(0)
+    model = MODELS[name].build().double()
+    for module in model.modules():  # else their branches begin at zero, and hide their gates
+        if isinstance(module, nn.BatchNorm2d) and not module.weight.any():
+            nn.init.constant_(module.weight, 0.5)
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return model
+
+
+def step(model: nn.Module, x: torch.Tensor, steps: int = 1) -> dict[str, torch.Tensor]:
+    """Parameters and buffers after so many steps of SGD, and the first output and gradients."""
+    optimizer, first = torch.optim.SGD(model.parameters(), 1e-2), {}
+    for _ in range(steps):
+        torch.manual_seed(1)  # for drop path
+        y = model(x)
+        optimizer.zero_grad()
+        y.square().mean().backward()
+        first = first or {"y": y.detach()} | {
+            f"grad {n}": p.grad.clone() for n, p in model.named_parameters() if p.grad is not None
+        }
+        optimizer.step()
+    return first | {name: t.clone() for name, t in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_model(name):
+    """Three steps of training give the same gradients, parameters and statistics; eval and restore the same output."""
+    model, x = built(name), feature_map((2, 3, 64, 64), dtype=torch.float64)
+    plain, state = copy.deepcopy(model), {k: t.clone() for k, t in model.state_dict().items()}
+    hooked: list[str] = []
+    parameters = dict(model.named_parameters())
+    found = vf.accelerate(model)
+    gates = [s for s in found.swapped if not s.recipe.pattern]
+    assert (len(gates), len(found.swapped) - len(gates)) == MODELS[name][1:], str(found)
+    gates[0].module.register_forward_hook(lambda *_: hooked.append("ran"))
+    assert all(p is parameters[k] for k, p in model.named_parameters())
+    assert model.state_dict().keys() == state.keys()
+    assert all(torch.equal(t, state[k]) for k, t in model.state_dict().items())
+    want, got = step(plain, x, 3), step(model, x, 3)
+    assert hooked
+    assert got.keys() == want.keys()
+    for key, tensor in want.items():
+        # PyTorch's gradient of a hard sigmoid takes 1/6 in float32, even in float64; steps of training magnify that.
+        allowed = 3e-6 * tensor.abs().max().item() + 1e-12
+        torch.testing.assert_close(got[key], tensor, rtol=1e-6, atol=allowed, msg=f"{name}: {key}")
+    with torch.no_grad():
+        model.load_state_dict(plain.state_dict())
+        torch.testing.assert_close(model.eval()(x), plain.eval()(x), rtol=1e-8, atol=1e-8)
+        assert vf.restore(model) == len(found.swapped)
+        assert torch.equal(model(x), plain(x))
+    assert not any("_accelerated_from" in m.__dict__ for m in model.modules())
+
+
+def small(fused: bool = False) -> AttentionResNet:
+    torch.manual_seed(0)
+    return AttentionResNet("se", width=8, depths=(1, 1), fused=fused).eval()
+
+
+def test_copies():
+    """deepcopy, pickle and torch.save keep what accelerate did, and can be restored on their own."""
+    model, x = small(), feature_map((2, 3, 8, 8))
+    want = small()(x)
+    vf.accelerate(model)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), torch.load(file, weights_only=False)):
+        assert type(other.stages[0][0].gate) is vf.FastSE
+        torch.testing.assert_close(other(x), model(x), rtol=0, atol=0)
+        assert vf.restore(other) == 4
+        assert torch.equal(other(x), want)
+    assert vf.accelerate(model).swapped == []  # once is enough
+
+
+def test_compile_and_export():
+    model, x = small(), feature_map((2, 3, 8, 8))
+    want = model(x)
+    vf.accelerate(model)
+    torch.testing.assert_close(torch.compile(model, fullgraph=True)(x), want, rtol=1e-5, atol=1e-5)
+    program = torch.export.export(model, (x,))
+    torch.testing.assert_close(program.module()(x), want, rtol=1e-5, atol=1e-5)
+
+
+class Doubled(vf.reference.SE):
+    """A subclass with a forward of its own."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def test_left_alone():
+    """What cannot be served exactly is left as it is, with the reason."""
+    hooked = vf.reference.SE(C)
+    hooked.fc[0].register_forward_hook(lambda *_: None)
+    model = nn.ModuleDict({"mine": Doubled(C), "hooked": hooked, "known": vf.reference.SE(C), "fast": vf.FastSE(C)})
+    kinds = {name: type(module) for name, module in model.items()}
+    found = vf.accelerate(model)
+    assert [s.name for s in found.swapped] == ["known"]
+    assert {s.name: s.reason for s in found.skipped} == {
+        "mine": "is a subclass, whose forward may be its own",
+        "hooked": "fc.0 has hooks, which the fused forward would not run",
+    }
+    assert {n: type(m) for n, m in model.items() if n != "known"} == {n: k for n, k in kinds.items() if n != "known"}
+
+
+OUTSIDE = {
+    "timm max pooling": (lambda: timm("SEModule", C, add_maxpool=True), "add_maxpool"),
+    "timm norm inside": (lambda: timm("SEModule", C, norm_layer=nn.BatchNorm2d), "a norm layer stands inside"),
+    "timm GELU": (lambda: timm("SEModule", C, act_layer=nn.GELU), "act is GELU, not ReLU or SiLU"),
+    "timm tanh gate": (lambda: timm("SEModule", C, gate_layer=nn.Tanh), "gate is Tanh"),
+    "timm ECA with an MLP": (lambda: timm("EcaModule", C, use_mlp=True), "use_mlp"),
+    "timm ECA, hard sigmoid": (
+        lambda: timm("EcaModule", C, gate_layer="hard_sigmoid"),
+        "gate is Hardsigmoid, not Sigmoid",
+    ),
+    "timm CoordAttn, ReLU": (
+        lambda: timm("CoordAttn", C, act_layer=nn.ReLU, module="timm.layers.coord_attn"),
+        "act is ReLU",
+    ),
+    "monai ResidualSELayer as it comes": (lambda: monai("ResidualSELayer"), "fc.1 is LeakyReLU"),
+    "monai in three dimensions": (lambda: monai("ChannelSELayer", dimensions=3), "avg_pool is AdaptiveAvgPool3d"),
+}
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_flavours_left_alone(name):
+    build, reason = OUTSIDE[name]
+    module = build()
+    kind = type(module)
+    found = vf.accelerate(module)
+    assert type(module) is kind
+    assert not found.swapped
+    assert found.skipped[0].reason.startswith(reason), found.skipped[0].reason
+
+
+def test_only_and_except():
+    model = small()
+    assert {s.name for s in vf.accelerate(model, only=["stages.1"]).swapped} == {"stages.1.0", "stages.1.0.gate"}
+    vf.restore(model)
+    assert {s.name for s in vf.accelerate(model, except_=["stages.1"]).swapped} == {"stages.0.0", "stages.0.0.gate"}
+    vf.restore(model)
+    assert {s.name for s in vf.accelerate(model, blocks=False).swapped} == {"stages.0.0.gate", "stages.1.0.gate"}
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got int"):
+        vf.accelerate(3)
+
+
+def test_libraries_not_imported_are_not_imported():
+    program = (
+        "import sys, visattn_fast as vf; from visattn_fast.models import AttentionResNet\n"
+        "assert len(vf.accelerate(AttentionResNet('se', fused=False)).swapped) == 6\n"
+        "assert not {'timm', 'torchvision', 'monai', 'segmentation_models_pytorch'} & sys.modules.keys()\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=300)
+
+
+def test_example(monkeypatch):
+    """With an example each module is held against its original; a wrong or slow one is put back and named."""
+    verify = __import__("visattn_fast.integrations.verify", fromlist=["verify"])
+    speed = {"0": 2.0, "1": 1.0}
+    monkeypatch.setattr(verify, "interleaved", lambda runs, *_: {name: [speed[name]] * 5 for name in runs})
+    model, x = small().train(), feature_map((4, 3, 8, 8))
+    state = copy.deepcopy(model.state_dict())
+    found = vf.accelerate(model, x)
+    assert len(found.swapped) == 4
+    assert not found.skipped
+    assert all(s.speedup == 2.0 for s in found.swapped)
+    assert found.backend == "cpp"
+    assert all(torch.equal(t, state[k]) for k, t in model.state_dict().items()), "the example left traces"
+    lines = str(found).splitlines()
+    assert lines[0].split() == ["module", "class", "served", "by", "keeps", "less", "faster"]
+    assert lines[-1] == "4 swapped, 0 left alone"
+
+    vf.restore(model)
+    speed["1"] = 3.0
+    found = vf.accelerate(model, x)
+    assert not found.swapped
+    assert {s.reason for s in found.skipped if s.kind == "SE"} == {"slower on this device: 0.67 x"}
+    assert {s.reason for s in found.skipped if s.kind != "SE"} == {"its gate was not swapped, or has no epilogue"}
+    assert not any(type(m) is vf.FastSE for m in model.modules())
+
+    speed["1"] = 1.0
+    forward = vf.FastSE.forward
+    monkeypatch.setattr(vf.FastSE, "forward", lambda self, x, **epilogue: 1.01 * forward(self, x, **epilogue))
+    with pytest.warns(
+        UserWarning, match=r"stages.0.0.gate \(SE\) is put back: its fused forward differs in its result"
+    ):
+        found = vf.accelerate(model, x, blocks=False)
+    assert not found.swapped
+    assert torch.equal(model.eval()(x), small()(x))

@@ -1,0 +1,47 @@
+"""The many spellings of squeeze-and-excitation: what their forward becomes, once, and when it can."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from .. import functional
+from .recipe import all_of, layers
+
+_HIDDEN = {nn.ReLU: "relu", nn.SiLU: "silu"}
+_GATES = {nn.Sigmoid: "sigmoid", nn.Hardsigmoid: "hard_sigmoid"}
+_LAYERS = (nn.Linear, nn.Conv2d)
+
+
+def se_like(
+    x: Tensor,
+    reduce: Any,
+    hidden: nn.Module,
+    expand: Any,
+    gate: nn.Module,
+    residual: Tensor | None = None,
+    activation: str | None = None,
+) -> Tensor:
+    """``act(x * gate(expand(hidden(reduce(mean(x))))) + residual)`` with the layers' own parameters and activations."""
+    return functional.se(
+        x, reduce.weight, reduce.bias, expand.weight, expand.bias,
+        residual=residual, activation=activation,
+        hidden_activation=_HIDDEN[type(hidden)], gate_activation=_GATES[type(gate)],
+    )  # fmt: skip
+
+
+def se_layers(
+    reduce: str,
+    hidden: str,
+    expand: str,
+    gate: str,
+    *gates: type[nn.Module],
+    more: Callable[[nn.Module], str] | None = None,
+) -> Callable[[nn.Module], str]:
+    """A check that the layers of these names are what `se_like` takes; ``gates``: other spellings of the sigmoid."""
+    for spelling in gates:
+        _GATES.setdefault(spelling, "sigmoid")
+    known = layers({reduce: _LAYERS, hidden: tuple(_HIDDEN), expand: _LAYERS, gate: tuple(_GATES)})
+    return all_of(known, more) if more else known
