@@ -57,6 +57,7 @@ BAD_ARGUMENTS = [
     (lambda r: r.SK(32, groups=5), r"channels must be a multiple of groups=5, got 32"),
     (lambda r: r.ChannelAttention(4), r"channels must be at least reduction=8, got 4"),
     (lambda r: r.SpatialAttention(4), r"kernel_size must be 3 or 7, got 4"),
+    (lambda r: r.S2MLPv2(0), r"channels must be a positive int, got 0"),
     (lambda r: r.SOCA(4), r"channels must be at least reduction=8, got 4"),
     (lambda r: r.CrissCross(4), r"channels must be at least reduction=8, got 4"),
     (lambda r: r.CBAM(32, kernel_size=5), r"kernel_size must be 3 or 7, got 5"),
@@ -135,6 +136,14 @@ BAD_WEIGHTS = [
     (lambda f: f.nam(X, torch.ones(32), torch.ones(32), training=False), r"running_mean and running_var must be given"),
     (lambda f: f.shuffle_attention(X, *[torch.ones(3)] * 6), r"x must have a multiple of 6 channels, .*got \(2, 32, "),
     (lambda f: f.simam(X, float("nan")), r"e_lambda must be a positive number, got nan"),
+    (
+        lambda f: f.split_attention(X, torch.ones(8, 8), torch.ones(24, 8)),
+        r"three branches .*got shape \(2, 32, 4, 4\)",
+    ),
+    (
+        lambda f: f.split_attention(X[:, :30], torch.ones(10, 10), torch.ones(10, 10)),
+        r"w2 must have shape \[30, 10\], got \[10, 10\]",
+    ),
     (lambda f: f.eca(X, torch.ones(1, 1, 4)), r"kernel size of weight must be odd, .*got 4"),
     (lambda f: f.eca(X, torch.ones(3)), r"weight must have shape \[1, 1, k\], got \[3\]"),
     (lambda f: f.spatial_attention(X, torch.ones(1, 2, 4, 4)), r"kernel size of wconv must be odd, .*got 4"),

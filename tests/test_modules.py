@@ -23,6 +23,14 @@ def batch_norm(name, channels):
 
 
 KEYS = {
+    "S2MLPv2": {
+        "mlp1.weight": (96, 32),
+        "mlp1.bias": (96,),
+        "mlp2.weight": (32, 32),
+        "mlp2.bias": (32,),
+        "split_attention.mlp1.weight": (32, 32),
+        "split_attention.mlp2.weight": (96, 32),
+    },
     "SK": {
         **{f"convs.{i}.0.weight": (32, 32, 3, 3) for i in range(2)},
         **batch_norm("convs.0.1", 32),

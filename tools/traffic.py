@@ -141,12 +141,16 @@ def calls(entry: catalogue.Entry, shape: Shape = SHAPE) -> Iterable[Call]:
 
 @contextmanager
 def _counting(tensors: dict[str, torch.Tensor]) -> Iterator[dict[tuple[str, str], int]]:
-    """Within the context, bytes by tensor and kind; a tensor is known by its range of addresses."""
+    """Within the context, bytes by tensor and kind; a tensor is known by its range of addresses.
+
+    Two names of the same memory count once, under the first.
+    """
     count: dict[tuple[str, str], int] = {}
-    starts = {name: t.data_ptr() for name, t in tensors.items()}
+    starts = {name: start for start, name in {t.data_ptr(): name for name, t in reversed(tensors.items())}.items()}
     ends = {
-        name: starts[name] + t.element_size() * (1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)))
-        for name, t in tensors.items()
+        name: start + t.element_size() * (1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)))
+        for name, start in starts.items()
+        for t in [tensors[name]]
     }
 
     def add(pointers: Any, mask: Any, kinds: tuple[str, ...]) -> None:

@@ -187,6 +187,17 @@ ENTRIES = {
             takes=lambda shape: shape[1] > 1,  # the gradients of one channel's keys cancel
             saved=2.3,  # queries, keys, values and what comes of them
         ),
+        Entry(
+            "split_attention",
+            modules.FastS2MLPv2,
+            reference.S2MLPv2,
+            lambda c: {"channels": c},
+            7,
+            8,
+            epilogue=False,
+            layers=True,
+            ops=("shift_total", "shift_sum", "shift_dot", "shift_grad"),
+        ),
     )
 }
 

@@ -6,6 +6,7 @@ from .criss_cross import criss_cross
 from .eca import eca
 from .local_attention import local_attention
 from .nam import nam
+from .s2mlpv2 import split_attention
 from .scse import scse
 from .se import se
 from .sequence import additive_score, masked_attention
@@ -31,4 +32,5 @@ __all__ = [
     "sk",
     "soca",
     "spatial_attention",
+    "split_attention",
 ]

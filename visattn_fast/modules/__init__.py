@@ -6,6 +6,7 @@ from .criss_cross import FastCrissCross
 from .eca import FastECA
 from .local_attention import FastLocalAttention
 from .nam import FastNAM
+from .s2mlpv2 import FastS2MLPv2
 from .scse import FastscSE
 from .se import FastSE
 from .sequence import FastAttentionLayer, FastAttentionPooling, FastSequenceAttention
@@ -24,6 +25,7 @@ __all__ = [
     "FastECA",
     "FastLocalAttention",
     "FastNAM",
+    "FastS2MLPv2",
     "FastSE",
     "FastSK",
     "FastSOCA",

@@ -10,6 +10,7 @@ from .criss_cross import CrissCrossFunction
 from .eca import ECAFunction
 from .local_attention import LocalAttentionFunction
 from .nam import NAMFunction
+from .s2mlpv2 import SplitAttentionFunction
 from .scse import ScSEFunction
 from .se import SEFunction, se_mathematics
 from .shuffle_attention import ShuffleAttentionFunction
@@ -34,6 +35,7 @@ __all__ = [
     "ShuffleAttentionFunction",
     "SimAMFunction",
     "SpatialAttentionFunction",
+    "SplitAttentionFunction",
     "fits_a_block",
     "mixed",
     "register_triton",

@@ -10,6 +10,7 @@ from .epilogue import epilogue
 from .local_attention import LocalAttention, local_attention
 from .masking import masked_softmax
 from .nam import NAM, nam
+from .s2mlpv2 import S2MLPv2, split_attention
 from .scse import scSE, scse
 from .se import SE, se
 from .sequence_attention import SequenceAttention, additive_score
@@ -31,6 +32,7 @@ __all__ = [
     "CoordAtt",
     "CrissCross",
     "LocalAttention",
+    "S2MLPv2",
     "SequenceAttention",
     "ShuffleAttention",
     "SimAM",
@@ -53,4 +55,5 @@ __all__ = [
     "sk",
     "soca",
     "spatial_attention",
+    "split_attention",
 ]
