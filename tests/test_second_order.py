@@ -87,6 +87,21 @@ def test_criss_cross_by_the_definition():
     assert torch.equal(vf.FastCrissCross(16)(x), x)  # gamma starts at zero
 
 
+@pytest.mark.parametrize("shape", [(5, 8, 32, 30), (9, 8, 7, 33), (3, 8, 60, 50)])
+def test_criss_cross_in_groups_of_images(shape):
+    """Several images at a time, fewer in the last group, or one: each as by itself."""
+    fast, plain = catalogue.ENTRIES["criss_cross"].pair(8, torch.float64)
+    x = catalogue.feature_map(shape, dtype=torch.float64)
+    results = []
+    for module, parts in ((fast, [x]), (plain, x.split(1))):
+        inputs = [part.clone().requires_grad_() for part in parts]
+        y = torch.cat([module(part) for part in inputs])
+        gradients = torch.autograd.grad(y.square().sum(), (*inputs, *module.parameters()))
+        results.append((y, torch.cat(gradients[: len(inputs)]), *gradients[len(inputs) :]))
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected)
+
+
 def test_criss_cross_attention_is_what_others_give():
     _, plain = catalogue.ENTRIES["criss_cross"].pair(8)
     x = feature_map((2, 8, 5, 4), "nchw", torch.float32)

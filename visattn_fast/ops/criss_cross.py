@@ -2,7 +2,8 @@
 
 Queries, keys and values lie side by side as ``[N, H, W, 2 R + C]``, in which rows, and columns of the transposed view,
 are matrices with dense channels. A row's queries meet that row's keys alone, so that a block of rows is done when it
-is left, and then a block of columns is; the softmax of the two is joined as in flash attention.
+is left, and then a block of columns is; the softmax of the two is joined as in flash attention. Small images go
+in groups.
 """
 
 from __future__ import annotations
@@ -23,27 +24,33 @@ _PIXELS = 1 << 10  # of each image, that are summed at a time: rounding grows wi
 
 
 class _Lines(NamedTuple):
-    """Tensors of one image with rows, or columns, first: ``[lines, length, channels]``; a slice is a block of lines."""
+    """Tensors of some images: ``[images, lines, length, channels]``, lines being rows or columns."""
 
     columns: bool
     tensors: tuple[Tensor, ...]
 
     def blocks(self) -> Iterator[list[Tensor]]:
-        lines, length = self.tensors[0].shape[:2]
-        step = max(_BLOCK // length**2, 1)
+        images, lines, length, _ = self.tensors[0].shape
+        step = max(_BLOCK // (images * length**2), 1)
         for start in range(0, lines, step):
-            yield [t[start : start + step] for t in self.tensors]
+            yield [t[:, start : start + step] for t in self.tensors]
 
     def energies(self, q: Tensor, k: Tensor) -> Tensor:
-        """``[B, L, R]`` -> ``[B, L, L]``; a column leaves the position itself to its row."""
+        """``[G, B, L, R]`` -> ``[G, B, L, L]``; a column leaves the position itself to its row."""
         found = q @ k.mT
         if self.columns:
-            found.diagonal(0, 1, 2).fill_(-torch.inf)
+            found.diagonal(0, 2, 3).fill_(-torch.inf)
         return found
 
 
 def _rows_and_columns(*tensors: Tensor) -> tuple[_Lines, _Lines]:
-    return _Lines(False, tensors), _Lines(True, tuple(t.transpose(0, 1) for t in tensors))
+    return _Lines(False, tensors), _Lines(True, tuple(t.transpose(1, 2) for t in tensors))
+
+
+def _groups(images: int, height: int, width: int) -> Iterator[slice]:
+    """Images that are worked through together: several small ones, or a single one."""
+    step = max(_BLOCK // max(height * width * max(height, width), 1), 1)
+    return (slice(start, start + step) for start in range(0, images, step))
 
 
 def _split(packed: Tensor, channels: int) -> tuple[Tensor, ...]:
@@ -61,21 +68,21 @@ def _criss_cross_fwd_reference(x, weight, bias, gamma):
     keys = _split(packed, c)[1]
     keys -= keys.nan_to_num(0.0, 0.0, 0.0).mean((1, 2), keepdim=True)  # NaN stays where it is
     out, lse = empty_small(x, n, height, width, c), empty_small(x, n, height, width)
-    for image in range(n):
-        total = torch.empty_like(lse[image])
-        rows, columns = _rows_and_columns(*_split(packed[image], c), out[image], lse[image], total)
+    for images in _groups(n, height, width):
+        total = torch.empty_like(lse[images])
+        rows, columns = _rows_and_columns(*_split(packed[images], c), out[images], lse[images], total)
         for q, k, v, o, top, count in rows.blocks():
             p = rows.energies(q, k)
-            top.copy_(p.amax(2))
+            top.copy_(p.amax(3))
             p.sub_(top[..., None]).exp_()
-            count.copy_(p.sum(2))
+            count.copy_(p.sum(3))
             o.copy_(p @ v)
         for q, k, v, o, top, count in columns.blocks():
             p = columns.energies(q, k)
-            new_top = torch.maximum(top, p.amax(2))
+            new_top = torch.maximum(top, p.amax(3))
             p.sub_(new_top[..., None]).exp_()
             shrunk = top.sub_(new_top).exp_()  # of what the rows have summed
-            count.mul_(shrunk).add_(p.sum(2))
+            count.mul_(shrunk).add_(p.sum(3))
             o.mul_(shrunk[..., None]).add_(p @ v).div_(count[..., None])
             top.copy_(new_top.add_(count.log()))
     y, attended = empty_map(x), out.permute(0, 3, 1, 2)
@@ -91,14 +98,14 @@ def _criss_cross_bwd_reference(grad, x, weight, gamma, packed, out, lse):
     a = accumulation_dtype(x)
     weight, gamma = weight.to(a), gamma.to(a)
     dpacked, dgamma = torch.zeros_like(packed), torch.zeros_like(gamma)
-    for image in range(n):
-        upstream, dot = grad[image].permute(1, 2, 0), torch.empty_like(lse[image])
-        shared = (*_split(packed[image], c), *_split(dpacked[image], c), upstream, out[image], lse[image], dot)
+    for images in _groups(n, height, width):
+        upstream, dot = grad[images].permute(0, 2, 3, 1), torch.empty_like(lse[images])
+        shared = (*_split(packed[images], c), *_split(dpacked[images], c), upstream, out[images], lse[images], dot)
         for lines in _rows_and_columns(*shared):
             for q, k, v, dq, dk, dv, g, o, norm, d in lines.blocks():
                 g = g.to(a).contiguous()
                 if not lines.columns:
-                    d.copy_((g * o).sum(2))
+                    d.copy_((g * o).sum(3))
                 p = lines.energies(q, k).sub_(norm[..., None]).exp_()
                 dv += p.mT @ g
                 p *= (g @ v.mT).sub_(d[..., None])  # the energies' gradient
