@@ -151,7 +151,7 @@ def _symmetric(m: Tensor) -> Tensor:
 def _root(a: Tensor) -> _Root:
     n, c, _ = a.shape
     # On a CPU where both take as long; elsewhere as long as the iterates are few megabytes.
-    return _Matrices(a) if n * c**3 <= (1 << 21 if a.is_cpu else 1 << 27) else _Vectors(a)
+    return _Matrices(a) if n * c**3 <= (1 << 22 if a.is_cpu else 1 << 27) else _Vectors(a)
 
 
 def _ones(cov: Tensor) -> Tensor:
