@@ -99,6 +99,8 @@ def _differentiable(
 ) -> tuple[Tensor | None, ...]:
     needs = ctx.needs_input_grad[: len(tensors)]
     with torch.enable_grad():
+        # Of one tensor another may have been made, by way of which no gradient is to come here: views cut it off.
+        tensors = [t.view_as(t) if needed else t for t, needed in zip(tensors, needs, strict=True)]
         y = mathematics(*tensors, *ctx.options)
         wanted = [t for t, needed in zip(tensors, needs, strict=True) if needed]
         found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True))
