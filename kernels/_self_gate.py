@@ -1,7 +1,8 @@
 """Gates that each element computes of itself and of its channel: SimAM and its like.
 
-y = act(x * sigmoid((q d + a) d + b) + residual), d = x - m. Each KIND derives m, q, a, b from two statistics of a
-channel, its mean and a scale, and from parameters. Where whole planes fit in a tile, a program reads them once and does
+y = act(x * sigmoid((q d + a) d + b) + residual), d = x - m; a gate whose statistics the batch shares may scale another
+map, z, instead of x. Each KIND derives m, q, a, b from two statistics of a channel, its mean and a scale, and from
+parameters. Where whole planes fit in a tile, a program reads them once and does
 all; else the passes stream: moments, gate; backward sums, dx.
 
 Shuffled kinds exchange channels behind the gate: channel h C / 2 + j of x becomes channel 2 j + h of y. Their tiles are
@@ -140,13 +141,12 @@ def _deviation_and_gate(x, mean, scale, a, b, k, spatial, KIND: tl.constexpr):
 
 
 @triton.jit
-def _dx_tile(x, g, d, s, mean, scale, a, k, spatial, sum_r, sum_rd, sum_rdd, count, KIND: tl.constexpr):
-    """g s + r (2 q d + a) + u d + v, r = g x s (1 - s); sums over the `count` values behind a statistic."""
-    r = g * x * s * (1 - s)
+def _dx_tile(base, r, d, mean, scale, a, k, spatial, sum_r, sum_rd, sum_rdd, count, KIND: tl.constexpr):
+    """base + r (2 q d + a) + u d + v; sums over the `count` values behind a statistic."""
     if KIND == SIMAM:
         u = -8 * scale * scale * sum_rdd / tl.maximum(count - 1, 1)
         v = -2 * scale * sum_rd / count
-        dx = g * s + (2 * scale[:, None] * r + u[:, None]) * d + v[:, None]
+        dx = base + (2 * scale[:, None] * r + u[:, None]) * d + v[:, None]
     else:
         slope = a * scale
         u = -slope * scale * scale * sum_rd / count
@@ -156,7 +156,7 @@ def _dx_tile(x, g, d, s, mean, scale, a, k, spatial, sum_r, sum_rd, sum_rdd, cou
             slope, u = tl.where(spatial, slope, 0.0), tl.where(spatial, u, 0.0)
             v = tl.where(spatial, 0.0, k * mean_r)
         # Differences before products: of a single pixel they are 0, however steep the slope.
-        dx = g * s + (r - mean_r[:, None]) * slope[:, None] + u[:, None] * d + v[:, None]
+        dx = base + (r - mean_r[:, None]) * slope[:, None] + u[:, None] * d + v[:, None]
     return dx
 
 
@@ -216,7 +216,7 @@ def _plane_bwd_kernel(
     if KIND != SIMAM:
         tl.store(sums_ptr + n * 2 * C + cx, sum_r, mask=c < C)
         tl.store(sums_ptr + (n * 2 + 1) * C + cx, sum_rd, mask=c < C)
-    dx = _dx_tile(x, g, d, s, mean, scale, a, k, spatial, sum_r, sum_rd, sum_rdd, HW, KIND)
+    dx = _dx_tile(g * s, r, d, mean, scale, a, k, spatial, sum_r, sum_rd, sum_rdd, HW, KIND)
     _store_dx(dx_ptr + n * C * HW, dx, c0, c, p, C, HW, KIND, CHANNELS_LAST, ALIGN, BLOCK_C)
 
 
@@ -244,6 +244,9 @@ def _moments_kernel(
         second += tl.where(mask, d * (x - mean), 0.0)
     seen = tl.minimum(tl.maximum((HW - p + BLOCK_P - 1) // BLOCK_P, 0), steps).to(acc_ty)[None, :]
     total = tl.sum(seen * mean, 1) / tl.sum(seen, 1)
+    # What is left corrects the mean, which of equal values is then their value: a batch norm magnifies the rest.
+    rest = tl.sum(tl.where(seen > 0, seen * (mean - total[:, None]), 0.0), 1) / tl.sum(seen, 1)
+    total += tl.where(rest == rest, rest, 0.0)  # of an infinite mean nothing but NaN is left
     apart = tl.where(seen > 0, mean - total[:, None], 0.0)
     second = tl.sum(second + seen * apart * apart, 1)
     row = (n * tl.num_programs(1) + part) * 2 * C
@@ -261,13 +264,16 @@ def _combine_moments_kernel(
     blocks = tl.cdiv(C, BLOCK_L)
     group = (tl.program_id(0) // blocks).to(tl.int64)
     c = tl.program_id(0) % blocks * BLOCK_L + tl.arange(0, BLOCK_L)
+    first = tl.load(parts_ptr + group * rows * 2 * C + c, mask=c < C, other=0.0)
+    first = tl.where(tl.abs(first) < float("inf"), first, 0.0)  # of equal means the differences are 0
     total = tl.zeros([BLOCK_S, BLOCK_L], acc_ty)
     for start in range(0, rows, BLOCK_S):
         i = start + tl.arange(0, BLOCK_S)
         mask = (i < rows)[:, None] & (c < C)[None, :]
         values = tl.minimum(HW - i % parts * span, span).to(acc_ty)[:, None]
-        total += values * tl.load(parts_ptr + (group * rows + i[:, None]) * 2 * C + c[None, :], mask=mask, other=0.0)
-    mean = tl.sum(total, 0) / count
+        at = parts_ptr + (group * rows + i[:, None]) * 2 * C + c[None, :]
+        total += values * tl.where(mask, tl.load(at, mask=mask, other=0.0) - first[None, :], 0.0)
+    mean = first + tl.sum(total, 0) / count
     total = tl.zeros([BLOCK_S, BLOCK_L], acc_ty)
     for start in range(0, rows, BLOCK_S):
         i = start + tl.arange(0, BLOCK_S)
@@ -282,7 +288,8 @@ def _combine_moments_kernel(
 
 @triton.jit
 def _gate_kernel(
-    x_ptr, residual_ptr, y_ptr, mean_ptr, scale_ptr, p0, p1, p2, p3, p4, p5, C, HW, K, stride_n, stride_o, stats_n,
+    x_ptr, z_ptr, residual_ptr, y_ptr, mean_ptr, scale_ptr, p0, p1, p2, p3, p4, p5, C, HW, K, stride_n, stride_o,
+    stats_n,
     KIND: tl.constexpr, ACTIVATION: tl.constexpr, CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
@@ -298,6 +305,8 @@ def _gate_kernel(
     a, b, k, spatial = _parameters(p0, p1, p2, p3, p4, p5, cx, C, K, acc_ty, KIND)
     _, s = _deviation_and_gate(x, mean, scale, a, b, k, spatial, KIND)
     v = x * s
+    if z_ptr is not None:
+        v = tl.load(z_ptr + offsets, mask=mask, other=0.0).to(acc_ty) * s
     if residual_ptr is not None:
         v += tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(acc_ty)
     tl.store(y_ptr + offsets, activate(v, ACTIVATION), mask=mask)
@@ -305,14 +314,14 @@ def _gate_kernel(
 
 @triton.jit
 def _sums_kernel(
-    grad_ptr, x_ptr, residual_ptr, mean_ptr, scale_ptr, p0, p1, p2, p3, p4, p5, dresidual_ptr, dx_ptr, parts_ptr,
-    C, HW, K, stride_n, stride_o, stats_n, steps,
+    grad_ptr, x_ptr, z_ptr, residual_ptr, mean_ptr, scale_ptr, p0, p1, p2, p3, p4, p5, dresidual_ptr, dx_ptr, dz_ptr,
+    parts_ptr, C, HW, K, stride_n, stride_o, stats_n, steps,
     KIND: tl.constexpr, ACTIVATION: tl.constexpr, CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """parts [N, parts, 3, C]: sums of r, r d, r d^2 over parts of the pixels; g' where there is an activation.
 
-    With dx, statistics are given and do not depend on x: dx = g s + r a.
+    With dx, statistics are given and do not depend on x: dx = g s + r a; the first term is dz if there is a z.
     """
     acc_ty = mean_ptr.dtype.element_ty
     blocks = tl.cdiv(C, BLOCK_C)
@@ -334,18 +343,25 @@ def _sums_kernel(
         x = _load_x(x_ptr + n * stride_n, c0, c, p, C, HW, stride_o, KIND, CHANNELS_LAST, ALIGN, BLOCK_C).to(acc_ty)
         g = tl.load(grad_ptr + offsets, mask=mask, other=0.0).to(acc_ty)
         d, s = _deviation_and_gate(x, mean, scale, a, b, k, spatial, KIND)
+        z = x
+        if z_ptr is not None:
+            z = tl.load(z_ptr + offsets, mask=mask, other=0.0).to(acc_ty)
         if ACTIVATION != NONE:
-            z = x * s
+            pre = z * s
             if residual_ptr is not None:
-                z += tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(acc_ty)
-            g = activation_grad(g, z, ACTIVATION)
+                pre += tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(acc_ty)
+            g = activation_grad(g, pre, ACTIVATION)
             tl.store(dresidual_ptr + offsets, g, mask=mask)
-        r = g * x * s * (1 - s)
+        r = g * z * s * (1 - s)
         sum_r += tl.sum(r, 1)
         sum_rd += tl.sum(r * d, 1)
         sum_rdd += tl.sum(r * d * d, 1)
         if dx_ptr is not None:
-            dx = g * s + r * (a * scale)[:, None]
+            dx = r * (a * scale)[:, None]
+            if z_ptr is None:
+                dx += g * s
+            else:
+                tl.store(dz_ptr + offsets, g * s, mask=mask)
             _store_dx(dx_ptr + n * C * HW, dx, c0, c, p, C, HW, KIND, CHANNELS_LAST, ALIGN, BLOCK_C)
     row = (n * tl.num_programs(1) + part) * 3 * C
     tl.store(parts_ptr + row + cx, sum_r, mask=c < C)
@@ -355,11 +371,11 @@ def _sums_kernel(
 
 @triton.jit
 def _self_gate_dx_kernel(
-    grad_ptr, x_ptr, mean_ptr, scale_ptr, sums_ptr, p0, p1, p2, p3, p4, p5, dx_ptr,
+    grad_ptr, x_ptr, z_ptr, mean_ptr, scale_ptr, sums_ptr, p0, p1, p2, p3, p4, p5, dx_ptr, dz_ptr,
     C, HW, K, stride_n, stride_o, stats_n, count,
     KIND: tl.constexpr, CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """dx, from g' and the sums [G, 3, C]."""
+    """dx, and dz if there is a z, from g' and the sums [G, 3, C]."""
     acc_ty = mean_ptr.dtype.element_ty
     n, c0, c, p = _program_tile(C, HW, BLOCK_C, BLOCK_P)
     mask = tile_mask(c, p, C, HW, CHANNELS_LAST, ALIGN)
@@ -375,7 +391,15 @@ def _self_gate_dx_kernel(
     sum_rdd = tl.load(sums + 2 * C, mask=c < C, other=0.0)
     a, b, k, spatial = _parameters(p0, p1, p2, p3, p4, p5, cx, C, K, acc_ty, KIND)
     d, s = _deviation_and_gate(x, mean, scale, a, b, k, spatial, KIND)
-    dx = _dx_tile(x, g, d, s, mean, scale, a, k, spatial, sum_r, sum_rd, sum_rdd, count, KIND)
+    z = x
+    if z_ptr is not None:
+        z = tl.load(z_ptr + offsets, mask=mask, other=0.0).to(acc_ty)
+    base = g * s
+    r = base * z * (1 - s)
+    if z_ptr is not None:
+        tl.store(dz_ptr + offsets, base, mask=mask)
+        base = tl.zeros_like(base)
+    dx = _dx_tile(base, r, d, mean, scale, a, k, spatial, sum_r, sum_rd, sum_rdd, count, KIND)
     _store_dx(dx_ptr + n * C * HW, dx, c0, c, p, C, HW, KIND, CHANNELS_LAST, ALIGN, BLOCK_C)
 
 
@@ -460,14 +484,14 @@ def statistics(x: torch.Tensor, layout: Layout, gate: Gate) -> tuple[torch.Tenso
 
 def apply_gate(
     x: torch.Tensor, layout: Layout, gate: Gate, mean: torch.Tensor, scale: torch.Tensor,
-    residual: torch.Tensor | None, activation: int,
+    residual: torch.Tensor | None, activation: int, z: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
-    """y from statistics [G, C]. Reads x once."""
+    """y from statistics [G, C]. Reads x once; z, which may be scaled instead, is dense as y is."""
     y = layout.empty(x)
     t = _for_halves(tile(layout, SCALE_TILE), layout, gate)
     launch(
         _gate_kernel, tiles(layout, t),
-        x, None if residual is None else layout.dense(residual), y, mean, scale, *gate.parameters,
+        x, z, None if residual is None else layout.dense(residual), y, mean, scale, *gate.parameters,
         layout.C, layout.HW, gate.width, layout.stride_n, layout.stride_o, 0 if gate.shared else layout.C,
         KIND=gate.kind.value, ACTIVATION=activation, **t._asdict(),
     )  # fmt: skip
@@ -476,12 +500,14 @@ def apply_gate(
 
 def self_gate_bwd(
     grad: torch.Tensor, x: torch.Tensor, layout: Layout, gate: Gate, mean: torch.Tensor, scale: torch.Tensor,
-    residual: torch.Tensor | None, activation: int, fixed: bool = False,
+    residual: torch.Tensor | None, activation: int, fixed: bool = False, z: torch.Tensor | None = None,
+    dz: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:  # fmt: skip
     """(dx, dresidual, sums): sums [G, 2 or 3, C] are of r, r d (and r d^2), None where no parameter needs them.
 
     Reads x and grad once if planes fit in a tile, or if the statistics are `fixed`, else twice. With an activation, g'
-    is written once more and returned as dresidual (else empty: it is grad), and a residual is read once.
+    is written once more and returned as dresidual (else empty: it is grad), and a residual is read once. z, which may
+    be scaled instead of x, is read as often as x, and dz written once; both are dense as dx is.
     """
     C, HW = layout.C, layout.HW
     grad = layout.dense(grad)
@@ -506,7 +532,8 @@ def self_gate_bwd(
     partial = mean.new_empty((layout.N, parts, 3, C))
     launch(
         _sums_kernel, layout.N * blocks,
-        grad, x, residual, mean, scale, *gate.parameters, dresidual, dx if fixed else None, partial,
+        grad, x, z, residual, mean, scale, *gate.parameters, dresidual, dx if fixed else None, dz if fixed else None,
+        partial,
         C, HW, gate.width, layout.stride_n, layout.stride_o, stats_n, steps,
         KIND=gate.kind.value, ACTIVATION=activation, **t._asdict(), parts=parts,
     )  # fmt: skip
@@ -516,7 +543,7 @@ def self_gate_bwd(
         t = _for_halves(tile(layout, SCALE_TILE), layout, gate)
         launch(
             _self_gate_dx_kernel, tiles(layout, t),
-            dresidual if activation else grad, x, mean, scale, sums, *gate.parameters, dx,
+            dresidual if activation else grad, x, z, mean, scale, sums, *gate.parameters, dx, dz,
             C, HW, gate.width, layout.stride_n, layout.stride_o, stats_n, images * HW,
             KIND=gate.kind.value, **t._asdict(),
         )  # fmt: skip

@@ -16,13 +16,15 @@ from cases import TARGETS, check, feature_map
 from visattn_fast import catalogue
 
 pytest.importorskip("triton")
-cbam, channel_scale, eca, local_attention, nam, scse, se, shuffle_attention, simam, heuristics, layouts = (
+cbam, channel_scale, eca, local_attention, nam, norm_gate, scse, se, shuffle_attention, simam = (
     importlib.import_module(f"visattn_fast.kernels.{name}")
     for name in (
-        *("cbam", "channel_scale", "eca", "local_attention", "nam", "scse", "se", "shuffle_attention", "simam"),
-        *("_heuristics", "_layout"),
+        *("cbam", "channel_scale", "eca", "local_attention", "nam", "norm_gate", "scse", "se", "shuffle_attention"),
+        "simam",
     )
 )
+heuristics, layouts = (importlib.import_module(f"visattn_fast.kernels.{name}") for name in ("_heuristics", "_layout"))
+
 
 DEVICES = [device for device, backend in TARGETS if backend == "triton"]
 LONG = ((1, 5, 53, 47), (1, 1030, 3, 2))  # several programs along the pixels, along the channels
@@ -142,4 +144,6 @@ def test_empty_batch_launches_nothing(monkeypatch):
     c = torch.ones(6)
     y, *small = nam.nam_fwd(x, c, c, None, None, x, 1, 1e-5)
     gradients += nam.nam_bwd(y, x, c, c, x, *small, 1, 1e-5, False)
+    y, *small = norm_gate.norm_gate_fwd(x, x, c, c, None, None, x, 1, 1e-5)
+    gradients += norm_gate.norm_gate_bwd(y, x, x, c, c, x, *small, 1, 1e-5, False)
     assert all(not g.any() for g in gradients)

@@ -40,6 +40,18 @@ KEYS = {
         **{f"fcs.{i}.weight": (32, 32, 1, 1) for i in range(2)},
         **{f"fcs.{i}.bias": (32,) for i in range(2)},
     },
+    "GAM": {
+        "linear1.weight": (8, 32),
+        "linear1.bias": (8,),
+        "linear2.weight": (32, 8),
+        "linear2.bias": (32,),
+        "conv1.weight": (8, 32, 7, 7),
+        "conv1.bias": (8,),
+        **batch_norm("norm1", 8),
+        "conv2.weight": (32, 8, 7, 7),
+        "conv2.bias": (32,),
+        **batch_norm("norm2", 32),
+    },
     "CrissCross": {
         "query_conv.weight": (4, 32, 1, 1),
         "query_conv.bias": (4,),

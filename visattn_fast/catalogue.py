@@ -104,6 +104,20 @@ _NAM = Entry(
     cut=("bn2.weight",),
 )
 
+# Its convolutions are PyTorch's, and so are the products of the perceptron. The second batch norm takes most of the
+# gradient of the first one's weight out; where few channels are, all but rounding.
+_GAM = Entry(
+    "gam",
+    modules.FastGAM,
+    reference.GAM,
+    lambda c: {"in_channels": c, "rate": min(4, c)},
+    4,
+    8,
+    takes=lambda shape: shape[1] >= 16 and shape[0] * shape[2] * shape[3] >= 8,
+    layers=True,
+    ops=("channel_mlp_fwd", "channel_mlp_bwd", "norm_gate_fwd", "norm_gate_bwd"),
+)
+
 
 def _shuffle_groups(channels: int) -> int:
     """The largest of 8, 4, 2 and 1 that shuffle attention takes for an even number of channels."""
@@ -129,6 +143,8 @@ ENTRIES = {
         _evaluated(_COORD_ATT),
         _SK,
         _evaluated(_SK),
+        _GAM,
+        replace(_evaluated(_GAM), forward_passes=3, backward_passes=5),
         Entry("simam", modules.FastSimAM, reference.SimAM, lambda c: {}, 2, 3),
         Entry(
             "shuffle_attention",

@@ -10,7 +10,9 @@ struct Moments {
   A mean, second;
 };
 
-// A row is read twice while it is in cache: the deviations are from its own mean, so nothing cancels.
+// A row is read twice while it is in cache: the deviations are from its own mean, so nothing cancels. What
+// their sum leaves corrects the mean, which of equal values is then their value: a batch norm magnifies the
+// rest. (Of an infinite mean nothing but NaN is left.)
 template <class T>
 Moments<Acc<T>> row_moments(const T* row, int64_t cols) {
   using A = Acc<T>;
@@ -33,8 +35,9 @@ Moments<Acc<T>> row_moments(const T* row, int64_t cols) {
       return result;
     };
     const A mean = sum([](auto v) VF_INLINE { return v; }) / static_cast<A>(cols);
-    out.mean = mean;
-    out.second = sum([mean](auto v) VF_INLINE { return (v - mean) * (v - mean); });
+    const A rest = sum([mean](auto v) VF_INLINE { return v - mean; }) / static_cast<A>(cols);
+    out.mean = rest == rest ? mean + rest : mean;
+    out.second = sum([center = out.mean](auto v) VF_INLINE { return (v - center) * (v - center); });
   });
   return out;
 }
@@ -44,6 +47,8 @@ template <class T>
 void column_moments(Matrix<const T> x, Acc<T>* mean, Acc<T>* second) {
   using A = Acc<T>;
   column_stats<T, false, false>(x, nullptr, mean);
+  Buffer<A> rest(x.cols);
+  A* shift = rest.get();
   simd([=]() VF_INLINE {
     for (int64_t c = 0; c < x.cols; c += kLanes<A>) {
       store(mean + c, load(mean + c) / static_cast<A>(x.rows));
@@ -55,18 +60,25 @@ void column_moments(Matrix<const T> x, Acc<T>* mean, Acc<T>* second) {
       for (int r = 0; r < R; ++r) row[r] = x.row(r0 + r);
       for_vectors<A>(x.cols, [&](int64_t c, auto lanes) VF_INLINE {
         const Vec<A> m = load(mean + c);
-        Vec<A> part = set1<A>(0);
+        Vec<A> part = set1<A>(0), apart = set1<A>(0);
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r) {
           const Vec<A> d = load(row[r] + c, lanes) - m;
-          part += d * d;
+          apart += d, part += d * d;
         }
         store(second + c, load(second + c) + part);
+        store(shift + c, load(shift + c) + apart);
       });
     };
     int64_t r = 0;
     for (; r + 8 <= x.rows; r += 8) group(r, std::integral_constant<int, 8>{});
     for (; r < x.rows; ++r) group(r, std::integral_constant<int, 1>{});
+    for (int64_t c = 0; c < x.cols; c += kLanes<A>) {
+      Vec<A> d = load(shift + c) / static_cast<A>(x.rows);
+      d = d == d ? d : Vec<A>{};
+      store(mean + c, load(mean + c) + d);
+      store(second + c, load(second + c) - d * d * static_cast<A>(x.rows));
+    }
   });
 }
 
@@ -75,8 +87,11 @@ template <class A, class Of, class Count>
 Moments<A> combine_moments(int64_t parts, const Of& of, const Count& count) {
   A values = 0;
   Moments<A> out{};
-  for (int64_t i = 0; i < parts; ++i) out.mean += of(i).mean * static_cast<A>(count(i)), values += count(i);
-  out.mean /= values;
+  const A first = std::isfinite(of(0).mean) ? of(0).mean : A(0);
+  for (int64_t i = 0; i < parts; ++i) {
+    out.mean += (of(i).mean - first) * static_cast<A>(count(i)), values += count(i);
+  }
+  out.mean = first + out.mean / values;
   for (int64_t i = 0; i < parts; ++i) {
     const A d = of(i).mean - out.mean;
     out.second += of(i).second + static_cast<A>(count(i)) * d * d;

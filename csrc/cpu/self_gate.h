@@ -1,7 +1,9 @@
 // Gates that each element computes of itself and of its channel (SimAM, NAM, ...):
-//   y = act(x * sigmoid((q d + a) d + b) + residual), d = x - m, with m, q, a, b of the channel.
+//   y = act(x * sigmoid((q d + a) d + b) + residual), d = x - m, with m, q, a, b of the channel;
+// or that it computes for the same element of another map, which is then what is scaled (GAM).
 //
 // A module brings its algebra, a class with
+//   kOther      another map z is scaled: y = act(z * sigmoid(...) + residual);
 //   kShared     the statistics are the batch's, not each image's;
 //   kShuffled   channel h C/2 + j of the result of the gate is channel 2 j + h of y;
 //   fixed()     m, q, a, b are known without the moments of x;
@@ -22,13 +24,20 @@ struct Coefficients {
   A m, q, a, b;
 };
 
-// With r the gradient before the sigmoid: sums of r, r d and r d^2 over the values behind a statistic.
+// With r the gradient before the sigmoid: sums of r, r d and r d^2 over the values behind a statistic. Chunks
+// are added up in double: an error of the sums is the same all over dx, and adds up in whatever stands
+// before.
 template <class A>
 struct Sums {
   A r, rd, rdd;
 };
 
-// dx = g sigmoid + r (2 q d + a) + u d + v
+template <class A>
+Sums<A> rounded(const Sums<double>& s) {
+  return {static_cast<A>(s.r), static_cast<A>(s.rd), static_cast<A>(s.rdd)};
+}
+
+// dx = g sigmoid + r (2 q d + a) + u d + v; with another map the first term is dz.
 template <class A>
 struct Line {
   A u, v;
@@ -120,27 +129,37 @@ struct Lanes {
   }
 };
 
+// Another map, dense and in the layout of x, and where its gradient goes.
+struct Scaled {
+  FeatureMap map;
+  Tensor grad;
+};
+
 // ---- passes. Stores may alias anything as far as the compiler knows, so all that loops need is copied
 // first. Result-like matrices (y, grad, residual) are dense, `ld` apart.
 
-template <class T, int kAct, bool kResidual>
-void self_gate_row(const T* x, int64_t count, GateArrays<Acc<T>> k, const T* residual, T* y) {
+template <class T, int kAct, bool kResidual, bool kOther>
+void self_gate_row(const T* x, const T* scaled, int64_t count, GateArrays<Acc<T>> k, const T* residual,
+                   T* y) {
   using A = Acc<T>;
   simd([=]() VF_INLINE {
     const auto gate = Lanes<A>::of_row(k, 0);
-    const T *px = x, *pr = residual;
+    const T *px = x, *pz = scaled, *pr = residual;
     T* py = y;
     for_vectors<A>(count, [=](int64_t c, auto lanes) VF_INLINE {
       const Vec<A> in = load(px + c, lanes);
-      Vec<A> v = in * gate.sigmoid(gate.deviation(in));
+      Vec<A> z = in;
+      if constexpr (kOther) z = load(pz + c, lanes);
+      Vec<A> v = z * gate.sigmoid(gate.deviation(in));
       if constexpr (kResidual) v += load(pr + c, lanes);
       store(py + c, activate<kAct>(v), lanes);
     });
   });
 }
 
-template <class T, int kAct, bool kResidual, bool kShuffled>
-void self_gate_columns(Matrix<const T> x, GateArrays<Acc<T>> arrays, const T* residual, T* y, int64_t ld) {
+template <class T, int kAct, bool kResidual, bool kShuffled, bool kOther>
+void self_gate_columns(Matrix<const T> x, const T* scaled, GateArrays<Acc<T>> arrays, const T* residual, T* y,
+                       int64_t ld) {
   using A = Acc<T>;
   simd([=]() VF_INLINE {
     constexpr int K = kShuffled ? 2 : 1;
@@ -148,10 +167,11 @@ void self_gate_columns(Matrix<const T> x, GateArrays<Acc<T>> arrays, const T* re
     for_row_groups<true>(x, [&](int64_t r0, auto group) VF_INLINE {
       constexpr int R = decltype(group)::value;
       const auto k = arrays;
-      const T *px[R], *pr[R];
+      const T *px[R], *pz[R], *pr[R];
       T* py[R];
       for (int r = 0; r < R; ++r) {
         px[r] = x.row(r0 + r);
+        pz[r] = kOther ? scaled + (r0 + r) * ld : nullptr;
         pr[r] = kResidual ? residual + (r0 + r) * ld : nullptr;
         py[r] = y + (r0 + r) * ld;
       }
@@ -164,7 +184,9 @@ void self_gate_columns(Matrix<const T> x, GateArrays<Acc<T>> arrays, const T* re
           if constexpr (kResidual) load_result(pr[r], c, lanes, res);
           for (int i = 0; i < K; ++i) {
             const Vec<A> in = load(px[r] + i * count + c, lanes);
-            v[i] = in * gate[i].sigmoid(gate[i].deviation(in));
+            v[i] = in;
+            if constexpr (kOther) v[i] = load(pz[r] + i * count + c, lanes);
+            v[i] *= gate[i].sigmoid(gate[i].deviation(in));
             if constexpr (kResidual) v[i] += res[i];
             v[i] = activate<kAct>(v[i]);
           }
@@ -175,41 +197,54 @@ void self_gate_columns(Matrix<const T> x, GateArrays<Acc<T>> arrays, const T* re
   });
 }
 
-// r, r d and r d^2 of one vector are added to `sum`; g becomes g' = g act'(.). Returns g' s + r (2 q d + a).
+// What is scaled gets `scaled`, what the gate is made of `through` and a line.
+template <class A>
+struct Terms {
+  Vec<A> scaled, through;
+};
+
+// r, r d and r d^2 of one vector are added to `sum`; g becomes g' = g act'(.).
+// Returns g' s and r (2 q d + a).
 template <int kAct, class A>
-VF_INLINE inline Vec<A> gradient_terms(const Lanes<A>& gate, Vec<A> in, Vec<A>& g, Vec<A> residual,
-                                       Vec<A> (&sum)[3]) {
+VF_INLINE inline Terms<A> gradient_terms(const Lanes<A>& gate, Vec<A> in, Vec<A> z, Vec<A>& g,
+                                         Vec<A> residual, Vec<A> (&sum)[3]) {
   const Vec<A> d = gate.deviation(in), s = gate.sigmoid(d);
-  if constexpr (kAct != kNone) g = activate_grad<kAct>(g, in * s + residual);
-  const Vec<A> gs = g * s, r = gs * in * (1 - s), rd = r * d;
+  if constexpr (kAct != kNone) g = activate_grad<kAct>(g, z * s + residual);
+  const Vec<A> gs = g * s, r = gs * z * (1 - s), rd = r * d;
   sum[0] += r, sum[1] += rd, sum[2] += rd * d;
-  return gs + r * (2 * gate.q * d + gate.a);
+  return {gs, r * (2 * gate.q * d + gate.a)};
 }
 
-// Sums of a row. With an activation g' goes to `kept`; `base` gets what dx is but for the line u d + v.
-template <class T, int kAct>
-Sums<Acc<T>> self_gate_sums_row(const T* x, int64_t count, GateArrays<Acc<T>> k, const T* grad,
-                                const T* residual, T* kept, Acc<T>* base) {
+// Sums of a row. With an activation g' goes to `kept`; `base` gets what dx is but for the line u d + v, and
+// `dscaled` the gradient of the other map.
+template <class T, int kAct, bool kOther>
+Sums<double> self_gate_sums_row(const T* x, const T* scaled, int64_t count, GateArrays<Acc<T>> k,
+                                const T* grad, const T* residual, T* kept, Acc<T>* base, T* dscaled) {
   using A = Acc<T>;
-  Sums<A> out{};
+  Sums<double> out{};
   simd([=, &out]() VF_INLINE {
     const auto gate = Lanes<A>::of_row(k, 0);
-    Vec<A> total[3] = {};
+    double total[3] = {};
     for (int64_t c0 = 0; c0 < count; c0 += kChunk * kLanes<A>) {
       const T *px = x + c0, *pg = grad + c0, *pr = residual ? residual + c0 : nullptr;
-      T* pk = kAct != kNone ? kept + c0 : nullptr;
+      const T* pz = kOther ? scaled + c0 : nullptr;
+      T *pk = kAct != kNone ? kept + c0 : nullptr, *po = kOther ? dscaled + c0 : nullptr;
       A* pb = base + c0;
       Vec<A> part[3] = {};
       for_vectors<A>(std::min(count - c0, kChunk * kLanes<A>), [=, &part](int64_t c, auto lanes) VF_INLINE {
         Vec<A> g = load(pg + c, lanes), res = {};
         if (kAct != kNone && pr) res = load(pr + c, lanes);
         const Vec<A> in = load(px + c, lanes);
-        store(pb + c, gradient_terms<kAct, A>(gate, in, g, res, part), lanes);
+        Vec<A> z = in;
+        if constexpr (kOther) z = load(pz + c, lanes);
+        const Terms<A> terms = gradient_terms<kAct, A>(gate, in, z, g, res, part);
+        if constexpr (kOther) store(po + c, terms.scaled, lanes);
+        store(pb + c, kOther ? terms.through : terms.scaled + terms.through, lanes);
         if constexpr (kAct != kNone) store(pk + c, g, lanes);
       });
-      for (int t = 0; t < 3; ++t) total[t] += part[t];
+      for (int t = 0; t < 3; ++t) total[t] += sum_lanes<A>(part[t]);
     }
-    out = {sum_lanes<A>(total[0]), sum_lanes<A>(total[1]), sum_lanes<A>(total[2])};
+    out = {total[0], total[1], total[2]};
   });
   return out;
 }
@@ -231,9 +266,9 @@ void self_gate_grad_row(const T* x, int64_t count, GateArrays<Acc<T>> k, const A
 }
 
 // Sums of columns; with an activation g' goes to `kept`.
-template <class T, int kAct, bool kShuffled>
-void self_gate_sums_columns(Matrix<const T> x, GateArrays<Acc<T>> arrays, const T* grad, const T* residual,
-                            T* kept, int64_t ld, Acc<T>* s0, Acc<T>* s1, Acc<T>* s2) {
+template <class T, int kAct, bool kShuffled, bool kOther>
+void self_gate_sums_columns(Matrix<const T> x, const T* scaled, GateArrays<Acc<T>> arrays, const T* grad,
+                            const T* residual, T* kept, int64_t ld, Acc<T>* s0, Acc<T>* s1, Acc<T>* s2) {
   using A = Acc<T>;
   simd([=]() VF_INLINE {
     constexpr int K = kShuffled ? 2 : 1;
@@ -243,10 +278,11 @@ void self_gate_sums_columns(Matrix<const T> x, GateArrays<Acc<T>> arrays, const 
       constexpr int R = decltype(group)::value;
       const auto k = arrays;
       A* const out[3] = {s0, s1, s2};
-      const T *px[R], *pg[R], *pr[R];
+      const T *px[R], *pz[R], *pg[R], *pr[R];
       T* pk[R];
       for (int r = 0; r < R; ++r) {
         px[r] = x.row(r0 + r), pg[r] = grad + (r0 + r) * ld;
+        pz[r] = kOther ? scaled + (r0 + r) * ld : nullptr;
         pr[r] = residual ? residual + (r0 + r) * ld : nullptr;
         pk[r] = kAct != kNone ? kept + (r0 + r) * ld : nullptr;
       }
@@ -259,8 +295,12 @@ void self_gate_sums_columns(Matrix<const T> x, GateArrays<Acc<T>> arrays, const 
           Vec<A> g[K], res[K] = {};
           load_result(pg[r], c, lanes, g);
           if (kAct != kNone && pr[r]) load_result(pr[r], c, lanes, res);
-          for (int i = 0; i < K; ++i)
-            gradient_terms<kAct, A>(gate[i], load(px[r] + i * count + c, lanes), g[i], res[i], sum[i]);
+          for (int i = 0; i < K; ++i) {
+            const Vec<A> in = load(px[r] + i * count + c, lanes);
+            Vec<A> z = in;
+            if constexpr (kOther) z = load(pz[r] + i * count + c, lanes);
+            gradient_terms<kAct, A>(gate[i], in, z, g[i], res[i], sum[i]);
+          }
           if constexpr (kAct != kNone) store_result(pk[r], c, lanes, g);
         }
         for (int i = 0; i < K; ++i) {
@@ -275,8 +315,9 @@ void self_gate_sums_columns(Matrix<const T> x, GateArrays<Acc<T>> arrays, const 
 }
 
 // dx of columns, from the beginning: what a pass over a large image leaves is not in cache for the next.
-template <class T, bool kShuffled>
-void self_gate_grad_columns(Matrix<const T> x, GateArrays<Acc<T>> arrays, const T* grad, T* dx, int64_t ld) {
+template <class T, bool kShuffled, bool kOther>
+void self_gate_grad_columns(Matrix<const T> x, const T* scaled, GateArrays<Acc<T>> arrays, const T* grad,
+                            T* dx, T* dscaled, int64_t ld) {
   using A = Acc<T>;
   simd([=]() VF_INLINE {
     constexpr int K = kShuffled ? 2 : 1;
@@ -284,10 +325,13 @@ void self_gate_grad_columns(Matrix<const T> x, GateArrays<Acc<T>> arrays, const 
     for_row_groups<true>(x, [&](int64_t r0, auto group) VF_INLINE {
       constexpr int R = decltype(group)::value;
       const auto k = arrays;
-      const T *px[R], *pg[R];
-      T* po[R];
-      for (int r = 0; r < R; ++r)
+      const T *px[R], *pz[R], *pg[R];
+      T *po[R], *pd[R];
+      for (int r = 0; r < R; ++r) {
         px[r] = x.row(r0 + r), pg[r] = grad + (r0 + r) * ld, po[r] = dx + (r0 + r) * ld;
+        pz[r] = kOther ? scaled + (r0 + r) * ld : nullptr;
+        pd[r] = kOther ? dscaled + (r0 + r) * ld : nullptr;
+      }
       for_vectors<A>(count, [=](int64_t c, auto lanes) VF_INLINE {
         Lanes<A> gate[K];
         for (int i = 0; i < K; ++i) {
@@ -301,7 +345,11 @@ void self_gate_grad_columns(Matrix<const T> x, GateArrays<Acc<T>> arrays, const 
           for (int i = 0; i < K; ++i) {
             const Vec<A> in = load(px[r] + i * count + c, lanes), d = gate[i].deviation(in);
             const Vec<A> s = gate[i].sigmoid(d), gs = g[i] * s;
-            const Vec<A> base = gs + gs * in * (1 - s) * (2 * gate[i].q * d + gate[i].a);
+            Vec<A> z = in;
+            if constexpr (kOther) z = load(pz[r] + i * count + c, lanes);
+            const Vec<A> through = gs * z * (1 - s) * (2 * gate[i].q * d + gate[i].a);
+            const Vec<A> base = kOther ? through : gs + through;
+            if constexpr (kOther) store(pd[r] + i * count + c, gs, lanes);
             store(po[r] + i * count + c, base + gate[i].u * d + gate[i].v, lanes);
           }
         }
@@ -384,9 +432,9 @@ struct GroupParts {
 
 template <class T, class Algebra>
 Tensor self_gate_fwd(const FeatureMap& x, const Shape& s, const std::optional<Tensor>& residual,
-                     int64_t activation, Algebra& algebra) {
+                     int64_t activation, Algebra& algebra, const Scaled* scaled = nullptr) {
   using A = Acc<T>;
-  constexpr bool kShared = Algebra::kShared, kShuffled = Algebra::kShuffled;
+  constexpr bool kOther = Algebra::kOther, kShared = Algebra::kShared, kShuffled = Algebra::kShuffled;
   const auto res = optional_map(residual, s, x.nhwc);
   Tensor y = empty_map(s, x.nhwc, x.tensor.scalar_type());
   const Groups groups(s, kShared);
@@ -394,6 +442,9 @@ Tensor self_gate_fwd(const FeatureMap& x, const Shape& s, const std::optional<Te
   const auto residual_at = [&](int64_t n, int64_t skip) {
     const T* p = static_cast<const T*>(image_or_null(res, n, sizeof(T)));
     return p ? p + skip : nullptr;
+  };
+  const auto scaled_at = [&](int64_t n, int64_t skip) {
+    return kOther ? scaled->map.template image<T>(n) + skip : nullptr;
   };
   if (!x.nhwc) {
     for_channels(groups, s, [&](int64_t g, int64_t c0, int64_t c1) {
@@ -420,7 +471,8 @@ Tensor self_gate_fwd(const FeatureMap& x, const Shape& s, const std::optional<Te
           T* out = data<T>(y) + (n0 + i) * image + skip;
           const T* pr = residual_at(n0 + i, skip);
           with_epilogue(activation, pr, [&](auto kAct, auto kResidual) {
-            self_gate_row<T, kAct, kResidual>(plane(i), s.P, arrays(k), pr, out);
+            self_gate_row<T, kAct, kResidual, kOther>(plane(i), scaled_at(n0 + i, c * s.P), s.P, arrays(k),
+                                                      pr, out);
           });
         }
       }
@@ -456,7 +508,8 @@ Tensor self_gate_fwd(const FeatureMap& x, const Shape& s, const std::optional<Te
         T* out = data<T>(y) + n * image + skip;
         const T* pr = residual_at(n, skip);
         with_epilogue(activation, pr, [&](auto kAct, auto kResidual) {
-          self_gate_columns<T, kAct, kResidual, kShuffled>(block(i), arrays(k), pr, out, s.C);
+          self_gate_columns<T, kAct, kResidual, kShuffled, kOther>(block(i), scaled_at(n, skip), arrays(k),
+                                                                   pr, out, s.C);
         });
       }
     });
@@ -466,9 +519,10 @@ Tensor self_gate_fwd(const FeatureMap& x, const Shape& s, const std::optional<Te
 
 template <class T, class Algebra>
 ChannelScaleGrad self_gate_bwd(const Tensor& grad, const FeatureMap& x, const Shape& s,
-                               const std::optional<Tensor>& residual, int64_t activation, Algebra& algebra) {
+                               const std::optional<Tensor>& residual, int64_t activation, Algebra& algebra,
+                               const Scaled* scaled = nullptr) {
   using A = Acc<T>;
-  constexpr bool kShared = Algebra::kShared, kShuffled = Algebra::kShuffled;
+  constexpr bool kOther = Algebra::kOther, kShared = Algebra::kShared, kShuffled = Algebra::kShuffled;
   const auto dtype = x.tensor.scalar_type();
   const bool act = activation != kNone;
   const FeatureMap g_map = dense_map(grad, s, x.nhwc);
@@ -484,6 +538,12 @@ ChannelScaleGrad self_gate_bwd(const Tensor& grad, const FeatureMap& x, const Sh
     return act ? data<T>(out.dresidual) + n * image + skip : nullptr;
   };
   const auto dx_at = [&](int64_t n, int64_t skip) { return data<T>(out.dx) + n * image + skip; };
+  const auto scaled_at = [&](int64_t n, int64_t skip) {
+    return kOther ? scaled->map.template image<T>(n) + skip : nullptr;
+  };
+  const auto dscaled_at = [&](int64_t n, int64_t skip) {
+    return kOther ? data<T>(scaled->grad) + n * image + skip : nullptr;
+  };
   if (!x.nhwc) {
     for_channels(groups, s, [&](int64_t g, int64_t c0, int64_t c1) {
       const int64_t n0 = g * groups.images;
@@ -492,7 +552,7 @@ ChannelScaleGrad self_gate_bwd(const Tensor& grad, const FeatureMap& x, const Sh
       for (int64_t c = c0; c < c1; ++c) {
         const int64_t skip = result_channel(c, s.C, kShuffled) * s.P;
         k.set(0, algebra.known(g, c));
-        Sums<A> sums{};
+        Sums<double> sums{};
         const auto base_at = [&](int64_t n) {
           if constexpr (std::is_same_v<T, A>) {
             return dx_at(n, c * s.P);
@@ -501,14 +561,14 @@ ChannelScaleGrad self_gate_bwd(const Tensor& grad, const FeatureMap& x, const Sh
           }
         };
         for (int64_t n = n0; n < n0 + groups.images; ++n) {
-          const Sums<A> part = with_activation(activation, [&](auto kAct) {
-            return self_gate_sums_row<T, kAct>(x.image<T>(n) + c * x.ld, s.P, arrays(k),
-                                               g_map.image<T>(n) + skip, residual_at(n, skip),
-                                               kept_at(n, skip), base_at(n));
+          const Sums<double> part = with_activation(activation, [&](auto kAct) {
+            return self_gate_sums_row<T, kAct, kOther>(
+                x.image<T>(n) + c * x.ld, scaled_at(n, c * s.P), s.P, arrays(k), g_map.image<T>(n) + skip,
+                residual_at(n, skip), kept_at(n, skip), base_at(n), dscaled_at(n, c * s.P));
           });
           sums.r += part.r, sums.rd += part.rd, sums.rdd += part.rdd;
         }
-        k.set(0, algebra.line(g, c, sums, values));
+        k.set(0, algebra.line(g, c, rounded<A>(sums), values));
         for (int64_t n = n0; n < n0 + groups.images; ++n)
           self_gate_grad_row<T>(x.image<T>(n) + c * x.ld, s.P, arrays(k), base_at(n), dx_at(n, c * s.P));
       }
@@ -528,20 +588,25 @@ ChannelScaleGrad self_gate_bwd(const Tensor& grad, const FeatureMap& x, const Sh
       for (int64_t i = b; i < e; ++i) {
         const int64_t n = n0 + parts.image(i), skip = parts.begin(i) * s.C;
         with_activation(activation, [&](auto kAct) {
-          self_gate_sums_columns<T, kAct, kShuffled>(block(i), arrays(k), g_map.image<T>(n) + skip,
-                                                     residual_at(n, skip), kept_at(n, skip), s.C, r.part(i),
-                                                     rd.part(i), rdd.part(i));
+          self_gate_sums_columns<T, kAct, kShuffled, kOther>(
+              block(i), scaled_at(n, skip), arrays(k), g_map.image<T>(n) + skip, residual_at(n, skip),
+              kept_at(n, skip), s.C, r.part(i), rd.part(i), rdd.part(i));
         });
       }
     });
-    Buffer<A> sum_r(s.C), sum_rd(s.C), sum_rdd(s.C);
-    r.sum(sum_r.get()), rd.sum(sum_rd.get()), rdd.sum(sum_rdd.get());
-    for (int64_t c = 0; c < s.C; ++c) k.set(c, algebra.line(g, c, {sum_r[c], sum_rd[c], sum_rdd[c]}, values));
+    Buffer<Sums<double>> sums(s.C);
+    for (int64_t i = 0; i < parts.count(); ++i) {
+      for (int64_t c = 0; c < s.C; ++c) {
+        sums[c].r += r.part(i)[c], sums[c].rd += rd.part(i)[c], sums[c].rdd += rdd.part(i)[c];
+      }
+    }
+    for (int64_t c = 0; c < s.C; ++c) k.set(c, algebra.line(g, c, rounded<A>(sums[c]), values));
     team.each(parts.count(), [&](int64_t b, int64_t e) {
       for (int64_t i = b; i < e; ++i) {
         const int64_t n = n0 + parts.image(i), skip = parts.begin(i) * s.C;
         const T* upstream = act ? kept_at(n, skip) : g_map.image<T>(n) + skip;
-        self_gate_grad_columns<T, kShuffled>(block(i), arrays(k), upstream, dx_at(n, skip), s.C);
+        self_gate_grad_columns<T, kShuffled, kOther>(block(i), scaled_at(n, skip), arrays(k), upstream,
+                                                     dx_at(n, skip), dscaled_at(n, skip), s.C);
       }
     });
   });

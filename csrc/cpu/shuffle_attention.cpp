@@ -14,7 +14,7 @@ using Weights = std::array<Tensor, 6>;  // cweight, cbias, sweight, sbias, gn_we
 template <class A>
 class Shuffle {
  public:
-  static constexpr bool kShared = false, kShuffled = true;
+  static constexpr bool kOther = false, kShared = false, kShuffled = true;
 
   Shuffle(const Weights& weights, const Shape& s, A* mean, A* rstd, A eps = 0)
       : C_(s.C),

@@ -9,7 +9,7 @@ namespace {
 template <class A>
 class SimAM {
  public:
-  static constexpr bool kShared = false, kShuffled = false;
+  static constexpr bool kOther = false, kShared = false, kShuffled = false;
 
   SimAM(int64_t channels, A* mean, A* scale, A e_lambda = 0)
       : C_(channels), mean_(mean), scale_(scale), e_lambda_(e_lambda) {}

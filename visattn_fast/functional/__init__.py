@@ -4,6 +4,7 @@ from .cbam import cbam, channel_attention, spatial_attention
 from .coord_att import coord_att
 from .criss_cross import criss_cross
 from .eca import eca
+from .gam import channel_mlp, norm_gate
 from .local_attention import local_attention
 from .nam import nam
 from .s2mlpv2 import split_attention
@@ -19,12 +20,14 @@ __all__ = [
     "additive_score",
     "cbam",
     "channel_attention",
+    "channel_mlp",
     "coord_att",
     "criss_cross",
     "eca",
     "local_attention",
     "masked_attention",
     "nam",
+    "norm_gate",
     "scse",
     "se",
     "shuffle_attention",

@@ -4,6 +4,7 @@ from .cbam import FastCBAM, FastChannelAttention, FastSpatialAttention
 from .coord_att import FastCoordAtt
 from .criss_cross import FastCrissCross
 from .eca import FastECA
+from .gam import FastGAM
 from .local_attention import FastLocalAttention
 from .nam import FastNAM
 from .s2mlpv2 import FastS2MLPv2
@@ -23,6 +24,7 @@ __all__ = [
     "FastCoordAtt",
     "FastCrissCross",
     "FastECA",
+    "FastGAM",
     "FastLocalAttention",
     "FastNAM",
     "FastS2MLPv2",

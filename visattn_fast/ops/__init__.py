@@ -5,11 +5,13 @@ from ._library import register_triton
 from .additive_score import AdditiveScoreFunction, fits_a_block
 from .cbam import CBAMFunction
 from .channel_attention import ChannelAttentionFunction
+from .channel_mlp import ChannelMLPFunction
 from .coord_att import CoordAttFunction
 from .criss_cross import CrissCrossFunction
 from .eca import ECAFunction
 from .local_attention import LocalAttentionFunction
 from .nam import NAMFunction
+from .norm_gate import NormGateFunction
 from .s2mlpv2 import SplitAttentionFunction
 from .scse import ScSEFunction
 from .se import SEFunction, se_mathematics
@@ -23,11 +25,13 @@ __all__ = [
     "AdditiveScoreFunction",
     "CBAMFunction",
     "ChannelAttentionFunction",
+    "ChannelMLPFunction",
     "CoordAttFunction",
     "CrissCrossFunction",
     "ECAFunction",
     "LocalAttentionFunction",
     "NAMFunction",
+    "NormGateFunction",
     "SEFunction",
     "SKFunction",
     "SOCAFunction",

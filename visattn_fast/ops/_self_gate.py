@@ -37,6 +37,17 @@ def moments(x: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     return mean.squeeze(dims), (wide - mean).square().sum(dims)
 
 
+def fixed_or_batch_statistics(x: Tensor, mean: Tensor | None, var: Tensor | None) -> tuple[Tensor, Tensor]:
+    """What a batch norm of x takes, new tensors ``[C]``: copies of those given, else x's mean and biased variance."""
+    dtype = accumulation_dtype(x)
+    if mean is not None and var is not None:
+        return mean.to(dtype, copy=True), var.to(dtype, copy=True)
+    if not x.shape[0]:
+        return x.new_zeros(x.shape[1], dtype=dtype), x.new_zeros(x.shape[1], dtype=dtype)
+    mean, second = moments(x, (0, 2, 3))
+    return mean.clone(), second / (x.numel() // x.shape[1])
+
+
 def deviation_and_gate(x: Tensor, k: Coefficients) -> tuple[Tensor, Tensor]:
     """d and ``sigmoid((q d + a) d + b)``, both ``[N, C, H, W]``."""
     m, q, a, b = map(over_pixels, k)
@@ -51,7 +62,7 @@ def logit_gradient(grad: Tensor, x: Tensor, gate: Tensor) -> Tensor:
 
 
 def input_gradient(
-    grad: Tensor, gate: Tensor, d: Tensor, r: Tensor, k: Coefficients, u: Tensor | float, v: Tensor | float
+    grad: Tensor, gate: Tensor | float, d: Tensor, r: Tensor, k: Coefficients, u: Tensor | float, v: Tensor | float
 ) -> Tensor:
     """``dx = grad gate + r (2 q d + a) + u d + v``."""
     _, q, a, _ = map(over_pixels, k)

@@ -7,7 +7,7 @@ from ._autograd import fused_function
 from ._epilogue import empty_residual_gradient, finish, residual_gradient, start_backward, with_epilogue
 from ._layout import accumulation_dtype, empty_map, empty_small, to_map
 from ._library import define
-from ._self_gate import Coefficients, deviation_and_gate, input_gradient, logit_gradient, moments
+from ._self_gate import Coefficients, deviation_and_gate, fixed_or_batch_statistics, input_gradient, logit_gradient
 
 
 def share_of(weight, dtype):
@@ -23,13 +23,7 @@ def _coefficients(x, weight, bias, mean, var, eps):
 
 
 def _nam_fwd_reference(x, weight, bias, mean, var, residual, activation, eps):
-    dtype = accumulation_dtype(x)
-    if mean is None:
-        count = max(x.numel() // x.shape[1], 1)
-        mean, second = moments(x, (0, 2, 3)) if x.shape[0] else (x.new_zeros(x.shape[1], dtype=dtype),) * 2
-        mean, var = mean.clone(), second / count
-    else:
-        mean, var = mean.to(dtype, copy=True), var.to(dtype, copy=True)
+    mean, var = fixed_or_batch_statistics(x, mean, var)
     _, gate = deviation_and_gate(x, _coefficients(x, weight, bias, mean, var, eps))
     return finish(x, gate, residual, activation), mean, var
 

@@ -7,6 +7,7 @@ from .coord_att import CoordAtt, coord_att
 from .criss_cross import CrissCross, criss_cross
 from .eca import ECA, eca
 from .epilogue import epilogue
+from .gam import GAM, channel_mlp, norm_gate
 from .local_attention import LocalAttention, local_attention
 from .masking import masked_softmax
 from .nam import NAM, nam
@@ -22,6 +23,7 @@ from .soca import SOCA, soca
 __all__ = [
     "CBAM",
     "ECA",
+    "GAM",
     "NAM",
     "SE",
     "SK",
@@ -40,6 +42,7 @@ __all__ = [
     "additive_score",
     "cbam",
     "channel_attention",
+    "channel_mlp",
     "coord_att",
     "criss_cross",
     "eca",
@@ -47,6 +50,7 @@ __all__ = [
     "local_attention",
     "masked_softmax",
     "nam",
+    "norm_gate",
     "scSE",
     "scse",
     "se",

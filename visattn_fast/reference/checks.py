@@ -30,12 +30,12 @@ def check_odd(name: str, value: int) -> None:
         raise ValueError(f"{name} must be odd, so that the output keeps the input's size, got {value}")
 
 
-def hidden_width(channels: int, reduction: int) -> int:
+def hidden_width(channels: int, reduction: int, names: tuple[str, str] = ("channels", "reduction")) -> int:
     """Width ``channels // reduction`` of a bottleneck. Raises ValueError if it would be zero."""
-    check_positive("channels", channels)
-    check_positive("reduction", reduction)
+    check_positive(names[0], channels)
+    check_positive(names[1], reduction)
     if channels < reduction:
-        raise ValueError(f"channels must be at least reduction={reduction}, got {channels}: no unit would be left")
+        raise ValueError(f"{names[0]} must be at least {names[1]}={reduction}, got {channels}: no unit would be left")
     return channels // reduction
 
 

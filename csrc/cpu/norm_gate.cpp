@@ -1,0 +1,59 @@
+// A map scaled by the sigmoid of another one's batch norm: y = act(x * sigmoid(bn(m)) + residual).
+#include <tuple>
+
+#include "batch_gate.h"
+
+namespace visattn {
+namespace {
+
+// m may come in the other layout: what convolutions return is theirs to choose.
+FeatureMap beside(const Tensor& m, const Shape& s, bool nhwc) {
+  STD_TORCH_CHECK(m.numel() == s.N * s.C * s.P, "m must have the shape of x");
+  return dense_map(m, s, nhwc);
+}
+
+std::tuple<Tensor, Tensor, Tensor> norm_gate_fwd(Tensor x, Tensor m, Tensor weight, Tensor bias,
+                                                 std::optional<Tensor> mean, std::optional<Tensor> var,
+                                                 std::optional<Tensor> residual, int64_t activation,
+                                                 double eps) {
+  return dispatch(x, [&](auto type) {
+    using T = decltype(type);
+    using A = Acc<T>;
+    const Shape s = shape_of(x);
+    const bool nhwc = is_nhwc(x);
+    const Scaled scaled{dense_map(x, s, nhwc), x};
+    const Statistics<A> stats(mean, var, s.C);
+    BatchGate<A, true> algebra(weight, bias, s, data<A>(stats.mean), data<A>(stats.var), static_cast<A>(eps),
+                               stats.fixed);
+    Tensor y = self_gate_fwd<T>(beside(m, s, nhwc), s, residual, activation, algebra, &scaled);
+    return std::make_tuple(y, stats.mean, stats.var);
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> norm_gate_bwd(Tensor grad, Tensor x, Tensor m,
+                                                                 Tensor weight, Tensor bias,
+                                                                 std::optional<Tensor> residual, Tensor mean,
+                                                                 Tensor var, int64_t activation, double eps,
+                                                                 bool fixed) {
+  return dispatch(x, [&](auto type) {
+    using T = decltype(type);
+    using A = Acc<T>;
+    const Shape s = shape_of(x);
+    const bool nhwc = is_nhwc(x);
+    const Scaled scaled{dense_map(x, s, nhwc), empty_map(s, nhwc, x.scalar_type())};
+    BatchGate<A, true> algebra(weight, bias, s, data<A>(mean), data<A>(var), static_cast<A>(eps), fixed);
+    Tensor dweight = empty({s.C}, kDtype<A>), dbias = empty({s.C}, kDtype<A>);
+    algebra.grads_to(data<A>(dweight), data<A>(dbias));
+    auto [dm, dresidual] =
+        self_gate_bwd<T>(grad, beside(m, s, nhwc), s, residual, activation, algebra, &scaled);
+    return std::make_tuple(scaled.grad, dm, dresidual, dweight, dbias);
+  });
+}
+
+}  // namespace
+}  // namespace visattn
+
+STABLE_TORCH_LIBRARY_IMPL(visattn_fast, CPU, m) {
+  m.impl("norm_gate_fwd", TORCH_BOX(&visattn::norm_gate_fwd));
+  m.impl("norm_gate_bwd", TORCH_BOX(&visattn::norm_gate_bwd));
+}

@@ -1,0 +1,105 @@
+"""The factor that a perceptron of each pixel's channels makes, and x times it: ops and autograd.
+
+``y = x * (w2 relu(w1 x + b1) + b2)``. The products are PyTorch's on every device, in x's dtype, over x in its own
+layout; sums over images are in the accumulation dtype. Kept is the hidden map alone; the factor is made anew.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .. import reference
+from ._autograd import fused_function, mixed
+from ._layout import accumulation_dtype, empty_map, empty_small, memory_format
+from ._library import define
+
+
+def _rows(x):
+    """``[N, H W, C]``, a view of x's own format, and whether channels are the inner axis there."""
+    form = memory_format(x)
+    return x.contiguous(memory_format=form).flatten(2).mT, form == torch.channels_last
+
+
+def _product(rows, weight, bias, inner):
+    """``rows weight^T + bias``, ``[N, P, K]``, dense with K or P as inner axis."""
+    weight, bias = weight.flatten(1).to(rows.dtype), None if bias is None else bias.to(rows.dtype)
+    if inner:
+        return torch.nn.functional.linear(rows, weight, bias)
+    n = rows.shape[0]
+    if bias is None:
+        return torch.bmm(weight.expand(n, -1, -1), rows.mT).mT
+    return torch.baddbmm(bias[:, None], weight.expand(n, -1, -1), rows.mT).mT
+
+
+def _weight_gradient(left, right):
+    """``sum over images and pixels of left^T right``, ``[K, C]``."""
+    wide = accumulation_dtype(left)
+    if left.shape[0] == 0:
+        return left.new_zeros(left.shape[2], right.shape[2], dtype=wide)
+    return torch.bmm(left.mT, right).sum(0, dtype=wide)
+
+
+def _as_map(rows, x):
+    return rows.mT.unflatten(2, x.shape[2:])
+
+
+def _channel_mlp_fwd_reference(x, w1, b1, w2, b2):
+    rows, inner = _rows(x)
+    hidden = _product(rows, w1, b1, inner).relu_()
+    y = _product(hidden, w2, b2, inner).mul_(rows)
+    return _as_map(y, x), _as_map(hidden, x)
+
+
+def _channel_mlp_bwd_reference(grad, x, w1, w2, b2, hidden):
+    rows, inner = _rows(x)
+    form = torch.channels_last if inner else torch.contiguous_format
+    grad = grad.to(x.dtype).contiguous(memory_format=form).flatten(2).mT
+    hidden = hidden.flatten(2).mT
+    dx = _product(hidden, w2, b2, inner).mul_(grad)
+    dfactor = grad * rows
+    dw2, db2 = _weight_gradient(dfactor, hidden), dfactor.sum((0, 1), dtype=accumulation_dtype(x))
+    dhidden = torch.ops.aten.threshold_backward(_product(dfactor, w2.flatten(1).t(), None, inner), hidden, 0)
+    dw1, db1 = _weight_gradient(dhidden, rows), dhidden.sum((0, 1), dtype=accumulation_dtype(x))
+    dx += _product(dhidden, w1.flatten(1).t(), None, inner)
+    return _as_map(dx, x), dw1.view(w1.shape), db1, dw2.view(w2.shape), db2
+
+
+def _hidden_like(x, w1):
+    n, _, h, w = x.shape
+    return torch.empty((n, w1.shape[0], h, w), dtype=x.dtype, device=x.device, memory_format=memory_format(x))
+
+
+def _channel_mlp_fwd_fake(x, w1, b1, w2, b2):
+    return empty_map(x), _hidden_like(x, w1)
+
+
+def _channel_mlp_bwd_fake(grad, x, w1, w2, b2, hidden):
+    r, c = w1.shape[:2]
+    return empty_map(x), empty_small(x, *w1.shape), empty_small(x, r), empty_small(x, *w2.shape), empty_small(x, c)
+
+
+channel_mlp_fwd = define(
+    "channel_mlp_fwd(Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2) -> (Tensor y, Tensor hidden)",
+    None,
+    _channel_mlp_fwd_reference,
+    _channel_mlp_fwd_fake,
+)
+channel_mlp_bwd = define(
+    "channel_mlp_bwd(Tensor grad, Tensor x, Tensor w1, Tensor w2, Tensor? b2, Tensor hidden)"
+    " -> (Tensor dx, Tensor dw1, Tensor db1, Tensor dw2, Tensor db2)",
+    None,
+    _channel_mlp_bwd_reference,
+    _channel_mlp_bwd_fake,
+)
+
+
+def _gradients(grad, tensors, small, options):
+    x, w1, _, w2, b2 = tensors
+    return channel_mlp_bwd(grad, x, w1, w2, b2, *small)
+
+
+def _mathematics(*tensors):
+    return mixed(reference.channel_mlp, *tensors)
+
+
+ChannelMLPFunction = fused_function("ChannelMLPFunction", channel_mlp_fwd, _gradients, _mathematics)
