@@ -34,7 +34,7 @@ def channel_mlp(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor
     check_bottleneck(x, w1, b1, w2, b2)
     if not fused(x):
         return ops.mixed(reference.channel_mlp, x, w1, b1, w2, b2)
-    return ops.run(ops.ChannelMLPFunction, x, w1, b1, w2, b2)[0]
+    return ops.run(ops.ChannelMLPFunction, x, w1, b1, w2, b2, torch.is_grad_enabled())[0]
 
 
 def norm_gate(
