@@ -10,34 +10,41 @@ struct Moments {
   A mean, second;
 };
 
-// A row is read twice while it is in cache: the deviations are from its own mean, so nothing cancels. What
-// their sum leaves corrects the mean, which of equal values is then their value: a batch norm magnifies the
-// rest. (Of an infinite mean nothing but NaN is left.)
+// A row is read twice while it is in cache: the deviations are from its own mean, so nothing cancels. The sum
+// is kept in double, so that the mean of equal values is their value: a batch norm magnifies any difference.
 template <class T>
 Moments<Acc<T>> row_moments(const T* row, int64_t cols) {
   using A = Acc<T>;
   Moments<A> out{};
   simd([&out, row, cols]() VF_INLINE {
     constexpr int L = kLanes<A>;
-    const int64_t whole = cols - cols % (4 * L);
-    const auto sum = [&](auto term) VF_INLINE {
-      Vec<A> total = set1<A>(0);
-      for (int64_t c0 = 0; c0 < whole; c0 += kChunk * L) {
-        const int64_t end = c0 + kChunk * L < whole ? c0 + kChunk * L : whole;
-        Vec<A> part[4] = {};
-        for (int64_t c = c0; c < end; c += 4 * L) {
-          for (int i = 0; i < 4; ++i) part[i] += term(load(row + c + i * L));
+    const int64_t whole = cols - cols % (2 * L);
+    Wide<A> total = {}, other = {};
+    for (int64_t c = 0; c < whole; c += 2 * L) {
+      total += __builtin_convertvector(load(row + c), Wide<A>);
+      other += __builtin_convertvector(load(row + c + L), Wide<A>);
+    }
+    total += other;
+    double sum = 0, second = 0;
+    for (int i = 0; i < L; ++i) sum += total[i];
+    for (int64_t c = whole; c < cols; ++c) sum += static_cast<A>(row[c]);
+    const A mean = static_cast<A>(sum / static_cast<double>(cols));
+    for (int64_t c0 = 0; c0 < whole; c0 += kChunk * L) {
+      const int64_t end = c0 + kChunk * L < whole ? c0 + kChunk * L : whole;
+      Vec<A> part[2] = {};
+      for (int64_t c = c0; c < end; c += 2 * L) {
+        for (int i = 0; i < 2; ++i) {
+          const Vec<A> d = load(row + c + i * L) - mean;
+          part[i] += d * d;
         }
-        total += (part[0] + part[1]) + (part[2] + part[3]);
       }
-      A result = sum_lanes<A>(total);
-      for (int64_t c = whole; c < cols; ++c) result += term(static_cast<A>(row[c]));
-      return result;
-    };
-    const A mean = sum([](auto v) VF_INLINE { return v; }) / static_cast<A>(cols);
-    const A rest = sum([mean](auto v) VF_INLINE { return v - mean; }) / static_cast<A>(cols);
-    out.mean = rest == rest ? mean + rest : mean;
-    out.second = sum([center = out.mean](auto v) VF_INLINE { return (v - center) * (v - center); });
+      second += sum_lanes<A>(part[0] + part[1]);
+    }
+    for (int64_t c = whole; c < cols; ++c) {
+      const A d = static_cast<A>(row[c]) - mean;
+      second += d * d;
+    }
+    out = {mean, static_cast<A>(second)};
   });
   return out;
 }
@@ -85,18 +92,14 @@ void column_moments(Matrix<const T> x, Acc<T>* mean, Acc<T>* second) {
 // The moments of all parts, in order; of(i) are those of part i, count(i) its number of values.
 template <class A, class Of, class Count>
 Moments<A> combine_moments(int64_t parts, const Of& of, const Count& count) {
-  A values = 0;
-  Moments<A> out{};
-  const A first = std::isfinite(of(0).mean) ? of(0).mean : A(0);
+  double values = 0, mean = 0, second = 0;
+  for (int64_t i = 0; i < parts; ++i) mean += static_cast<double>(of(i).mean) * count(i), values += count(i);
+  mean /= values;
   for (int64_t i = 0; i < parts; ++i) {
-    out.mean += (of(i).mean - first) * static_cast<A>(count(i)), values += count(i);
+    const double d = of(i).mean - mean;
+    second += of(i).second + count(i) * d * d;
   }
-  out.mean = first + out.mean / values;
-  for (int64_t i = 0; i < parts; ++i) {
-    const A d = of(i).mean - out.mean;
-    out.second += of(i).second + static_cast<A>(count(i)) * d * d;
-  }
-  return out;
+  return {static_cast<A>(mean), static_cast<A>(second)};
 }
 
 }  // namespace visattn

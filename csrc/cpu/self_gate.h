@@ -117,10 +117,8 @@ struct Lanes {
   }
   template <class Count>
   VF_INLINE static Lanes of_columns(const GateArrays<A>& k, int64_t c, Count lanes) {
-    Lanes out{};
-    out.m = load(k.m + c, lanes), out.q = load(k.q + c, lanes);
-    out.a = load(k.a + c, lanes), out.b = load(k.b + c, lanes);
-    return out;
+    return {load(k.m + c, lanes), load(k.q + c, lanes), load(k.a + c, lanes),
+            load(k.b + c, lanes), load(k.u + c, lanes), load(k.v + c, lanes)};
   }
   VF_INLINE Vec<A> deviation(Vec<A> x) const { return (m == m) ? x - m : Vec<A>{}; }
   // Where there is no quadratic term, an infinite d is not to make one: 0 * inf is NaN.
@@ -265,10 +263,11 @@ void self_gate_grad_row(const T* x, int64_t count, GateArrays<Acc<T>> k, const A
   });
 }
 
-// Sums of columns; with an activation g' goes to `kept`.
+// Sums of columns; what else is written is as for a row, with dx as `base`.
 template <class T, int kAct, bool kShuffled, bool kOther>
 void self_gate_sums_columns(Matrix<const T> x, const T* scaled, GateArrays<Acc<T>> arrays, const T* grad,
-                            const T* residual, T* kept, int64_t ld, Acc<T>* s0, Acc<T>* s1, Acc<T>* s2) {
+                            const T* residual, T* kept, T* dx, T* dscaled, int64_t ld, Acc<T>* s0, Acc<T>* s1,
+                            Acc<T>* s2) {
   using A = Acc<T>;
   simd([=]() VF_INLINE {
     constexpr int K = kShuffled ? 2 : 1;
@@ -279,12 +278,13 @@ void self_gate_sums_columns(Matrix<const T> x, const T* scaled, GateArrays<Acc<T
       const auto k = arrays;
       A* const out[3] = {s0, s1, s2};
       const T *px[R], *pz[R], *pg[R], *pr[R];
-      T* pk[R];
+      T *pk[R], *po[R], *pd[R];
       for (int r = 0; r < R; ++r) {
         px[r] = x.row(r0 + r), pg[r] = grad + (r0 + r) * ld;
         pz[r] = kOther ? scaled + (r0 + r) * ld : nullptr;
         pr[r] = residual ? residual + (r0 + r) * ld : nullptr;
         pk[r] = kAct != kNone ? kept + (r0 + r) * ld : nullptr;
+        po[r] = dx + (r0 + r) * ld, pd[r] = kOther ? dscaled + (r0 + r) * ld : nullptr;
       }
       for_vectors<A>(count, [=](int64_t c, auto lanes) VF_INLINE {
         Lanes<A> gate[K];
@@ -299,7 +299,9 @@ void self_gate_sums_columns(Matrix<const T> x, const T* scaled, GateArrays<Acc<T
             const Vec<A> in = load(px[r] + i * count + c, lanes);
             Vec<A> z = in;
             if constexpr (kOther) z = load(pz[r] + i * count + c, lanes);
-            gradient_terms<kAct, A>(gate[i], in, z, g[i], res[i], sum[i]);
+            const Terms<A> terms = gradient_terms<kAct, A>(gate[i], in, z, g[i], res[i], sum[i]);
+            if constexpr (kOther) store(pd[r] + i * count + c, terms.scaled, lanes);
+            store(po[r] + i * count + c, kOther ? terms.through : terms.scaled + terms.through, lanes);
           }
           if constexpr (kAct != kNone) store_result(pk[r], c, lanes, g);
         }
@@ -314,44 +316,23 @@ void self_gate_sums_columns(Matrix<const T> x, const T* scaled, GateArrays<Acc<T
   });
 }
 
-// dx of columns, from the beginning: what a pass over a large image leaves is not in cache for the next.
-template <class T, bool kShuffled, bool kOther>
-void self_gate_grad_columns(Matrix<const T> x, const T* scaled, GateArrays<Acc<T>> arrays, const T* grad,
-                            T* dx, T* dscaled, int64_t ld) {
+// dx += u d + v, of columns.
+template <class T>
+void self_gate_grad_columns(Matrix<const T> x, GateArrays<Acc<T>> arrays, T* dx, int64_t ld) {
   using A = Acc<T>;
   simd([=]() VF_INLINE {
-    constexpr int K = kShuffled ? 2 : 1;
-    const int64_t count = x.cols / K;
     for_row_groups<true>(x, [&](int64_t r0, auto group) VF_INLINE {
       constexpr int R = decltype(group)::value;
       const auto k = arrays;
-      const T *px[R], *pz[R], *pg[R];
-      T *po[R], *pd[R];
-      for (int r = 0; r < R; ++r) {
-        px[r] = x.row(r0 + r), pg[r] = grad + (r0 + r) * ld, po[r] = dx + (r0 + r) * ld;
-        pz[r] = kOther ? scaled + (r0 + r) * ld : nullptr;
-        pd[r] = kOther ? dscaled + (r0 + r) * ld : nullptr;
-      }
-      for_vectors<A>(count, [=](int64_t c, auto lanes) VF_INLINE {
-        Lanes<A> gate[K];
-        for (int i = 0; i < K; ++i) {
-          gate[i] = Lanes<A>::of_columns(k, i * count + c, lanes);
-          gate[i].u = load(k.u + i * count + c, lanes), gate[i].v = load(k.v + i * count + c, lanes);
-        }
+      const T* px[R];
+      T* po[R];
+      for (int r = 0; r < R; ++r) px[r] = x.row(r0 + r), po[r] = dx + (r0 + r) * ld;
+      for_vectors<A>(x.cols, [=](int64_t c, auto lanes) VF_INLINE {
+        const auto gate = Lanes<A>::of_columns(k, c, lanes);
 #pragma GCC unroll 4
         for (int r = 0; r < R; ++r) {
-          Vec<A> g[K];
-          load_result(pg[r], c, lanes, g);
-          for (int i = 0; i < K; ++i) {
-            const Vec<A> in = load(px[r] + i * count + c, lanes), d = gate[i].deviation(in);
-            const Vec<A> s = gate[i].sigmoid(d), gs = g[i] * s;
-            Vec<A> z = in;
-            if constexpr (kOther) z = load(pz[r] + i * count + c, lanes);
-            const Vec<A> through = gs * z * (1 - s) * (2 * gate[i].q * d + gate[i].a);
-            const Vec<A> base = kOther ? through : gs + through;
-            if constexpr (kOther) store(pd[r] + i * count + c, gs, lanes);
-            store(po[r] + i * count + c, base + gate[i].u * d + gate[i].v, lanes);
-          }
+          const Vec<A> d = gate.deviation(load(px[r] + c, lanes));
+          store(po[r] + c, load(po[r] + c, lanes) + gate.u * d + gate.v, lanes);
         }
       });
     });
@@ -569,6 +550,7 @@ ChannelScaleGrad self_gate_bwd(const Tensor& grad, const FeatureMap& x, const Sh
           sums.r += part.r, sums.rd += part.rd, sums.rdd += part.rdd;
         }
         k.set(0, algebra.line(g, c, rounded<A>(sums), values));
+        if (std::is_same_v<T, A> && algebra.fixed()) continue;  // the line is 0
         for (int64_t n = n0; n < n0 + groups.images; ++n)
           self_gate_grad_row<T>(x.image<T>(n) + c * x.ld, s.P, arrays(k), base_at(n), dx_at(n, c * s.P));
       }
@@ -590,7 +572,7 @@ ChannelScaleGrad self_gate_bwd(const Tensor& grad, const FeatureMap& x, const Sh
         with_activation(activation, [&](auto kAct) {
           self_gate_sums_columns<T, kAct, kShuffled, kOther>(
               block(i), scaled_at(n, skip), arrays(k), g_map.image<T>(n) + skip, residual_at(n, skip),
-              kept_at(n, skip), s.C, r.part(i), rd.part(i), rdd.part(i));
+              kept_at(n, skip), dx_at(n, skip), dscaled_at(n, skip), s.C, r.part(i), rd.part(i), rdd.part(i));
         });
       }
     });
@@ -601,12 +583,11 @@ ChannelScaleGrad self_gate_bwd(const Tensor& grad, const FeatureMap& x, const Sh
       }
     }
     for (int64_t c = 0; c < s.C; ++c) k.set(c, algebra.line(g, c, rounded<A>(sums[c]), values));
+    if (algebra.fixed()) return;  // the line is 0
     team.each(parts.count(), [&](int64_t b, int64_t e) {
       for (int64_t i = b; i < e; ++i) {
         const int64_t n = n0 + parts.image(i), skip = parts.begin(i) * s.C;
-        const T* upstream = act ? kept_at(n, skip) : g_map.image<T>(n) + skip;
-        self_gate_grad_columns<T, kShuffled, kOther>(block(i), scaled_at(n, skip), arrays(k), upstream,
-                                                     dx_at(n, skip), dscaled_at(n, skip), s.C);
+        self_gate_grad_columns<T>(block(i), arrays(k), dx_at(n, skip), s.C);
       }
     });
   });

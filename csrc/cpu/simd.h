@@ -30,16 +30,20 @@ template <>
 struct Simd<float> {
   typedef float V __attribute__((vector_size(kVectorBytes)));
   typedef int32_t I __attribute__((vector_size(kVectorBytes)));
+  typedef double W __attribute__((vector_size(2 * kVectorBytes)));
   using Index = int32_t;
 };
 template <>
 struct Simd<double> {
   typedef double V __attribute__((vector_size(kVectorBytes)));
   typedef int64_t I __attribute__((vector_size(kVectorBytes)));
+  typedef V W;
   using Index = int64_t;
 };
 template <class A>
 using Vec = typename Simd<A>::V;
+template <class A>
+using Wide = typename Simd<A>::W;  // as many doubles
 template <class A>
 using IVec = typename Simd<A>::I;
 template <class A>
