@@ -125,7 +125,7 @@ def built(name: str) -> nn.Module:
 
 def step(model: nn.Module, x: torch.Tensor, steps: int = 1) -> dict[str, torch.Tensor]:
     """Parameters and buffers after so many steps of SGD, and the first output and gradients."""
-    optimizer, first = torch.optim.SGD(model.parameters(), 1e-2), {}
+    optimizer, first = torch.optim.SGD(model.parameters(), 1e-4), {}  # larger steps magnify any rounding
     for _ in range(steps):
         torch.manual_seed(1)  # for drop path
         y = model(x)
@@ -156,8 +156,8 @@ def test_model(name):
     assert hooked
     assert got.keys() == want.keys()
     for key, tensor in want.items():
-        # PyTorch's gradient of a hard sigmoid takes 1/6 in float32, even in float64; steps of training magnify that.
-        allowed = 3e-6 * tensor.abs().max().item() + 1e-12
+        # PyTorch's gradient of a hard sigmoid takes 1/6 in float32, even in float64.
+        allowed = 1e-6 * tensor.abs().max().item() + 1e-8
         torch.testing.assert_close(got[key], tensor, rtol=1e-6, atol=allowed, msg=f"{name}: {key}")
     with torch.no_grad():
         model.load_state_dict(plain.state_dict())
