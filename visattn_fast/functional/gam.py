@@ -7,10 +7,9 @@ from torch import Tensor
 
 from .. import ops, reference
 from ..backends import fused
-from ..reference.batch_norm import update_running_statistics
-from ..reference.checks import ACTIVATIONS, check_bottleneck, check_choice, check_residual
+from ..reference.checks import check_bottleneck
 from ..reference.gam import check_norm_gate
-from ._gated import gated_outputs
+from ._gated import batch_norm_gated
 
 
 def channel_mlp(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None) -> Tensor:
@@ -62,17 +61,7 @@ def norm_gate(
     Returns, raises: as `se`; ValueError for a single value per channel in training.
     """
     check_norm_gate(x, m, weight, bias, running_mean, running_var, training, eps)
-    code = check_choice("activation", activation, ACTIVATIONS)
-    check_residual(residual, x)
-    if not fused(x):
-        if m.dtype in (torch.float32, torch.float64):
-            weight, bias = weight.to(m.dtype), bias.to(m.dtype)
-        y = reference.norm_gate(x, m, weight, bias, running_mean, running_var, training, momentum, eps)
-        return reference.epilogue(y.to(x.dtype), residual, activation)
-    statistics = (None, None) if training else (running_mean, running_var)
-    tensors = (x, m.to(x.dtype), weight, bias, *statistics)
-    y, mean, var = gated_outputs(ops.NormGateFunction, tensors, residual, code, (float(eps),))
-    if training and x.shape[0]:
-        count = x.numel() // x.shape[1]
-        update_running_statistics(running_mean, running_var, mean.detach(), var.detach(), count, momentum)
-    return y
+    return batch_norm_gated(
+        reference.norm_gate, ops.NormGateFunction, (x, m), weight, bias, (running_mean, running_var),
+        training, momentum, eps, residual, activation,
+    )  # fmt: skip

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from .. import ops, reference
-from ..backends import fused
-from ..reference.batch_norm import update_running_statistics
-from ..reference.checks import ACTIVATIONS, check_choice, check_residual
 from ..reference.nam import check_nam
-from ._gated import gated_outputs
+from ._gated import batch_norm_gated
 
 
 def nam(
@@ -39,16 +35,7 @@ def nam(
     Source: Liu et al., "NAM: Normalization-based Attention Module", NeurIPS workshops 2021.
     """
     check_nam(x, weight, bias, running_mean, running_var, training, eps)
-    code = check_choice("activation", activation, ACTIVATIONS)
-    check_residual(residual, x)
-    if not fused(x):
-        if x.dtype in (torch.float32, torch.float64):
-            weight, bias = weight.to(x.dtype), bias.to(x.dtype)
-        y = reference.nam(x, weight, bias, running_mean, running_var, training, momentum, eps)
-        return reference.epilogue(y.to(x.dtype), residual, activation)
-    statistics = (None, None) if training else (running_mean, running_var)
-    y, mean, var = gated_outputs(ops.NAMFunction, (x, weight, bias, *statistics), residual, code, (float(eps),))
-    if training and x.shape[0]:
-        count = x.numel() // x.shape[1]
-        update_running_statistics(running_mean, running_var, mean.detach(), var.detach(), count, momentum)
-    return y
+    return batch_norm_gated(
+        reference.nam, ops.NAMFunction, (x,), weight, bias, (running_mean, running_var), training, momentum, eps,
+        residual, activation,
+    )  # fmt: skip

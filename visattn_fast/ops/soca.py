@@ -7,6 +7,8 @@ the gradient. All steps commute, and each is its own transpose. Small matrices a
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -54,19 +56,17 @@ covariance = define(
 )
 
 
-class _Root:
+class _Root(Protocol):
     """p(a) of a symmetric matrix a ``[N, C, C]``: its square root by Newton-Schulz steps, applied to a row vector."""
 
     def apply(self, v: Tensor) -> Tensor:
         """v p(a), for v ``[N, 1, C]``."""
-        raise NotImplementedError
 
     def gradient(self, v: Tensor, g: Tensor) -> Tensor:
         """Gradient of a, as a symmetric matrix, from that of v p(a)."""
-        raise NotImplementedError
 
 
-class _Vectors(_Root):
+class _Vectors:
     """The Newton-Schulz iterates of a symmetric matrix a ``[N, C, C]``, applied to row vectors ``[N, 1, C]``.
 
     ``Y_0 = a``, ``Z_0 = 1``; ``T_k = (3 - Z_{k-1} Y_{k-1}) / 2``, ``Y_k = Y_{k-1} T_k``, ``Z_k = T_k Z_{k-1}``; Y_k
@@ -112,7 +112,7 @@ class _Vectors(_Root):
         return _symmetric(inputs.mT @ gradients)
 
 
-class _Matrices(_Root):
+class _Matrices:
     """The same iterates as matrices, but for the last one; each is symmetric. `bmm` costs less than ``@``."""
 
     def __init__(self, a: Tensor) -> None:
