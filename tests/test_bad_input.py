@@ -59,6 +59,12 @@ BAD_ARGUMENTS = [
     (lambda r: r.SpatialAttention(4), r"kernel_size must be 3 or 7, got 4"),
     (lambda r: r.S2MLPv2(0), r"channels must be a positive int, got 0"),
     (lambda r: r.SOCA(4), r"channels must be at least reduction=8, got 4"),
+    (lambda r: r.WindowAttention2d(32, 7, 5), r"channels must be a multiple of heads=5, got 32"),
+    (lambda r: r.WindowAttention2d(32, 0, 4), r"window must be a positive int, got 0"),
+    (lambda r: r.WindowAttention2d(32, (7, 7, 7), 4), r"window must be one int or two, .*got \(7, 7, 7\)"),
+    (lambda r: r.WindowAttention2d(32, 7, 4, shift=7), r"shift must be ints from 0 to less than the window, .*got"),
+    (lambda r: r.WindowAttention2d(32, 7, 4, layout="nlc"), r"layout must be one of \('nchw', 'nhwc'\), got 'nlc'"),
+    (lambda r: r.WindowAttention2d(32, 7, 4, attn_drop=0.1), r"attn_drop must be 0: .*got 0\.1"),
     (lambda r: r.CrissCross(4), r"channels must be at least reduction=8, got 4"),
     (lambda r: r.CBAM(32, kernel_size=5), r"kernel_size must be 3 or 7, got 5"),
     (lambda r: r.ShuffleAttention(24), r"channels must be a multiple of 2 \* groups = 16, got 24"),
@@ -156,6 +162,18 @@ BAD_WEIGHTS = [
     (
         lambda f: f.split_attention(X[:, :30], torch.ones(10, 10), torch.ones(10, 10)),
         r"w2 must have shape \[30, 10\], got \[10, 10\]",
+    ),
+    (
+        lambda f: f.window_attention(X, None, torch.ones(169, 2), 2, 7),
+        r"qkv must have a multiple of 3 \* heads = 6 channels, got \[2, 32, 4, 4\]",
+    ),
+    (
+        lambda f: f.window_attention(X[..., :3], None, torch.ones(168, 1), 1, 7),
+        r"table must have shape \[169, 1\], got \[168, 1\]",
+    ),
+    (
+        lambda f: f.window_attention(X[..., :3], torch.ones(1), torch.ones(169, 1), 1, 7),
+        r"pad must have shape \[3\], got \[1\]",
     ),
     (lambda f: f.eca(X, torch.ones(1, 1, 4)), r"kernel size of weight must be odd, .*got 4"),
     (lambda f: f.eca(X, torch.ones(3)), r"weight must have shape \[1, 1, k\], got \[3\]"),

@@ -67,6 +67,13 @@ KEYS = {
         "conv_du.2.weight": (32, 4, 1, 1),
         "conv_du.2.bias": (32,),
     },
+    "WindowAttention2d": {
+        "qkv.weight": (96, 32),
+        "qkv.bias": (96,),
+        "proj.weight": (32, 32),
+        "proj.bias": (32,),
+        "relative_position_bias_table": (169, 2),
+    },
     "SE": {"fc.0.weight": (2, 32), "fc.2.weight": (32, 2)},
     "scSE": {
         "cSE.1.weight": (2, 32, 1, 1),

@@ -23,6 +23,7 @@ from .modules import (
     FastSK,
     FastSOCA,
     FastSpatialAttention,
+    FastWindowAttention2d,
 )
 from .watch import GateStatistics, attention_maps, watch_gates
 
@@ -49,6 +50,7 @@ __all__ = [
     "FastShuffleAttention",
     "FastSimAM",
     "FastSpatialAttention",
+    "FastWindowAttention2d",
     "FastscSE",
     "GateStatistics",
     "accelerate",

@@ -119,6 +119,11 @@ _GAM = Entry(
 )
 
 
+def _heads(channels: int) -> int:
+    """Two or more, of 32 channels each as in Swin where they can be; one for an odd number of channels."""
+    return max(channels // 32, 2) if channels % 32 == 0 else 2 - channels % 2
+
+
 def _shuffle_groups(channels: int) -> int:
     """The largest of 8, 4, 2 and 1 that shuffle attention takes for an even number of channels."""
     return next(g for g in (8, 4, 2, 1) if channels % (2 * g) == 0 or g == 1)
@@ -202,6 +207,16 @@ ENTRIES = {
             epilogue=False,
             takes=lambda shape: shape[1] > 1,  # the gradients of one channel's keys cancel
             saved=2.3,  # queries, keys, values and what comes of them
+        ),
+        Entry(
+            "window_attention",
+            modules.FastWindowAttention2d,
+            reference.WindowAttention2d,
+            lambda c: {"channels": c, "window": 7, "heads": _heads(c), "shift": 3},
+            4,
+            7,
+            epilogue=False,
+            layers=True,
         ),
         Entry(
             "split_attention",

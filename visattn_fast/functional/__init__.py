@@ -15,6 +15,7 @@ from .shuffle_attention import shuffle_attention
 from .simam import simam
 from .sk import sk
 from .soca import soca
+from .window_attention import window_attention
 
 __all__ = [
     "additive_score",
@@ -36,4 +37,5 @@ __all__ = [
     "soca",
     "spatial_attention",
     "split_attention",
+    "window_attention",
 ]

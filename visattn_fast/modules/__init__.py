@@ -15,6 +15,7 @@ from .shuffle_attention import FastShuffleAttention
 from .simam import FastSimAM
 from .sk import FastSK
 from .soca import FastSOCA
+from .window_attention import FastWindowAttention2d
 
 __all__ = [
     "FastAttentionLayer",
@@ -35,5 +36,6 @@ __all__ = [
     "FastShuffleAttention",
     "FastSimAM",
     "FastSpatialAttention",
+    "FastWindowAttention2d",
     "FastscSE",
 ]

@@ -20,6 +20,8 @@ from .simam import SimAMFunction
 from .sk import SKFunction
 from .soca import SOCAFunction
 from .spatial_attention import SpatialAttentionFunction
+from .tokens import from_tokens, tokens
+from .window_attention import WindowAttentionFunction
 
 __all__ = [
     "AdditiveScoreFunction",
@@ -40,9 +42,12 @@ __all__ = [
     "SimAMFunction",
     "SpatialAttentionFunction",
     "SplitAttentionFunction",
+    "WindowAttentionFunction",
     "fits_a_block",
+    "from_tokens",
     "mixed",
     "register_triton",
     "run",
     "se_mathematics",
+    "tokens",
 ]

@@ -19,6 +19,7 @@ from .shuffle_attention import ShuffleAttention, shuffle_attention
 from .simam import SimAM, simam
 from .sk import SK, sk
 from .soca import SOCA, soca
+from .window_attention import WindowAttention2d, window_attention
 
 __all__ = [
     "CBAM",
@@ -39,6 +40,7 @@ __all__ = [
     "ShuffleAttention",
     "SimAM",
     "SpatialAttention",
+    "WindowAttention2d",
     "additive_score",
     "cbam",
     "channel_attention",
@@ -60,4 +62,5 @@ __all__ = [
     "soca",
     "spatial_attention",
     "split_attention",
+    "window_attention",
 ]

@@ -1,0 +1,54 @@
+"""Attention inside windows."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .. import ops, reference
+from ..backends import fused
+from ..reference.window_attention import check_window_attention
+
+
+def window_attention(
+    qkv: Tensor,
+    pad: Tensor | None,
+    table: Tensor,
+    heads: int,
+    window: int | tuple[int, int],
+    shift: int | tuple[int, int] = 0,
+    scale: float | None = None,
+    pad_first: bool = True,
+) -> Tensor:
+    """``softmax(scale q k^T + bias) v`` inside every window of a map, for each head.
+
+    Windows are read where they lie and written where they belong: shift, partition, bias, seams and padding are
+    addresses, and nothing but qkv is kept for the backward pass. Seams and padding are as in
+    `reference.window_attention`.
+
+    Args:
+        qkv: queries, keys and values of every token, ``[N, H, W, 3C]``, any floating dtype; channels in the order
+            (3, heads, d).
+        pad: queries, keys and values of padding, ``[3C]``, the bias of the layer that made qkv; None: zeros.
+        table: of the bias, ``[(2 window_h - 1) (2 window_w - 1), heads]``.
+        heads: of d channels each.
+        window: its height and width, or both in one.
+        shift: along H and W, less than the window.
+        scale: of the logits; None: ``d**-0.5``.
+        pad_first: whether a map is padded and then shifted, as in torchvision, or the other way round, as in timm.
+
+    Returns:
+        ``[N, H, W, C]``, dense, in qkv's dtype. Sums are kept in float32 (float64 for float64); pad and table may have
+        another dtype than qkv.
+
+    Raises:
+        TypeError: a tensor that is not floating.
+        ValueError: shapes or devices that do not fit, a shift that is no part of the window.
+        RuntimeError: the backend asked for cannot serve.
+
+    Source: Liu et al., "Swin Transformer: Hierarchical vision transformer using shifted windows", ICCV 2021.
+    """
+    window, shift = check_window_attention(qkv, pad, table, heads, window, shift)
+    scale = (qkv.shape[3] // 3 // heads) ** -0.5 if scale is None else float(scale)
+    if not fused(qkv):
+        return ops.mixed(reference.window_attention, qkv, pad, table, heads, window, shift, scale, pad_first)
+    return ops.run(ops.WindowAttentionFunction, qkv, pad, table, heads, *window, *shift, scale, int(pad_first))[0]

@@ -1,0 +1,23 @@
+"""Fused attention inside windows."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .. import functional, ops, reference
+
+
+class FastWindowAttention2d(reference.WindowAttention2d):
+    """`reference.WindowAttention2d`, fused: same constructor, same ``state_dict``, same result.
+
+    Its linear layers are PyTorch's, and hooks on them run. Weights, where they are asked for, are plain PyTorch.
+    """
+
+    def _attend(self, qkv: Tensor) -> Tensor:
+        return functional.window_attention(qkv, **self._arguments(qkv))
+
+    def _tokens(self, x: Tensor) -> Tensor:
+        return x if self.layout == "nhwc" else ops.tokens(x)
+
+    def _map(self, y: Tensor, x: Tensor) -> Tensor:
+        return y if self.layout == "nhwc" else ops.from_tokens(y, x)

@@ -1,0 +1,89 @@
+"""Attention inside (shifted) windows: ops and autograd. The backward pass computes the weights again."""
+
+from __future__ import annotations
+
+import torch
+
+from .. import reference
+from ..reference.window_attention import Windows, join_windows, relative_position, split_windows, window_weights
+from ._autograd import fused_function, mixed
+from ._layout import accumulation_dtype, empty_small
+from ._library import define
+
+
+def _windows(qkv, window_h, window_w, shift_h, shift_w, scale, pad_first):
+    return Windows(qkv.shape[1], qkv.shape[2], (window_h, window_w), (shift_h, shift_w), bool(pad_first)), scale
+
+
+def _empty_out(qkv):
+    n, height, width, channels = qkv.shape
+    return empty_small(qkv, n, height, width, channels // 3, dtype=qkv.dtype)
+
+
+def _window_attention_fwd_reference(qkv, pad, table, heads, *geometry):
+    (windows, scale), a = _windows(qkv, *geometry), accumulation_dtype(qkv)
+    q, k, v = split_windows(qkv.to(a), pad, heads, windows)
+    out = join_windows(window_weights(q, k, table.to(a), windows, scale) @ v, windows)
+    return _empty_out(qkv).copy_(out)
+
+
+def _window_attention_bwd_reference(grad, qkv, pad, table, heads, *geometry):
+    (windows, scale), a = _windows(qkv, *geometry), accumulation_dtype(qkv)
+    q, k, v = split_windows(qkv.to(a), pad, heads, windows)
+    p = window_weights(q, k, table.to(a), windows, scale)
+    g = grad.to(a).flatten(1, 2)
+    tokens = windows.tokens(qkv.device)
+    g = torch.cat([g, torch.zeros_like(g[:, :1])], 1)[:, tokens]  # nothing comes back from padding
+    g = g.unflatten(3, (heads, -1)).transpose(2, 3)
+    dp = g @ v.mT
+    ds = p * (dp - (dp * p).sum(-1, keepdim=True))
+    dq, dk, dv = scale * (ds @ k), scale * (ds.mT @ q), p.mT @ g
+    dwindows = torch.stack([dq, dk, dv], 2).flatten(2, 3)  # [N, windows, 3 heads, L, d]
+    dqkv = join_windows(dwindows, windows).to(qkv.dtype).contiguous()
+    outside = (tokens == windows.height * windows.width)[:, None, :, None]
+    dpad = torch.where(outside, dwindows, 0.0).sum((0, 1, 3)).flatten()
+    rows = relative_position(windows.window, qkv.device).flatten()
+    dtable = torch.zeros(table.shape, dtype=a, device=table.device)
+    dtable.index_add_(0, rows, ds.sum((0, 1)).flatten(1).t())
+    return dqkv, dpad, dtable
+
+
+def _window_attention_bwd_fake(grad, qkv, pad, table, *options):
+    return (
+        empty_small(qkv, *qkv.shape, dtype=qkv.dtype),
+        empty_small(qkv, qkv.shape[3]),
+        empty_small(qkv, *table.shape),
+    )
+
+
+_GEOMETRY = "int heads, int window_h, int window_w, int shift_h, int shift_w, float scale, int pad_first"
+window_attention_fwd = define(
+    f"window_attention_fwd(Tensor qkv, Tensor? pad, Tensor table, {_GEOMETRY}) -> Tensor out",
+    None,
+    _window_attention_fwd_reference,
+    lambda qkv, pad, table, *options: _empty_out(qkv),
+)
+window_attention_bwd = define(
+    f"window_attention_bwd(Tensor grad, Tensor qkv, Tensor? pad, Tensor table, {_GEOMETRY})"
+    " -> (Tensor dqkv, Tensor dpad, Tensor dtable)",
+    None,
+    _window_attention_bwd_reference,
+    _window_attention_bwd_fake,
+)
+
+
+def _forward(qkv, pad, table, *options):
+    return (window_attention_fwd(qkv, pad, table, *options),)
+
+
+def _gradients(grad, tensors, small, options):
+    return window_attention_bwd(grad, *tensors, *options)
+
+
+def _mathematics(qkv, pad, table, heads, window_h, window_w, shift_h, shift_w, scale, pad_first):
+    window, shift = (window_h, window_w), (shift_h, shift_w)
+    arguments = (pad, table, heads, window, shift, scale, bool(pad_first))
+    return mixed(reference.window_attention, qkv, *arguments)
+
+
+WindowAttentionFunction = fused_function("WindowAttentionFunction", _forward, _gradients, _mathematics)
