@@ -118,6 +118,28 @@ _GAM = Entry(
     ops=("channel_mlp_fwd", "channel_mlp_bwd", "norm_gate_fwd", "norm_gate_bwd"),
 )
 
+# Attention over all positions, whose weights grow with their square; few channels have two small heads. Queries, keys
+# and values are three maps, and each pass reads keys and values again for every block of queries, from caches.
+_SELF_ATTENTION = Entry(
+    "self_attention",
+    modules.FastSelfAttention2d,
+    reference.SelfAttention2d,
+    lambda c: {"channels": c, **({"heads": c // 32} if c % 64 == 0 else {"heads": 2, "head_dim": -(-c // 2)})},
+    0,
+    0,
+    epilogue=False,
+    takes=lambda shape: shape[2] * shape[3] <= 1024,
+    layers=True,
+    ops=("attention_fwd", "attention_bwd"),
+)
+_SELF_ATTENTION_BIAS = replace(
+    _SELF_ATTENTION,
+    name="self_attention_bias",
+    arguments=lambda c: {**_SELF_ATTENTION.arguments(c), "position_bias": (9, 11), "residual": True},
+    takes=lambda shape: shape[2] <= 9 and shape[3] <= 11,
+    training=False,
+)
+
 
 def _heads(channels: int) -> int:
     """Two or more, of 32 channels each as in Swin where they can be; one for an odd number of channels."""
@@ -229,6 +251,8 @@ ENTRIES = {
             layers=True,
             ops=("shift_total", "shift_sum", "shift_dot", "shift_grad"),
         ),
+        _SELF_ATTENTION,
+        _SELF_ATTENTION_BIAS,
     )
 }
 

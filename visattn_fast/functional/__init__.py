@@ -1,5 +1,6 @@
 """The public functions, one file per family: check, choose a backend, call."""
 
+from .attention2d import attention2d
 from .cbam import cbam, channel_attention, spatial_attention
 from .coord_att import coord_att
 from .criss_cross import criss_cross
@@ -19,6 +20,7 @@ from .window_attention import window_attention
 
 __all__ = [
     "additive_score",
+    "attention2d",
     "cbam",
     "channel_attention",
     "channel_mlp",

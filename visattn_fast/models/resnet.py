@@ -11,9 +11,10 @@ from .. import reference
 from ..catalogue import ENTRIES
 from ..reference.checks import check_feature_map, check_positive
 
-# CBAM's halves return gates, and do not apply them; of a module in two modes there is one.
-_HALVES = ("channel_attention", "spatial_attention")
-GATES = tuple(name for name, entry in ENTRIES.items() if entry.training and name not in _HALVES)
+# CBAM's halves return gates, and do not apply them; self-attention over all of a large map is no gate of a block; of a
+# module in two modes there is one.
+_OTHERS = ("channel_attention", "spatial_attention", "self_attention")
+GATES = tuple(name for name, entry in ENTRIES.items() if entry.training and name not in _OTHERS)
 
 
 class AttentionBlock(nn.Module):

@@ -10,6 +10,7 @@ from .nam import FastNAM
 from .s2mlpv2 import FastS2MLPv2
 from .scse import FastscSE
 from .se import FastSE
+from .self_attention import FastSelfAttention2d
 from .sequence import FastAttentionLayer, FastAttentionPooling, FastSequenceAttention
 from .shuffle_attention import FastShuffleAttention
 from .simam import FastSimAM
@@ -32,6 +33,7 @@ __all__ = [
     "FastSE",
     "FastSK",
     "FastSOCA",
+    "FastSelfAttention2d",
     "FastSequenceAttention",
     "FastShuffleAttention",
     "FastSimAM",

@@ -3,6 +3,7 @@
 from ._autograd import mixed, run
 from ._library import register_triton
 from .additive_score import AdditiveScoreFunction, fits_a_block
+from .attention2d import Attention2dFunction, attention_mean
 from .cbam import CBAMFunction
 from .channel_attention import ChannelAttentionFunction
 from .channel_mlp import ChannelMLPFunction
@@ -20,11 +21,13 @@ from .simam import SimAMFunction
 from .sk import SKFunction
 from .soca import SOCAFunction
 from .spatial_attention import SpatialAttentionFunction
+from .token_grid import in_format_of, token_grid
 from .tokens import from_tokens, tokens
 from .window_attention import WindowAttentionFunction
 
 __all__ = [
     "AdditiveScoreFunction",
+    "Attention2dFunction",
     "CBAMFunction",
     "ChannelAttentionFunction",
     "ChannelMLPFunction",
@@ -43,11 +46,14 @@ __all__ = [
     "SpatialAttentionFunction",
     "SplitAttentionFunction",
     "WindowAttentionFunction",
+    "attention_mean",
     "fits_a_block",
     "from_tokens",
+    "in_format_of",
     "mixed",
     "register_triton",
     "run",
     "se_mathematics",
+    "token_grid",
     "tokens",
 ]

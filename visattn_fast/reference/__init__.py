@@ -1,5 +1,6 @@
 """The catalogue in plain PyTorch: specification of the fused modules and oracle of their tests. Needs torch alone."""
 
+from .attention2d import attention2d
 from .attention_layer import AttentionLayer
 from .attention_pooling import AttentionPooling
 from .cbam import CBAM, ChannelAttention, SpatialAttention, cbam, channel_attention, spatial_attention
@@ -14,6 +15,7 @@ from .nam import NAM, nam
 from .s2mlpv2 import S2MLPv2, split_attention
 from .scse import scSE, scse
 from .se import SE, se
+from .self_attention import SelfAttention2d
 from .sequence_attention import SequenceAttention, additive_score
 from .shuffle_attention import ShuffleAttention, shuffle_attention
 from .simam import SimAM, simam
@@ -36,12 +38,14 @@ __all__ = [
     "CrissCross",
     "LocalAttention",
     "S2MLPv2",
+    "SelfAttention2d",
     "SequenceAttention",
     "ShuffleAttention",
     "SimAM",
     "SpatialAttention",
     "WindowAttention2d",
     "additive_score",
+    "attention2d",
     "cbam",
     "channel_attention",
     "channel_mlp",

@@ -1,0 +1,35 @@
+"""A map as dense tokens, and gradients back in the map's memory format."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._autograd import run
+from ._layout import memory_format
+
+
+class _TokenGridFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor) -> tuple[Tensor]:
+        return (x.permute(0, 2, 3, 1).contiguous(),)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.format = memory_format(inputs[0])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad.permute(0, 3, 1, 2).contiguous(memory_format=ctx.format)
+
+
+def token_grid(x: Tensor) -> Tensor:
+    """``[N, C, H, W]`` -> ``[N, H, W, C]``, dense; no copy of a map in channels_last."""
+    return run(_TokenGridFunction, x)[0]
+
+
+def in_format_of(x: Tensor, y: Tensor) -> Tensor:
+    """The map y, dense in x's memory format."""
+    return y.contiguous(memory_format=memory_format(x))
