@@ -28,7 +28,7 @@ VF_INLINE inline void gemm_tile(Broadcast<TA> a, const TB* b, int64_t ldb, int64
     for (int v = 0; v < V; ++v) w[v] = load(pb + v * kLanes<A>, lanes);
 #pragma GCC unroll 6
     for (int r = 0; r < R; ++r) {
-      const Vec<A> factor = set1<A>(static_cast<A>(pa[r * a.stride_i]));
+      const A factor = static_cast<A>(pa[r * a.stride_i]);  // a scalar: GCC broadcasts it from memory
 #pragma GCC unroll 2
       for (int v = 0; v < V; ++v) sum[r][v] += factor * w[v];
     }

@@ -1,0 +1,345 @@
+// Attention inside (shifted) windows: each head of each window in tiles that stay in cache. Shift, partition,
+// bias, seams and padding are addresses; the backward pass computes the weights again.
+#include "windows.h"
+
+namespace visattn {
+namespace {
+
+template <class T>
+struct Inputs {
+  using A = Acc<T>;
+  Windows w;
+  A scale;
+  Tensor qkv;
+  Buffer<A> pad;    // [3C]
+  Buffer<A> table;  // [heads, rows], reversed
+
+  Inputs(const Windows& windows, double scale, const Tensor& qkv, const std::optional<Tensor>& pad,
+         const Tensor& table)
+      : w(windows),
+        scale(static_cast<A>(scale)),
+        qkv(qkv.is_contiguous() ? qkv : torch::stable::contiguous(qkv)),
+        pad(3 * w.C()),
+        table(w.heads * w.table_rows()) {
+    if (pad) std::copy_n(data<A>(weight_as(*pad, kDtype<A>)), 3 * w.C(), this->pad.get());
+    const Tensor cast = weight_as(table, kDtype<A>);
+    const A* from = data<A>(cast);
+    const int64_t rows = w.table_rows();
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t h = 0; h < w.heads; ++h) this->table[h * rows + rows - 1 - r] = from[r * w.heads + h];
+    }
+  }
+
+  const T* qkv_data() const { return static_cast<const T*>(qkv.const_data_ptr()); }
+};
+
+// One head of one window at a time. Tiles have whole vectors of tokens and channels; what is too much is
+// zero.
+template <class T>
+class Window {
+  using A = Acc<T>;
+
+ public:
+  explicit Window(const Inputs<T>& in, bool backward)
+      : in_(in),
+        w_(in.w),
+        L_(w_.L),
+        Lp_(whole_vectors<A>(L_)),
+        dp_(whole_vectors<A>(w_.d)),
+        q_(Lp_ * dp_),
+        k_(Lp_ * dp_),
+        v_(Lp_ * dp_),
+        kt_(Lp_ * dp_),
+        bias_(L_ * Lp_),
+        p_(L_ * Lp_),
+        inverse_(L_),
+        g_(backward ? Lp_ * dp_ : 0),
+        vt_(backward ? Lp_ * dp_ : 0),
+        ds_(backward ? L_ * Lp_ : 0),
+        dbias_(backward ? L_ * Lp_ : 0),
+        dpad_(backward ? 3 * dp_ : 0),
+        token_(L_),
+        next_(L_),
+        region_(L_),
+        next_region_(L_) {}
+
+  // The bias of a head; columns that are no keys get no weight.
+  void start(int64_t head) {
+    head_ = head;
+    const A* table = in_.table.get() + head * w_.table_rows();
+    std::fill_n(bias_.get(), L_ * Lp_, -std::numeric_limits<A>::infinity());
+    w_.each_bias(Lp_, [&](int64_t to, int64_t from, int64_t count) {
+      for (int64_t j = 0; j < count; ++j) bias_[to + j] = table[from + j];
+    });
+  }
+
+  void start_gradients() {
+    std::fill_n(dbias_.get(), L_ * Lp_, A(0));
+    std::fill_n(dpad_.get(), 3 * dp_, A(0));
+  }
+
+  void forward(int64_t window, bool last, T* out) {
+    enter(window);
+    if (!last) fetch(in_.qkv_data(), 3, window + 1);
+    const int64_t C = w_.C();
+    T* image = out + image_ * w_.H * w_.W * C + head_ * w_.d;
+    simd([&]() VF_INLINE {
+      weights();
+      product<A>(Broadcast<A>{p_.get(), Lp_, 1}, v_.get(), dp_, L_, dp_, L_,
+                 [&](int64_t i, int64_t j, Vec<A> sum, Full) VF_INLINE {
+                   if (token_[i] >= 0) put(image + token_[i] * C, j, sum * set1(inverse_[i]));
+                 });
+    });
+  }
+
+  void backward(int64_t window, bool last, const T* grad, T* dqkv) {
+    enter(window);
+    if (!last) fetch(in_.qkv_data(), 3, window + 1), fetch(grad, 1, window + 1);
+    const int64_t C = w_.C(), tokens = w_.H * w_.W;
+    const T* g = grad + image_ * tokens * C + head_ * w_.d;
+    T* image = dqkv + image_ * tokens * 3 * C + head_ * w_.d;
+    simd([&]() VF_INLINE {
+      for (int64_t i = 0; i < L_; ++i) {
+        if (token_[i] >= 0) {
+          take(g + token_[i] * C, A(1), g_.get() + i * dp_);
+        } else {
+          for (int64_t c = 0; c < dp_; c += kLanes<A>) store(g_.get() + i * dp_ + c, set1(A(0)));
+        }
+      }
+      weights();
+      transpose_tile(v_.get(), Lp_, dp_, vt_.get());
+      product<A>(Broadcast<A>{g_.get(), dp_, 1}, vt_.get(), Lp_, L_, Lp_, w_.d,
+                 [&](int64_t i, int64_t j, Vec<A> sum, Full)
+                     VF_INLINE { store(ds_.get() + i * Lp_ + j, sum); });
+      for (int64_t i = 0; i < L_; ++i) logit_gradients(i);
+      const auto sends = [&](int64_t part, A factor) VF_INLINE {
+        return [=, this](int64_t i, int64_t j, Vec<A> sum, Full) VF_INLINE {
+          sum = sum * set1(factor);
+          if (token_[i] >= 0) {
+            put(image + token_[i] * 3 * C + part * C, j, sum);
+          } else {
+            A* to = dpad_.get() + part * dp_ + j;
+            store(to, load(to) + sum);
+          }
+        };
+      };
+      const Broadcast<A> ds{ds_.get(), Lp_, 1}, ds_t{ds_.get(), 1, Lp_}, p_t{p_.get(), 1, Lp_};
+      product<A>(ds, k_.get(), dp_, L_, dp_, L_, sends(0, in_.scale));
+      product<A>(ds_t, q_.get(), dp_, L_, dp_, L_, sends(1, A(1)));
+      product<A>(p_t, g_.get(), dp_, L_, dp_, L_, sends(2, A(1)));
+    });
+  }
+
+  // What the windows since start_gradients() have given: the head's table, reversed, and [3, d] of padding.
+  void finish_gradients(A* dtable, A* dpad) {
+    std::fill_n(dtable, w_.table_rows(), A(0));
+    w_.each_bias(Lp_, [&](int64_t from, int64_t to, int64_t count) {
+      for (int64_t j = 0; j < count; ++j) dtable[to + j] += dbias_[from + j];
+    });
+    for (int64_t part = 0; part < 3; ++part) std::copy_n(dpad_.get() + part * dp_, w_.d, dpad + part * w_.d);
+  }
+
+ private:
+  // Asks for the next window while this one is computed: pieces of rows far apart, which no prefetcher
+  // guesses.
+  void fetch(const T* map, int64_t parts, int64_t window) {
+    constexpr int64_t kLine = 64 / sizeof(T);
+    const int64_t C = w_.C(), first = window / w_.per_image() * w_.H * w_.W;
+    w_.places(window, next_.data(), next_region_.data());
+    for (int64_t i = 0; i < L_; ++i) {
+      if (next_[i] < 0) continue;
+      const T* row = map + (first + next_[i]) * parts * C + head_ * w_.d;
+      for (int64_t part = 0; part < parts; ++part) {
+        for (int64_t c = 0; c < w_.d; c += kLine) __builtin_prefetch(row + part * C + c, 0, 2);
+      }
+    }
+  }
+
+  void enter(int64_t window) {
+    image_ = window / w_.per_image();
+    seam_ = w_.has_seam(window);
+    w_.places(window, token_.data(), region_.data());
+    const int64_t C = w_.C();
+    const T* image = in_.qkv_data() + image_ * w_.H * w_.W * 3 * C;
+    simd([&]() VF_INLINE {
+      A* const tiles[] = {q_.get(), k_.get(), v_.get()};
+      for (int64_t i = 0; i < L_; ++i) {
+        for (int64_t part = 0; part < 3; ++part) {
+          const int64_t c = part * C + head_ * w_.d;
+          const A factor = part == 0 ? in_.scale : A(1);
+          A* to = tiles[part] + i * dp_;
+          if (token_[i] >= 0) {
+            take(image + token_[i] * 3 * C + c, factor, to);
+          } else {
+            take(in_.pad.get() + c, factor, to);
+          }
+        }
+      }
+    });
+  }
+
+  template <class From>
+  VF_INLINE void take(const From* from, A factor, A* to) const {
+    for_vectors<A>(
+        w_.d, [&](int64_t c, auto lanes) VF_INLINE { store(to + c, load(from + c, lanes) * set1(factor)); });
+  }
+
+  VF_INLINE void put(T* row, int64_t c, Vec<A> v) const {
+    if (c + kLanes<A> <= w_.d) {
+      store(row + c, v);
+    } else {
+      store(row + c, v, Tail{static_cast<int>(w_.d - c)});
+    }
+  }
+
+  // p_: exponentials of the logits over each row's largest; inverse_: one over each row's sum.
+  VF_INLINE void weights() {
+    transpose_tile(k_.get(), Lp_, dp_, kt_.get());
+    product<A>(Broadcast<A>{q_.get(), dp_, 1}, kt_.get(), Lp_, L_, Lp_, w_.d,
+               [&](int64_t i, int64_t j, Vec<A> sum, Full) VF_INLINE {
+                 const int64_t at = i * Lp_ + j;
+                 store(p_.get() + at, sum + load(bias_.get() + at));
+               });
+    for (int64_t i = 0; i < L_; ++i) {
+      A* row = p_.get() + i * Lp_;
+      if (seam_) {
+        for (int64_t j = 0; j < L_; ++j) row[j] += region_[j] != region_[i] ? A(kApart) : A(0);
+      }
+      Vec<A> most = set1(-std::numeric_limits<A>::infinity()), total = set1(A(0));
+      for (int64_t j = 0; j < Lp_; j += kLanes<A>) most = greater(load(row + j), most);
+      most = set1<A>(reduce_lanes(most, [](Vec<A> a, Vec<A> b) VF_INLINE { return greater(a, b); }));
+      for (int64_t j = 0; j < Lp_; j += kLanes<A>) {
+        const Vec<A> e = exp_or_zero(load(row + j) - most);
+        store(row + j, e);
+        total += e;
+      }
+      inverse_[i] = 1 / sum_lanes<A>(total);
+    }
+  }
+
+  // ds = p (dp - sum_j dp p), the gradient of a row's logits, which is the bias's, too.
+  VF_INLINE void logit_gradients(int64_t i) {
+    A *p = p_.get() + i * Lp_, *ds = ds_.get() + i * Lp_, *dbias = dbias_.get() + i * Lp_;
+    const Vec<A> inverse = set1(inverse_[i]);
+    Vec<A> dot = set1(A(0));
+    for (int64_t j = 0; j < Lp_; j += kLanes<A>) {
+      const Vec<A> weight = load(p + j) * inverse;
+      store(p + j, weight);
+      dot += weight * load(ds + j);
+    }
+    dot = set1<A>(sum_lanes<A>(dot));
+    for (int64_t j = 0; j < Lp_; j += kLanes<A>) {
+      const Vec<A> d = load(p + j) * (load(ds + j) - dot);
+      store(ds + j, d);
+      store(dbias + j, load(dbias + j) + d);
+    }
+  }
+
+  const Inputs<T>& in_;
+  const Windows& w_;
+  const int64_t L_, Lp_, dp_;
+  Buffer<A> q_, k_, v_, kt_, bias_, p_, inverse_, g_, vt_, ds_, dbias_, dpad_;
+  std::vector<int64_t> token_, next_;
+  std::vector<int32_t> region_, next_region_;
+  int64_t head_ = 0, image_ = 0;
+  bool seam_ = false;
+};
+
+Windows windows_of(const Tensor& qkv, int64_t heads, int64_t window_h, int64_t window_w, int64_t shift_h,
+                   int64_t shift_w, int64_t pad_first) {
+  STD_TORCH_CHECK(qkv.dim() == 4 && heads > 0 && qkv.size(3) % (3 * heads) == 0,
+                  "qkv must have shape [N, H, W, 3C], C a multiple of heads");
+  const int64_t H = qkv.size(1), W = qkv.size(2);
+  return {qkv.size(0),
+          H,
+          W,
+          heads,
+          qkv.size(3) / 3 / heads,
+          WindowAxis(H, window_h, shift_h, pad_first != 0),
+          WindowAxis(W, window_w, shift_w, pad_first != 0),
+          window_h * window_w};
+}
+
+// f(run, head, window's tiles) over all items, in parallel.
+template <class T, class F>
+void each_item(const Inputs<T>& in, const WindowRuns& runs, bool backward, const F& f) {
+  torch::stable::parallel_for(0, runs.count * in.w.heads, 1, [&](int64_t begin, int64_t end) {
+    Window<T> tiles(in, backward);
+    for (int64_t item = begin; item < end; ++item) {
+      tiles.start(item % in.w.heads);
+      f(item / in.w.heads, item % in.w.heads, tiles);
+    }
+  });
+}
+
+Tensor window_attention_fwd(Tensor qkv, std::optional<Tensor> pad, Tensor table, int64_t heads,
+                            int64_t window_h, int64_t window_w, int64_t shift_h, int64_t shift_w,
+                            double scale, int64_t pad_first) {
+  return dispatch(qkv, [&](auto type) {
+    using T = decltype(type);
+    const Inputs<T> in(windows_of(qkv, heads, window_h, window_w, shift_h, shift_w, pad_first), scale, qkv,
+                       pad, table);
+    const Windows& w = in.w;
+    Tensor out = empty({w.N, w.H, w.W, w.C()}, qkv.scalar_type());
+    const WindowRuns runs(w);
+    each_item<T>(in, runs, false, [&](int64_t run, int64_t, Window<T>& tiles) {
+      for (int64_t i = runs.begin(run); i < runs.end(run); ++i)
+        tiles.forward(i, i + 1 == runs.end(run), data<T>(out));
+    });
+    return out;
+  });
+}
+
+// parts [runs, size] -> their sum, in order.
+template <class A>
+void sum_runs(const Buffer<A>& parts, int64_t runs, int64_t size, A* sum) {
+  std::fill_n(sum, size, A(0));
+  for (int64_t r = 0; r < runs; ++r) {
+    for (int64_t c = 0; c < size; ++c) sum[c] += parts.get()[r * size + c];
+  }
+}
+
+std::tuple<Tensor, Tensor, Tensor> window_attention_bwd(Tensor grad, Tensor qkv, std::optional<Tensor> pad,
+                                                        Tensor table, int64_t heads, int64_t window_h,
+                                                        int64_t window_w, int64_t shift_h, int64_t shift_w,
+                                                        double scale, int64_t pad_first) {
+  return dispatch(qkv, [&](auto type) {
+    using T = decltype(type);
+    using A = Acc<T>;
+    const Inputs<T> in(windows_of(qkv, heads, window_h, window_w, shift_h, shift_w, pad_first), scale, qkv,
+                       pad, table);
+    const Windows& w = in.w;
+    const Tensor g = grad.is_contiguous() ? grad : torch::stable::contiguous(grad);
+    Tensor dqkv = empty({w.N, w.H, w.W, 3 * w.C()}, qkv.scalar_type());
+    Tensor dpad = empty({3 * w.C()}, kDtype<A>), dtable = empty({w.table_rows(), heads}, kDtype<A>);
+    const WindowRuns runs(w);
+    const int64_t rows = w.table_rows(), of_pad = 3 * w.d;
+    Buffer<A> table_parts(runs.count * heads * rows), pad_parts(runs.count * heads * of_pad);
+    each_item<T>(in, runs, true, [&](int64_t run, int64_t head, Window<T>& tiles) {
+      tiles.start_gradients();
+      for (int64_t i = runs.begin(run); i < runs.end(run); ++i) {
+        tiles.backward(i, i + 1 == runs.end(run), static_cast<const T*>(g.const_data_ptr()), data<T>(dqkv));
+      }
+      const int64_t item = run * heads + head;
+      tiles.finish_gradients(table_parts.get() + item * rows, pad_parts.get() + item * of_pad);
+    });
+    Buffer<A> table_sum(heads * rows), pad_sum(heads * of_pad);
+    sum_runs(table_parts, runs.count, heads * rows, table_sum.get());
+    sum_runs(pad_parts, runs.count, heads * of_pad, pad_sum.get());
+    for (int64_t h = 0; h < heads; ++h) {
+      for (int64_t r = 0; r < rows; ++r) data<A>(dtable)[r * heads + h] = table_sum[h * rows + rows - 1 - r];
+      for (int64_t part = 0; part < 3; ++part) {
+        std::copy_n(pad_sum.get() + h * of_pad + part * w.d, w.d, data<A>(dpad) + part * w.C() + h * w.d);
+      }
+    }
+    return std::make_tuple(dqkv, dpad, dtable);
+  });
+}
+
+}  // namespace
+}  // namespace visattn
+
+STABLE_TORCH_LIBRARY_IMPL(visattn_fast, CPU, m) {
+  m.impl("window_attention_fwd", TORCH_BOX(&visattn::window_attention_fwd));
+  m.impl("window_attention_bwd", TORCH_BOX(&visattn::window_attention_bwd));
+}
