@@ -99,6 +99,17 @@ def unet() -> nn.Module:
     return build("resnet18", encoder_weights=None, decoder_attention_type="scse")
 
 
+def timm_swin() -> nn.Module:
+    """Maps of 16 x 16 and 8 x 8 tokens: no multiples of the window."""
+    build = library("timm.models.swin_transformer").SwinTransformer
+    return build(64, embed_dim=16, depths=(2, 2), num_heads=(1, 2), window_size=7, num_classes=10)
+
+
+def torchvision_swin() -> nn.Module:
+    build = library("torchvision.models.swin_transformer").SwinTransformer
+    return build([4, 4], 16, [2, 2], [1, 2], [7, 7], num_classes=10)
+
+
 MODELS = {
     "timm seresnet50": Model(timm_model("seresnet50"), 16, 16),
     "timm ecaresnet50d": Model(timm_model("ecaresnet50d"), 16, 16),
@@ -106,6 +117,8 @@ MODELS = {
     "timm mobilenetv3_large_100": Model(timm_model("mobilenetv3_large_100"), 8, 0),
     "torchvision efficientnet_b0": Model(torchvision_model("efficientnet_b0"), 16, 0),
     "torchvision mobilenet_v3_small": Model(torchvision_model("mobilenet_v3_small"), 9, 0),
+    "timm Swin": Model(timm_swin, 4, 0),
+    "torchvision Swin": Model(torchvision_swin, 4, 0),
     "smp Unet": Model(unet, 10, 0),
     "own ResNet": Model(lambda: AttentionResNet("cbam", fused=False), 3, 3),
 }
@@ -229,6 +242,16 @@ OUTSIDE = {
         lambda: timm("EcaModule", C, gate_layer="hard_sigmoid"),
         "gate is Hardsigmoid, not Sigmoid",
     ),
+    "timm Swin, dropout": (
+        lambda: timm("SwinTransformerBlock", C, (7, 7), 2, attn_drop=0.1, module="timm.models.swin_transformer"),
+        "attn_drop or proj_drop",
+    ),
+    "torchvision Swin, dropout": (
+        lambda: library("torchvision.models.swin_transformer").ShiftedWindowAttention(
+            C, [7, 7], [3, 3], 2, dropout=0.1
+        ),
+        "attention_dropout or dropout",
+    ),
     "timm CoordAttn, ReLU": (
         lambda: timm("CoordAttn", C, act_layer=nn.ReLU, module="timm.layers.coord_attn"),
         "act is ReLU",
@@ -247,6 +270,21 @@ def test_flavours_left_alone(name):
     assert type(module) is kind
     assert not found.swapped
     assert found.skipped[0].reason.startswith(reason), found.skipped[0].reason
+
+
+def test_swin_of_another_size():
+    """A block's mask is of one map; where another comes, timm's own code serves, and complains."""
+    swin = library("timm.models.swin_transformer")
+    x = feature_map((1, 10, 12, C))
+    for dynamic, size in ((True, (7, 20)), (False, (12, 13))):
+        block = swin.SwinTransformerBlock(C, size, 2, window_size=7, shift_size=3, dynamic_mask=dynamic)
+        want = block(x)
+        assert vf.accelerate(block).swapped
+        torch.testing.assert_close(block(x), want, rtol=1e-4, atol=1e-5)
+    block = swin.SwinTransformerBlock(C, (7, 20), 2, window_size=7, shift_size=3)
+    vf.accelerate(block)
+    with pytest.raises(RuntimeError, match="invalid for input of size"):
+        block(x)
 
 
 def test_only_and_except():

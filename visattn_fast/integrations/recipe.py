@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -83,3 +86,8 @@ def layers(expected: dict[str, tuple[type[nn.Module], ...]]) -> Callable[[nn.Mod
 def all_of(*checks: Callable[[nn.Module], str]) -> Callable[[nn.Module], str]:
     """The first reason that one of the checks finds."""
     return lambda module: next(filter(None, (check(module) for check in checks)), "")
+
+
+def fingerprint(*functions: Callable[..., Any]) -> str:
+    """Of the source of functions that a fused forward repeats: another version's may do something else."""
+    return hashlib.sha256("".join(map(inspect.getsource, functions)).encode()).hexdigest()[:16]

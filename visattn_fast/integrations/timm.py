@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
-import inspect
 from typing import Any
 
 from timm.layers import EcaModule, SEModule
 from timm.layers.activations import HardSwish, Sigmoid
 from timm.layers.coord_attn import CoordAttn
-from timm.models import resnet
+from timm.models import resnet, swin_transformer
 from timm.models._efficientnet_blocks import SqueezeExcite
 from torch import Tensor, nn
 
 from .. import functional
 from ..reference.batch_norm import batch_norm_step
-from .recipe import Recipe, is_swapped, layers
+from .recipe import Recipe, all_of, fingerprint, is_swapped, layers
 from .se_like import se_layers, se_like
 
 
@@ -73,8 +71,24 @@ class FastBottleneck(resnet.Bottleneck):
         return _finish(block, block.bn3(block.conv3(out)), x, block.act3)
 
 
+class FastSwinTransformerBlock(swin_transformer.SwinTransformerBlock):
+    """timm's SwinTransformerBlock, whose windows are read where they lie."""
+
+    def _attn(self, x: Tensor) -> Tensor:
+        block: Any = self
+        attn, sizes = block.attn, zip(block.window_size, x.shape[1:3], block.input_resolution, strict=True)
+        if not block.dynamic_mask and any(-(-here // w) != -(-known // w) for w, here, known in sizes):
+            return super()._attn(x)  # its mask is of another map
+        out = functional.window_attention(
+            attn.qkv(x), attn.qkv.bias, attn.relative_position_bias_table, attn.num_heads, block.window_size,
+            block.shift_size, attn.scale, pad_first=False,
+        )  # fmt: skip
+        return attn.proj(out)
+
+
 _EPILOGUES = {nn.ReLU: "relu", nn.SiLU: "silu"}
-# The forward passes that the two classes above repeat; another version's is left alone.
+# What the classes above repeat; another version's is left alone.
+_KNOWN_SWIN = "d74a720dec74c492"
 _KNOWN_FORWARDS = {"BasicBlock": "71ec36ab9b7237a2", "Bottleneck": "6d62f9e26235e2c6"}
 
 
@@ -104,18 +118,40 @@ def _against_block(block: Any) -> str:
         return "drop_path stands between the gate and the addition"
     if type(last) not in _EPILOGUES:
         return f"its last activation is {type(last).__name__}, not ReLU or SiLU"
-    source = hashlib.sha256(inspect.getsource(type(block).forward).encode()).hexdigest()[:16]
-    return "" if source == _KNOWN_FORWARDS[kind] else f"this version's {kind}.forward is not the one that is known"
+    return (
+        ""
+        if fingerprint(type(block).forward) == _KNOWN_FORWARDS[kind]
+        else f"this version's {kind}.forward is not the one that is known"
+    )
+
+
+def _against_swin(block: Any) -> str:
+    if block.attn.attn_drop.p or block.attn.proj_drop.p:
+        return "attn_drop or proj_drop: which values are dropped would change"
+    swin, attention = swin_transformer, swin_transformer.WindowAttention
+    found = fingerprint(
+        swin.SwinTransformerBlock._attn, swin.SwinTransformerBlock.get_attn_mask, attention.forward,
+        attention._get_rel_pos_bias, swin.window_partition, swin.window_reverse, swin.get_relative_position_index,
+    )  # fmt: skip
+    return "" if found == _KNOWN_SWIN else "this version's window attention is not the one that is known"
 
 
 _SIGMOIDS = (nn.Sigmoid, Sigmoid)
 _COORDINATES = layers({"bn1": (nn.BatchNorm2d,), "act": (nn.Hardswish, HardSwish), "gate": _SIGMOIDS})
+
+_SWIN = layers({"attn": (swin_transformer.WindowAttention,), "attn.qkv": (nn.Linear,), "attn.proj": (nn.Linear,)})
 
 RECIPES = [
     Recipe(SEModule, FastSEModule, "se", se_layers("fc1", "act", "fc2", "gate", Sigmoid, more=_against_se)),
     Recipe(SqueezeExcite, FastSqueezeExcite, "se", se_layers("conv_reduce", "act1", "conv_expand", "gate", Sigmoid)),
     Recipe(EcaModule, FastEcaModule, "eca", _against_eca),
     Recipe(CoordAttn, FastCoordAttn, "coord_att", _COORDINATES),
+    Recipe(
+        swin_transformer.SwinTransformerBlock,
+        FastSwinTransformerBlock,
+        "window_attention",
+        all_of(_SWIN, _against_swin),
+    ),
     Recipe(resnet.BasicBlock, FastBasicBlock, "epilogue", _against_block, pattern=True),
     Recipe(resnet.Bottleneck, FastBottleneck, "epilogue", _against_block, pattern=True),
 ]

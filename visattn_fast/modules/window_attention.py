@@ -17,7 +17,7 @@ class FastWindowAttention2d(reference.WindowAttention2d):
         return functional.window_attention(qkv, **self._arguments(qkv))
 
     def _tokens(self, x: Tensor) -> Tensor:
-        return x if self.layout == "nhwc" else ops.tokens(x)
+        return x if self.layout == "nhwc" else ops.token_grid(x)
 
     def _map(self, y: Tensor, x: Tensor) -> Tensor:
-        return y if self.layout == "nhwc" else ops.from_tokens(y, x)
+        return y if self.layout == "nhwc" else ops.in_format_of(x, y.permute(0, 3, 1, 2))

@@ -22,7 +22,6 @@ from .sk import SKFunction
 from .soca import SOCAFunction
 from .spatial_attention import SpatialAttentionFunction
 from .token_grid import in_format_of, token_grid
-from .tokens import from_tokens, tokens
 from .window_attention import WindowAttentionFunction
 
 __all__ = [
@@ -48,12 +47,10 @@ __all__ = [
     "WindowAttentionFunction",
     "attention_mean",
     "fits_a_block",
-    "from_tokens",
     "in_format_of",
     "mixed",
     "register_triton",
     "run",
     "se_mathematics",
     "token_grid",
-    "tokens",
 ]
