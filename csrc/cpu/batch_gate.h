@@ -11,7 +11,8 @@ namespace visattn {
 template <class A, bool kOther_>
 class BatchGate {
  public:
-  static constexpr bool kOther = kOther_, kShared = true, kShuffled = false;
+  static constexpr int kPower = 1;
+  static constexpr bool kOther = kOther_, kShared = true, kShuffled = false, kFlat = false;
 
   BatchGate(const Tensor& weight, const Tensor& bias, const Shape& s, A* mean, A* var, A eps, bool fixed)
       : C_(s.C), mean_(mean), var_(var), eps_(eps), fixed_(fixed), share_(s.C), gain_(s.C), shift_(s.C) {
@@ -40,13 +41,13 @@ class BatchGate {
     return known(g, c);
   }
 
-  Coefficients<A> known(int64_t, int64_t c) { return {mean_[c], 0, gain_[c] * rstd(c), shift_[c]}; }
+  Coefficients<A> known(int64_t, int64_t c) { return {mean_[c], gain_[c] * rstd(c), shift_[c]}; }
 
   Line<A> line(int64_t, int64_t c, Sums<A> sums, int64_t count) {
-    dweight_[c] = share_[c] * rstd(c) * sums.rd, dbias_[c] = share_[c] * sums.r;
+    dweight_[c] = share_[c] * rstd(c) * sums.upper, dbias_[c] = share_[c] * sums.lower;
     if (fixed_) return {0, 0};
     const A a = gain_[c] * rstd(c), values = static_cast<A>(count);
-    return {-a * rstd(c) * rstd(c) * sums.rd / values, -a * sums.r / values};
+    return {-a * rstd(c) * rstd(c) * sums.upper / values, -a * sums.lower / values};
   }
 
  private:

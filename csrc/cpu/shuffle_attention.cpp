@@ -14,7 +14,8 @@ using Weights = std::array<Tensor, 6>;  // cweight, cbias, sweight, sbias, gn_we
 template <class A>
 class Shuffle {
  public:
-  static constexpr bool kOther = false, kShared = false, kShuffled = true;
+  static constexpr int kPower = 1;
+  static constexpr bool kOther = false, kShared = false, kShuffled = true, kFlat = true;
 
   Shuffle(const Weights& weights, const Shape& s, A* mean, A* rstd, A eps = 0)
       : C_(s.C),
@@ -48,18 +49,18 @@ class Shuffle {
   Coefficients<A> known(int64_t n, int64_t c) const {
     const A mean = mean_[n * C_ + c];
     const int64_t j = c % K_;
-    if (!spatial(c)) return {std::numeric_limits<A>::quiet_NaN(), 0, 0, w_[0][j] * mean + w_[1][j]};
+    if (!spatial(c)) return {std::numeric_limits<A>::quiet_NaN(), 0, w_[0][j] * mean + w_[1][j]};
     // A single pixel is its own mean: d is 0, and a, large as 1 / sqrt(eps), would only be rounded in dx.
     const A a = P_ > 1 ? w_[2][j] * w_[4][j] * rstd_[n * C_ + c] : 0;
-    return {mean, 0, a, w_[2][j] * w_[5][j] + w_[3][j]};
+    return {mean, a, w_[2][j] * w_[5][j] + w_[3][j]};
   }
 
   Line<A> line(int64_t n, int64_t c, Sums<A> sums, int64_t count) {
-    sum_r_[n * C_ + c] = sums.r, sum_rd_[n * C_ + c] = sums.rd;
+    sum_r_[n * C_ + c] = sums.lower, sum_rd_[n * C_ + c] = sums.upper;
     const A values = static_cast<A>(count), rstd = rstd_[n * C_ + c];
-    if (!spatial(c)) return {0, w_[0][c % K_] * sums.r / values};
-    const A a = known(n, c).a;
-    return {-a * rstd * rstd * sums.rd / values, -a * sums.r / values};
+    if (!spatial(c)) return {0, w_[0][c % K_] * sums.lower / values};
+    const A a = known(n, c).k;
+    return {-a * rstd * rstd * sums.upper / values, -a * sums.lower / values};
   }
 
   // Gradients of the six weights, over images and groups in order.

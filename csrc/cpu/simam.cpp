@@ -9,7 +9,8 @@ namespace {
 template <class A>
 class SimAM {
  public:
-  static constexpr bool kOther = false, kShared = false, kShuffled = false;
+  static constexpr int kPower = 2;
+  static constexpr bool kOther = false, kShared = false, kShuffled = false, kFlat = false;
 
   SimAM(int64_t channels, A* mean, A* scale, A e_lambda = 0)
       : C_(channels), mean_(mean), scale_(scale), e_lambda_(e_lambda) {}
@@ -23,12 +24,12 @@ class SimAM {
   }
 
   Coefficients<A> known(int64_t n, int64_t c) const {
-    return {mean_[n * C_ + c], scale_[n * C_ + c], 0, A(0.5)};
+    return {mean_[n * C_ + c], scale_[n * C_ + c], A(0.5)};
   }
 
   Line<A> line(int64_t n, int64_t c, Sums<A> sums, int64_t count) const {
     const A q = scale_[n * C_ + c];
-    return {-8 * q * q * sums.rdd / others(count), -2 * q * sums.rd / static_cast<A>(count)};
+    return {-8 * q * q * sums.upper / others(count), -2 * q * sums.lower / static_cast<A>(count)};
   }
 
  private:

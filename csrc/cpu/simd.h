@@ -279,26 +279,32 @@ VF_INLINE inline void max_lanes(Vec<A> v, IVec<A> at, A* max, int64_t* index) {
   *index = reduce_lanes(mine, [](IVec<A> a, IVec<A> b) VF_INLINE { return a < b ? a : b; });
 }
 
-// exp by range reduction to [-ln2/2, ln2/2] and a degree-6 polynomial, 1-2 ulp; inf above 88, NaN kept.
+// The value, as one that the compiler knows nothing of: GCC makes min and max of a comparison only if it does
+// not see through one of its sides.
+VF_INLINE inline float opaque(float v) {
+#if defined(__x86_64__)
+  asm("" : "+x"(v));
+#endif
+  return v;
+}
+
+// exp by range reduction to [-ln2/2, ln2/2] and a degree-6 polynomial, 1-2 ulp; inf above 88.7, 0 below -88,
+// NaN kept. The bounds lie where the exponent's bits themselves become those of inf and of 0. What bounds the
+// speed is the length of the chain of dependent steps: hence the polynomial in pairs.
 VF_INLINE inline Vec<float> exp_lanes(Vec<float> x) {
   using V = Vec<float>;
-  const V low = set1(-87.0f), high = set1(88.0f);
+  using I = IVec<float>;
+  const V low = set1(opaque(-88.3f)), high = set1(opaque(89.0f));
   V v = x < low ? low : x;
   v = v > high ? high : v;
-  const V magic = set1(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
-  const V n = (v * 1.44269504088896341f + magic) - magic;
+  const V magic = set1(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, in the lowest bits
+  const V rounded = v * 1.44269504088896341f + magic;
+  const V n = rounded - magic;
   const V r = (v - n * 0.693145751953125f) - n * 1.42860682030941723212e-6f;
-  V p = set1(1.9875691500e-4f);
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
-  const IVec<float> exponent = (__builtin_convertvector(n, IVec<float>) + 127) << 23;
-  p = p * (V)exponent;
-  p = x > high ? set1(std::numeric_limits<float>::infinity()) : p;
-  return x == x ? p : x;
+  const V r2 = r * r;
+  const V top = (1.9875691500e-4f * r + 1.3981999507e-3f) * r2 + (8.3334519073e-3f * r + 4.1665795894e-2f);
+  const V p = (top * r2 + (1.6666665459e-1f * r + 5.0000001201e-1f)) * r2 + r + 1.0f;
+  return p * (V)(((I)rounded << 23) + 0x3f800000);
 }
 
 VF_INLINE inline Vec<double> exp_lanes(Vec<double> x) {
