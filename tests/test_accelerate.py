@@ -185,6 +185,16 @@ def small(fused: bool = False) -> AttentionResNet:
     return AttentionResNet("se", width=8, depths=(1, 1), fused=fused).eval()
 
 
+def test_blocks_with_an_example(monkeypatch):
+    """A block of timm is asked again once its gate has stood beside its original."""
+    verify = __import__("visattn_fast.integrations.verify", fromlist=["verify"])
+    monkeypatch.setattr(verify, "interleaved", lambda runs, *_: {name: [2.0 - int(name)] * 5 for name in runs})
+    model = timm_model("resnet10t", block_args={"attn_layer": "se"})()
+    found = vf.accelerate(model, feature_map((2, 3, 32, 32)))
+    assert not found.skipped, str(found)
+    assert [s.speedup for s in found.swapped] == [2.0] * 8
+
+
 def test_copies():
     """deepcopy, pickle and torch.save keep what accelerate did, and can be restored on their own."""
     model, x = small(), feature_map((2, 3, 8, 8))

@@ -10,6 +10,7 @@ import sys
 from html.parser import HTMLParser
 
 import pytest
+import torch
 
 from cases import INTERPRETED
 
@@ -17,8 +18,9 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 
 from visattn_fast import cli
-from visattn_fast.report import markdown, page
+from visattn_fast.report import markdown, page, whole_model
 from visattn_fast.report.results import Report
+from visattn_fast.report.timing import Effort
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="times kernels, which the interpreter does not")
 TINY = ("--quick", "--shapes", "2x16x6x5", "--seconds", "0")
@@ -147,3 +149,68 @@ def test_bad_options(options, message, capsys, tmp_path):
     assert cli.main(["report", "--out", str(tmp_path / "new"), *options]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
+
+
+MODEL = (
+    "report",
+    "--model",
+    "visattn_fast.models:AttentionResNet",
+    "--quick",
+    "--seconds",
+    "0",
+    "--contenders",
+    "eager",
+)
+SMALL = ("--batch", "2", "--size", "16", "--layouts", "nchw")
+
+
+@pytest.mark.parametrize("mode", [(), ("--train",)], ids=["inference", "training"])
+def test_whole_model(tmp_path, capsys, mode):
+    """A model as it is, accelerated and without attention; its three variants, and what attention costs."""
+    options = ("--options", '{"attention": "cbam", "fused": false, "width": 8}')
+    assert cli.main([*MODEL, *SMALL, *mode, *options, "--out", str(tmp_path)]) == 0
+    found = json.loads((tmp_path / "model-nchw.json").read_text())
+    assert {(row["variant"], row["way"]) for row in found["rows"]} == {(v, "eager") for v in whole_model.VARIANTS}
+    assert all(0 < row["p20_ms"] <= row["p50_ms"] <= row["p80_ms"] for row in found["rows"])
+    assert all(row["peak_bytes"] > 0 for row in found["rows"])
+    text = (tmp_path / "model-nchw.md").read_text()
+    assert all(f"| {name} | eager |" in text for name in whole_model.VARIANTS.values())
+    assert "stages.0.0.gate" in found["accelerated"]
+    assert found["settings"]["train"] is bool(mode)
+    assert "images/s" in capsys.readouterr().out
+
+
+def test_attention_tax():
+    """Of 10 ms attention takes 4; accelerate takes 3 of these away."""
+    rows = [
+        whole_model.ModelRow(variant, "eager", 5, ms, ms, ms, None, None)
+        for variant, ms in (("without", 6.0), ("before", 10.0), ("after", 7.0))
+    ]
+    report = whole_model.ModelReport(None, {}, "", rows)
+    assert report.tax("eager") == (0.4, 0.75)
+    assert report.tax("compile") is None
+    assert report.verdicts() == ["eager: attention costs 40.0% of the time; accelerate removes 75% of that"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--model", "resnet50"), "a model is timm:NAME, torchvision:NAME or MODULE:FUNCTION, got 'resnet50'"),
+        (("--model", "no_such_module:f"), "no_such_module:f cannot be built"),
+        (("--model", "builtins:int"), "builtins:int is no torch.nn.Module, but int"),
+        (("--options", "[1]"), "--options must be a JSON object"),
+        (("--options", '{"attention": "none"}'), "AttentionResNet"),
+        (("--batch", "0"), "--batch and --size must be positive, got 0 and 16"),
+    ],
+)
+def test_whole_model_bad_options(tmp_path, capsys, options, message):
+    assert cli.main([*MODEL, *SMALL, *options, "--out", str(tmp_path)]) == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_attention():
+    model, x = torch.nn.Linear(2, 2), torch.ones(1, 2)
+    assert whole_model.without_attention(model) is None
+    with pytest.raises(ValueError, match="the model has no attention module that is known"):
+        whole_model.measure_model(model, x, False, Effort(0, 5, 5))

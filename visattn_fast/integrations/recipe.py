@@ -34,6 +34,11 @@ class Recipe:
     against: Callable[[nn.Module], str] = accept
     pattern: bool = False
 
+    @property
+    def gate(self) -> bool:
+        """Whether the module does nothing but scale its input; attention over positions is part of more."""
+        return not self.pattern and self.op != "window_attention"
+
     def reason_against(self, module: nn.Module) -> str:
         """Why the module is left alone; empty if it is not. The fused forward runs no inner module's hooks."""
         for name, inner in () if self.pattern else module.named_modules():
@@ -51,6 +56,11 @@ def swap(module: nn.Module, recipe: Recipe) -> None:
 def is_swapped(module: nn.Module) -> bool:
     """Whether `swap` gave the module its class."""
     return "_accelerated_from" in module.__dict__
+
+
+def own_class(module: nn.Module) -> type[nn.Module]:
+    """The module's class, or the one that it had before `swap`."""
+    return module.__dict__.get("_accelerated_from", type(module))
 
 
 def put_back(module: nn.Module) -> None:

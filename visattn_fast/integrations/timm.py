@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .. import functional
 from ..reference.batch_norm import batch_norm_step
-from .recipe import Recipe, all_of, fingerprint, is_swapped, layers
+from .recipe import Recipe, all_of, fingerprint, is_swapped, layers, own_class
 from .se_like import se_layers, se_like
 
 
@@ -111,18 +111,15 @@ def _against_eca(module: Any) -> str:
 
 
 def _against_block(block: Any) -> str:
-    kind, last = type(block).__name__, block.act3 if isinstance(block, resnet.Bottleneck) else block.act2
+    kind, last = own_class(block), block.act3 if isinstance(block, resnet.Bottleneck) else block.act2
     if not (block.se is not None and is_swapped(block.se) and isinstance(block.se, (FastSEModule, FastEcaModule))):
         return "its gate is not a swapped SEModule or EcaModule"
     if block.drop_path is not None:
         return "drop_path stands between the gate and the addition"
     if type(last) not in _EPILOGUES:
         return f"its last activation is {type(last).__name__}, not ReLU or SiLU"
-    return (
-        ""
-        if fingerprint(type(block).forward) == _KNOWN_FORWARDS[kind]
-        else f"this version's {kind}.forward is not the one that is known"
-    )
+    known = fingerprint(kind.forward) == _KNOWN_FORWARDS[kind.__name__]
+    return "" if known else f"this version's {kind.__name__}.forward is not the one that is known"
 
 
 def _against_swin(block: Any) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from . import tables
 from .results import Report
+from .whole_model import ModelReport
 
 
 def render(report: Report) -> str:
@@ -21,6 +22,12 @@ def render(report: Report) -> str:
         *_listed("Left out", report.left_out),
         *_listed("How to read it", tables.NOTES),
     ]
+    return "\n\n".join(parts) + "\n"
+
+
+def render_model(report: ModelReport) -> str:
+    """A model's report."""
+    parts = [_table(report.table()), *_listed("", report.verdicts()), f"```\n{report.accelerated}\n```"]
     return "\n\n".join(parts) + "\n"
 
 

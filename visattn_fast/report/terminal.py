@@ -13,6 +13,7 @@ from rich.text import Text
 from . import tables
 from .cases import Case
 from .results import Report
+from .whole_model import ModelReport
 
 _STYLES = {"win": "green", "loss": "bold red", "even": "yellow", "": ""}
 _WIDTH = 140  # where there is no terminal to ask
@@ -51,6 +52,14 @@ def show(report: Report, out: Console) -> None:
     out.print(tables.verdict(report), style="bold red" if report.losses else "green", highlight=False)
     for loss in report.losses:
         out.print(f"  {loss}", style="red", highlight=False, markup=False)
+
+
+def show_model(report: ModelReport, out: Console) -> None:
+    """Prints what was swapped, the figures, and what attention costs."""
+    out.print(report.accelerated, highlight=False, markup=False)
+    out.print(_rich(report.table()))
+    for line in report.verdicts():
+        out.print(line, highlight=False, markup=False)
 
 
 def _rich(table: tables.Table) -> RichTable:

@@ -1,0 +1,203 @@
+"""A whole model before and after `accelerate`, and without its attention: what attention costs, and how much less."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import importlib
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from ..backends import use_backend
+from ..integrations import accelerate
+from ..integrations.accelerate import known
+from .machine import Machine
+from .memory import peak_bytes
+from .tables import Cell, Table, factor, number, tone
+from .timing import Effort, interleaved, quantiles
+
+VARIANTS = {"without": "without attention", "before": "as it is", "after": "accelerated"}
+WAYS = ("eager", "compile")
+
+
+class Without(nn.Module):
+    """In the place of an attention module: its input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x, as it is."""
+        return x
+
+
+@dataclass(frozen=True)
+class ModelRow:
+    """Figures of one variant, run in one way.
+
+    Attributes:
+        variant: of `VARIANTS`. way: of `WAYS`.
+        p20_ms, p50_ms, p80_ms: percentiles of the times of a batch. peak_bytes: allocated at a time.
+        compile_s: seconds of its first call.
+    """
+
+    variant: str
+    way: str
+    rounds: int
+    p20_ms: float
+    p50_ms: float
+    p80_ms: float
+    peak_bytes: int | None
+    compile_s: float | None
+
+
+@dataclass(frozen=True)
+class ModelReport:
+    """What was found of a model. ``accelerated`` is what `accelerate` printed; ``seconds`` how long it took."""
+
+    machine: Machine
+    settings: dict[str, Any]
+    accelerated: str
+    rows: list[ModelRow] = field(default_factory=list)
+    seconds: float = 0.0
+
+    def row(self, variant: str, way: str) -> ModelRow | None:
+        """The row of that name, if it was measured."""
+        return next((r for r in self.rows if (r.variant, r.way) == (variant, way)), None)
+
+    def tax(self, way: str) -> tuple[float, float] | None:
+        """What attention costs, as a share of the step as it is, and the share of that which accelerate removes.
+
+        None where a variant was not measured, or attention costs nothing.
+        """
+        without, before, after = (self.row(variant, way) for variant in VARIANTS)
+        if not (without and before and after) or before.p50_ms <= without.p50_ms:
+            return None
+        cost = before.p50_ms - without.p50_ms
+        return cost / before.p50_ms, (before.p50_ms - after.p50_ms) / cost
+
+    def table(self) -> Table:
+        """A row for each variant and way."""
+        s = self.settings
+        what = "training, forward and backward" if s["train"] else "inference"
+        title = f"{s['model']}: {what}, {s['batch']} x 3 x {s['size']} x {s['size']} {s['dtype']} {s['layout']}"
+        columns = ("model", "way", "images/s", "ms", "20-80 %", "vs as it is", "peak MB")
+        return Table(title, columns, [self._cells(row) for row in self.rows], 2)
+
+    def verdicts(self) -> list[str]:
+        """A sentence for each way, on the attention tax."""
+        taxes = {way: self.tax(way) for way in WAYS}
+        return [
+            f"{way}: attention costs {tax[0]:.1%} of the time; accelerate removes {tax[1]:.0%} of that"
+            for way, tax in taxes.items()
+            if tax
+        ]
+
+    def to_json(self) -> str:
+        """The whole of it."""
+        return json.dumps(asdict(self) | {"verdicts": self.verdicts()}, indent=1) + "\n"
+
+    def _cells(self, row: ModelRow) -> list[Cell]:
+        before = self.row("before", row.way)
+        speedup = before.p50_ms / row.p50_ms if before and row.variant == "after" else None
+        peak = None if row.peak_bytes is None else row.peak_bytes / 2**20
+        return [
+            Cell(VARIANTS[row.variant]),
+            Cell(row.way),
+            Cell(number(1e3 * self.settings["batch"] / row.p50_ms)),
+            Cell(number(row.p50_ms)),
+            Cell(f"{number(row.p20_ms)}-{number(row.p80_ms)}"),
+            Cell(factor(speedup), tone(speedup, 0.01)),
+            Cell(number(peak)),
+        ]
+
+
+def build(spec: str, options: dict[str, Any]) -> nn.Module:
+    """``"timm:seresnet50"``, ``"torchvision:mobilenet_v3_small"`` or ``"package.module:function"``; weights are random.
+
+    Raises:
+        ValueError: no such model, or its library is missing.
+    """
+    library, _, name = spec.partition(":")
+    if not library or not name:
+        raise ValueError(f"a model is timm:NAME, torchvision:NAME or MODULE:FUNCTION, got {spec!r}")
+    makers: dict[str, tuple[str, str]] = {
+        "timm": ("timm", "create_model"),
+        "torchvision": ("torchvision.models", "get_model"),
+    }
+    try:
+        if library in makers:
+            module, maker = makers[library]
+            model = getattr(importlib.import_module(module), maker)(name, **options)
+        else:
+            model = getattr(importlib.import_module(library), name)(**options)
+    except (ImportError, AttributeError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"{spec} cannot be built: {error}") from error
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"{spec} is no torch.nn.Module, but {type(model).__name__}")
+    return model
+
+
+def measure_model(
+    model: nn.Module, x: Tensor, train: bool, effort: Effort, ways: tuple[str, ...] = WAYS, backend: str = "auto"
+) -> tuple[str, list[ModelRow]]:
+    """What `accelerate` says of the model, and the figures of every variant; the model itself is left as it was.
+
+    Raises:
+        ValueError: the model has no attention that is known.
+    """
+    if not any(type(m) in known() for m in model.modules()):
+        raise ValueError("the model has no attention module that is known")
+    model = copy.deepcopy(model).train(train)
+    without, after = without_attention(model), copy.deepcopy(model)
+    with use_backend(backend):
+        found = accelerate(after, x)
+        runs: dict[tuple[str, str], Callable[[], object]] = {}
+        first: dict[tuple[str, str], float] = {}
+        variants = {"without": without, "before": model, "after": after}
+        for way in ways:
+            for variant, module in ((v, m) for v, m in variants.items() if m):
+                run = _run(torch.compile(module) if way == "compile" else module, module, x, train)
+                start = time.perf_counter()
+                run()
+                first[variant, way], runs[variant, way] = time.perf_counter() - start, run
+        peaks = {key: peak_bytes(run, x.device) for key, run in runs.items()}
+        seconds = interleaved({"/".join(key): run for key, run in runs.items()}, x.device, effort)
+    rows = []
+    for key, peak in peaks.items():
+        times = seconds["/".join(key)]
+        p20, p50, p80 = (1e3 * q for q in quantiles(times))
+        rows.append(ModelRow(*key, len(times), p20, p50, p80, peak, first[key] if key[1] == "compile" else None))
+    return str(found), rows
+
+
+def without_attention(model: nn.Module) -> nn.Module | None:
+    """A copy of the model, with every gate that is known replaced by its input; None if it has none.
+
+    Attention over positions is part of a block that does more, and has no such copy.
+    """
+    model = copy.deepcopy(model)
+    recipes = known()
+    names = [n for n, m in model.named_modules() if (r := recipes.get(type(m))) and r.gate]
+    for name in names:
+        parent, _, last = name.rpartition(".")
+        if not any(name.startswith(f"{outer}.") for outer in names):
+            setattr(model.get_submodule(parent), last, Without())
+    return model if names else None
+
+
+def _run(function: Callable[..., Any], module: nn.Module, x: Tensor, train: bool) -> Callable[[], object]:
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    if not train:
+        return torch.no_grad()(functools.partial(function, x))
+
+    def step() -> object:
+        outputs = [y for y in tree_leaves(function(x)) if isinstance(y, Tensor) and y.requires_grad]
+        loss = torch.stack([y.float().square().mean() for y in outputs]).sum()
+        return torch.autograd.grad(loss, parameters, allow_unused=True)
+
+    return step
