@@ -107,8 +107,8 @@ def test_criss_cross_attention_is_what_others_give():
     x = feature_map((2, 8, 5, 4), "nchw", torch.float32)
     column, row = cross_weights(plain.query_conv(x), plain.key_conv(x)).split([5, 4], 3)
     received = torch.einsum("nhwj->njw", column) + torch.einsum("nhwj->nhj", row) - row.diagonal(0, 2, 3)
-    torch.testing.assert_close(plain.attention(x)["spatial"], (received / 7)[:, None])
-    assert not plain.attention(x[:, :, :1, :1])["spatial"].any()
+    torch.testing.assert_close(plain.attention(x)["received"], (received / 7)[:, None])
+    assert not plain.attention(x[:, :, :1, :1])["received"].any()
 
 
 def allocated(op, shape, layout):

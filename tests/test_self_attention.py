@@ -186,7 +186,7 @@ def test_weights():
         torch.testing.assert_close(y, same)
         torch.testing.assert_close(mean, full.mean(2).unflatten(2, SIZE))
         torch.testing.assert_close(full.sum(3), torch.ones(2, HEADS, SIZE[0] * SIZE[1]))
-        torch.testing.assert_close(module.attention(x)["spatial"], mean)
+        torch.testing.assert_close(module.attention(x)["received"], mean)
         assert full.requires_grad
         assert not mean.requires_grad
         torch.testing.assert_close(y, plain(x))

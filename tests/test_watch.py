@@ -287,7 +287,8 @@ def test_statistics():
         (torch.full((100,), 0.5), "channel", "constant"),
         (torch.linspace(0, 0.04, 100), "spatial", "shut"),
         (torch.linspace(0.96, 1, 100), "element", "open"),
-        (torch.linspace(0, 0.04, 100), "weights", ""),  # a softmax over many positions
+        (torch.linspace(0, 4e-4, 100), "received", ""),  # a softmax over many positions
+        (torch.full((100,), 2e-4), "received", "constant"),
         (torch.tensor([0.5, float("nan")]), "channel", "not finite"),
         (torch.tensor([0.5, float("inf")]), "channel", "not finite"),
         (torch.linspace(0.2, 0.8, 100).bfloat16(), "channel", ""),

@@ -25,7 +25,7 @@ from torch.utils.hooks import RemovableHandle
 _logger = logging.getLogger(__name__)
 
 _SHUT, _OPEN = 0.05, 0.95
-_FLAT = 1e-3  # a spread below which a gate is a constant factor
+_FLAT = 1e-3  # a spread below which a gate is a constant factor: of a sigmoid, or in shares of any other's mean
 _SIGMOIDS = ("channel", "spatial", "height", "width", "element")  # gates that may rest at 0 or 1; a softmax's may not
 _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
@@ -87,13 +87,14 @@ class GateStatistics(NamedTuple):
         """What is wrong with the gate; empty if nothing is.
 
         ``"not finite"``; ``"shut"`` or ``"open"``: 99 % of a sigmoid gate are near 0 or 1; ``"constant"``: a spread
-        below 0.001.
+        below 0.001, or, where a gate is no sigmoid, below a thousandth of its mean.
         """
         if not abs(self.mean) < float("inf"):
             return "not finite"
-        if self.kind in _SIGMOIDS and max(self.below, self.above) >= 0.99:
+        sigmoid = self.kind in _SIGMOIDS
+        if sigmoid and max(self.below, self.above) >= 0.99:
             return "shut" if self.below > self.above else "open"
-        return "constant" if self.spread < _FLAT else ""
+        return "constant" if self.spread <= _FLAT * (1.0 if sigmoid else abs(self.mean)) else ""
 
 
 def log_statistics(statistics: GateStatistics) -> None:

@@ -101,7 +101,7 @@ class CrissCross(nn.Module):
         return criss_cross(x, *self.weights())
 
     def attention(self, x: Tensor) -> dict[str, Tensor]:
-        """``{"spatial": [N, 1, H, W]}``: the mean weight that a position has for the others in its row and column.
+        """``{"received": [N, 1, H, W]}``: the mean weight that a position has for the others in its row and column.
 
         Computed row by row: no ``[N, H, W, H + W]`` map is made.
         """
@@ -117,4 +117,4 @@ class CrissCross(nn.Module):
             received = received + weights[:, :, :height].transpose(1, 2)
             row = weights[:, :, height:]
             rows.append(row.sum(1) - row.diagonal(dim1=1, dim2=2))
-        return {"spatial": ((received + torch.stack(rows, 1)) / others)[:, None]}
+        return {"received": ((received + torch.stack(rows, 1)) / others)[:, None]}

@@ -112,8 +112,8 @@ class SelfAttention2d(nn.Module):
         return (grid + y if self.residual else y).permute(0, 3, 1, 2)
 
     def attention(self, x: Tensor, key_mask: Tensor | None = None) -> dict[str, Tensor]:
-        """``{"spatial": [N, heads, H, W]}``: the mean weight that each position has in a head; they sum to 1."""
-        return {"spatial": self.forward(x, key_mask, "mean")[1]}
+        """``{"received": [N, heads, H, W]}``: the mean weight that each position has in a head; they sum to 1."""
+        return {"received": self.forward(x, key_mask, "mean")[1]}
 
     @classmethod
     def from_timm(cls, attention: nn.Module, **options: Any) -> Self:
