@@ -113,10 +113,14 @@ def _gate_grads_kernel(
 
 @triton.jit
 def _map_grads_kernel(
-    x_ptr, dmaps_ptr, argmax_c_ptr, dchannel_ptr, C, HW, stride_n, stride_o, slots, first_slot, steps,
+    x_ptr, channel_gate_ptr, maps_ptr, dmaps_ptr, argmax_c_ptr, dchannel_ptr, C, HW, stride_n, stride_o,
+    slots, first_slot, steps,
     CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """dchannel [N, slots, C], from first_slot on: sum over pixels of x (dmean_map / C + dmax_map at argmax_c)."""
+    """dchannel [N, slots, C], from first_slot on: sum over pixels of x (dmean_map / C + dmax_map at argmax_c).
+
+    With maps_ptr, argmax_c may count equals: those of x * channel_gate that are the maximum.
+    """
     acc_ty = dmaps_ptr.dtype.element_ty
     blocks = tl.cdiv(C, BLOCK_C)
     part = tl.program_id(1)
@@ -128,23 +132,49 @@ def _map_grads_kernel(
         mask = tile_mask(c, p, C, HW, CHANNELS_LAST, ALIGN)
         x_offsets = n * stride_n + tile_offsets(c, p, stride_o, CHANNELS_LAST, ALIGN)
         x = tl.load(x_ptr + x_offsets, mask=mask, other=0.0).to(acc_ty)
-        acc += x * _map_grad_tile(dmaps_ptr, argmax_c_ptr, n, c, p, C, HW)
+        u = x
+        if maps_ptr is not None:
+            u *= tl.load(channel_gate_ptr + n * C + c, mask=c < C, other=0.0)[:, None]
+        acc += x * _map_grad_tile(dmaps_ptr, argmax_c_ptr, maps_ptr, u, n, c, p, C, HW)
     tl.store(dchannel_ptr + (n * slots + first_slot + part) * C + c, tl.sum(acc, 1), mask=c < C)
 
 
 @triton.jit
-def _map_grad_tile(dmaps_ptr, argmax_c_ptr, n, c, p, C, HW):
-    """[BLOCK_C, BLOCK_P]: dmean_map / C + dmax_map where c is argmax_c; dmaps [N, 2, HW]."""
+def _map_grad_tile(dmaps_ptr, argmax_c_ptr, maps_ptr, u, n, c, p, C, HW):
+    """[BLOCK_C, BLOCK_P]: dmean_map / C + dmax_map where c is argmax_c; dmaps, maps [N, 2, HW].
+
+    With maps_ptr and argmax_c < 0, there are -argmax_c maxima, which share it: where u is maps' maximum.
+    """
     dmean = tl.load(dmaps_ptr + n * 2 * HW + p, mask=p < HW, other=0.0) / C
     dmax = tl.load(dmaps_ptr + (n * 2 + 1) * HW + p, mask=p < HW, other=0.0)
     argmax = tl.load(argmax_c_ptr + n * HW + p, mask=p < HW, other=-1)
-    return dmean[None, :] + tl.where(c[:, None] == argmax[None, :], dmax[None, :], 0.0)
+    hits = c[:, None] == argmax[None, :]
+    if maps_ptr is not None:
+        maximum = tl.load(maps_ptr + (n * 2 + 1) * HW + p, mask=p < HW, other=0.0)
+        hits = tl.where(argmax[None, :] < 0, u == maximum[None, :], hits)
+        dmax /= tl.maximum(-argmax, 1)
+    return dmean[None, :] + tl.where(hits, dmax[None, :], 0.0)
+
+
+@triton.jit
+def _any_equals(argmax_ptr, k, size):
+    """Whether one of the maxima k counts equals, as a scalar."""
+    return tl.min(tl.load(argmax_ptr + k, mask=k < size, other=0), 0) < 0
+
+
+@triton.jit
+def _load_if(condition, pointers, mask, zeros):
+    """The values behind the pointers, in the dtype of zeros; zeros, and no memory is read, without the condition."""
+    values = zeros
+    if condition:
+        values = tl.load(pointers, mask=mask, other=0.0).to(zeros.dtype)
+    return values
 
 
 @triton.jit
 def _dx_kernel(
     grad_ptr, channel_gate_ptr, spatial_gate_ptr, dpooled_ptr, argmax_hw_ptr, dmaps_ptr, argmax_c_ptr, ws_ptr, dz_ptr,
-    dx_ptr, C, HW,
+    x_ptr, pooled_ptr, maps_ptr, dx_ptr, C, HW, stride_n, stride_o,
     COMBINE: tl.constexpr, CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
@@ -152,6 +182,7 @@ def _dx_kernel(
 
     Terms whose pointer is None are left out; dpooled is [N, C] (the mean's) or, with argmax_hw, [N, 2, C]. With the sum
     of the gates, dx = grad (channel_gate + spatial_gate) + ws dz + dmean / HW, for ws [C] and dz [N, HW].
+    With x_ptr, the argmaxima may count equals, which share; x is read where one does.
     """
     if channel_gate_ptr is not None:
         acc_ty = channel_gate_ptr.dtype.element_ty
@@ -161,6 +192,11 @@ def _dx_kernel(
     mask = tile_mask(c, p, C, HW, CHANNELS_LAST, ALIGN)
     offsets = n * C * HW + tile_offsets(c, p, C if CHANNELS_LAST else HW, CHANNELS_LAST, ALIGN)
     d = tl.zeros([BLOCK_C, BLOCK_P], acc_ty)
+    x = d
+    if x_ptr is not None:
+        equals = _any_equals(argmax_c_ptr + n * HW, p, HW) | _any_equals(argmax_hw_ptr + n * C, c, C)
+        x_offsets = n * stride_n + tile_offsets(c, p, stride_o, CHANNELS_LAST, ALIGN)
+        x = _load_if(equals, x_ptr + x_offsets, mask, d)
     if grad_ptr is not None:
         d += tl.load(grad_ptr + offsets, mask=mask, other=0.0).to(acc_ty)
     if COMBINE == SUM:
@@ -171,7 +207,10 @@ def _dx_kernel(
     elif spatial_gate_ptr is not None:
         d *= tl.load(spatial_gate_ptr + n * HW + p, mask=p < HW, other=0.0)[None, :]
     if dmaps_ptr is not None:
-        d += _map_grad_tile(dmaps_ptr, argmax_c_ptr, n, c, p, C, HW)
+        u = x
+        if x_ptr is not None:
+            u *= tl.load(channel_gate_ptr + n * C + c, mask=c < C, other=0.0)[:, None]
+        d += _map_grad_tile(dmaps_ptr, argmax_c_ptr, maps_ptr, u, n, c, p, C, HW)
     if COMBINE == PRODUCT and channel_gate_ptr is not None:
         d *= tl.load(channel_gate_ptr + n * C + c, mask=c < C, other=0.0)[:, None]
     if dpooled_ptr is not None:
@@ -180,7 +219,12 @@ def _dx_kernel(
         if argmax_hw_ptr is not None:
             dmax = tl.load(dpooled_ptr + row + C + c, mask=c < C, other=0.0)
             argmax = tl.load(argmax_hw_ptr + n * C + c, mask=c < C, other=-1)
-            d += tl.where(p[None, :] == argmax[:, None], dmax[:, None], 0.0)
+            hits = p[None, :] == argmax[:, None]
+            if x_ptr is not None:
+                maximum = tl.load(pooled_ptr + row + C + c, mask=c < C, other=0.0)
+                hits = tl.where(argmax[:, None] < 0, x == maximum[:, None], hits)
+                dmax /= tl.maximum(-argmax, 1)
+            d += tl.where(hits, dmax[:, None], 0.0)
     tl.store(dx_ptr + offsets, d, mask=mask)
 
 
@@ -220,7 +264,7 @@ def gate_grads(
     dresidual = layout.empty(x) if activation else x.new_empty(0)
     launch(
         _gate_grads_kernel, N * blocks,
-        grad, x, None if residual is None else layout.dense(residual), channel_gate, spatial_gate,
+        grad, x, layout.dense(residual) if activation and residual is not None else None, channel_gate, spatial_gate,
         dresidual, dchannel, dspatial, C, HW, layout.stride_n, layout.stride_o, slots_c + more_slots,
         steps, ACTIVATION=activation, **t._asdict(), parts=parts,
     )  # fmt: skip
@@ -250,14 +294,18 @@ def map_grads_reduction(layout: Layout) -> Reduction:
 
 
 def map_grads(
-    x: torch.Tensor, layout: Layout, dmaps: torch.Tensor, argmax_c: torch.Tensor, dchannel: torch.Tensor
-) -> None:
-    """Fills the last slots of dchannel [N, S, C] with parts of the sum over pixels of x * du. Reads x once."""
+    x: torch.Tensor, layout: Layout, dmaps: torch.Tensor, argmax_c: torch.Tensor, dchannel: torch.Tensor,
+    channel_gate: torch.Tensor | None = None, maps: torch.Tensor | None = None,
+) -> None:  # fmt: skip
+    """Fills the last slots of dchannel [N, S, C] with parts of the sum over pixels of x * du. Reads x once.
+
+    With channel_gate and maps, argmax_c may count equals.
+    """
     t, blocks, parts, steps = map_grads_reduction(layout)
     slots = dchannel.shape[1]
     launch(
-        _map_grads_kernel, layout.N * blocks, x, dmaps, argmax_c, dchannel, layout.C, layout.HW,
-        layout.stride_n, layout.stride_o, slots, slots - parts, steps, **t._asdict(), parts=parts,
+        _map_grads_kernel, layout.N * blocks, x, channel_gate, maps, dmaps, argmax_c, dchannel,
+        layout.C, layout.HW, layout.stride_n, layout.stride_o, slots, slots - parts, steps, **t._asdict(), parts=parts,
     )  # fmt: skip
 
 
@@ -266,13 +314,18 @@ def input_grad(
     spatial_gate: torch.Tensor | None = None, dpooled: torch.Tensor | None = None,
     argmax_hw: torch.Tensor | None = None, dmaps: torch.Tensor | None = None, argmax_c: torch.Tensor | None = None,
     ws: torch.Tensor | None = None, dz: torch.Tensor | None = None,
+    pooled: torch.Tensor | None = None, maps: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
-    """dx of `_dx_kernel`, like x (whose values are not read). Reads grad, where given, and writes dx."""
+    """dx of `_dx_kernel`, like x. Reads grad, where given, and writes dx.
+
+    With pooled and maps the argmaxima may count equals, and tiles of x are read where one does; else none are.
+    """
     dx = layout.empty(x)
     t = tile(layout, SCALE_TILE)
     launch(
         _dx_kernel, tiles(layout, t),
-        grad, channel_gate, spatial_gate, dpooled, argmax_hw, dmaps, argmax_c, ws, dz, dx, layout.C, layout.HW,
+        grad, channel_gate, spatial_gate, dpooled, argmax_hw, dmaps, argmax_c, ws, dz,
+        None if maps is None else x, pooled, maps, dx, layout.C, layout.HW, layout.stride_n, layout.stride_o,
         COMBINE=(PRODUCT if dz is None else SUM).value, **t._asdict(),
     )  # fmt: skip
     return dx

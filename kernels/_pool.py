@@ -17,10 +17,13 @@ from ._tiles import INDEX_MAX, NONE, SIGMOID, activate, gate_grad, max_first, ti
 @triton.jit
 def _pool_kernel(
     x_ptr, gate_ptr, out_ptr, argmax_ptr, C, HW, stride_n, stride_o, divisor, steps,
-    OVER_C: tl.constexpr, CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr,
+    OVER_C: tl.constexpr, EVEN: tl.constexpr, CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """out [N, parts, 1 or 2, kept] = (sum / divisor, max) of x [* gate [N, C]] over parts of the pixels or channels."""
+    """out [N, parts, 1 or 2, kept] = (sum / divisor, max) of x [* gate [N, C]] over parts of the pixels or channels.
+
+    argmax is the first of equal maxima; with EVEN, minus their number where there are several.
+    """
     acc_ty = out_ptr.dtype.element_ty
     kept = HW if OVER_C else C
     blocks = tl.cdiv(kept, BLOCK_P if OVER_C else BLOCK_C)
@@ -35,6 +38,8 @@ def _pool_kernel(
         best = tl.full([BLOCK_C, BLOCK_P], float("-inf"), acc_ty)
         # The step alone says where a lane found its maximum; one that sees nothing but -inf keeps its first position.
         best_step = tl.zeros([BLOCK_C, BLOCK_P], tl.int32)
+        if EVEN:
+            equals = tl.zeros([BLOCK_C, BLOCK_P], tl.int32)
     for step in range(steps):
         cs = c + step * BLOCK_C if OVER_C else c
         ps = p if OVER_C else p + step * BLOCK_P
@@ -47,6 +52,8 @@ def _pool_kernel(
         if argmax_ptr is not None:
             v = tl.where(mask, v, -float("inf"))
             take = (v > best) | ((v != v) & (best == best))
+            if EVEN:
+                equals = tl.where(take, 1, equals + ((v == best) & mask).to(tl.int32))
             best = tl.where(take, v, best)
             best_step = tl.where(take, step, best_step)
 
@@ -59,15 +66,25 @@ def _pool_kernel(
     else:
         index = c[:, None] + best_step * BLOCK_C if OVER_C else p[None, :] + best_step * BLOCK_P
         value, first = max_first(best, index, REDUCED)
+        if EVEN:
+            first = _first_or_count(first, tl.where(best == tl.expand_dims(value, REDUCED), equals, 0), REDUCED)
         tl.store(out_ptr + 2 * row + k, total, mask=k < kept)
         tl.store(out_ptr + 2 * row + kept + k, value, mask=k < kept)
         tl.store(argmax_ptr + row + k, first, mask=k < kept)
 
 
 @triton.jit
+def _first_or_count(first, equals, AXIS: tl.constexpr):
+    """first, or minus the sum of equals where that is more than one."""
+    count = tl.sum(equals, AXIS)
+    return tl.where(count > 1, -count, first)
+
+
+@triton.jit
 def _combine_pool_kernel(
-    parts_ptr, parts_argmax_ptr, out_ptr, argmax_ptr, L, parts, divisor, BLOCK_S: tl.constexpr, BLOCK_L: tl.constexpr
-):
+    parts_ptr, parts_argmax_ptr, out_ptr, argmax_ptr, L, parts, divisor,
+    EVEN: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_L: tl.constexpr,
+):  # fmt: skip
     """[N, parts, 1 or 2, L] -> [N, 1 or 2, L]: (sum / divisor, max), parts in order."""
     ROWS: tl.constexpr = 1 if argmax_ptr is None else 2
     blocks = tl.cdiv(L, BLOCK_L)
@@ -82,6 +99,9 @@ def _combine_pool_kernel(
         values = tl.load(parts_ptr + 2 * rows + L + k[None, :], mask=mask, other=-float("inf"))
         index = tl.load(parts_argmax_ptr + rows + k[None, :], mask=mask, other=INDEX_MAX)
         value, first = max_first(values, index, 0)
+        if EVEN:
+            equals = (values == tl.expand_dims(value, 0)) & mask
+            first = _first_or_count(first, tl.where(equals, tl.where(index < 0, -index, 1), 0), 0)
         tl.store(out_ptr + (2 * n + 1) * L + k, value, mask=k < L)
         tl.store(argmax_ptr + n * L + k, first, mask=k < L)
 
@@ -117,19 +137,27 @@ def mean_hw(x: torch.Tensor, layout: Layout) -> torch.Tensor:
     return _pool(x, None, layout, with_max=False, over_c=False)[0]
 
 
-def mean_max_hw(x: torch.Tensor, layout: Layout) -> tuple[torch.Tensor, torch.Tensor]:
-    """(mean, max) over the pixels [N, 2, C], argmax h * W + w [N, C] (int32). Reads x once."""
-    return _pool(x, None, layout, with_max=True, over_c=False)
+def mean_max_hw(x: torch.Tensor, layout: Layout, even: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """(mean, max) over the pixels [N, 2, C], argmax h * W + w [N, C] (int32). Reads x once.
+
+    With ``even`` it is minus their number where several are equal.
+    """
+    return _pool(x, None, layout, with_max=True, over_c=False, even=even)
 
 
-def mean_max_c(x: torch.Tensor, gate: torch.Tensor | None, layout: Layout) -> tuple[torch.Tensor, torch.Tensor]:
-    """(mean, max) of x [* gate [N, C]] over the channels [N, 2, H, W], argmax [N, H, W] (int32). Reads x once."""
-    maps, argmax = _pool(x, gate, layout, with_max=True, over_c=True)
+def mean_max_c(
+    x: torch.Tensor, gate: torch.Tensor | None, layout: Layout, even: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(mean, max) of x [* gate [N, C]] over the channels [N, 2, H, W], argmax [N, H, W] (int32). Reads x once.
+
+    With ``even`` it is minus their number where several are equal.
+    """
+    maps, argmax = _pool(x, gate, layout, with_max=True, over_c=True, even=even)
     return maps.view(layout.N, 2, layout.H, layout.W), argmax.view(layout.N, layout.H, layout.W)
 
 
 def _pool(
-    x: torch.Tensor, gate: torch.Tensor | None, layout: Layout, with_max: bool, over_c: bool
+    x: torch.Tensor, gate: torch.Tensor | None, layout: Layout, with_max: bool, over_c: bool, even: bool = False
 ) -> tuple[torch.Tensor, Any]:
     N, C, HW = layout.N, layout.C, layout.HW
     # With the channels inside, one tile is nearly the whole reduction over them: make it worth a program.
@@ -143,7 +171,7 @@ def _pool(
     part, part_argmax = allocate(N * parts)
     launch(
         _pool_kernel, N * blocks, x, gate, part, part_argmax, C, HW, layout.stride_n, layout.stride_o,
-        reduced if parts == 1 else 1, steps, OVER_C=over_c, **t._asdict(), parts=parts,
+        reduced if parts == 1 else 1, steps, OVER_C=over_c, EVEN=even, **t._asdict(), parts=parts,
     )  # fmt: skip
     if parts == 1:
         return part, part_argmax
@@ -152,7 +180,7 @@ def _pool(
     block = vector_block(kept, max(TILE // block_s, 4))
     launch(
         _combine_pool_kernel, N * cdiv(kept, block),
-        part, part_argmax, out, argmax, kept, parts, reduced, BLOCK_S=block_s, BLOCK_L=block,
+        part, part_argmax, out, argmax, kept, parts, reduced, EVEN=even, BLOCK_S=block_s, BLOCK_L=block,
     )  # fmt: skip
     return out, argmax
 

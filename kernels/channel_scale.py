@@ -7,7 +7,14 @@ import torch
 from ._gate import gate_grads, input_grad, scale
 from ._launch import device_guard
 from ._layout import canonical
-from ._pool import combine
+from ._pool import combine, mean_hw
+
+
+def channel_mean(x: torch.Tensor) -> torch.Tensor:
+    """Mean over the pixels [N, C]. x [N, C, H, W]. Reads x once."""
+    with device_guard(x):
+        x, layout = canonical(x)
+        return mean_hw(x, layout)
 
 
 def channel_scale_fwd(

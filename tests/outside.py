@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
 
-_needs_torchvision = ("segmentation_models_pytorch", "timm", "torchvision")
+_ULTRALYTICS = "ultralytics.nn.modules.conv"
+_needs_torchvision = ("segmentation_models_pytorch", "timm", "torchvision", "ultralytics")
 
 
 def library(name: str) -> ModuleType:
@@ -21,6 +23,18 @@ def library(name: str) -> ModuleType:
     if package in _needs_torchvision:
         _declare_torchvision_operators()
     return importlib.import_module(name)
+
+
+def ultralytics_modules() -> ModuleType:
+    """Ultralytics' convolution modules. Where it is not installed, and it takes much with it, modules of the same
+
+    names, parameters and mathematics stand in for its three gates.
+    """
+    if importlib.util.find_spec("ultralytics") is not None:
+        return library(_ULTRALYTICS)
+    if _ULTRALYTICS not in sys.modules:
+        sys.modules[_ULTRALYTICS] = importlib.import_module("ultralytics_gates")
+    return sys.modules[_ULTRALYTICS]
 
 
 def _declare_torchvision_operators() -> None:

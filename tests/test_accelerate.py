@@ -16,7 +16,8 @@ from torch import nn
 
 import visattn_fast as vf
 from cases import INTERPRETED, run
-from outside import library
+from outside import library, ultralytics_modules
+from visattn_fast import catalogue
 from visattn_fast.catalogue import ENTRIES, feature_map
 from visattn_fast.models import AttentionResNet
 
@@ -39,6 +40,10 @@ def monai(name: str, *arguments: Any, dimensions: int = 2) -> nn.Module:
     return getattr(library("monai.networks.blocks"), name)(dimensions, C, *arguments)
 
 
+def ultralytics(name: str, *arguments: Any) -> nn.Module:
+    return getattr(ultralytics_modules(), name)(*arguments)
+
+
 MODULES: dict[str, Callable[[], nn.Module]] = {
     "timm SEModule": lambda: timm("SEModule", C),
     "timm SEModule, no bias": lambda: timm("SEModule", C, bias=False),
@@ -46,24 +51,54 @@ MODULES: dict[str, Callable[[], nn.Module]] = {
     "timm SEModule, hard sigmoid": lambda: timm("SEModule", C, gate_layer=nn.Hardsigmoid),
     "timm SqueezeExcite": lambda: timm("SqueezeExcite", C, module="timm.models._efficientnet_blocks"),
     "timm EcaModule": lambda: timm("EcaModule", C),
+    "timm SEModule, GELU and batch norm": lambda: timm("SEModule", C, act_layer=nn.GELU, norm_layer=nn.BatchNorm2d),
+    "timm SqueezeExcite, tanh": lambda: timm(
+        "SqueezeExcite", C, gate_layer=nn.Tanh, module="timm.models._efficientnet_blocks"
+    ),
+    "timm EcaModule, MLP": lambda: timm("EcaModule", C, use_mlp=True),
+    "timm EcaModule, hard sigmoid": lambda: timm("EcaModule", C, gate_layer="hard_sigmoid"),
+    "timm CecaModule": lambda: timm("CecaModule", C),
+    "timm EffectiveSEModule": lambda: timm("EffectiveSEModule", C),
+    "timm GatherExcite": lambda: timm("GatherExcite", C, use_mlp=False),
+    "timm GlobalContext": lambda: timm("GlobalContext", C, use_attn=False),
+    "timm CbamModule": lambda: timm("CbamModule", C, module="timm.layers.cbam"),
+    "timm CbamModule, SiLU, bias, hard sigmoid, 3 x 3": lambda: timm(
+        "CbamModule",
+        C,
+        1 / 4,
+        spatial_kernel_size=3,
+        act_layer=nn.SiLU,
+        gate_layer="hard_sigmoid",
+        mlp_bias=True,
+        module="timm.layers.cbam",
+    ),
+    "timm LightCbamModule": lambda: timm("LightCbamModule", C, module="timm.layers.cbam"),
     "timm CoordAttn": lambda: timm("CoordAttn", C, module="timm.layers.coord_attn"),
     "timm CoordAttn, skip": lambda: timm("CoordAttn", C, has_skip=True, bias=True, module="timm.layers.coord_attn"),
     "torchvision SqueezeExcitation": squeeze_excitation,
     "torchvision SqueezeExcitation of MobileNetV3": lambda: squeeze_excitation(nn.ReLU, nn.Hardsigmoid),
     "torchvision SqueezeExcitation of EfficientNet": lambda: squeeze_excitation(nn.SiLU, nn.Sigmoid),
+    "torchvision SqueezeExcitation, GELU": lambda: squeeze_excitation(nn.GELU),
     "monai ChannelSELayer": lambda: monai("ChannelSELayer"),
     "monai ResidualSELayer": lambda: monai("ResidualSELayer", 4, "relu", "sigmoid"),
+    "monai ResidualSELayer as it comes": lambda: monai("ResidualSELayer"),
+    "ultralytics CBAM": lambda: ultralytics("CBAM", C),
+    "ultralytics ChannelAttention": lambda: ultralytics("ChannelAttention", C),
+    "ultralytics SpatialAttention": lambda: ultralytics("SpatialAttention", 3),
     "smp SCSEModule": lambda: library("segmentation_models_pytorch.base.modules").SCSEModule(C),
     **{name: lambda e=e: e.reference(**e.arguments(C)) for name, e in ENTRIES.items() if e.training},
 }
 
 
+@pytest.mark.parametrize("layout", catalogue.LAYOUTS)
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("name", MODULES)
-def test_module(name, training):
+def test_module(name, training, layout):
     """Result, gradients and running statistics are those of the original; restored, it is the original."""
     module = MODULES[name]().double().train(training)
-    kind, x = type(module), feature_map((2, C, 7, 6), dtype=torch.float64)
+    kind, x = type(module), feature_map((2, C, 7, 6), layout, dtype=torch.float64)
+    if not training:
+        spread_statistics(module)
     want = run(copy.deepcopy(module), x)
     found = vf.accelerate(module)
     assert [(s.name, s.kind) for s in found.swapped] == [("", kind.__name__)]
@@ -76,6 +111,13 @@ def test_module(name, training):
     assert vf.restore(module) == 1
     assert type(module) is kind
     assert all(torch.equal(run(module, x)[key], tensor) for key, tensor in want.items() if key in ("y", "x"))
+
+
+def spread_statistics(module: nn.Module) -> None:
+    """Running statistics that are none of zero and one."""
+    for name, buffer in module.named_buffers():
+        if "running" in name:
+            buffer += 0.5 * torch.rand_like(buffer)
 
 
 class Model(NamedTuple):
@@ -110,6 +152,15 @@ def torchvision_swin() -> nn.Module:
     return build([4, 4], 16, [2, 2], [1, 2], [7, 7], num_classes=10)
 
 
+def monai_senet() -> nn.Module:
+    build = library("monai.networks.nets").SENet
+    layers, options = (
+        (1, 1, 1, 1),
+        {"dropout_prob": None, "inplanes": 64, "downsample_kernel_size": 1, "input_3x3": False},
+    )
+    return build(2, 3, "se_resnet_bottleneck", layers, groups=1, reduction=16, num_classes=10, **options)
+
+
 MODELS = {
     "timm seresnet50": Model(timm_model("seresnet50"), 16, 16),
     "timm ecaresnet50d": Model(timm_model("ecaresnet50d"), 16, 16),
@@ -120,6 +171,8 @@ MODELS = {
     "timm Swin": Model(timm_swin, 4, 0),
     "torchvision Swin": Model(torchvision_swin, 4, 0),
     "smp Unet": Model(unet, 10, 0),
+    "timm resnet10t with CBAM": Model(timm_model("resnet10t", block_args={"attn_layer": "cbam"}), 4, 4),
+    "monai SENet": Model(monai_senet, 4, 4),
     "own ResNet": Model(lambda: AttentionResNet("cbam", fused=False), 3, 3),
 }
 
@@ -244,13 +297,9 @@ def test_left_alone():
 
 OUTSIDE = {
     "timm max pooling": (lambda: timm("SEModule", C, add_maxpool=True), "add_maxpool"),
-    "timm norm inside": (lambda: timm("SEModule", C, norm_layer=nn.BatchNorm2d), "a norm layer stands inside"),
-    "timm GELU": (lambda: timm("SEModule", C, act_layer=nn.GELU), "act is GELU, not ReLU or SiLU"),
-    "timm tanh gate": (lambda: timm("SEModule", C, gate_layer=nn.Tanh), "gate is Tanh"),
-    "timm ECA with an MLP": (lambda: timm("EcaModule", C, use_mlp=True), "use_mlp"),
-    "timm ECA, hard sigmoid": (
-        lambda: timm("EcaModule", C, gate_layer="hard_sigmoid"),
-        "gate is Hardsigmoid, not Sigmoid",
+    "timm GatherExcite, windows": (
+        lambda: timm("GatherExcite", C, extent=2, use_mlp=False),
+        "it gathers by windows or convolutions",
     ),
     "timm Swin, dropout": (
         lambda: timm("SwinTransformerBlock", C, (7, 7), 2, attn_drop=0.1, module="timm.models.swin_transformer"),
@@ -262,11 +311,12 @@ OUTSIDE = {
         ),
         "attention_dropout or dropout",
     ),
+    "timm GlobalContext as it comes": (lambda: timm("GlobalContext", C), "use_attn: it pools by attention"),
+    "timm GlobalContext, added": (lambda: timm("GlobalContext", C, use_attn=False, fuse_add=True), "fuse_add"),
     "timm CoordAttn, ReLU": (
         lambda: timm("CoordAttn", C, act_layer=nn.ReLU, module="timm.layers.coord_attn"),
         "act is ReLU",
     ),
-    "monai ResidualSELayer as it comes": (lambda: monai("ResidualSELayer"), "fc.1 is LeakyReLU"),
     "monai in three dimensions": (lambda: monai("ChannelSELayer", dimensions=3), "avg_pool is AdaptiveAvgPool3d"),
 }
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from test_gates import KINDS
 
 import visattn_fast as vf
 from cases import INTERPRETED
@@ -14,6 +15,7 @@ from visattn_fast import catalogue
 
 pytest.importorskip("triton")
 compiled = pytest.importorskip("tools.compiled", reason="not beside the repository's tools")
+Call = compiled.Call
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="compiles: needs TRITON_INTERPRET unset")
 
@@ -46,6 +48,16 @@ def test_other_shapes(shape, target):
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
 def test_other_dtypes(dtype, target):
     hold(compiled.SHAPES[0], dtype, target)
+
+
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_shared_maxima(target):
+    """The passes around a caller's gates, whose maxima share their gradient."""
+    layouts = [Call(KINDS["even"], compiled.SHAPES[0], layout, residual=True) for layout in catalogue.LAYOUTS]
+    kernels = compiled.compile_all(compiled.variants(layouts, [target]))
+    assert sum("pool" in kernel.variant.kernel for kernel in kernels) > 2, "the launches were not seen"
+    faults = [fault for kernel in kernels for fault in kernel.faults]
+    assert not faults, "\n".join(faults)
 
 
 HUGE = [*((shape, "sm_90") for shape in compiled.HUGE), (compiled.HUGE[0], "gfx942")]

@@ -4,6 +4,7 @@
 #include "channel_scale.h"
 #include "conv.h"
 #include "pixels.h"
+#include "twofold.h"
 
 namespace visattn {
 namespace {
@@ -86,58 +87,28 @@ struct CbamGrads {
   // Pass 1: A[p] = sum_c g x channel, dq = A spatial (1 - spatial), and sum_p g x spatial per channel.
   void upstream(const Matrix<const T>& x, const Matrix<const T>& g, bool nhwc, int64_t b) {
     const int64_t p0 = blocks.first_pixel(b), p1 = blocks.last_pixel(b);
-    Buffer<A> columns(nhwc ? x.cols : p1 - p0);
-    const auto xs = pixels_of(x, nhwc, p0, p1), gs = pixels_of(g, nhwc, p0, p1);
-    if (nhwc) {
-      products<T, true, true>(xs, gs, &spatial[p0], channel.get(), &along_c[p0], direct.part(b));
-    } else {
-      products<T, true, true>(xs, gs, channel.get(), &spatial[p0], direct.part(b), columns.get());
-      std::copy_n(columns.get(), p1 - p0, &along_c[p0]);
-    }
+    gate_sums<T>(pixels_of(x, nhwc, p0, p1), pixels_of(g, nhwc, p0, p1), nhwc, channel.get(), &spatial[p0],
+                 direct.part(b), &along_c[p0]);
     for (int64_t p = p0; p < p1; ++p) along_c[p] *= spatial[p] * (1 - spatial[p]);
     dq.set_rows(blocks.begin(b), blocks.end(b), blocks.W, along_c.get());
   }
 
-  // Pass 2: the maps' gradients, and what they give each channel: sum_p x dmean_c + sum_{p: argmax = c} x
-  // dmax_c.
+  // Pass 2: the maps' gradients, and what they give each channel.
   void maps(const Matrix<const T>& x, bool nhwc, const int32_t* at, const A* turned, int64_t k, int64_t b) {
     const int64_t p0 = blocks.first_pixel(b), p1 = blocks.last_pixel(b), C = nhwc ? x.cols : x.rows;
     conv_input_grad(dq, turned, k, blocks.begin(b), blocks.end(b), blocks.W, dmean_c.get(), dmax_c.get());
     for (int64_t p = p0; p < p1; ++p) dmean_c[p] /= static_cast<A>(C);
-    A* out = through_maps.part(b);
-    const auto xs = pixels_of(x, nhwc, p0, p1);
-    if (nhwc) {
-      column_stats<T, false, true>(xs, &dmean_c[p0], out);
-    } else {
-      row_stats<T, false, true>(xs, &dmean_c[p0], out);
-    }
-    for (int64_t p = p0; p < p1; ++p) out[at[p]] += static_cast<A>(*element(x, nhwc, at[p], p)) * dmax_c[p];
+    map_sums<T>(x, nhwc, p0, p1, channel.get(), dmean_c.get(), {at, nullptr, dmax_c.get()},
+                through_maps.part(b));
   }
 
-  // Pass 3: dx. The dense terms first; then the elements that a maximum came from are computed anew.
-  void input(const Matrix<const T>& g, bool nhwc, const int32_t* at_c, const int32_t* at_hw, T* dx,
-             int64_t b) {
-    const int64_t p0 = blocks.first_pixel(b), p1 = blocks.last_pixel(b), C = nhwc ? g.cols : g.rows;
-    const A *dmean_hw = dpooled.get(), *dmax_hw = dmean_hw + C;
-    const Affine<A> pixel{&spatial[p0], &dmean_c[p0]}, of_channel{channel.get(), dmean_hw};
-    const auto gs = pixels_of(g, nhwc, p0, p1);
-    const Matrix<T> out{dx, g.ld, g.rows, g.cols};
-    if (nhwc) {
-      affine_twice<T, false>(gs, pixel, of_channel, dx + p0 * g.ld);
-    } else {
-      affine_twice<T, true>(gs, of_channel, pixel, dx + p0);
-    }
-    const auto anew = [&](int64_t c, int64_t p) {
-      A value = static_cast<A>(*element(g, nhwc, c, p)) * spatial[p] + dmean_c[p];
-      if (at_c[p] == c) value += dmax_c[p];
-      value = value * channel[c] + dmean_hw[c];
-      if (at_hw[c] == p) value += dmax_hw[c];
-      *element(out, nhwc, c, p) = static_cast<T>(value);
-    };
-    for (int64_t p = p0; p < p1; ++p) anew(at_c[p], p);
-    for (int64_t c = 0; c < C; ++c) {
-      if (at_hw[c] >= p0 && at_hw[c] < p1) anew(c, at_hw[c]);
-    }
+  // Pass 3: dx.
+  void input(const Matrix<const T>& x, const Matrix<const T>& g, bool nhwc, const int32_t* at_c,
+             const int32_t* at_hw, T* dx, int64_t b) {
+    const int64_t C = nhwc ? g.cols : g.rows;
+    const Maxima<A> over_c{at_c, nullptr, dmax_c.get()}, over_hw{at_hw, nullptr, dpooled.get() + C};
+    const InputGrad<T> grad{channel.get(), spatial.get(), dmean_c.get(), dpooled.get(), over_c, over_hw};
+    grad.run(x, g, nhwc, blocks.first_pixel(b), blocks.last_pixel(b), dx);
   }
 };
 
@@ -194,7 +165,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cbam_bwd(Tensor grad, Tensor 
                         grads.dpooled.get());
         for (int64_t c = 0; c < s.C; ++c) grads.dpooled[c] /= static_cast<A>(s.P);
         team.each(blocks.count, [&](int64_t b, int64_t e) {
-          for (; b < e; ++b) grads.input(upstream, nhwc, at_c, at_hw, data<T>(dx) + n * image, b);
+          for (; b < e; ++b) grads.input(in, upstream, nhwc, at_c, at_hw, data<T>(dx) + n * image, b);
         });
       }
     });

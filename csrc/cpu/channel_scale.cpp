@@ -1,5 +1,5 @@
-// The passes over x of any channel gate whose mathematics stands elsewhere: y = act(x * gate + residual), its
-// gradient to the gate, and its gradient to x.
+// The passes over x of any channel gate whose mathematics stands elsewhere: the mean, y = act(x * gate +
+// residual), its gradient to the gate, and its gradient to x.
 #include "channel_scale.h"
 
 #include <tuple>
@@ -11,6 +11,23 @@ template <class A>
 Tensor gate_as(const Tensor& t, const Shape& s, const char* name) {
   STD_TORCH_CHECK(t.dim() == 2 && t.size(0) == s.N && t.size(1) == s.C, name, " must be [N, C]");
   return weight_as(t, kDtype<A>);
+}
+
+Tensor mean(Tensor x) {
+  return dispatch(x, [&](auto type) {
+    using T = decltype(type);
+    using A = Acc<T>;
+    const Shape s = shape_of(x);
+    const FeatureMap in = feature_map(x);
+    Tensor out = empty({s.N, s.C}, kDtype<A>);
+    for_images(s.N, s.C * s.P, [&](int64_t begin, int64_t end, const Team& team) {
+      ChannelPool<T, false> pool(s, in.nhwc);
+      for (int64_t n = begin; n < end; ++n) {
+        pool.run(matrix(in.image<T>(n), s, in.nhwc, in.ld), team, data<A>(out) + n * s.C);
+      }
+    });
+    return out;
+  });
 }
 
 Tensor scale_fwd(Tensor x, Tensor gate, std::optional<Tensor> residual, int64_t activation) {
@@ -95,6 +112,7 @@ Tensor input_grad(Tensor grad, Tensor x, Tensor gate, std::optional<Tensor> dmea
 }  // namespace visattn
 
 STABLE_TORCH_LIBRARY_IMPL(visattn_fast, CPU, m) {
+  m.impl("channel_mean", TORCH_BOX(&visattn::mean));
   m.impl("channel_scale_fwd", TORCH_BOX(&visattn::scale_fwd));
   m.impl("channel_scale_bwd", TORCH_BOX(&visattn::scale_bwd));
   m.impl("channel_input_grad", TORCH_BOX(&visattn::input_grad));

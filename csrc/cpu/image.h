@@ -5,6 +5,7 @@
 
 #include "elementwise.h"
 #include "tensor.h"
+#include "ties.h"
 
 namespace visattn {
 
@@ -71,8 +72,8 @@ class ChannelPartials {
   Buffer<A> values_;
 };
 
-// Mean, and with kMax the maximum and its pixel, of every channel of an image.
-template <class T, bool kMax>
+// Mean, and with kMax the maximum and its pixel, of every channel of an image; with kEven ties are counted.
+template <class T, bool kMax, bool kEven = false>
 class ChannelPool {
   using A = Acc<T>;
 
@@ -83,7 +84,8 @@ class ChannelPool {
         parts_(row_parts<T>(s, nhwc)),
         sum_(s.C, nhwc ? parts_.count : 1),
         max_(s.C, kMax && nhwc ? parts_.count : 1),
-        at_(s.C, kMax && nhwc ? parts_.count : 1) {}
+        at_(s.C, kMax && nhwc ? parts_.count : 1),
+        count_(kEven ? s.C : 0, nhwc ? parts_.count : 1) {}
 
   void run(const Matrix<const T>& x, const Team& team, A* mean, A* max = nullptr, int32_t* at = nullptr) {
     team.each(parts_.count, [&](int64_t begin, int64_t end) {
@@ -91,11 +93,15 @@ class ChannelPool {
         const int64_t c0 = parts_.begin(begin), c1 = parts_.end(end - 1);
         row_stats<T, kMax, false>(rows_of(x, c0, c1), nullptr, sum_.part(0) + c0, max_.part(0) + c0,
                                   at_.part(0) + c0);
+        if constexpr (kEven) {
+          count_in_rows<T, false>(rows_of(x, c0, c1), nullptr, max_.part(0) + c0, count_.part(0) + c0);
+        }
         return;
       }
       for (int64_t i = begin; i < end; ++i) {
-        column_stats<T, kMax, false>(rows_of(x, parts_.begin(i), parts_.end(i)), nullptr, sum_.part(i),
-                                     max_.part(i), at_.part(i));
+        const auto part = rows_of(x, parts_.begin(i), parts_.end(i));
+        column_stats<T, kMax, false>(part, nullptr, sum_.part(i), max_.part(i), at_.part(i));
+        if constexpr (kEven) count_in_columns<T, false>(part, nullptr, max_.part(i), count_.part(i));
       }
     });
     sum_.sum(mean);
@@ -110,12 +116,17 @@ class ChannelPool {
     Index<A>* where = at_.part(0);
     for (int64_t i = 1; nhwc_ && i < parts_.count; ++i) {
       const A* other = max_.part(i);
-      const Index<A>* index = at_.part(i);
+      const Index<A>*index = at_.part(i), *others = kEven ? count_.part(i) : nullptr;
+      Index<A>* count = count_.part(0);
       const int64_t first = parts_.begin(i), channels = s_.C;
       simd([=]() VF_INLINE {
         for (int64_t c = 0; c < channels; c += kLanes<A>) {
           const Vec<A> a = load(best + c), b = load(other + c);
           const IVec<A> wins = (b > a) | ((b != b) & (a == a));
+          if constexpr (kEven) {
+            const IVec<A> so_far = load_index<A>(count + c), more = load_index<A>(others + c);
+            store_index<A>(count + c, wins ? more : (a == b ? so_far + more : so_far));
+          }
           store(best + c, wins ? b : a);
           store_index<A>(where + c,
                          wins ? load_index<A>(index + c) + set1_index<A>(first) : load_index<A>(where + c));
@@ -123,14 +134,16 @@ class ChannelPool {
       });
     }
     std::copy_n(best, s_.C, max);
-    std::copy_n(where, s_.C, at);
+    for (int64_t c = 0; c < s_.C; ++c) {
+      at[c] = kEven ? index_or_ties(where[c], count_.part(0)[c]) : static_cast<int32_t>(where[c]);
+    }
   }
 
   Shape s_;
   bool nhwc_;
   Split parts_;
   ChannelPartials<A> sum_, max_;
-  ChannelPartials<Index<A>> at_;
+  ChannelPartials<Index<A>> at_, count_;
 };
 
 // The channel gate as a factor of the matrix: per row in nchw, per column (in a padded copy) in nhwc.

@@ -28,8 +28,9 @@ struct PixelBlocks : Split {
   }
 };
 
-// Mean, maximum and argmax over channels of x (* scale [C], padded, if kScale) for the pixels of a block.
-template <class T, bool kScale>
+// Mean, maximum and argmax over channels of x (* scale [C], padded, if kScale) for the pixels of a block;
+// with kEven `at` counts ties.
+template <class T, bool kScale, bool kEven = false>
 void pixel_stats(const Matrix<const T>& x, bool nhwc, const Acc<T>* scale, Acc<T>* mean, Acc<T>* max,
                  int32_t* at) {
   using A = Acc<T>;
@@ -41,10 +42,18 @@ void pixel_stats(const Matrix<const T>& x, bool nhwc, const Acc<T>* scale, Acc<T
   } else {
     column_stats<T, true, kScale>(x, scale, sum.get(), top.get(), where.get());
   }
+  Buffer<Index<A>> count(kEven ? pixels : 0);
+  if constexpr (kEven) {
+    if (nhwc) {
+      count_in_rows<T, kScale>(x, scale, top.get(), count.get());
+    } else {
+      count_in_columns<T, kScale>(x, scale, top.get(), count.get());
+    }
+  }
   for (int64_t p = 0; p < pixels; ++p) {
     mean[p] = sum[p] / static_cast<A>(channels);
     max[p] = top[p];
-    at[p] = static_cast<int32_t>(where[p]);
+    at[p] = kEven ? index_or_ties(where[p], count[p]) : static_cast<int32_t>(where[p]);
   }
 }
 

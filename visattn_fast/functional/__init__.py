@@ -6,6 +6,7 @@ from .coord_att import coord_att
 from .criss_cross import criss_cross
 from .eca import eca
 from .gam import channel_mlp, norm_gate
+from .gates import conv_maps, gate_channels, gate_twice
 from .local_attention import local_attention
 from .nam import nam
 from .s2mlpv2 import split_attention
@@ -24,9 +25,12 @@ __all__ = [
     "cbam",
     "channel_attention",
     "channel_mlp",
+    "conv_maps",
     "coord_att",
     "criss_cross",
     "eca",
+    "gate_channels",
+    "gate_twice",
     "local_attention",
     "masked_attention",
     "nam",

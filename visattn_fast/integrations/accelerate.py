@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import itertools
 import sys
 from collections.abc import Collection
 from typing import Any
@@ -13,7 +12,14 @@ from torch import nn
 from .recipe import Recipe, is_fused, is_swapped, put_back, swap
 from .report import Acceleration, Skipped, Swapped
 
-_LIBRARIES = ("timm", "torchvision", "monai", "segmentation_models_pytorch")
+# Of each library, by the name of our file, the module that must have been imported.
+_LIBRARIES = {
+    "timm": "timm",
+    "torchvision": "torchvision",
+    "monai": "monai",
+    "segmentation_models_pytorch": "segmentation_models_pytorch",
+    "ultralytics": "ultralytics.nn.modules.conv",
+}
 
 
 def accelerate(
@@ -30,7 +36,7 @@ def accelerate(
     subclass of its class that overrides forward alone. So ``isinstance``, ``state_dict``, ``deepcopy``, ``pickle``,
     optimizers, DDP and ``torch.compile`` go on working.
 
-    Known are the reference modules of this package and the modules of timm, torchvision, MONAI and
+    Known are the reference modules of this package and the modules of timm, torchvision, MONAI, Ultralytics and
     segmentation-models-pytorch that `visattn_fast.integrations` names; a library is looked at only if it is imported
     already. Classes are matched exactly.
 
@@ -57,16 +63,17 @@ def accelerate(
     # Gates first: a block asks whether its gate was swapped.
     for patterns in (False, True) if blocks else (False,):
         for name, module in model.named_modules():
-            recipe = recipes.get(type(module))
             if not _chosen(name, only, except_) or any(_inside(name, s.name) for s in found.swapped):
                 continue  # the parts of a fused module do not run
-            if recipe is None and not patterns and isinstance(module, originals) and not is_fused(module):
+            mine = recipes.get(type(module), [])
+            if not mine and not patterns and isinstance(module, originals) and not is_fused(module):
                 found.skipped.append(
                     Skipped(name, type(module).__name__, "is a subclass, whose forward may be its own")
                 )
-            if recipe is None or recipe.pattern is not patterns:
+            fitting = [(recipe, recipe.reason_against(module)) for recipe in mine if recipe.pattern is patterns]
+            if not fitting:
                 continue
-            reason = recipe.reason_against(module)
+            recipe, reason = next((pair for pair in fitting if not pair[1]), fitting[-1])
             if reason:
                 found.skipped.append(Skipped(name, type(module).__name__, reason))
             else:
@@ -87,11 +94,17 @@ def restore(model: nn.Module) -> int:
     return len(swapped)
 
 
-def known() -> dict[type[nn.Module], Recipe]:
-    """The recipes of this package's reference modules and of every library that is imported, by original class."""
-    there = ["own", *(library for library in _LIBRARIES if library in sys.modules)]
-    recipes = (importlib.import_module(f".{name}", __package__).RECIPES for name in there)
-    return {recipe.original: recipe for recipe in itertools.chain(*recipes)}
+def known() -> dict[type[nn.Module], list[Recipe]]:
+    """The recipes of this package's reference modules and of every library that is imported, by original class.
+
+    The first whose reason is empty is taken: those that keep a module's own layers come after those that replace them.
+    """
+    there = ["own", *(name for name, needed in _LIBRARIES.items() if needed in sys.modules)]
+    recipes: dict[type[nn.Module], list[Recipe]] = {}
+    for name in there:
+        for recipe in importlib.import_module(f".{name}", __package__).RECIPES:
+            recipes.setdefault(recipe.original, []).append(recipe)
+    return recipes
 
 
 def _inside(name: str, outer: str) -> bool:

@@ -1,19 +1,24 @@
-"""timm's attention modules, and the residual blocks that end in one. Source: timm 1.0 (Apache-2.0)."""
+"""timm's attention modules. Source: timm 1.0 (Apache-2.0).
+
+Those that are one of our gates become its function. The others keep their own layers, and get fused passes over x
+around them.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
-from timm.layers import EcaModule, SEModule
+import torch.nn.functional as F
+from timm.layers import CecaModule, EcaModule, EffectiveSEModule, GatherExcite, GlobalContext, SEModule
 from timm.layers.activations import HardSwish, Sigmoid
 from timm.layers.coord_attn import CoordAttn
-from timm.models import resnet, swin_transformer
 from timm.models._efficientnet_blocks import SqueezeExcite
 from torch import Tensor, nn
 
 from .. import functional
 from ..reference.batch_norm import batch_norm_step
-from .recipe import Recipe, all_of, fingerprint, is_swapped, layers, own_class
+from . import timm_blocks, timm_cbam, timm_swin
+from .recipe import Recipe, layers
 from .se_like import se_layers, se_like
 
 
@@ -24,6 +29,16 @@ class FastSEModule(SEModule):
         return se_like(x, self.fc1, self.act, self.fc2, self.gate, residual, activation)
 
 
+class FastAnySEModule(SEModule):
+    """timm's SEModule with any norm layer and activations, which run as they are; with the block's epilogue."""
+
+    def forward(self, x: Tensor, residual: Tensor | None = None, activation: str | None = None) -> Tensor:
+        def gate(mean: Tensor) -> Tensor:
+            return self.gate(self.fc2(self.act(self.bn(self.fc1(mean)))))
+
+        return functional.gate_channels(x, gate, residual=residual, activation=activation)
+
+
 class FastSqueezeExcite(SqueezeExcite):
     """The SqueezeExcite of timm's EfficientNets and MobileNets, fused."""
 
@@ -31,11 +46,68 @@ class FastSqueezeExcite(SqueezeExcite):
         return se_like(x, self.conv_reduce, self.act1, self.conv_expand, self.gate)
 
 
+class FastAnySqueezeExcite(SqueezeExcite):
+    """The same with any activations, which run as they are."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.gate_channels(x, lambda mean: self.gate(self.conv_expand(self.act1(self.conv_reduce(mean)))))
+
+
+class FastEffectiveSEModule(EffectiveSEModule):
+    """timm's EffectiveSEModule, whose layers run as they are; with the block's epilogue, if asked."""
+
+    def forward(self, x: Tensor, residual: Tensor | None = None, activation: str | None = None) -> Tensor:
+        return functional.gate_channels(
+            x, lambda mean: self.gate(self.fc(mean)), residual=residual, activation=activation
+        )
+
+
 class FastEcaModule(EcaModule):
     """timm's EcaModule, fused; with the epilogue of the block around it, if asked."""
 
     def forward(self, x: Tensor, residual: Tensor | None = None, activation: str | None = None) -> Tensor:
         return functional.eca(x, self.conv.weight, residual=residual, activation=activation)
+
+
+class FastAnyEcaModule(EcaModule):
+    """timm's EcaModule with an MLP or any gate, which run as they are; with the block's epilogue, if asked."""
+
+    def forward(self, x: Tensor, residual: Tensor | None = None, activation: str | None = None) -> Tensor:
+        def gate(mean: Tensor) -> Tensor:
+            y = self.conv(mean.view(x.shape[0], 1, -1))
+            if self.conv2 is not None:
+                y = self.conv2(self.act(y))
+            return self.gate(y).view(mean.shape)
+
+        return functional.gate_channels(x, gate, residual=residual, activation=activation)
+
+
+class FastCecaModule(CecaModule):
+    """timm's CecaModule, whose layers run as they are; with the block's epilogue, if asked."""
+
+    def forward(self, x: Tensor, residual: Tensor | None = None, activation: str | None = None) -> Tensor:
+        def gate(mean: Tensor) -> Tensor:
+            y = F.pad(mean.view(x.shape[0], 1, -1), (self.padding, self.padding), mode="circular")
+            return self.gate(self.conv(y)).view(mean.shape)
+
+        return functional.gate_channels(x, gate, residual=residual, activation=activation)
+
+
+class FastGatherExcite(GatherExcite):
+    """timm's GatherExcite over whole maps, whose layers run as they are; with the block's epilogue, if asked."""
+
+    def forward(self, x: Tensor, residual: Tensor | None = None, activation: str | None = None) -> Tensor:
+        return functional.gate_channels(
+            x, lambda mean: self.gate(self.mlp(mean)), residual=residual, activation=activation
+        )
+
+
+class FastGlobalContext(GlobalContext):
+    """timm's GlobalContext of the mean, whose layers run as they are; with the block's epilogue, if asked."""
+
+    def forward(self, x: Tensor, residual: Tensor | None = None, activation: str | None = None) -> Tensor:
+        mlp: Any = self.mlp_scale
+        return functional.gate_channels(x, lambda mean: self.gate(mlp(mean)), residual=residual, activation=activation)
 
 
 class FastCoordAttn(CoordAttn):
@@ -52,56 +124,12 @@ class FastCoordAttn(CoordAttn):
         )  # fmt: skip
 
 
-class FastBasicBlock(resnet.BasicBlock):
-    """timm's BasicBlock, whose gate adds the shortcut and activates."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        block: Any = self
-        out = block.aa(block.act1(block.drop_block(block.bn1(block.conv1(x)))))
-        return _finish(block, block.bn2(block.conv2(out)), x, block.act2)
-
-
-class FastBottleneck(resnet.Bottleneck):
-    """timm's Bottleneck, whose gate adds the shortcut and activates."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        block: Any = self
-        out = block.act1(block.bn1(block.conv1(x)))
-        out = block.aa(block.act2(block.drop_block(block.bn2(block.conv2(out)))))
-        return _finish(block, block.bn3(block.conv3(out)), x, block.act3)
-
-
-class FastSwinTransformerBlock(swin_transformer.SwinTransformerBlock):
-    """timm's SwinTransformerBlock, whose windows are read where they lie."""
-
-    def _attn(self, x: Tensor) -> Tensor:
-        block: Any = self
-        attn, sizes = block.attn, zip(block.window_size, x.shape[1:3], block.input_resolution, strict=True)
-        if not block.dynamic_mask and any(-(-here // w) != -(-known // w) for w, here, known in sizes):
-            return super()._attn(x)  # its mask is of another map
-        out = functional.window_attention(
-            attn.qkv(x), attn.qkv.bias, attn.relative_position_bias_table, attn.num_heads, block.window_size,
-            block.shift_size, attn.scale, pad_first=False,
-        )  # fmt: skip
-        return attn.proj(out)
-
-
-_EPILOGUES = {nn.ReLU: "relu", nn.SiLU: "silu"}
-# What the classes above repeat; another version's is left alone.
-_KNOWN_SWIN = "d74a720dec74c492"
-_KNOWN_FORWARDS = {"BasicBlock": "71ec36ab9b7237a2", "Bottleneck": "6d62f9e26235e2c6"}
-
-
-def _finish(block: Any, out: Tensor, shortcut: Tensor, activation: nn.Module) -> Tensor:
-    if block.downsample is not None:
-        shortcut = block.downsample(shortcut)
-    return block.se(out, residual=shortcut, activation=_EPILOGUES[type(activation)])
+def _against_maximum(module: Any) -> str:
+    return "add_maxpool: it pools the maximum, too" if module.add_maxpool else ""
 
 
 def _against_se(module: Any) -> str:
-    if module.add_maxpool:
-        return "add_maxpool: it pools the maximum, too"
-    return "" if type(module.bn) is nn.Identity else "a norm layer stands inside"
+    return _against_maximum(module) or ("" if type(module.bn) is nn.Identity else "a norm layer stands inside")
 
 
 def _against_eca(module: Any) -> str:
@@ -110,45 +138,38 @@ def _against_eca(module: Any) -> str:
     return layers({"gate": _SIGMOIDS})(module)
 
 
-def _against_block(block: Any) -> str:
-    kind, last = own_class(block), block.act3 if isinstance(block, resnet.Bottleneck) else block.act2
-    if not (block.se is not None and is_swapped(block.se) and isinstance(block.se, (FastSEModule, FastEcaModule))):
-        return "its gate is not a swapped SEModule or EcaModule"
-    if block.drop_path is not None:
-        return "drop_path stands between the gate and the addition"
-    if type(last) not in _EPILOGUES:
-        return f"its last activation is {type(last).__name__}, not ReLU or SiLU"
-    known = fingerprint(kind.forward) == _KNOWN_FORWARDS[kind.__name__]
-    return "" if known else f"this version's {kind.__name__}.forward is not the one that is known"
+def _against_gather(module: Any) -> str:
+    if module.gather is not None or module.extent != 0:
+        return "it gathers by windows or convolutions, not by the mean of the map"
+    return _against_maximum(module)
 
 
-def _against_swin(block: Any) -> str:
-    if block.attn.attn_drop.p or block.attn.proj_drop.p:
-        return "attn_drop or proj_drop: which values are dropped would change"
-    swin, attention = swin_transformer, swin_transformer.WindowAttention
-    found = fingerprint(
-        swin.SwinTransformerBlock._attn, swin.SwinTransformerBlock.get_attn_mask, attention.forward,
-        attention._get_rel_pos_bias, swin.window_partition, swin.window_reverse, swin.get_relative_position_index,
-    )  # fmt: skip
-    return "" if found == _KNOWN_SWIN else "this version's window attention is not the one that is known"
+def _against_context(module: Any) -> str:
+    if module.conv_attn is not None:
+        return "use_attn: it pools by attention, not by the mean"
+    return "" if module.mlp_add is None and module.mlp_scale is not None else "fuse_add: it adds, instead of scaling"
 
 
 _SIGMOIDS = (nn.Sigmoid, Sigmoid)
 _COORDINATES = layers({"bn1": (nn.BatchNorm2d,), "act": (nn.Hardswish, HardSwish), "gate": _SIGMOIDS})
+_EXPAND = se_layers("conv_reduce", "act1", "conv_expand", "gate", Sigmoid)
 
-_SWIN = layers({"attn": (swin_transformer.WindowAttention,), "attn.qkv": (nn.Linear,), "attn.proj": (nn.Linear,)})
-
-RECIPES = [
+_GATES = [
     Recipe(SEModule, FastSEModule, "se", se_layers("fc1", "act", "fc2", "gate", Sigmoid, more=_against_se)),
-    Recipe(SqueezeExcite, FastSqueezeExcite, "se", se_layers("conv_reduce", "act1", "conv_expand", "gate", Sigmoid)),
+    Recipe(SEModule, FastAnySEModule, "gate_channels", _against_maximum),
+    Recipe(EffectiveSEModule, FastEffectiveSEModule, "gate_channels", _against_maximum),
     Recipe(EcaModule, FastEcaModule, "eca", _against_eca),
+    Recipe(EcaModule, FastAnyEcaModule, "gate_channels"),
+    Recipe(CecaModule, FastCecaModule, "gate_channels"),
+    Recipe(GatherExcite, FastGatherExcite, "gate_channels", _against_gather),
+    Recipe(GlobalContext, FastGlobalContext, "gate_channels", _against_context),
+    *timm_cbam.RECIPES,
+]
+RECIPES = [
+    *_GATES,
+    Recipe(SqueezeExcite, FastSqueezeExcite, "se", _EXPAND),
+    Recipe(SqueezeExcite, FastAnySqueezeExcite, "gate_channels"),
     Recipe(CoordAttn, FastCoordAttn, "coord_att", _COORDINATES),
-    Recipe(
-        swin_transformer.SwinTransformerBlock,
-        FastSwinTransformerBlock,
-        "window_attention",
-        all_of(_SWIN, _against_swin),
-    ),
-    Recipe(resnet.BasicBlock, FastBasicBlock, "epilogue", _against_block, pattern=True),
-    Recipe(resnet.Bottleneck, FastBottleneck, "epilogue", _against_block, pattern=True),
+    *timm_swin.RECIPES,
+    *timm_blocks.recipes(tuple(recipe.fused for recipe in _GATES)),
 ]

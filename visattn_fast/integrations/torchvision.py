@@ -20,6 +20,16 @@ class FastSqueezeExcitation(SqueezeExcitation):
         return se_like(input, self.fc1, self.activation, self.fc2, self.scale_activation)
 
 
+class FastAnySqueezeExcitation(SqueezeExcitation):
+    """The same with any activations, which run as they are."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        def gate(mean: Tensor) -> Tensor:
+            return self.scale_activation(self.fc2(self.activation(self.fc1(mean))))
+
+        return functional.gate_channels(input, gate)
+
+
 class FastShiftedWindowAttention(swin_transformer.ShiftedWindowAttention):
     """torchvision's ShiftedWindowAttention, whose windows are read where they lie."""
 
@@ -48,6 +58,7 @@ def _against_attention(module: Any) -> str:
 
 RECIPES = [
     Recipe(SqueezeExcitation, FastSqueezeExcitation, "se", se_layers("fc1", "activation", "fc2", "scale_activation")),
+    Recipe(SqueezeExcitation, FastAnySqueezeExcitation, "gate_channels"),
     Recipe(
         swin_transformer.ShiftedWindowAttention,
         FastShiftedWindowAttention,

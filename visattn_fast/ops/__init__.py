@@ -10,7 +10,9 @@ from .channel_mlp import ChannelMLPFunction
 from .coord_att import CoordAttFunction
 from .criss_cross import CrissCrossFunction
 from .eca import ECAFunction
+from .gates import ChannelScale, Mean, PoolChannels, PoolPixels, TwofoldScale
 from .local_attention import LocalAttentionFunction
+from .map_conv import MapConvFunction
 from .nam import NAMFunction
 from .norm_gate import NormGateFunction
 from .s2mlpv2 import SplitAttentionFunction
@@ -30,12 +32,17 @@ __all__ = [
     "CBAMFunction",
     "ChannelAttentionFunction",
     "ChannelMLPFunction",
+    "ChannelScale",
     "CoordAttFunction",
     "CrissCrossFunction",
     "ECAFunction",
     "LocalAttentionFunction",
+    "MapConvFunction",
+    "Mean",
     "NAMFunction",
     "NormGateFunction",
+    "PoolChannels",
+    "PoolPixels",
     "SEFunction",
     "SKFunction",
     "SOCAFunction",
@@ -44,6 +51,7 @@ __all__ = [
     "SimAMFunction",
     "SpatialAttentionFunction",
     "SplitAttentionFunction",
+    "TwofoldScale",
     "WindowAttentionFunction",
     "attention_mean",
     "fits_a_block",

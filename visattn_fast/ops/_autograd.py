@@ -26,10 +26,17 @@ def run(function: type[torch.autograd.Function], *args: Any) -> tuple[Tensor, ..
     """The results of a fused function. An autograd node is made only where a gradient can be asked for."""
     if not (torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)):
         return function.forward(*args)
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling():
+        # Dynamo refuses one tensor in two places, as x is where it is the residual, too.
+        return function.apply(*(_again(a) if any(a is b for b in args[:i]) else a for i, a in enumerate(args)))
+    if torch._C._are_functorch_transforms_active():
         return function.apply(*args)
     # Function.apply first inspects forward's signature for defaults, which it has not: 28 of 50 us a call.
     return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
+
+
+def _again(a: Any) -> Any:
+    return a.view_as(a) if isinstance(a, Tensor) else a
 
 
 def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:

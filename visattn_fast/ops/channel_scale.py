@@ -7,6 +7,10 @@ from ._layout import accumulation_dtype, empty_map, empty_small, to_map
 from ._library import define
 
 
+def _channel_mean_reference(x):
+    return x.mean((2, 3), dtype=accumulation_dtype(x))
+
+
 def _channel_scale_fwd_reference(x, gate, residual, activation):
     return finish(x, gate[:, :, None, None], residual, activation)
 
@@ -35,6 +39,12 @@ def _channel_input_grad_fake(grad, x, gate, dmean):
     return empty_map(x)
 
 
+channel_mean = define(
+    "channel_mean(Tensor x) -> Tensor mean",
+    "channel_scale",
+    _channel_mean_reference,
+    lambda x: empty_small(x, *x.shape[:2]),
+)
 # y = act(x * gate + residual); gate [N, C] in the accumulation dtype.
 channel_scale_fwd = define(
     "channel_scale_fwd(Tensor x, Tensor gate, Tensor? residual, int activation) -> Tensor y",

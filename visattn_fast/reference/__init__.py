@@ -9,6 +9,7 @@ from .criss_cross import CrissCross, criss_cross
 from .eca import ECA, eca
 from .epilogue import epilogue
 from .gam import GAM, channel_mlp, norm_gate
+from .gates import gate_channels, gate_twice
 from .local_attention import LocalAttention, local_attention
 from .masking import masked_softmax
 from .nam import NAM, nam
@@ -53,6 +54,8 @@ __all__ = [
     "criss_cross",
     "eca",
     "epilogue",
+    "gate_channels",
+    "gate_twice",
     "local_attention",
     "masked_softmax",
     "nam",

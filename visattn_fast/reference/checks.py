@@ -9,6 +9,7 @@ from torch import Tensor
 # The index is the code that the ops take.
 ACTIVATIONS = (None, "relu", "silu")
 GATES = ("sigmoid", "hard_sigmoid")
+TIES = ("first", "even")
 
 
 def check_positive(name: str, value: int) -> None:

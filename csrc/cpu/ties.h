@@ -1,0 +1,97 @@
+// Equal maxima: how many there are, and which elements they are. A maximum that shares its gradient evenly
+// notes its index where it is the only one, else minus the number of its equals; one that does not notes the
+// first.
+#pragma once
+
+#include "matrix.h"
+
+namespace visattn {
+
+// count[r] of the elements x[r, c] * scale[c] (scale may be null) that equal max[r]. The product is that of
+// row_stats, bit for bit. NaN equals nothing.
+template <class T, bool kScale>
+void count_in_rows(Matrix<const T> x, const Acc<T>* scale, const Acc<T>* max, Index<Acc<T>>* count) {
+  using A = Acc<T>;
+  simd([=]() VF_INLINE {
+    const int64_t whole = x.cols - x.cols % kLanes<A>;
+    for (int64_t r = 0; r < x.rows; ++r) {
+      const T* row = x.row(r);
+      const Vec<A> top = set1<A>(max[r]);
+      IVec<A> found{};
+      for (int64_t c = 0; c < whole; c += kLanes<A>) {
+        Vec<A> v = load(row + c);
+        if constexpr (kScale) v = v * load(scale + c);
+        found -= v == top;
+      }
+      Index<A> total = reduce_lanes(found, [](IVec<A> a, IVec<A> b) VF_INLINE { return a + b; });
+      for (int64_t c = whole; c < x.cols; ++c) {
+        total += static_cast<A>(row[c]) * (kScale ? scale[c] : A(1)) == max[r];
+      }
+      count[r] = total;
+    }
+  });
+}
+
+template <class T, bool kScale, int R>
+VF_INLINE inline void count_group(const Matrix<const T>& x, int64_t r0, const Acc<T>* scale,
+                                  const Acc<T>* max, Index<Acc<T>>* count) {
+  using A = Acc<T>;
+  for_vectors<A>(x.cols, [&](int64_t c, auto lanes) VF_INLINE {
+    const Vec<A> top = load(max + c);
+    IVec<A> found = load_index<A>(count + c);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      Vec<A> v = load(x.row(r0 + r) + c, lanes);
+      if constexpr (kScale) v = v * set1<A>(scale[r0 + r]);
+      found -= v == top;
+    }
+    store_index<A>(count + c, found);
+  });
+}
+
+// count[c] of the elements x[r, c] * scale[r] that equal max[c]. max and count are padded.
+template <class T, bool kScale>
+void count_in_columns(Matrix<const T> x, const Acc<T>* scale, const Acc<T>* max, Index<Acc<T>>* count) {
+  using A = Acc<T>;
+  simd([=]() VF_INLINE {
+    for (int64_t c = 0; c < x.cols; c += kLanes<A>) store_index<A>(count + c, IVec<A>{});
+    int64_t r = 0;
+    for (; r + 8 <= x.rows; r += 8) count_group<T, kScale, 8>(x, r, scale, max, count);
+    for (; r < x.rows; ++r) count_group<T, kScale, 1>(x, r, scale, max, count);
+  });
+}
+
+template <class I>
+int32_t index_or_ties(I index, I count) {
+  return static_cast<int32_t>(count > 1 ? -count : index);
+}
+
+// The maxima of an image's pixels over its channels, or of its channels over its pixels, and their gradients.
+template <class A>
+struct Maxima {
+  const int32_t* at;
+  const A *value, *grad;  // the values are looked at where at < 0
+
+  // Gradient of each of the elements that equal maximum i.
+  A share(int64_t i) const { return at[i] < 0 ? grad[i] / static_cast<A>(-at[i]) : grad[i]; }
+
+  // Whether the maximum i is, or equals, the element at `index`, whose value is value_of().
+  template <class F>
+  bool hits(int64_t i, int64_t index, const F& value_of) const {
+    return at[i] < 0 ? value_of() == value[i] : at[i] == index;
+  }
+
+  // f(index) for every element out of [begin, end) that maximum i is or equals.
+  template <class ValueAt, class F>
+  void each(int64_t i, int64_t begin, int64_t end, const ValueAt& value_at, const F& f) const {
+    if (at[i] >= 0) {
+      if (at[i] >= begin && at[i] < end) f(at[i]);
+      return;
+    }
+    for (int64_t k = begin; k < end; ++k) {
+      if (value_at(k) == value[i]) f(k);
+    }
+  }
+};
+
+}  // namespace visattn

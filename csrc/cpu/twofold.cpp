@@ -1,0 +1,240 @@
+// The passes over x of any gate per channel and gate per pixel whose mathematics stands elsewhere:
+// u = x * channel, y = act(u * spatial + residual), with the means and maxima that both gates are made of.
+#include "twofold.h"
+
+#include <tuple>
+
+#include "channel_scale.h"
+#include "conv.h"
+#include "pixels.h"
+
+namespace visattn {
+namespace {
+
+// Calls f with `even` as a compile-time constant.
+template <class F>
+void with_ties(bool even, const F& f) {
+  if (even) return f(std::true_type{});
+  f(std::false_type{});
+}
+
+// A small tensor of the accumulation dtype with `rows` values a channel, or a pixel, of every image.
+template <class A>
+Tensor small_as(const Tensor& t, int64_t count, const char* name) {
+  STD_TORCH_CHECK(t.numel() == count, name, " must have ", count, " elements, got ", t.numel());
+  return weight_as(t, kDtype<A>);
+}
+
+std::tuple<Tensor, Tensor> pool_pixels(Tensor x, bool even) {
+  return dispatch(x, [&](auto type) {
+    using T = decltype(type);
+    using A = Acc<T>;
+    const Shape s = shape_of(x);
+    const FeatureMap map = feature_map(x);
+    Tensor pooled = empty({s.N, 2, s.C}, kDtype<A>), at = empty({s.N, s.C}, ScalarType::Int);
+    with_ties(even, [&](auto ties) {
+      for_images(s.N, s.C * s.P, [&](int64_t begin, int64_t end, const Team& team) {
+        ChannelPool<T, true, decltype(ties)::value> pool(s, map.nhwc);
+        for (int64_t n = begin; n < end; ++n) {
+          A* mean = data<A>(pooled) + 2 * n * s.C;
+          pool.run(matrix(map.image<T>(n), s, map.nhwc, map.ld), team, mean, mean + s.C,
+                   data<int32_t>(at) + n * s.C);
+        }
+      });
+    });
+    return std::make_tuple(pooled, at);
+  });
+}
+
+std::tuple<Tensor, Tensor> pool_channels(Tensor x, Tensor gate, bool even) {
+  return dispatch(x, [&](auto type) {
+    using T = decltype(type);
+    using A = Acc<T>;
+    const Shape s = shape_of(x);
+    const FeatureMap map = feature_map(x);
+    const Tensor channel = small_as<A>(gate, s.N * s.C, "gate");
+    const PixelBlocks<T> blocks(s);
+    Tensor maps = empty({s.N, 2, s.H, s.W}, kDtype<A>), at = empty({s.N, s.H, s.W}, ScalarType::Int);
+    with_ties(even, [&](auto ties) {
+      for_images(s.N, s.C * s.P, [&](int64_t begin, int64_t end, const Team& team) {
+        Buffer<A> scale(s.C);
+        for (int64_t n = begin; n < end; ++n) {
+          std::copy_n(data<A>(channel) + n * s.C, s.C, scale.get());
+          const auto in = matrix(map.image<T>(n), s, map.nhwc, map.ld);
+          A *mean = data<A>(maps) + 2 * n * s.P, *max = mean + s.P;
+          team.each(blocks.count, [&](int64_t b, int64_t e) {
+            for (; b < e; ++b) {
+              const int64_t p0 = blocks.first_pixel(b), p1 = blocks.last_pixel(b);
+              pixel_stats<T, true, decltype(ties)::value>(pixels_of(in, map.nhwc, p0, p1), map.nhwc,
+                                                          scale.get(), mean + p0, max + p0,
+                                                          data<int32_t>(at) + n * s.P + p0);
+            }
+          });
+        }
+      });
+    });
+    return std::make_tuple(maps, at);
+  });
+}
+
+Tensor pool_channels_bwd(Tensor x, Tensor gate, Tensor maps, Tensor dmaps, Tensor at) {
+  return dispatch(x, [&](auto type) {
+    using T = decltype(type);
+    using A = Acc<T>;
+    const Shape s = shape_of(x);
+    const FeatureMap map = feature_map(x);
+    const Tensor channel = small_as<A>(gate, s.N * s.C, "gate"),
+                 d = small_as<A>(dmaps, 2 * s.N * s.P, "dmaps");
+    const PixelBlocks<T> blocks(s);
+    Tensor dgate = empty({s.N, s.C}, kDtype<A>);
+    for_images(s.N, s.C * s.P, [&](int64_t begin, int64_t end, const Team& team) {
+      Buffer<A> scale(s.C), dmean(s.P);
+      ChannelPartials<A> parts(s.C, blocks.count);
+      for (int64_t n = begin; n < end; ++n) {
+        std::copy_n(data<A>(channel) + n * s.C, s.C, scale.get());
+        const A* dmaps_n = data<A>(d) + 2 * n * s.P;
+        for (int64_t p = 0; p < s.P; ++p) dmean[p] = dmaps_n[p] / static_cast<A>(s.C);
+        const Maxima<A> maxima{data<int32_t>(at) + n * s.P, data<A>(maps) + (2 * n + 1) * s.P, dmaps_n + s.P};
+        const auto in = matrix(map.image<T>(n), s, map.nhwc, map.ld);
+        team.each(blocks.count, [&](int64_t b, int64_t e) {
+          for (; b < e; ++b) {
+            map_sums<T>(in, map.nhwc, blocks.first_pixel(b), blocks.last_pixel(b), scale.get(), dmean.get(),
+                        maxima, parts.part(b));
+          }
+        });
+        parts.sum(data<A>(dgate) + n * s.C);
+      }
+    });
+    return dgate;
+  });
+}
+
+Tensor twofold_scale(Tensor x, Tensor channel, Tensor spatial, std::optional<Tensor> residual,
+                     int64_t activation) {
+  return dispatch(x, [&](auto type) {
+    using T = decltype(type);
+    using A = Acc<T>;
+    const Shape s = shape_of(x);
+    const FeatureMap map = feature_map(x);
+    const auto res = optional_map(residual, s, map.nhwc);
+    const Tensor of_channel = small_as<A>(channel, s.N * s.C, "channel"),
+                 of_pixel = small_as<A>(spatial, s.N * s.P, "spatial");
+    const PixelBlocks<T> blocks(s);
+    Tensor y = empty_map(s, map.nhwc, x.scalar_type());
+    for_images(s.N, s.C * s.P, [&](int64_t begin, int64_t end, const Team& team) {
+      Buffer<A> gate_c(s.C), gate_s(s.P);
+      for (int64_t n = begin; n < end; ++n) {
+        std::copy_n(data<A>(of_channel) + n * s.C, s.C, gate_c.get());
+        std::copy_n(data<A>(of_pixel) + n * s.P, s.P, gate_s.get());
+        const T* pr = static_cast<const T*>(image_or_null(res, n, sizeof(T)));
+        const auto in = matrix(map.image<T>(n), s, map.nhwc, map.ld);
+        team.each(blocks.count, [&](int64_t b, int64_t e) {
+          const int64_t p0 = blocks.first_pixel(b), p1 = blocks.last_pixel(e - 1),
+                        skip = map.nhwc ? p0 * s.C : p0;
+          apply_gate<T>(pixels_of(in, map.nhwc, p0, p1), both_gates(map.nhwc, gate_c.get(), gate_s.get(), p0),
+                        pr ? pr + skip : nullptr, data<T>(y) + n * s.C * s.P + skip, map.nhwc ? s.C : s.P,
+                        activation);
+        });
+      }
+    });
+    return y;
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor> twofold_scale_bwd(Tensor grad, Tensor x, Tensor channel, Tensor spatial,
+                                                     std::optional<Tensor> residual, int64_t activation) {
+  return dispatch(x, [&](auto type) {
+    using T = decltype(type);
+    using A = Acc<T>;
+    const Shape s = shape_of(x);
+    const FeatureMap map = feature_map(x), g = dense_map(grad, s, map.nhwc);
+    const bool nhwc = map.nhwc, act = activation != kNone;
+    const auto res = act ? optional_map(residual, s, nhwc) : std::nullopt;
+    const Tensor of_channel = small_as<A>(channel, s.N * s.C, "channel"),
+                 of_pixel = small_as<A>(spatial, s.N * s.P, "spatial");
+    const PixelBlocks<T> blocks(s);
+    const int64_t image = s.C * s.P;
+    Tensor dchannel = empty({s.N, s.C}, kDtype<A>), dspatial = empty({s.N, s.H, s.W}, kDtype<A>),
+           dresidual = act ? empty_map(s, nhwc, x.scalar_type()) : empty({0}, x.scalar_type());
+    for_images(s.N, image, [&](int64_t begin, int64_t end, const Team& team) {
+      Buffer<A> gate_c(s.C), gate_s(s.P);
+      ChannelPartials<A> parts(s.C, blocks.count);
+      for (int64_t n = begin; n < end; ++n) {
+        std::copy_n(data<A>(of_channel) + n * s.C, s.C, gate_c.get());
+        std::copy_n(data<A>(of_pixel) + n * s.P, s.P, gate_s.get());
+        const T* pr = static_cast<const T*>(image_or_null(res, n, sizeof(T)));
+        T* kept = act ? data<T>(dresidual) + n * image : nullptr;
+        const auto in = matrix(map.image<T>(n), s, nhwc, map.ld);
+        const auto upstream = matrix<const T>(act ? kept : g.image<T>(n), s, nhwc, g.ld);
+        team.each(blocks.count, [&](int64_t b, int64_t e) {
+          for (; b < e; ++b) {
+            const int64_t p0 = blocks.first_pixel(b), p1 = blocks.last_pixel(b), skip = nhwc ? p0 * s.C : p0;
+            const auto xs = pixels_of(in, nhwc, p0, p1);
+            if (act) {
+              gate_grad<T>(xs, both_gates(nhwc, gate_c.get(), gate_s.get(), p0), g.image<T>(n) + skip,
+                           pr ? pr + skip : nullptr, kept + skip, g.ld, activation);
+            }
+            gate_sums<T>(xs, pixels_of(upstream, nhwc, p0, p1), nhwc, gate_c.get(), &gate_s[p0],
+                         parts.part(b), data<A>(dspatial) + n * s.P + p0);
+          }
+        });
+        parts.sum(data<A>(dchannel) + n * s.C);
+      }
+    });
+    return std::make_tuple(dchannel, dspatial, dresidual);
+  });
+}
+
+Tensor twofold_input_grad(Tensor grad, Tensor x, Tensor channel, Tensor spatial, Tensor maps, Tensor dmaps,
+                          Tensor at_c, Tensor pooled, Tensor dpooled, Tensor at_hw) {
+  return dispatch(x, [&](auto type) {
+    using T = decltype(type);
+    using A = Acc<T>;
+    const Shape s = shape_of(x);
+    const FeatureMap map = feature_map(x), g = dense_map(grad, s, map.nhwc);
+    const Tensor of_channel = small_as<A>(channel, s.N * s.C, "channel"),
+                 of_pixel = small_as<A>(spatial, s.N * s.P, "spatial"),
+                 dm = small_as<A>(dmaps, 2 * s.N * s.P, "dmaps"),
+                 dp = small_as<A>(dpooled, 2 * s.N * s.C, "dpooled");
+    const PixelBlocks<T> blocks(s);
+    Tensor dx = empty_map(s, map.nhwc, x.scalar_type());
+    for_images(s.N, s.C * s.P, [&](int64_t begin, int64_t end, const Team& team) {
+      Buffer<A> gate_c(s.C), gate_s(s.P), dmean_c(s.P), dmean_hw(s.C);
+      for (int64_t n = begin; n < end; ++n) {
+        const A *dmaps_n = data<A>(dm) + 2 * n * s.P, *dpooled_n = data<A>(dp) + 2 * n * s.C;
+        std::copy_n(data<A>(of_channel) + n * s.C, s.C, gate_c.get());
+        std::copy_n(data<A>(of_pixel) + n * s.P, s.P, gate_s.get());
+        for (int64_t p = 0; p < s.P; ++p) dmean_c[p] = dmaps_n[p] / static_cast<A>(s.C);
+        for (int64_t c = 0; c < s.C; ++c) dmean_hw[c] = dpooled_n[c] / static_cast<A>(s.P);
+        const InputGrad<T> pass{
+            gate_c.get(),
+            gate_s.get(),
+            dmean_c.get(),
+            dmean_hw.get(),
+            {data<int32_t>(at_c) + n * s.P, data<A>(maps) + (2 * n + 1) * s.P, dmaps_n + s.P},
+            {data<int32_t>(at_hw) + n * s.C, data<A>(pooled) + (2 * n + 1) * s.C, dpooled_n + s.C}};
+        const auto in = matrix(map.image<T>(n), s, map.nhwc, map.ld);
+        const auto gs = matrix(g.image<T>(n), s, map.nhwc, g.ld);
+        team.each(blocks.count, [&](int64_t b, int64_t e) {
+          for (; b < e; ++b) {
+            pass.run(in, gs, map.nhwc, blocks.first_pixel(b), blocks.last_pixel(b),
+                     data<T>(dx) + n * s.C * s.P);
+          }
+        });
+      }
+    });
+    return dx;
+  });
+}
+
+}  // namespace
+}  // namespace visattn
+
+STABLE_TORCH_LIBRARY_IMPL(visattn_fast, CPU, m) {
+  m.impl("pool_pixels", TORCH_BOX(&visattn::pool_pixels));
+  m.impl("pool_channels", TORCH_BOX(&visattn::pool_channels));
+  m.impl("pool_channels_bwd", TORCH_BOX(&visattn::pool_channels_bwd));
+  m.impl("twofold_scale", TORCH_BOX(&visattn::twofold_scale));
+  m.impl("twofold_scale_bwd", TORCH_BOX(&visattn::twofold_scale_bwd));
+  m.impl("twofold_input_grad", TORCH_BOX(&visattn::twofold_input_grad));
+}

@@ -1,0 +1,39 @@
+"""Ultralytics' CBAM and its halves, whose own layers run on pooled values and maps. Known of ultralytics 8."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from ultralytics.nn.modules.conv import CBAM, ChannelAttention, SpatialAttention
+
+from .. import functional
+from .maps import map_logit
+from .recipe import Recipe
+
+
+class FastChannelAttention(ChannelAttention):
+    """Ultralytics' ChannelAttention: one layer on the mean, and the map scaled."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.gate_channels(x, lambda mean: self.act(self.fc(mean)))
+
+
+class FastSpatialAttention(SpatialAttention):
+    """Ultralytics' SpatialAttention: a convolution of mean and maximum, and the map scaled."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.gate_twice(x, None, lambda maps: self.act(map_logit(self.cv1, maps)))
+
+
+class FastCBAM(CBAM):
+    """Ultralytics' CBAM: the one, then the other."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        c, s = self.channel_attention, self.spatial_attention
+        return functional.gate_twice(x, lambda mean, _: c.act(c.fc(mean)), lambda maps: s.act(map_logit(s.cv1, maps)))
+
+
+RECIPES = [
+    Recipe(ChannelAttention, FastChannelAttention, "gate_channels"),
+    Recipe(SpatialAttention, FastSpatialAttention, "gate_twice"),
+    Recipe(CBAM, FastCBAM, "gate_twice"),
+]

@@ -1,0 +1,62 @@
+"""Gates whose mathematics the caller brings, in plain PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .checks import TIES, check_choice, check_feature_map
+
+
+def gate_channels(x: Tensor, gate: Callable[[Tensor], Tensor]) -> Tensor:
+    """``x * gate(mean(x))``: mean over H and W.
+
+    Args:
+        x: ``[N, C, H, W]``.
+        gate: ``[N, C, 1, 1]`` -> ``[N, C, 1, 1]``, in differentiable PyTorch.
+
+    Raises:
+        ValueError: a shape that does not fit.
+        TypeError: a dtype that is not floating.
+    """
+    check_feature_map(x)
+    return x * checked(gate(x.mean((2, 3), keepdim=True)), (*x.shape[:2], 1, 1), "gate")
+
+
+def gate_twice(
+    x: Tensor,
+    channel: Callable[[Tensor, Tensor], Tensor] | None,
+    spatial: Callable[[Tensor], Tensor],
+    ties: str = "first",
+) -> Tensor:
+    """``u = x * channel(mean(x), max(x))``, over H and W; then ``u * spatial([mean(u), max(u)])``, over C.
+
+    Args:
+        x: ``[N, C, H, W]``.
+        channel: ``[N, C, 1, 1]`` twice -> ``[N, C, 1, 1]``, in differentiable PyTorch; None for no such gate.
+        spatial: ``[N, 2, H, W]`` -> ``[N, 1, H, W]``, in differentiable PyTorch.
+        ties: which of equal maxima gets the gradient: the ``"first"``, as `torch.max` has it, or each an ``"even"``
+            share, as `torch.amax` has it.
+
+    Raises:
+        ValueError: a shape that does not fit, an unknown ``ties``.
+        TypeError: a dtype that is not floating.
+    """
+    check_feature_map(x)
+    even = bool(check_choice("ties", ties, TIES))
+    if channel is not None:
+        maximum = x.amax((2, 3), keepdim=True) if even else F.adaptive_max_pool2d(x, 1)
+        x = x * checked(channel(x.mean((2, 3), keepdim=True), maximum), (*x.shape[:2], 1, 1), "channel")
+    maximum = x.amax(1, keepdim=True) if even else x.max(dim=1, keepdim=True).values
+    maps = torch.cat([x.mean(1, keepdim=True), maximum], 1)
+    return x * checked(spatial(maps), (x.shape[0], 1, *x.shape[2:]), "spatial")
+
+
+def checked(gate: Tensor, shape: tuple[int, ...], name: str) -> Tensor:
+    """The gate that a callable of that name returned. Raises ValueError unless it has the shape."""
+    if gate.shape != shape:
+        raise ValueError(f"{name} must return shape {list(shape)}, got {list(gate.shape)}")
+    return gate
