@@ -50,11 +50,10 @@ def test_other_dtypes(dtype, target):
     hold(compiled.SHAPES[0], dtype, target)
 
 
-@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
-def test_shared_maxima(target):
+def test_shared_maxima():
     """The passes around a caller's gates, whose maxima share their gradient."""
     layouts = [Call(KINDS["even"], compiled.SHAPES[0], layout, residual=True) for layout in catalogue.LAYOUTS]
-    kernels = compiled.compile_all(compiled.variants(layouts, [target]))
+    kernels = compiled.compile_all(compiled.variants(layouts, ["sm_90"]))
     assert sum("pool" in kernel.variant.kernel for kernel in kernels) > 2, "the launches were not seen"
     faults = [fault for kernel in kernels for fault in kernel.faults]
     assert not faults, "\n".join(faults)
