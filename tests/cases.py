@@ -24,11 +24,11 @@ EPILOGUES = ((False, None), (True, None), (True, "relu"), (True, "silu"), (False
 
 SHAPES = [(2, 16, 8, 8), (3, 5, 7, 5), (2, 3, 13, 17), (2, 16, 1, 1), (1, 1, 3, 3), (2, 33, 2, 9), (1, 64, 9, 11)]
 SHAPES += [(0, 16, 4, 4)]
-if not INTERPRETED:  # about 1 ms a program there
-    SHAPES += [(3, 64, 56, 56), (1, 96, 61, 67), (2, 512, 7, 7), (1, 8, 160, 200)]
 # Every dtype on the first two shapes; on the others, those that differ in how they are read and rounded.
 SHAPE_DTYPES = [(s, d) for s in SHAPES[:2] for d in DTYPES]
 SHAPE_DTYPES += [(s, d) for s in SHAPES[2:] for d in (torch.float32, torch.bfloat16)]
+# Many blocks, parts and threads; the interpreter takes about 1 ms a program.
+LARGE_SHAPES = [] if INTERPRETED else [(3, 64, 56, 56), (1, 96, 61, 67), (2, 512, 7, 7), (1, 8, 160, 200)]
 
 
 def _sliced(dim: int, x: Tensor, layout: str) -> Tensor:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import re
 
 import pytest
 import torch
+from torch._inductor.utils import fresh_cache, run_and_get_code
 
 import visattn_fast as vf
 from cases import feature_map
@@ -197,10 +199,11 @@ def test_channels_last_weights(entry):
 @entries
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compile(entry, dynamic):
-    """One graph, no break, gradients included; with dynamic sizes no recompilation either."""
+    """One graph, no break, gradients included; with dynamic sizes no recompilation either, and Inductor's code."""
     torch._dynamo.reset()
     fast, _ = entry.pair(16)
-    compiled = torch.compile(fast, fullgraph=True, dynamic=dynamic)
+    backend = "inductor" if dynamic else "aot_eager"  # compiling takes its time
+    compiled = torch.compile(fast, fullgraph=True, dynamic=dynamic, backend=backend)
     tolerance = {"rtol": 1e-3, "atol": 1e-3} if entry.layers else {}  # Inductor has batch norms of its own
     shapes = [(2, 16, 6, 5), (3, 16, 8, 9), (5, 16, 7, 6)] if dynamic else [(2, 16, 6, 5)]
     for index, shape in enumerate(shapes):
@@ -210,6 +213,19 @@ def test_compile(entry, dynamic):
             results = [torch.autograd.grad(f(x).square().sum(), [x, *fast.parameters()]) for f in (compiled, fast)]
             torch.testing.assert_close(compiled(x), fast(x), **tolerance)
         torch.testing.assert_close(*results, **tolerance)
+
+
+def test_compiled_convolutions_choose_the_layout():
+    """Inductor runs convolutions in channels_last here; the gate between them is not to make it copy maps back."""
+    torch._dynamo.reset()
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 16, 3), vf.FastSE(16), torch.nn.Conv2d(16, 3, 1))
+    x = feature_map((2, 3, 8, 7), "nchw", torch.float32)
+    with torch.no_grad(), fresh_cache():  # which knows code of the same ops with other tags
+        y, (code,) = run_and_get_code(torch.compile(model, fullgraph=True), x)
+        torch.testing.assert_close(y, model(x))
+    result = re.search(r"se_fwd\.default\(.*?assert_size_stride\(\w+, (\(.*?\), \(.*?\))", code, re.DOTALL)
+    assert result
+    assert result[1] == "(2, 16, 6, 5), (480, 1, 80, 16)", code
 
 
 def test_compile_epilogue_and_backend_choice():

@@ -39,7 +39,8 @@ def define(schema: str, launcher: str | None, reference: Callable[..., Any], fak
         fake: shapes, dtypes and strides of the results.
     """
     name = schema[: schema.index("(")]
-    LIBRARY.define(schema)
+    # Kernels read any strides. Else Inductor would copy maps back to the layout that they have in eager mode.
+    LIBRARY.define(schema, tags=(torch.Tag.flexible_layout,))
     LIBRARY.impl(name, without_autocast(reference), "CompositeExplicitAutograd")
     torch.library.register_fake(f"visattn_fast::{name}", fake, lib=LIBRARY)
     OPS[name] = Op(reference, launcher)
