@@ -6,7 +6,7 @@ t = sum mask dz, dz the gradient before the sigmoid, every gradient of the perce
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -19,18 +19,13 @@ from ._layout import Layout, accumulation_dtype, canonical
 from ._mlp import mlp_gate, mlp_gate_bwd
 from ._pixel import pixel_grads, sum_images, upstream_tile
 from ._pool import combine
+from ._product import dot, product
 from ._tiles import SIGMOID, gate_grad, sigmoid, tile_mask, tile_offsets
 
 WORD = tl.constexpr(32)  # hidden units whose signs share an integer
 FEWER = 4  # times fewer programs than other reductions have: each leaves sums as large as a tile
 WIDEST, HELD = 256, 64  # channels and hidden units that a program can hold
 SUMS = 8192  # products of them that it can sum up meanwhile
-
-
-@triton.jit
-def _dot(a, b, acc, DOT: tl.constexpr, PRECISION: tl.constexpr):
-    """acc + a b, as `_product` says."""
-    return tl.dot(a.to(DOT), b.to(DOT), acc, input_precision=PRECISION, out_dtype=acc.dtype)
 
 
 @triton.jit
@@ -50,7 +45,7 @@ def _hidden_units(
         mask = tile_mask(c, p, C, HW, CHANNELS_LAST, ALIGN)
         x = tl.load(x_ptr + n * stride_n + tile_offsets(c, p, stride_o, CHANNELS_LAST, ALIGN), mask=mask, other=0.0)
         w = tl.load(p1_ptr + s[:, None] * C + c[None, :], mask=(s < S)[:, None] & (c < C)[None, :], other=0.0)
-        hidden = _dot(w, x, hidden, DOT, PRECISION)
+        hidden = dot(w, x, hidden, DOT, PRECISION)
         if sums_ptr is not None:
             tl.store(sums_ptr + c, tl.sum(x.to(logits.dtype), 1), mask=c < C)
     if q1_ptr is not None:
@@ -142,7 +137,7 @@ def _hidden_grads_kernel(
         dz = dspatial * gate_grad(spatial_gate, SIGMOID)
         tl.store(dz_ptr + n * HW + p, dz, mask=p < HW)
         masked = _masked(dz, signs_ptr, n, s, p, S, HW)
-        sums = _dot(x, masked, sums, DOT, PRECISION)
+        sums = dot(x, masked, sums, DOT, PRECISION)
         counts += tl.sum(masked, 0)
     part = tl.program_id(0).to(tl.int64)
     _store_sums(sums_ptr, counts_ptr, sums, counts, part, c, s, C, S, True)
@@ -170,7 +165,7 @@ def _hidden_sums_kernel(
         x = tl.load(x_ptr + n * stride_n + tile_offsets(c, p, stride_o, CHANNELS_LAST, ALIGN), mask=mask, other=0.0)
         dz = tl.load(dz_ptr + n * HW + p, mask=p < HW, other=0.0)
         masked = _masked(dz, signs_ptr, n, s, p, S, HW)
-        sums = _dot(x, masked, sums, DOT, PRECISION)
+        sums = dot(x, masked, sums, DOT, PRECISION)
         counts += tl.sum(masked, 0)
     part = tl.program_id(1).to(tl.int64)
     _store_sums(sums_ptr, counts_ptr, sums, counts, part, c, s, C, S, tl.program_id(0) % blocks_c == 0)
@@ -195,7 +190,7 @@ def _hidden_dx_kernel(
         s = start + tl.arange(0, BLOCK_S)
         w = tl.load(weight_ptr + s[:, None] * C + c[None, :], mask=(s < S)[:, None] & (c < C)[None, :], other=0.0)
         masked = _masked(dz, signs_ptr, n, s, p, S, HW)
-        through = _dot(masked, w, through, DOT, PRECISION)
+        through = dot(masked, w, through, DOT, PRECISION)
     mask = tile_mask(c, p, C, HW, CHANNELS_LAST, ALIGN)
     offsets = n * C * HW + tile_offsets(c, p, C if CHANNELS_LAST else HW, CHANNELS_LAST, ALIGN)
     g = tl.load(grad_ptr + offsets, mask=mask, other=0.0).to(acc_ty)
@@ -203,18 +198,6 @@ def _hidden_dx_kernel(
     g *= tl.load(spatial_gate_ptr + n * HW + p, mask=p < HW, other=0.0)[None, :]
     g += (tl.load(dmean_ptr + n * C + c, mask=c < C, other=0.0) / HW)[:, None]
     tl.store(dx_ptr + offsets, g + tl.trans(through), mask=mask)
-
-
-def _product(x: torch.Tensor, w: torch.Tensor) -> dict[str, Any]:
-    """What matrix units multiply: 16-bit maps and weights as they are, float32 as six products of bfloat16 parts.
-
-    Triton's interpreter (x on the CPU) would multiply bfloat16 as integers, and has no such parts.
-    """
-    if x.dtype == torch.float64:
-        return {"DOT": tl.float64, "PRECISION": "ieee"}
-    if x.is_cpu or x.dtype == torch.float32 or w.dtype != x.dtype:
-        return {"DOT": tl.float32, "PRECISION": "ieee" if x.is_cpu else "bf16x6"}
-    return {"DOT": tl.float16 if x.dtype == torch.float16 else tl.bfloat16, "PRECISION": "ieee"}
 
 
 def _units(S: int, limit: int) -> int:
@@ -251,7 +234,7 @@ def _hidden_gate(
     launch(
         _hidden_gate_kernel, N * blocks,
         x, p1.reshape(S, C).contiguous(), q1, p2.reshape(-1).contiguous(), q2, sums, gate, signs, C, HW, S,
-        layout.stride_n, layout.stride_o, **_product(x, p1), MORE=block_s < S, BLOCK_S=block_s, **t._asdict(),
+        layout.stride_n, layout.stride_o, **product(x, p1), MORE=block_s < S, BLOCK_S=block_s, **t._asdict(),
     )  # fmt: skip
     return combine(sums, None, like.new_empty((N, C)), divisor=HW), gate, signs
 
@@ -291,7 +274,7 @@ def _hidden_grads(
         launch(
             _hidden_sums_kernel, programs,
             x, dz_s, signs, sums, counts, tiles, C, HW, S, layout.stride_n, layout.stride_o, steps,
-            **_product(x, p1), BLOCK_S=block_s, **t._asdict(), parts=parts, num_stages=2,
+            **product(x, p1), BLOCK_S=block_s, **t._asdict(), parts=parts, num_stages=2,
         )  # fmt: skip
     else:
         t = _grads_tile(layout, x.element_size())
@@ -305,7 +288,7 @@ def _hidden_grads(
             _hidden_grads_kernel, parts,
             grad, x, None if residual is None else layout.dense(residual), channel_gate, spatial_gate, signs,
             dresidual if activation else None, dchannel, sums, counts, dz_s, N * blocks, C, HW, S,
-            layout.stride_n, layout.stride_o, steps, ACTIVATION=activation, COMBINE=PRODUCT.value, **_product(x, p1),
+            layout.stride_n, layout.stride_o, steps, ACTIVATION=activation, COMBINE=PRODUCT.value, **product(x, p1),
             BLOCK_S=_units(S, HELD), **t._asdict(),
         )  # fmt: skip
         g, dz_c = dresidual if activation else grad, combine(dchannel, channel_gate, torch.empty_like(channel_gate))
@@ -323,7 +306,7 @@ def _hidden_dx(
     launch(
         _hidden_dx_kernel, layout.N * cdiv(C, t.BLOCK_C) * cdiv(HW, t.BLOCK_P),
         grad, channel_gate, spatial_gate, dmean, weight, dz, signs, dx, C, HW, S,
-        **_product(x, p1), BLOCK_S=_units(S, 32), **t._asdict(),
+        **product(x, p1), BLOCK_S=_units(S, 32), **t._asdict(),
     )  # fmt: skip
     return dx
 

@@ -91,11 +91,12 @@ class Account:
     declared: float
     moved: tuple[Moved, ...]
     x: torch.Tensor
+    rereads: bool = False  # a tensor counts once a launch: what is read again comes from a cache
 
     @property
     def streamed(self) -> float:
         """All traffic of tensors that are about as large as x."""
-        return sum(m.bytes for m in self.moved if self._large(m)) / self.x.nbytes
+        return sum(self._bytes(m) for m in self.moved if self._large(m)) / self.x.nbytes
 
     @property
     def small(self) -> float:
@@ -117,6 +118,9 @@ class Account:
         parts = [f"{m.kernel} (launch {m.launch}) {m.kind}s {m.tensor} {m.bytes / self.x.nbytes:.2f} N" for m in large]
         return f"{self.op} moves {self.streamed:.2f} N, {self.declared:g} N are declared: {'; '.join(parts)}"
 
+    def _bytes(self, m: Moved) -> int:
+        return min(m.bytes, m.elements * self.x.element_size()) if self.rereads else m.bytes
+
     def _large(self, m: Moved) -> bool:
         return m.elements * 4 >= self.x.numel()
 
@@ -127,12 +131,18 @@ def accounts(call: Call) -> list[Account]:
     call.run("cpu", traffic, traffic.operation)
     x = torch.empty(call.shape, dtype=call.dtype, device="meta")
     return [
-        Account(op, passes, tuple(m for m in traffic.moved if m.op == op), x) for op, passes in call.passes().items()
+        Account(op, passes, tuple(m for m in traffic.moved if m.op == op), x, call.entry.rereads)
+        for op, passes in call.passes().items()
     ]
 
 
 def calls(entry: catalogue.Entry, shape: Shape = SHAPE) -> Iterable[Call]:
-    """Both layouts, with and without epilogue; and a slice, which must not be copied."""
+    """Both layouts, with and without epilogue; and a slice, which must not be copied. None where x is too large."""
+    if not entry.takes(shape):
+        return
+    if entry.rereads:  # its ops see tokens, whatever x's layout
+        yield Call(entry, shape)
+        return
     for layout in catalogue.LAYOUTS:
         for residual, activation in EPILOGUES if entry.epilogue else EPILOGUES[:1]:
             yield Call(entry, shape, layout, residual=residual, activation=activation)

@@ -85,7 +85,7 @@ def lost_nan(ttir: str) -> list[str]:
     for value in parse(ttir):
         if any(op in value.text for op in _LOSES_NAN):
             shielded = all(_without_nan(v) for v in value.operands[: 1 if value.op == "tt.reduce" else 2])
-            if not (shielded and any(_puts_nan_back(use) for use in value.uses)):
+            if not ((shielded and any(_puts_nan_back(use) for use in value.uses)) or _is_exponentiated(value)):
                 faults.append(f"{value.name} loses NaN: {next(op for op in _LOSES_NAN if op in value.text)}")
         elif value.op == "arith.select" and _is_ordered_choice(value):
             faults.append(f"{value.name} loses NaN: {value.text}")
@@ -103,6 +103,14 @@ def _without_nan(value: Value) -> bool:
         and test.operands == [kept, kept]
         and not _NAN.search(constant.text)
     )
+
+
+def _is_exponentiated(value: Value) -> bool:
+    """Whether it is the maximum along rows that a softmax subtracts: the exponentials keep what the maximum loses."""
+    if value.op != "tt.reduce":
+        return False
+    shifted = [use for use in value.operands[0].uses if use.op == "arith.subf" and use.operands[0] is value.operands[0]]
+    return any(use.op in ("math.exp", "math.exp2") for shift in shifted for use in shift.uses)
 
 
 def _puts_nan_back(value: Value) -> bool:

@@ -26,6 +26,7 @@ class Entry:
         epilogue: whether forward takes ``residual`` and ``activation``.
         takes: whether there is such a module for a map of shape ``[N, C, H, W]``.
         training: the mode that `pair` leaves its modules in.
+        rereads: whether programs read again what others have read. Caches hold it: a launch counts a tensor once.
         layers: whether PyTorch's convolutions or linear layers run inside over whole maps: they keep maps of their own
             for the backward pass, and their sums may depend on the number of threads.
         saved: what is kept for the backward pass beside x and parameters, in multiples of the bytes of x of 64 channels
@@ -43,6 +44,7 @@ class Entry:
     epilogue: bool = True
     takes: Callable[[tuple[int, ...]], bool] = lambda shape: True
     training: bool = True
+    rereads: bool = False
     layers: bool = False
     saved: float = 0.08  # four values a pixel, or two a row and a column of a channel
     ops: tuple[str, ...] = ()
@@ -119,25 +121,19 @@ _GAM = Entry(
 )
 
 # Attention over all positions, whose weights grow with their square; few channels have two small heads. Queries, keys
-# and values are three maps, and each pass reads keys and values again for every block of queries, from caches.
+# and values are three maps; backward has a pass for queries and one for keys and values.
 _SELF_ATTENTION = Entry(
     "self_attention",
     modules.FastSelfAttention2d,
     reference.SelfAttention2d,
     lambda c: {"channels": c, **({"heads": c // 32} if c % 64 == 0 else {"heads": 2, "head_dim": -(-c // 2)})},
-    0,
-    0,
+    4,
+    13,
     epilogue=False,
-    takes=lambda shape: shape[2] * shape[3] <= 1024,
+    takes=lambda shape: shape[2] * shape[3] <= 1024 and (shape[1] <= 256 or shape[1] % 64 == 0),
+    rereads=True,
     layers=True,
     ops=("attention_fwd", "attention_bwd"),
-)
-_SELF_ATTENTION_BIAS = replace(
-    _SELF_ATTENTION,
-    name="self_attention_bias",
-    arguments=lambda c: {**_SELF_ATTENTION.arguments(c), "position_bias": (9, 11), "residual": True},
-    takes=lambda shape: shape[2] <= 9 and shape[3] <= 11,
-    training=False,
 )
 
 
@@ -252,7 +248,6 @@ ENTRIES = {
             ops=("shift_total", "shift_sum", "shift_dot", "shift_grad"),
         ),
         _SELF_ATTENTION,
-        _SELF_ATTENTION_BIAS,
     )
 }
 

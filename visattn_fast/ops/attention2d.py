@@ -204,20 +204,20 @@ def _attention_mean_fake(qkv, table, key_mask, lse, scale):
 
 attention_fwd = define(
     "attention_fwd(Tensor qkv, Tensor? table, Tensor? key_mask, float scale) -> (Tensor out, Tensor lse)",
-    None,
+    "flash_attention",
     _attention_fwd_reference,
     _attention_fwd_fake,
 )
 attention_bwd = define(
     "attention_bwd(Tensor grad, Tensor qkv, Tensor? table, Tensor? key_mask, Tensor out, Tensor lse, float scale)"
     " -> (Tensor dqkv, Tensor dtable)",
-    None,
+    "flash_attention_bwd",
     _attention_bwd_reference,
     _attention_bwd_fake,
 )
 attention_mean = define(
     "attention_mean(Tensor qkv, Tensor? table, Tensor? key_mask, Tensor lse, float scale) -> Tensor mean",
-    None,
+    "flash_attention",
     _attention_mean_reference,
     _attention_mean_fake,
 )
