@@ -116,10 +116,11 @@ def test_large_scores(bias, dtype, device, backend):
 
 
 @targets
-def test_nan_stays(device, backend):
+@pytest.mark.parametrize("size", [SIZE, (6, 5)])  # fewer keys than a vector has, and more
+def test_nan_stays(size, device, backend):
     """A NaN in a query is its own; one in a key is its image's; one in a value comes out in its channel."""
-    for part, wrong in ((0, 1), (1, SIZE[0] * SIZE[1]), (2, SIZE[0] * SIZE[1])):
-        qkv = tensors(False, False, device=device)[0].detach().clone()
+    for part, wrong in ((0, 1), (1, size[0] * size[1]), (2, size[0] * size[1])):
+        qkv = tensors(False, False, device=device, size=size)[0].detach().clone()
         qkv[0, 2, 3, part, 1, 4] = torch.nan
         with vf.use_backend(backend):
             out, _ = vf.functional.attention2d(qkv)

@@ -18,6 +18,7 @@ from ._autograd import fused_function
 from ._layout import accumulation_dtype, empty_small
 from ._library import define
 
+_FLASH = 16  # keys; of fewer, which are no vector, PyTorch's kernel for CPUs makes zeros where a query is NaN
 _BLOCK = 1 << 18  # weights, or biases, that are computed at a time
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
@@ -75,11 +76,12 @@ class _Bias:
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
     """Results ``[N, heads, queries, d]`` and the logarithms of the sums, ``[N, heads, queries]``."""
-    if q.is_cpu:
+    if q.is_cpu and k.shape[2] >= _FLASH:
         return _flash(q, k, v, attn_mask=bias, scale=scale)
+    q, k, v = (t.to(accumulation_dtype(t)) for t in (q, k, v))
     scores = (q * scale) @ k.mT if bias is None else (q * scale) @ k.mT + bias
     lse = scores.logsumexp(3)
-    return scores.sub_(lse[..., None]).exp_().to(v.dtype) @ v, lse
+    return scores.sub_(lse[..., None]).exp_() @ v, lse
 
 
 @torch.no_grad()  # an exported program calls the op without its autograd
