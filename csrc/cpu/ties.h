@@ -80,18 +80,6 @@ struct Maxima {
   bool hits(int64_t i, int64_t index, const F& value_of) const {
     return at[i] < 0 ? value_of() == value[i] : at[i] == index;
   }
-
-  // f(index) for every element out of [begin, end) that maximum i is or equals.
-  template <class ValueAt, class F>
-  void each(int64_t i, int64_t begin, int64_t end, const ValueAt& value_at, const F& f) const {
-    if (at[i] >= 0) {
-      if (at[i] >= begin && at[i] < end) f(at[i]);
-      return;
-    }
-    for (int64_t k = begin; k < end; ++k) {
-      if (value_at(k) == value[i]) f(k);
-    }
-  }
 };
 
 }  // namespace visattn

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from .. import functional
 from ..reference.batch_norm import batch_norm_step
 from . import timm_blocks, timm_cbam, timm_swin
+from .pooled import pointwise
 from .recipe import Recipe, layers
 from .se_like import se_layers, se_like
 
@@ -34,7 +35,7 @@ class FastAnySEModule(SEModule):
 
     def forward(self, x: Tensor, residual: Tensor | None = None, activation: str | None = None) -> Tensor:
         def gate(mean: Tensor) -> Tensor:
-            return self.gate(self.fc2(self.act(self.bn(self.fc1(mean)))))
+            return self.gate(pointwise(self.fc2, self.act(self.bn(pointwise(self.fc1, mean)))))
 
         return functional.gate_channels(x, gate, residual=residual, activation=activation)
 
@@ -50,7 +51,9 @@ class FastAnySqueezeExcite(SqueezeExcite):
     """The same with any activations, which run as they are."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return functional.gate_channels(x, lambda mean: self.gate(self.conv_expand(self.act1(self.conv_reduce(mean)))))
+        return functional.gate_channels(
+            x, lambda mean: self.gate(pointwise(self.conv_expand, self.act1(pointwise(self.conv_reduce, mean))))
+        )
 
 
 class FastEffectiveSEModule(EffectiveSEModule):
@@ -58,7 +61,7 @@ class FastEffectiveSEModule(EffectiveSEModule):
 
     def forward(self, x: Tensor, residual: Tensor | None = None, activation: str | None = None) -> Tensor:
         return functional.gate_channels(
-            x, lambda mean: self.gate(self.fc(mean)), residual=residual, activation=activation
+            x, lambda mean: self.gate(pointwise(self.fc, mean)), residual=residual, activation=activation
         )
 
 

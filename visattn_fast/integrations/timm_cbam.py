@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from timm.layers.cbam import CbamModule, LightCbamModule
 from timm.layers.conv_bn_act import ConvNormAct
 from torch import Tensor
 
 from .. import functional
-from .maps import map_logit
+from .pooled import map_logit, pointwise
 from .recipe import Recipe
 
 
@@ -20,7 +21,8 @@ class FastCbamModule(CbamModule):
         c, s = self.channel, self.spatial
 
         def channel(mean: Tensor, maximum: Tensor) -> Tensor:
-            return c.gate(c.fc2(c.act(c.fc1(mean))) + c.fc2(c.act(c.fc1(maximum))))
+            both = pointwise(c.fc2, c.act(pointwise(c.fc1, torch.cat([mean, maximum]))))
+            return c.gate(both[: len(mean)] + both[len(mean) :])
 
         def spatial(maps: Tensor) -> Tensor:
             return s.gate(_norm(s.conv, map_logit(s.conv.conv, maps)))
@@ -35,7 +37,7 @@ class FastLightCbamModule(LightCbamModule):
         c, s = self.channel, self.spatial
 
         def channel(mean: Tensor, maximum: Tensor) -> Tensor:
-            return c.fc2(c.act(c.fc1(0.5 * mean + 0.5 * maximum))).sigmoid()
+            return pointwise(c.fc2, c.act(pointwise(c.fc1, 0.5 * mean + 0.5 * maximum))).sigmoid()
 
         def spatial(maps: Tensor) -> Tensor:
             return s.gate(s.conv(0.5 * maps[:, :1] + 0.5 * maps[:, 1:]))

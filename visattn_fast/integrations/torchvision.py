@@ -9,6 +9,7 @@ from torchvision.models import swin_transformer
 from torchvision.ops import SqueezeExcitation
 
 from .. import functional
+from .pooled import pointwise
 from .recipe import Recipe, all_of, fingerprint, layers
 from .se_like import se_layers, se_like
 
@@ -25,7 +26,7 @@ class FastAnySqueezeExcitation(SqueezeExcitation):
 
     def forward(self, input: Tensor) -> Tensor:
         def gate(mean: Tensor) -> Tensor:
-            return self.scale_activation(self.fc2(self.activation(self.fc1(mean))))
+            return self.scale_activation(pointwise(self.fc2, self.activation(pointwise(self.fc1, mean))))
 
         return functional.gate_channels(input, gate)
 

@@ -6,7 +6,7 @@ from torch import Tensor
 from ultralytics.nn.modules.conv import CBAM, ChannelAttention, SpatialAttention
 
 from .. import functional
-from .maps import map_logit
+from .pooled import map_logit, pointwise
 from .recipe import Recipe
 
 
@@ -14,7 +14,7 @@ class FastChannelAttention(ChannelAttention):
     """Ultralytics' ChannelAttention: one layer on the mean, and the map scaled."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return functional.gate_channels(x, lambda mean: self.act(self.fc(mean)))
+        return functional.gate_channels(x, lambda mean: self.act(pointwise(self.fc, mean)))
 
 
 class FastSpatialAttention(SpatialAttention):
@@ -29,7 +29,9 @@ class FastCBAM(CBAM):
 
     def forward(self, x: Tensor) -> Tensor:
         c, s = self.channel_attention, self.spatial_attention
-        return functional.gate_twice(x, lambda mean, _: c.act(c.fc(mean)), lambda maps: s.act(map_logit(s.cv1, maps)))
+        return functional.gate_twice(
+            x, lambda mean, _: c.act(pointwise(c.fc, mean)), lambda maps: s.act(map_logit(s.cv1, maps))
+        )
 
 
 RECIPES = [
