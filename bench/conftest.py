@@ -7,6 +7,9 @@ import pytest
 from visattn_fast.catalogue import SHAPES
 
 DEFAULT_SHAPES = (SHAPES[1], SHAPES[3])
+# Maps of 49 to 4096 positions, for attention over all of them.
+SIZES = ((7, 7), (8, 8), (14, 14), (1, 197), (16, 16), (32, 32), (64, 64))
+DEFAULT_SIZES = SIZES[2:3]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -17,3 +20,6 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "shape" in metafunc.fixturenames:
         shapes = SHAPES if metafunc.config.getoption("--all-shapes") else DEFAULT_SHAPES
         metafunc.parametrize("shape", shapes, ids=lambda s: "x".join(map(str, s)))
+    if "size" in metafunc.fixturenames:
+        sizes = SIZES if metafunc.config.getoption("--all-shapes") else DEFAULT_SIZES
+        metafunc.parametrize("size", sizes, ids=lambda s: "x".join(map(str, s)))

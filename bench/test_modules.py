@@ -11,36 +11,18 @@ import statistics
 import pytest
 import torch
 
+from bench.clock import DEVICE, measure, timed
 from visattn_fast.backends import select
 from visattn_fast.catalogue import ENTRIES, LAYOUTS
 from visattn_fast.report.cases import CONTENDERS, MODES, Case
 from visattn_fast.report.measure import bytes_moved
 from visattn_fast.report.subject import Subject
-from visattn_fast.report.timing import Effort, EventClock, Run, interleaved
+from visattn_fast.report.timing import Effort, interleaved
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 COPY = Effort(seconds=0.2, fewest=5, most=20)
 
 
-class DeviceTimer:
-    """A timer that stands still but for the device time of what `timed` runs."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-        self.clock = EventClock(DEVICE) if DEVICE.type != "cpu" else None
-
-    def __call__(self) -> float:
-        return self.now
-
-    def timed(self, run: Run) -> None:
-        assert self.clock is not None
-        self.now += self.clock(run)
-
-
-TIMER = DeviceTimer()
-
-
-@pytest.mark.benchmark(**({} if DEVICE.type == "cpu" else {"timer": TIMER}))
+@timed
 @pytest.mark.parametrize("contender", CONTENDERS)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -65,7 +47,4 @@ def test_module(benchmark, op, layout, mode, contender, shape):
         saved_bytes=subject.saved_bytes(contender, run),
         error=max(errors.values()),
     )
-    if DEVICE.type == "cpu":
-        benchmark.pedantic(run, rounds=15, iterations=1, warmup_rounds=2)
-    else:
-        benchmark.pedantic(TIMER.timed, args=(run,), rounds=50, iterations=1, warmup_rounds=3)
+    measure(benchmark, run)

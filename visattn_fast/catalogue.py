@@ -130,7 +130,7 @@ _SELF_ATTENTION = Entry(
     4,
     13,
     epilogue=False,
-    takes=lambda shape: shape[2] * shape[3] <= 1024 and (shape[1] <= 256 or shape[1] % 64 == 0),
+    takes=lambda shape: shape[2] * shape[3] <= 400 and (shape[1] <= 256 or shape[1] % 64 == 0),
     rereads=True,
     layers=True,
     ops=("attention_fwd", "attention_bwd"),

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
@@ -129,6 +128,11 @@ class _Products:
         return weights.sub_(lse).exp_().flatten(0, 1)
 
 
+def _sum_images(dscores: Tensor, heads: int) -> Tensor:
+    """``[images heads, queries, L]`` -> ``[heads, queries, L]``."""
+    return dscores if dscores.shape[0] == heads else dscores.unflatten(0, (-1, heads)).sum(0)
+
+
 def _add_offsets(dtable: Tensor, dscores: Tensor, first: int, width: int) -> None:
     """Adds gradients of scores ``[heads, queries, L]``, from the row ``first`` on, to those of their offsets.
 
@@ -136,13 +140,14 @@ def _add_offsets(dtable: Tensor, dscores: Tensor, first: int, width: int) -> Non
         dtable: ``[heads, 2H - 1, 2W - 1]``.
     """
     d = dscores.unflatten(2, (-1, width)).unflatten(1, (-1, width)).transpose(2, 3)  # [heads, rows, h, w, w]
-    # Reversed and padded to rows of 2 w, read as rows of 2 w - 1, an offset x - x' is a column.
-    skewed = F.pad(d.flip(4), (0, width)).flatten(3)[..., : width * (2 * width - 1)]
-    sums = skewed.unflatten(3, (width, -1)).sum(3)  # [heads, rows, h, 2 w - 1]
+    # Laid out in rows of 2 w - 1 and read in rows of 2 w, an offset x' - x is a column, of negative ones the last.
+    skewed = d.new_zeros(*d.shape[:3], 2 * width**2)
+    skewed[..., : width * (2 * width - 1)].unflatten(3, (width, -1))[..., :width].copy_(d)
+    sums = skewed.unflatten(3, (width, 2 * width)).sum(3).roll(width - 1, 3)[..., : 2 * width - 1].flip(2, 3)
     height = d.shape[2]
     h, w = (size // 2 + 1 for size in dtable.shape[1:])
     for row, found in enumerate(sums.unbind(1), first):
-        dtable[:, h + row - height : h + row, w - width : w + width - 1] += found.flip(1)
+        dtable[:, h + row - height : h + row, w - width : w + width - 1] += found
 
 
 @torch.no_grad()
@@ -175,7 +180,7 @@ def _attention_bwd_reference(grad, qkv, table, key_mask, out, lse, scale):
         dq[images, :, i] = (ds @ k).mul_(scale).unflatten(0, (-1, heads))
         dk[images] += (ds.mT @ q).mul_(scale).unflatten(0, (-1, heads))
         if table is not None:
-            _add_offsets(dtable, ds.unflatten(0, (-1, heads)).sum(0), i.start // width, width)
+            _add_offsets(dtable, _sum_images(ds, heads), i.start // width, width)
     return dqkv.to(qkv.dtype), dtable.permute(1, 2, 0).contiguous() if table is not None else dtable
 
 

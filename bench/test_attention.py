@@ -1,0 +1,96 @@
+"""Attention over maps with a relative position bias: ours, PyTorch's with the bias expanded, compiled FlexAttention.
+
+``pytest bench/test_attention.py --benchmark-only``, with ``--all-shapes`` for 49 to 4096 positions. Every contender
+takes the same packed queries, keys and values, and in mode ``both`` gives the gradients of those and of the table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import visattn_fast as vf
+from bench.clock import DEVICE, measure, timed
+from visattn_fast.backends import backends
+from visattn_fast.reference.attention2d import relative_bias, split_heads
+
+HEADS = 4
+TOKENS = 4096 if DEVICE.type == "cuda" else 1024  # of a batch, or one image
+DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
+
+
+def fused(qkv: Tensor, table: Tensor) -> Tensor:
+    # On GPUs that have not been tested yet the kernels are to be asked for.
+    with vf.use_backend("triton" if DEVICE.type == "cuda" and backends(DEVICE)["triton"].available else "auto"):
+        return vf.functional.attention2d(qkv, table)[0]
+
+
+def sdpa(qkv: Tensor, table: Tensor) -> Tensor:
+    """`scaled_dot_product_attention`, the bias as a map of all pairs."""
+    bias = relative_bias(table, *qkv.shape[1:3])[None].to(qkv.dtype)
+    out = F.scaled_dot_product_attention(*split_heads(qkv, None), attn_mask=bias)
+    return out.transpose(1, 2).unflatten(1, qkv.shape[1:3])
+
+
+def flex(qkv: Tensor, table: Tensor) -> Tensor:
+    """FlexAttention, which reads the bias from the table as we do."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    width, (rows, columns, _) = qkv.shape[2], table.shape
+
+    def add_bias(score, batch, head, i, j):
+        return score + table[i // width - j // width + rows // 2, i % width - j % width + columns // 2, head]
+
+    q, k, v = (t.contiguous() for t in split_heads(qkv, None))
+    return flex_attention(q, k, v, score_mod=add_bias).transpose(1, 2).unflatten(1, qkv.shape[1:3])
+
+
+CONTENDERS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"sdpa": sdpa, "flex": flex, "fused": fused}
+
+
+def run_of(contender: str, mode: str, qkv: Tensor, table: Tensor) -> Callable[[], tuple[Tensor, ...]]:
+    function = CONTENDERS[contender]
+    if contender == "flex":
+        torch.compiler.reset()
+        function = torch.compile(function)
+    grad = torch.ones(*qkv.shape[:3], *qkv.shape[4:], dtype=qkv.dtype, device=qkv.device)
+
+    def forward() -> tuple[Tensor, ...]:
+        with torch.no_grad():
+            return (function(qkv, table),)
+
+    def both() -> tuple[Tensor, ...]:
+        out = function(qkv, table)
+        return (out, *torch.autograd.grad(out, (qkv, table), grad))
+
+    return forward if mode == "forward" else both
+
+
+@timed
+@pytest.mark.parametrize("contender", CONTENDERS)
+@pytest.mark.parametrize("mode", ["forward", "both"])
+@pytest.mark.parametrize("d", [32, 64])
+def test_attention(benchmark, d, mode, contender, size):
+    if contender == "flex" and mode == "both" and DEVICE.type == "cpu":
+        pytest.skip("FlexAttention has no backward pass on CPUs")
+    height, width = size
+    images = max(TOKENS // (height * width), 1)
+    generator = torch.Generator().manual_seed(0)
+    qkv, table = (
+        torch.randn(s, generator=generator).to(DEVICE, dtype).requires_grad_()
+        for s, dtype in (
+            ((images, height, width, 3, HEADS, d), DTYPE),
+            ((2 * height - 1, 2 * width - 1, HEADS), torch.float32),
+        )
+    )
+    run = run_of(contender, mode, qkv, table)
+    found, expected = run(), run_of("sdpa", mode, qkv.detach().float().requires_grad_(), table)()
+    for got, want in zip(found, expected, strict=True):  # what is timed is the same computation
+        assert (got.float() - want).abs().max() <= torch.finfo(DTYPE).eps ** 0.5 * want.abs().max()
+    benchmark.group = f"{images}x{height}x{width}, {HEADS} heads of {d}, {mode}"
+    benchmark.extra_info.update(device=str(DEVICE), dtype=str(DTYPE), positions=height * width)
+    measure(benchmark, run)
