@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 
 import pytest
@@ -19,6 +20,7 @@ from visattn_fast.ops._library import OPS
 from visattn_fast.reference.attention2d import relative_bias
 from visattn_fast.report.memory import peak_bytes
 
+functional = importlib.import_module("visattn_fast.functional.attention2d")  # the package has a function of that name
 targets = pytest.mark.parametrize(("device", "backend"), [*TARGETS, *((d, "reference") for d in DEVICES)])
 native_only = pytest.mark.skipif(INTERPRETED, reason="calls no kernel that other tests do not call")
 SIZE, HEADS, D = (3, 5), 2, 8
@@ -80,6 +82,22 @@ def test_agrees_with_pytorch(device, backend):
     with vf.use_backend(backend):
         found, _ = vf.functional.attention2d(qkv, table, scale=0.3)
     torch.testing.assert_close(found, expected.transpose(1, 2).unflatten(1, SIZE))
+
+
+@native_only
+@pytest.mark.parametrize(("bias", "masked"), CASES)
+def test_where_no_kernel_serves(bias, masked):
+    """float16 on CPUs is PyTorch's operations in blocks; on other devices its function serves, the bias expanded."""
+    inputs = tensors(bias, masked, torch.float16)
+    exact = results(
+        reference.attention2d, *(None if t is None else t.double() if t.requires_grad else t for t in inputs)
+    )
+    for got, want in zip(results(vf.functional.attention2d, *inputs), exact, strict=True):
+        torch.testing.assert_close(got.double(), want, rtol=5e-3, atol=5e-3)
+    out = functional._scaled_dot_product(
+        *(None if t is None else t.detach().float() for t in inputs[:2]), inputs[2], D**-0.5
+    )
+    torch.testing.assert_close(out.double(), exact[0], rtol=5e-3, atol=5e-3)
 
 
 @targets
