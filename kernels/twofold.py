@@ -35,7 +35,7 @@ def pool_channels_bwd(
         x, layout = canonical(x)
         gate, dmaps = gate.contiguous(), dmaps.contiguous()
         parts = gate.new_empty((layout.N, map_grads_reduction(layout).parts, layout.C))
-        map_grads(x, layout, dmaps, at, parts, gate, maps)
+        map_grads(x, layout, dmaps, at.contiguous(), parts, gate, maps.contiguous())
         return combine(parts, None, torch.empty_like(gate))
 
 
@@ -77,6 +77,6 @@ def twofold_input_grad(
         x, layout = canonical(x)
         return input_grad(
             x, layout, grad=layout.dense(grad), channel_gate=channel.contiguous(), spatial_gate=spatial.contiguous(),
-            dpooled=dpooled.contiguous(), argmax_hw=at_hw, dmaps=dmaps.contiguous(), argmax_c=at_c,
-            pooled=pooled, maps=maps,
+            dpooled=dpooled.contiguous(), argmax_hw=at_hw.contiguous(), dmaps=dmaps.contiguous(),
+            argmax_c=at_c.contiguous(), pooled=pooled.contiguous(), maps=maps.contiguous(),
         )  # fmt: skip

@@ -349,6 +349,11 @@ def test_swin_of_another_size():
 
 def test_only_and_except():
     model = small()
+    found = vf.accelerate(model, only=["stages.1"])
+    assert {s.name: s.op for s in found.swapped} == {"stages.1.0.gate": "se", "stages.1.0": "epilogue"}
+    assert found.backend == "cpp"
+    assert "se in cpp" in str(found)
+    vf.restore(model)
     assert {s.name for s in vf.accelerate(model, only=["stages.1"]).swapped} == {"stages.1.0", "stages.1.0.gate"}
     vf.restore(model)
     assert {s.name for s in vf.accelerate(model, except_=["stages.1"]).swapped} == {"stages.0.0", "stages.0.0.gate"}

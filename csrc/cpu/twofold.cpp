@@ -25,6 +25,13 @@ Tensor small_as(const Tensor& t, int64_t count, const char* name) {
   return weight_as(t, kDtype<A>);
 }
 
+// Where maxima came from, as a pointer may walk it.
+Tensor dense_indices(const Tensor& at, int64_t count) {
+  STD_TORCH_CHECK(at.numel() == count && at.scalar_type() == ScalarType::Int, "at must have ", count,
+                  " int32");
+  return at.is_contiguous() ? at : torch::stable::contiguous(at);
+}
+
 std::tuple<Tensor, Tensor> pool_pixels(Tensor x, bool even) {
   return dispatch(x, [&](auto type) {
     using T = decltype(type);
@@ -84,7 +91,8 @@ Tensor pool_channels_bwd(Tensor x, Tensor gate, Tensor maps, Tensor dmaps, Tenso
     const Shape s = shape_of(x);
     const FeatureMap map = feature_map(x);
     const Tensor channel = small_as<A>(gate, s.N * s.C, "gate"),
-                 d = small_as<A>(dmaps, 2 * s.N * s.P, "dmaps");
+                 d = small_as<A>(dmaps, 2 * s.N * s.P, "dmaps"),
+                 values = small_as<A>(maps, 2 * s.N * s.P, "maps"), index = dense_indices(at, s.N * s.P);
     const PixelBlocks<T> blocks(s);
     Tensor dgate = empty({s.N, s.C}, kDtype<A>);
     for_images(s.N, s.C * s.P, [&](int64_t begin, int64_t end, const Team& team) {
@@ -94,7 +102,8 @@ Tensor pool_channels_bwd(Tensor x, Tensor gate, Tensor maps, Tensor dmaps, Tenso
         std::copy_n(data<A>(channel) + n * s.C, s.C, scale.get());
         const A* dmaps_n = data<A>(d) + 2 * n * s.P;
         for (int64_t p = 0; p < s.P; ++p) dmean[p] = dmaps_n[p] / static_cast<A>(s.C);
-        const Maxima<A> maxima{data<int32_t>(at) + n * s.P, data<A>(maps) + (2 * n + 1) * s.P, dmaps_n + s.P};
+        const Maxima<A> maxima{data<int32_t>(index) + n * s.P, data<A>(values) + (2 * n + 1) * s.P,
+                               dmaps_n + s.P};
         const auto in = matrix(map.image<T>(n), s, map.nhwc, map.ld);
         team.each(blocks.count, [&](int64_t b, int64_t e) {
           for (; b < e; ++b) {
@@ -195,7 +204,10 @@ Tensor twofold_input_grad(Tensor grad, Tensor x, Tensor channel, Tensor spatial,
     const Tensor of_channel = small_as<A>(channel, s.N * s.C, "channel"),
                  of_pixel = small_as<A>(spatial, s.N * s.P, "spatial"),
                  dm = small_as<A>(dmaps, 2 * s.N * s.P, "dmaps"),
-                 dp = small_as<A>(dpooled, 2 * s.N * s.C, "dpooled");
+                 dp = small_as<A>(dpooled, 2 * s.N * s.C, "dpooled"),
+                 of_maps = small_as<A>(maps, 2 * s.N * s.P, "maps"),
+                 of_pooled = small_as<A>(pooled, 2 * s.N * s.C, "pooled"),
+                 index_c = dense_indices(at_c, s.N * s.P), index_hw = dense_indices(at_hw, s.N * s.C);
     const PixelBlocks<T> blocks(s);
     Tensor dx = empty_map(s, map.nhwc, x.scalar_type());
     for_images(s.N, s.C * s.P, [&](int64_t begin, int64_t end, const Team& team) {
@@ -211,8 +223,8 @@ Tensor twofold_input_grad(Tensor grad, Tensor x, Tensor channel, Tensor spatial,
             gate_s.get(),
             dmean_c.get(),
             dmean_hw.get(),
-            {data<int32_t>(at_c) + n * s.P, data<A>(maps) + (2 * n + 1) * s.P, dmaps_n + s.P},
-            {data<int32_t>(at_hw) + n * s.C, data<A>(pooled) + (2 * n + 1) * s.C, dpooled_n + s.C}};
+            {data<int32_t>(index_c) + n * s.P, data<A>(of_maps) + (2 * n + 1) * s.P, dmaps_n + s.P},
+            {data<int32_t>(index_hw) + n * s.C, data<A>(of_pooled) + (2 * n + 1) * s.C, dpooled_n + s.C}};
         const auto in = matrix(map.image<T>(n), s, map.nhwc, map.ld);
         const auto gs = matrix(g.image<T>(n), s, map.nhwc, g.ld);
         team.each(blocks.count, [&](int64_t b, int64_t e) {

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from ..backends import select
 from .recipe import Recipe, is_fused, is_swapped, put_back, swap
 from .report import Acceleration, Skipped, Swapped
 
@@ -79,6 +80,9 @@ def accelerate(
             else:
                 found.swapped.append(Swapped(name, module, recipe))
                 swap(module, recipe)
+    parameter = next((p for p in model.parameters() if p.is_floating_point()), None)
+    if parameter is not None:
+        found.backend = select(parameter.device.type, parameter.dtype, "auto")
     if example is not None:
         from .verify import verify  # it measures, which the package itself does not
 

@@ -28,6 +28,11 @@ class Swapped:
     speedup: float | None = None
 
     @property
+    def op(self) -> str:
+        """What its forward is now: a function of `functional`, or the epilogue of a block's gate."""
+        return self.recipe.op
+
+    @property
     def kind(self) -> str:
         """The name of the class that it had."""
         return self.recipe.original.__name__
@@ -48,7 +53,8 @@ class Acceleration:
 
     Attributes:
         swapped, skipped: every module that is known, by qualified name.
-        backend: that serves the example; empty without one.
+        backend: that serves the example, or without one maps of the parameters' device and dtype; empty where there
+            are neither.
     """
 
     swapped: list[Swapped] = field(default_factory=list)
@@ -60,7 +66,7 @@ class Acceleration:
         for s in self.swapped:
             less = "" if s.saved_bytes is None else f"{s.saved_bytes / 2**20:.1f} MB"
             faster = "" if s.speedup is None else f"{s.speedup:.2f}x"
-            rows.append((s.name, s.kind, f"{s.recipe.op}{' in ' * bool(self.backend)}{self.backend}", less, faster))
+            rows.append((s.name, s.kind, f"{s.op}{' in ' * bool(self.backend)}{self.backend}", less, faster))
         rows += [(s.name, s.kind, f"not swapped: {s.reason}", "", "") for s in self.skipped]
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]) - 1)]
         lines = [
