@@ -59,14 +59,14 @@ def _window_attention_bwd_fake(grad, qkv, pad, table, *options):
 _GEOMETRY = "int heads, int window_h, int window_w, int shift_h, int shift_w, float scale, int pad_first"
 window_attention_fwd = define(
     f"window_attention_fwd(Tensor qkv, Tensor? pad, Tensor table, {_GEOMETRY}) -> Tensor out",
-    None,
+    "window_attention",
     _window_attention_fwd_reference,
     lambda qkv, pad, table, *options: _empty_out(qkv),
 )
 window_attention_bwd = define(
     f"window_attention_bwd(Tensor grad, Tensor qkv, Tensor? pad, Tensor table, {_GEOMETRY})"
     " -> (Tensor dqkv, Tensor dpad, Tensor dtable)",
-    None,
+    "window_attention",
     _window_attention_bwd_reference,
     _window_attention_bwd_fake,
 )
