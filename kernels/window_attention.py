@@ -2,8 +2,8 @@
 
 Shift, partition, bias, seams and padding are addresses. A window's rows of weights fit on the chip: there is no running
 maximum, and nothing is kept for the backward pass. Logits are in powers of two. Where a window is one tile of queries,
-one backward kernel does all; else, and in float32, one takes tiles of queries, which have the table's gradient, too, and
-one all keys. Of windows of more than 64 tokens some variants spill registers.
+one backward kernel does all; else, and in float32, one takes tiles of queries, with the table's gradient, and one takes
+all keys. Of windows of more than 64 tokens some variants spill registers.
 """
 
 from __future__ import annotations
