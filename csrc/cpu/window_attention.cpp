@@ -209,7 +209,7 @@ class Window {
       for (int64_t j = 0; j < Lp_; j += kLanes<A>) most = greater(load(row + j), most);
       most = set1<A>(reduce_lanes(most, [](Vec<A> a, Vec<A> b) VF_INLINE { return greater(a, b); }));
       for (int64_t j = 0; j < Lp_; j += kLanes<A>) {
-        const Vec<A> e = exp_or_zero(load(row + j) - most);
+        const Vec<A> e = exp_lanes(load(row + j) - most);
         store(row + j, e);
         total += e;
       }

@@ -118,8 +118,4 @@ VF_INLINE inline void transpose_tile(const A* in, int64_t rows, int64_t cols, A*
   }
 }
 
-// exp, and zero for what is too small for it.
-VF_INLINE inline Vec<float> exp_or_zero(Vec<float> x) { return x < set1(-87.0f) ? set1(0.0f) : exp_lanes(x); }
-VF_INLINE inline Vec<double> exp_or_zero(Vec<double> x) { return exp_lanes(x); }
-
 }  // namespace visattn
