@@ -37,7 +37,7 @@ class Recipe:
     @property
     def gate(self) -> bool:
         """Whether the module does nothing but scale its input; attention over positions is part of more."""
-        return not self.pattern and self.op != "window_attention"
+        return not self.pattern and self.op not in ("window_attention", "self_attention")
 
     def reason_against(self, module: nn.Module) -> str:
         """Why the module is left alone; empty if it is not. The fused forward runs no inner module's hooks."""

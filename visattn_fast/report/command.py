@@ -83,10 +83,10 @@ def write(report: Report, folder: Path) -> list[Path]:
 def _write(folder: Path, name: str, *texts: str) -> list[Path]:
     """JSON, Markdown and, if there is one, a page."""
     folder.mkdir(parents=True, exist_ok=True)
-    files = [folder / f"{name}{ending}" for ending, _ in zip((".json", ".md", ".html"), texts, strict=False)]
-    for file, text in zip(files, texts, strict=True):
+    files = {folder / f"{name}{ending}": text for ending, text in zip((".json", ".md", ".html"), texts, strict=False)}
+    for file, text in files.items():
         file.write_text(text, encoding="utf-8")
-    return files
+    return list(files)
 
 
 def _run_model(args: argparse.Namespace) -> int:

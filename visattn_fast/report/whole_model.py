@@ -27,14 +27,6 @@ VARIANTS = {"without": "without attention", "before": "as it is", "after": "acce
 WAYS = ("eager", "compile")
 
 
-class Without(nn.Module):
-    """In the place of an attention module: its input."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x, as it is."""
-        return x
-
-
 @dataclass(frozen=True)
 class ModelRow:
     """Figures of one variant, run in one way.
@@ -186,7 +178,7 @@ def without_attention(model: nn.Module) -> nn.Module | None:
     for name in names:
         parent, _, last = name.rpartition(".")
         if not any(name.startswith(f"{outer}.") for outer in names):
-            setattr(model.get_submodule(parent), last, Without())
+            setattr(model.get_submodule(parent), last, nn.Identity())
     return model if names else None
 
 
