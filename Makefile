@@ -6,7 +6,8 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint const
 SOURCES := $(wildcard csrc/*.h csrc/cpu/*.h csrc/cpu/*.cpp)
 # Test processes. Threads of two of them share the cores, and wait asleep; the interpreter needs one thread each.
 PROCESSES ?= 2
-INTERPRETED := $(addprefix tests/test_,parity.py autograd.py gates.py kernels_interpreter.py traffic.py planted_faults.py)
+INTERPRETED := $(addprefix tests/test_,parity.py autograd.py gates.py flash_attention.py window_attention.py \
+	kernels_interpreter.py traffic.py planted_faults.py)
 
 .PHONY: report test bench kernels evidence lint format gpu-check build clean
 

@@ -19,7 +19,7 @@ from monai.networks.blocks import (
 from torch import Tensor, nn
 
 from .. import functional
-from .recipe import Recipe, is_swapped, layers
+from .recipe import ACTIVATIONS, Recipe, is_swapped, layers
 from .se_like import se_layers, se_like
 
 
@@ -77,7 +77,7 @@ class FastSEResNeXtBottleneck(_FastBlock, SEResNeXtBottleneck):
     """MONAI's SEResNeXtBottleneck, likewise."""
 
 
-_EPILOGUES = {nn.ReLU: "relu", nn.SiLU: "silu", nn.Identity: None}
+_EPILOGUES = {**ACTIVATIONS, nn.Identity: None}
 
 
 def _gate(module: ChannelSELayer) -> Callable[[Tensor], Tensor]:

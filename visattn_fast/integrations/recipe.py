@@ -10,6 +10,8 @@ from typing import Any
 
 from torch import nn
 
+ACTIVATIONS = {nn.ReLU: "relu", nn.SiLU: "silu"}  # modules -> what our functions call them
+
 
 def accept(module: nn.Module) -> str:
     """No reason against any module."""

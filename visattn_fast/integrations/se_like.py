@@ -8,9 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from .. import functional
-from .recipe import all_of, layers
+from .recipe import ACTIVATIONS, all_of, layers
 
-_HIDDEN = {nn.ReLU: "relu", nn.SiLU: "silu"}
 _GATES = {nn.Sigmoid: "sigmoid", nn.Hardsigmoid: "hard_sigmoid"}
 _LAYERS = (nn.Linear, nn.Conv2d)
 
@@ -28,7 +27,7 @@ def se_like(
     return functional.se(
         x, reduce.weight, reduce.bias, expand.weight, expand.bias,
         residual=residual, activation=activation,
-        hidden_activation=_HIDDEN[type(hidden)], gate_activation=_GATES[type(gate)],
+        hidden_activation=ACTIVATIONS[type(hidden)], gate_activation=_GATES[type(gate)],
     )  # fmt: skip
 
 
@@ -43,5 +42,5 @@ def se_layers(
     """A check that the layers of these names are what `se_like` takes; ``gates``: other spellings of the sigmoid."""
     for spelling in gates:
         _GATES.setdefault(spelling, "sigmoid")
-    known = layers({reduce: _LAYERS, hidden: tuple(_HIDDEN), expand: _LAYERS, gate: tuple(_GATES)})
+    known = layers({reduce: _LAYERS, hidden: tuple(ACTIVATIONS), expand: _LAYERS, gate: tuple(_GATES)})
     return all_of(known, more) if more else known

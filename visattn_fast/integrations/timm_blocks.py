@@ -7,7 +7,7 @@ from typing import Any
 from timm.models import resnet
 from torch import Tensor, nn
 
-from .recipe import Recipe, fingerprint, is_swapped, own_class
+from .recipe import ACTIVATIONS, Recipe, fingerprint, is_swapped, own_class
 
 
 class FastBasicBlock(resnet.BasicBlock):
@@ -29,7 +29,6 @@ class FastBottleneck(resnet.Bottleneck):
         return _finish(block, block.bn3(block.conv3(out)), x, block.act3)
 
 
-EPILOGUES = {nn.ReLU: "relu", nn.SiLU: "silu"}
 # The forward passes that the two classes above repeat; another version's is left alone.
 _KNOWN_FORWARDS = {"BasicBlock": "71ec36ab9b7237a2", "Bottleneck": "6d62f9e26235e2c6"}
 
@@ -37,7 +36,7 @@ _KNOWN_FORWARDS = {"BasicBlock": "71ec36ab9b7237a2", "Bottleneck": "6d62f9e26235
 def _finish(block: Any, out: Tensor, shortcut: Tensor, activation: nn.Module) -> Tensor:
     if block.downsample is not None:
         shortcut = block.downsample(shortcut)
-    return block.se(out, residual=shortcut, activation=EPILOGUES[type(activation)])
+    return block.se(out, residual=shortcut, activation=ACTIVATIONS[type(activation)])
 
 
 def recipes(gates: tuple[type[nn.Module], ...]) -> list[Recipe]:
@@ -49,7 +48,7 @@ def recipes(gates: tuple[type[nn.Module], ...]) -> list[Recipe]:
             return "its gate was not swapped, or has no epilogue"
         if block.drop_path is not None:
             return "drop_path stands between the gate and the addition"
-        if type(last) not in EPILOGUES:
+        if type(last) not in ACTIVATIONS:
             return f"its last activation is {type(last).__name__}, not ReLU or SiLU"
         known = fingerprint(kind.forward) == _KNOWN_FORWARDS[kind.__name__]
         return "" if known else f"this version's {kind.__name__}.forward is not the one that is known"
