@@ -35,15 +35,23 @@ def test_module_and_version():
     ("command", "package"),
     [("report", "rich"), ("report", "matplotlib"), ("heatmap", "matplotlib"), ("heatmap", "PIL")],
 )
-def test_missing_extra(command, package):
-    """One line says what to install; info needs none of it."""
-    code = (
-        f"import sys; sys.modules[{package!r}] = None; from visattn_fast import cli; sys.exit(cli.main(sys.argv[1:]))"
+def test_missing_extra(command, package, monkeypatch, capsys):
+    """One line says what to install."""
+    for name in [name for name in sys.modules if name.startswith((f"{package}.", "visattn_fast.report"))]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delattr(vf, "report", raising=False)
+    monkeypatch.setitem(sys.modules, package, None)
+    assert cli.main([command, "x"]) == 2
+    assert (
+        capsys.readouterr().err.strip() == f"visattn-fast {command} needs {package}: pip install visattn_fast[report]"
     )
-    done = subprocess.run([sys.executable, "-c", code, command, "x"], capture_output=True, text=True)
-    assert done.returncode == 2
-    assert done.stderr.strip() == f"visattn-fast {command} needs {package}: pip install visattn_fast[report]"
-    assert subprocess.run([sys.executable, "-c", code, "info"], capture_output=True).returncode == 0
+
+
+def test_info_without_extras():
+    """In a process of its own, where nothing has imported them."""
+    code = "import sys; sys.modules.update(dict.fromkeys(('rich', 'matplotlib', 'PIL')))"
+    code += "; from visattn_fast import cli; sys.exit(cli.main(['info']))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
 
 
 @pytest.mark.parametrize("arguments", [[], ["nothing"], ["report", "--nothing"]])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -81,7 +82,9 @@ def test_watch_gates():
         ("finetune_frozen", ("--epochs", "0")),
     ],
 )
-def test_bad_options(name, options):
-    done = example(name, *options)
-    assert done.returncode == 2
-    assert f"argument {options[0]}" in done.stderr
+def test_bad_options(name, options, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    monkeypatch.setattr(sys, "argv", [name, *options])
+    with pytest.raises(SystemExit, match="2"):
+        runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+    assert f"argument {options[0]}" in capsys.readouterr().err

@@ -139,7 +139,7 @@ def test_deterministic(entry, layout, shape, device, backend):
 
 
 @entries
-@hypothesis.settings(max_examples=5 if INTERPRETED else 60, deadline=None, derandomize=True)
+@hypothesis.settings(max_examples=5 if INTERPRETED else 40, deadline=None, derandomize=True)
 @hypothesis.given(
     shape=st.tuples(st.integers(1, 3), st.integers(1, 40), st.integers(1, 12), st.integers(1, 12)),
     layout=st.sampled_from(list(catalogue.LAYOUTS)),
