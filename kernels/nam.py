@@ -6,7 +6,8 @@ import torch
 
 from ._launch import device_guard
 from ._layout import accumulation_dtype, canonical
-from ._self_gate import AFFINE, Gate, apply_gate, self_gate_bwd, statistics
+from ._self_gate import Gate, apply_gate, self_gate_bwd, statistics
+from ._self_gate_tiles import AFFINE
 
 
 def _gate(weight: torch.Tensor, bias: torch.Tensor, dtype: torch.dtype) -> tuple[Gate, torch.Tensor]:

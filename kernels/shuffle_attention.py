@@ -9,7 +9,8 @@ import triton.language as tl
 from ._heuristics import cdiv, next_power_of_2, vector_block
 from ._launch import device_guard, launch
 from ._layout import canonical
-from ._self_gate import SHUFFLE, Gate, self_gate, self_gate_bwd
+from ._self_gate import Gate, self_gate, self_gate_bwd
+from ._self_gate_tiles import SHUFFLE
 
 
 @triton.jit

@@ -6,7 +6,8 @@ import torch
 
 from ._launch import device_guard
 from ._layout import canonical
-from ._self_gate import SIMAM, Gate, self_gate, self_gate_bwd
+from ._self_gate import Gate, self_gate, self_gate_bwd
+from ._self_gate_tiles import SIMAM
 
 
 def simam_fwd(

@@ -1,0 +1,262 @@
+"""The passes of `_self_gate.py`: over whole planes, and streaming ones."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ._self_gate_tiles import (
+    SIMAM,
+    channel_tile,
+    deviation_and_gate,
+    dx_tile,
+    load_x,
+    parameters,
+    scale_of,
+    store_dx,
+    x_channel,
+)
+from ._tiles import NONE, activate, activation_grad, tile_mask, tile_offsets
+
+
+@triton.jit
+def _plane_fwd_kernel(
+    x_ptr, residual_ptr, y_ptr, mean_ptr, scale_ptr, p0, p1, p2, p3, p4, p5, C, HW, K, stride_n, stride_o,
+    EPS: tl.constexpr, KIND: tl.constexpr, ACTIVATION: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    ALIGN: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """Statistics and gate of whole planes: mean and scale [N, C], y. Reads x once."""
+    acc_ty = mean_ptr.dtype.element_ty
+    n, c0, c, p = channel_tile(C, HW, BLOCK_C, BLOCK_P)
+    mask = tile_mask(c, p, C, HW, CHANNELS_LAST, ALIGN)
+    x = load_x(x_ptr + n * stride_n, c0, c, p, C, HW, stride_o, KIND, CHANNELS_LAST, ALIGN, BLOCK_C).to(acc_ty)
+    mean = tl.sum(x, 1) / HW
+    d = tl.where(mask, x - mean[:, None], 0.0)
+    scale = scale_of(tl.sum(d * d, 1), HW, EPS, KIND)
+    cx = x_channel(c, C, KIND)
+    tl.store(mean_ptr + n * C + cx, mean, mask=c < C)
+    tl.store(scale_ptr + n * C + cx, scale, mask=c < C)
+    a, b, k, spatial = parameters(p0, p1, p2, p3, p4, p5, cx, C, K, acc_ty, KIND)
+    _, s = deviation_and_gate(x, mean, scale, a, b, k, spatial, KIND)
+    offsets = n * C * HW + tile_offsets(c, p, C if CHANNELS_LAST else HW, CHANNELS_LAST, ALIGN)
+    v = x * s
+    if residual_ptr is not None:
+        v += tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(acc_ty)
+    tl.store(y_ptr + offsets, activate(v, ACTIVATION), mask=mask)
+
+
+@triton.jit
+def _plane_bwd_kernel(
+    grad_ptr, x_ptr, residual_ptr, mean_ptr, scale_ptr, p0, p1, p2, p3, p4, p5, dx_ptr, dresidual_ptr, sums_ptr,
+    C, HW, K, stride_n, stride_o,
+    KIND: tl.constexpr, ACTIVATION: tl.constexpr, CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """dx of whole planes and, for kinds with parameters, the sums of r and r d [N, 2, C]. Reads x and grad once."""
+    acc_ty = mean_ptr.dtype.element_ty
+    n, c0, c, p = channel_tile(C, HW, BLOCK_C, BLOCK_P)
+    mask = tile_mask(c, p, C, HW, CHANNELS_LAST, ALIGN)
+    offsets = n * C * HW + tile_offsets(c, p, C if CHANNELS_LAST else HW, CHANNELS_LAST, ALIGN)
+    x = load_x(x_ptr + n * stride_n, c0, c, p, C, HW, stride_o, KIND, CHANNELS_LAST, ALIGN, BLOCK_C).to(acc_ty)
+    g = tl.load(grad_ptr + offsets, mask=mask, other=0.0).to(acc_ty)
+    cx = x_channel(c, C, KIND)
+    mean = tl.load(mean_ptr + n * C + cx, mask=c < C, other=0.0)
+    scale = tl.load(scale_ptr + n * C + cx, mask=c < C, other=0.0)
+    a, b, k, spatial = parameters(p0, p1, p2, p3, p4, p5, cx, C, K, acc_ty, KIND)
+    d, s = deviation_and_gate(x, mean, scale, a, b, k, spatial, KIND)
+    if ACTIVATION != NONE:
+        z = x * s
+        if residual_ptr is not None:
+            z += tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(acc_ty)
+        g = activation_grad(g, z, ACTIVATION)
+        tl.store(dresidual_ptr + offsets, g, mask=mask)
+    r = g * x * s * (1 - s)
+    sum_r, sum_rd, sum_rdd = tl.sum(r, 1), tl.sum(r * d, 1), tl.sum(r * d * d, 1)
+    if KIND != SIMAM:
+        tl.store(sums_ptr + n * 2 * C + cx, sum_r, mask=c < C)
+        tl.store(sums_ptr + (n * 2 + 1) * C + cx, sum_rd, mask=c < C)
+    dx = dx_tile(g * s, r, d, mean, scale, a, k, spatial, sum_r, sum_rd, sum_rdd, HW, KIND)
+    store_dx(dx_ptr + n * C * HW, dx, c0, c, p, C, HW, KIND, CHANNELS_LAST, ALIGN, BLOCK_C)
+
+
+@triton.jit
+def _moments_kernel(
+    x_ptr, parts_ptr, C, HW, stride_n, stride_o, steps,
+    CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """parts [N, parts, 2, C]: mean and second moment of a part of the pixels. Each lane follows its own mean."""
+    acc_ty = parts_ptr.dtype.element_ty
+    blocks = tl.cdiv(C, BLOCK_C)
+    n = (tl.program_id(0) // blocks).to(tl.int64)
+    part = tl.program_id(1)
+    c = tl.program_id(0) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
+    p = part * steps * BLOCK_P + tl.arange(0, BLOCK_P)
+    mean = tl.zeros([BLOCK_C, BLOCK_P], acc_ty)
+    second = tl.zeros([BLOCK_C, BLOCK_P], acc_ty)
+    for step in range(steps):
+        ps = p + step * BLOCK_P
+        mask = tile_mask(c, ps, C, HW, CHANNELS_LAST, ALIGN)
+        offsets = n * stride_n + tile_offsets(c, ps, stride_o, CHANNELS_LAST, ALIGN)
+        x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(acc_ty)
+        d = tl.where(mask, x - mean, 0.0)
+        mean += d / (step + 1)
+        second += tl.where(mask, d * (x - mean), 0.0)
+    seen = tl.minimum(tl.maximum((HW - p + BLOCK_P - 1) // BLOCK_P, 0), steps).to(acc_ty)[None, :]
+    total = tl.sum(seen * mean, 1) / tl.sum(seen, 1)
+    # What is left corrects the mean, which of equal values is then their value: a batch norm magnifies the rest.
+    rest = tl.sum(tl.where(seen > 0, seen * (mean - total[:, None]), 0.0), 1) / tl.sum(seen, 1)
+    total += tl.where(rest == rest, rest, 0.0)  # of an infinite mean nothing but NaN is left
+    apart = tl.where(seen > 0, mean - total[:, None], 0.0)
+    second = tl.sum(second + seen * apart * apart, 1)
+    row = (n * tl.num_programs(1) + part) * 2 * C
+    tl.store(parts_ptr + row + c, total, mask=c < C)
+    tl.store(parts_ptr + row + C + c, second, mask=c < C)
+
+
+@triton.jit
+def _combine_moments_kernel(
+    parts_ptr, mean_ptr, scale_ptr, C, HW, rows, parts, span, count,
+    EPS: tl.constexpr, KIND: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_L: tl.constexpr,
+):  # fmt: skip
+    """[G, rows, 2, C] -> mean and scale [G, C], rows in order; row i has the pixels of part i % parts, `span` each."""
+    acc_ty = mean_ptr.dtype.element_ty
+    blocks = tl.cdiv(C, BLOCK_L)
+    group = (tl.program_id(0) // blocks).to(tl.int64)
+    c = tl.program_id(0) % blocks * BLOCK_L + tl.arange(0, BLOCK_L)
+    first = tl.load(parts_ptr + group * rows * 2 * C + c, mask=c < C, other=0.0)
+    first = tl.where(tl.abs(first) < float("inf"), first, 0.0)  # of equal means the differences are 0
+    total = tl.zeros([BLOCK_S, BLOCK_L], acc_ty)
+    for start in range(0, rows, BLOCK_S):
+        i = start + tl.arange(0, BLOCK_S)
+        mask = (i < rows)[:, None] & (c < C)[None, :]
+        values = tl.minimum(HW - i % parts * span, span).to(acc_ty)[:, None]
+        at = parts_ptr + (group * rows + i[:, None]) * 2 * C + c[None, :]
+        total += values * tl.where(mask, tl.load(at, mask=mask, other=0.0) - first[None, :], 0.0)
+    mean = first + tl.sum(total, 0) / count
+    total = tl.zeros([BLOCK_S, BLOCK_L], acc_ty)
+    for start in range(0, rows, BLOCK_S):
+        i = start + tl.arange(0, BLOCK_S)
+        mask = (i < rows)[:, None] & (c < C)[None, :]
+        values = tl.minimum(HW - i % parts * span, span).to(acc_ty)[:, None]
+        at = parts_ptr + (group * rows + i[:, None]) * 2 * C + c[None, :]
+        apart = tl.where(mask, tl.load(at, mask=mask, other=0.0) - mean[None, :], 0.0)
+        total += tl.load(at + C, mask=mask, other=0.0) + values * apart * apart
+    tl.store(mean_ptr + group * C + c, mean, mask=c < C)
+    tl.store(scale_ptr + group * C + c, scale_of(tl.sum(total, 0), count, EPS, KIND), mask=c < C)
+
+
+@triton.jit
+def _gate_kernel(
+    x_ptr, z_ptr, residual_ptr, y_ptr, mean_ptr, scale_ptr, p0, p1, p2, p3, p4, p5, C, HW, K, stride_n, stride_o,
+    stats_n,
+    KIND: tl.constexpr, ACTIVATION: tl.constexpr, CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """y, from statistics [G, C] that lie stats_n apart for each image."""
+    acc_ty = mean_ptr.dtype.element_ty
+    n, c0, c, p = channel_tile(C, HW, BLOCK_C, BLOCK_P)
+    mask = tile_mask(c, p, C, HW, CHANNELS_LAST, ALIGN)
+    offsets = n * C * HW + tile_offsets(c, p, C if CHANNELS_LAST else HW, CHANNELS_LAST, ALIGN)
+    x = load_x(x_ptr + n * stride_n, c0, c, p, C, HW, stride_o, KIND, CHANNELS_LAST, ALIGN, BLOCK_C).to(acc_ty)
+    cx = x_channel(c, C, KIND)
+    mean = tl.load(mean_ptr + n * stats_n + cx, mask=c < C, other=0.0)
+    scale = tl.load(scale_ptr + n * stats_n + cx, mask=c < C, other=0.0)
+    a, b, k, spatial = parameters(p0, p1, p2, p3, p4, p5, cx, C, K, acc_ty, KIND)
+    _, s = deviation_and_gate(x, mean, scale, a, b, k, spatial, KIND)
+    v = x * s
+    if z_ptr is not None:
+        v = tl.load(z_ptr + offsets, mask=mask, other=0.0).to(acc_ty) * s
+    if residual_ptr is not None:
+        v += tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(acc_ty)
+    tl.store(y_ptr + offsets, activate(v, ACTIVATION), mask=mask)
+
+
+@triton.jit
+def _sums_kernel(
+    grad_ptr, x_ptr, z_ptr, residual_ptr, mean_ptr, scale_ptr, p0, p1, p2, p3, p4, p5, dresidual_ptr, dx_ptr, dz_ptr,
+    parts_ptr, C, HW, K, stride_n, stride_o, stats_n, steps,
+    KIND: tl.constexpr, ACTIVATION: tl.constexpr, CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """parts [N, parts, 3, C]: sums of r, r d, r d^2 over parts of the pixels; g' where there is an activation.
+
+    With dx, statistics are given and do not depend on x: dx = g s + r a; the first term is dz if there is a z.
+    """
+    acc_ty = mean_ptr.dtype.element_ty
+    blocks = tl.cdiv(C, BLOCK_C)
+    n = (tl.program_id(0) // blocks).to(tl.int64)
+    part = tl.program_id(1)
+    c0 = tl.program_id(0) % blocks * BLOCK_C
+    c = c0 + tl.arange(0, BLOCK_C)
+    cx = x_channel(c, C, KIND)
+    mean = tl.load(mean_ptr + n * stats_n + cx, mask=c < C, other=0.0)
+    scale = tl.load(scale_ptr + n * stats_n + cx, mask=c < C, other=0.0)
+    a, b, k, spatial = parameters(p0, p1, p2, p3, p4, p5, cx, C, K, acc_ty, KIND)
+    sum_r = tl.zeros([BLOCK_C], acc_ty)
+    sum_rd = tl.zeros([BLOCK_C], acc_ty)
+    sum_rdd = tl.zeros([BLOCK_C], acc_ty)
+    for step in range(steps):
+        p = (part * steps + step) * BLOCK_P + tl.arange(0, BLOCK_P)
+        mask = tile_mask(c, p, C, HW, CHANNELS_LAST, ALIGN)
+        offsets = n * C * HW + tile_offsets(c, p, C if CHANNELS_LAST else HW, CHANNELS_LAST, ALIGN)
+        x = load_x(x_ptr + n * stride_n, c0, c, p, C, HW, stride_o, KIND, CHANNELS_LAST, ALIGN, BLOCK_C).to(acc_ty)
+        g = tl.load(grad_ptr + offsets, mask=mask, other=0.0).to(acc_ty)
+        d, s = deviation_and_gate(x, mean, scale, a, b, k, spatial, KIND)
+        z = x
+        if z_ptr is not None:
+            z = tl.load(z_ptr + offsets, mask=mask, other=0.0).to(acc_ty)
+        if ACTIVATION != NONE:
+            pre = z * s
+            if residual_ptr is not None:
+                pre += tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(acc_ty)
+            g = activation_grad(g, pre, ACTIVATION)
+            tl.store(dresidual_ptr + offsets, g, mask=mask)
+        r = g * z * s * (1 - s)
+        sum_r += tl.sum(r, 1)
+        sum_rd += tl.sum(r * d, 1)
+        sum_rdd += tl.sum(r * d * d, 1)
+        if dx_ptr is not None:
+            dx = r * (a * scale)[:, None]
+            if z_ptr is None:
+                dx += g * s
+            else:
+                tl.store(dz_ptr + offsets, g * s, mask=mask)
+            store_dx(dx_ptr + n * C * HW, dx, c0, c, p, C, HW, KIND, CHANNELS_LAST, ALIGN, BLOCK_C)
+    row = (n * tl.num_programs(1) + part) * 3 * C
+    tl.store(parts_ptr + row + cx, sum_r, mask=c < C)
+    tl.store(parts_ptr + row + C + cx, sum_rd, mask=c < C)
+    tl.store(parts_ptr + row + 2 * C + cx, sum_rdd, mask=c < C)
+
+
+@triton.jit
+def _self_gate_dx_kernel(
+    grad_ptr, x_ptr, z_ptr, mean_ptr, scale_ptr, sums_ptr, p0, p1, p2, p3, p4, p5, dx_ptr, dz_ptr,
+    C, HW, K, stride_n, stride_o, stats_n, count,
+    KIND: tl.constexpr, CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """dx, and dz if there is a z, from g' and the sums [G, 3, C]."""
+    acc_ty = mean_ptr.dtype.element_ty
+    n, c0, c, p = channel_tile(C, HW, BLOCK_C, BLOCK_P)
+    mask = tile_mask(c, p, C, HW, CHANNELS_LAST, ALIGN)
+    offsets = n * C * HW + tile_offsets(c, p, C if CHANNELS_LAST else HW, CHANNELS_LAST, ALIGN)
+    x = load_x(x_ptr + n * stride_n, c0, c, p, C, HW, stride_o, KIND, CHANNELS_LAST, ALIGN, BLOCK_C).to(acc_ty)
+    g = tl.load(grad_ptr + offsets, mask=mask, other=0.0).to(acc_ty)
+    cx = x_channel(c, C, KIND)
+    mean = tl.load(mean_ptr + n * stats_n + cx, mask=c < C, other=0.0)
+    scale = tl.load(scale_ptr + n * stats_n + cx, mask=c < C, other=0.0)
+    sums = sums_ptr + n * stats_n * 3 + cx
+    sum_r = tl.load(sums, mask=c < C, other=0.0)
+    sum_rd = tl.load(sums + C, mask=c < C, other=0.0)
+    sum_rdd = tl.load(sums + 2 * C, mask=c < C, other=0.0)
+    a, b, k, spatial = parameters(p0, p1, p2, p3, p4, p5, cx, C, K, acc_ty, KIND)
+    d, s = deviation_and_gate(x, mean, scale, a, b, k, spatial, KIND)
+    z = x
+    if z_ptr is not None:
+        z = tl.load(z_ptr + offsets, mask=mask, other=0.0).to(acc_ty)
+    base = g * s
+    r = base * z * (1 - s)
+    if z_ptr is not None:
+        tl.store(dz_ptr + offsets, base, mask=mask)
+        base = tl.zeros_like(base)
+    dx = dx_tile(base, r, d, mean, scale, a, k, spatial, sum_r, sum_rd, sum_rdd, count, KIND)
+    store_dx(dx_ptr + n * C * HW, dx, c0, c, p, C, HW, KIND, CHANNELS_LAST, ALIGN, BLOCK_C)

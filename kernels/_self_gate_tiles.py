@@ -1,0 +1,132 @@
+"""What gates of `_self_gate.py` compute of one tile: the kinds, their parameters, d, the sigmoid and dx."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ._tiles import program_tile, sigmoid, tile_mask, tile_offsets
+
+SIMAM, SHUFFLE, AFFINE = map(tl.constexpr, range(3))
+
+
+@triton.jit
+def x_channel(c, C, KIND: tl.constexpr):
+    """The channel of x behind channel c of y."""
+    if KIND == SHUFFLE:
+        c = c % 2 * (C // 2) + c // 2
+    return c
+
+
+@triton.jit
+def load_x(
+    x_ptr, c0, c, p, C, HW, stride_o, KIND: tl.constexpr, CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """The tile of x behind channels c of y, the first of which is c0."""
+    if KIND == SHUFFLE and CHANNELS_LAST:
+        j = c0 // 2 + tl.arange(0, BLOCK_C // 2)
+        HALF: tl.constexpr = (ALIGN + 1) // 2
+        mask = tile_mask(j, p, C // 2, HW, CHANNELS_LAST, HALF)
+        first = tile_offsets(j, p, stride_o, CHANNELS_LAST, HALF)
+        second = tile_offsets(j + C // 2, p, stride_o, CHANNELS_LAST, HALF)
+        halves = tl.join(tl.load(x_ptr + first, mask=mask, other=0.0), tl.load(x_ptr + second, mask=mask, other=0.0))
+        x = tl.reshape(tl.permute(halves, 0, 2, 1), [BLOCK_C, p.shape[0]])
+    else:
+        mask = tile_mask(c, p, C, HW, CHANNELS_LAST, ALIGN)
+        offsets = tile_offsets(x_channel(c, C, KIND), p, stride_o, CHANNELS_LAST, ALIGN)
+        x = tl.load(x_ptr + offsets, mask=mask, other=0.0)
+    return x
+
+
+@triton.jit
+def store_dx(
+    dx_ptr, dx, c0, c, p, C, HW, KIND: tl.constexpr, CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """The inverse of `load_x`, into a dense map."""
+    dx = dx.to(dx_ptr.dtype.element_ty)
+    if KIND == SHUFFLE and CHANNELS_LAST:
+        j = c0 // 2 + tl.arange(0, BLOCK_C // 2)
+        HALF: tl.constexpr = (ALIGN + 1) // 2
+        mask = tile_mask(j, p, C // 2, HW, CHANNELS_LAST, HALF)
+        a, b = tl.split(tl.permute(tl.reshape(dx, [BLOCK_C // 2, 2, p.shape[0]]), 0, 2, 1))
+        tl.store(dx_ptr + tile_offsets(j, p, C, CHANNELS_LAST, HALF), a, mask=mask)
+        tl.store(dx_ptr + tile_offsets(j + C // 2, p, C, CHANNELS_LAST, HALF), b, mask=mask)
+    else:
+        stride_o = C if CHANNELS_LAST else HW
+        offsets = tile_offsets(x_channel(c, C, KIND), p, stride_o, CHANNELS_LAST, ALIGN)
+        tl.store(dx_ptr + offsets, dx, mask=tile_mask(c, p, C, HW, CHANNELS_LAST, ALIGN))
+
+
+@triton.jit
+def channel_tile(C, HW, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr):
+    """As `program_tile`, with the first channel as a number: alignment is seen through it, not through a minimum."""
+    n, c, p = program_tile(C, HW, BLOCK_C, BLOCK_P)
+    pid = tl.num_programs(0) - 1 - tl.program_id(0)
+    c0 = pid // tl.cdiv(HW, BLOCK_P) % tl.cdiv(C, BLOCK_C) * BLOCK_C
+    return n, c0, c, p
+
+
+@triton.jit
+def scale_of(second, count, EPS: tl.constexpr, KIND: tl.constexpr):
+    """The statistic beside the mean, from the second moment over `count` values: of AFFINE kinds the variance."""
+    scale = second / count
+    if KIND == SHUFFLE:
+        scale = 1 / tl.sqrt(scale + EPS)
+    if KIND == SIMAM:
+        scale = 1 / (4 * (second / tl.maximum(count - 1, 1) + EPS))
+    return scale
+
+
+@triton.jit
+def parameters(p0, p1, p2, p3, p4, p5, cx, C, K, acc_ty: tl.constexpr, KIND: tl.constexpr):
+    """(a, b, k, spatial) of channels cx of x: the logit is a scale d + b + k mean, and d = 0 where not `spatial`."""
+    a, b, k, spatial = 0.0, 0.0, 0.0, True
+    if KIND == SHUFFLE:
+        inside, j = cx < C, cx % K
+        spatial = cx // K % 2 == 1
+        weight = tl.load(p2 + j, mask=inside, other=0.0).to(acc_ty)
+        a = tl.where(spatial, weight * tl.load(p4 + j, mask=inside, other=0.0).to(acc_ty), 0.0)
+        b = weight * tl.load(p5 + j, mask=inside, other=0.0).to(acc_ty)
+        b += tl.load(p3 + j, mask=inside, other=0.0).to(acc_ty)
+        b = tl.where(spatial, b, tl.load(p1 + j, mask=inside, other=0.0).to(acc_ty))
+        k = tl.where(spatial, 0.0, tl.load(p0 + j, mask=inside, other=0.0).to(acc_ty))
+    if KIND == AFFINE:
+        a = tl.load(p0 + cx, mask=cx < C, other=0.0).to(acc_ty)
+        b = tl.load(p1 + cx, mask=cx < C, other=0.0).to(acc_ty)
+    return a, b, k, spatial
+
+
+@triton.jit
+def deviation_and_gate(x, mean, scale, a, b, k, spatial, KIND: tl.constexpr):
+    """d and the sigmoid, tiles, from what each channel has."""
+    d = x - mean[:, None]
+    if KIND == SIMAM:
+        t = scale[:, None] * d * d + 0.5
+    elif KIND == SHUFFLE:
+        d = tl.where(spatial[:, None], d, 0.0)
+        t = tl.where(spatial, a * scale, 0.0)[:, None] * d + tl.where(spatial, b, b + k * mean)[:, None]
+    else:
+        t = (a * scale)[:, None] * d + b[:, None]
+    return d, sigmoid(t)
+
+
+@triton.jit
+def dx_tile(base, r, d, mean, scale, a, k, spatial, sum_r, sum_rd, sum_rdd, count, KIND: tl.constexpr):
+    """base + r (2 q d + a) + u d + v; sums over the `count` values behind a statistic."""
+    if KIND == SIMAM:
+        u = -8 * scale * scale * sum_rdd / tl.maximum(count - 1, 1)
+        v = -2 * scale * sum_rd / count
+        dx = base + (2 * scale[:, None] * r + u[:, None]) * d + v[:, None]
+    else:
+        slope = a * scale
+        u = -slope * scale * scale * sum_rd / count
+        mean_r = sum_r / count
+        v = tl.zeros_like(mean_r)
+        if KIND == SHUFFLE:
+            slope, u = tl.where(spatial, slope, 0.0), tl.where(spatial, u, 0.0)
+            v = tl.where(spatial, 0.0, k * mean_r)
+        # Differences before products: of a single pixel they are 0, however steep the slope.
+        dx = base + (r - mean_r[:, None]) * slope[:, None] + u[:, None] * d + v[:, None]
+    return dx
