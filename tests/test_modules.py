@@ -10,6 +10,7 @@ import re
 import pytest
 import torch
 from torch._inductor.utils import fresh_cache, run_and_get_code
+from torch.nn.utils import parametrize
 
 import visattn_fast as vf
 from cases import feature_map
@@ -176,6 +177,29 @@ def test_train_eval_and_hooks(entry):
     fast.train()(x).sum().backward()
     assert torch.equal(y, fast(x)) or list(fast.buffers())
     assert seen == ["forward", "forward", "backward", "forward"]
+
+
+class Doubled(torch.nn.Module):
+    def forward(self, w):
+        return 2 * w
+
+
+@entries
+def test_parameters_elsewhere(entry):
+    """Parameters that are parametrized, or plain attributes as a replica's are, are read all the same."""
+    fast, twin = entry.pair(32)[0].eval(), entry.pair(32)[0].eval()
+    x = feature_map((2, 32, 5, 5), "nchw", torch.float32)
+    expected = fast(x)
+    for module in [*fast.modules()]:
+        for name, value in [*module.named_parameters(recurse=False)]:
+            value.data /= 2
+            parametrize.register_parametrization(module, name, Doubled())
+    torch.testing.assert_close(fast(x), expected)
+    for module in twin.modules():
+        for name, value in [*module.named_parameters(recurse=False)]:
+            delattr(module, name)
+            setattr(module, name, value.detach())
+    torch.testing.assert_close(twin(x), expected)
 
 
 @entries

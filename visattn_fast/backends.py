@@ -94,7 +94,7 @@ def fused(x: torch.Tensor) -> bool:
     Raises:
         RuntimeError: the chosen backend cannot serve x.
     """
-    return select(x.device.type, x.dtype, _preference) != "reference"
+    return select(x.device, x.dtype, _preference) != "reference"
 
 
 def reference_asked() -> bool:
@@ -102,13 +102,13 @@ def reference_asked() -> bool:
     return _preference == "reference"
 
 
-def select(device_type: str, dtype: torch.dtype, preference: str) -> str:
-    """The backend that serves calls on ``device_type`` in ``dtype``.
+def select(device: str | torch.device, dtype: torch.dtype, preference: str) -> str:
+    """The backend that serves calls on ``device`` (or devices of its type) in ``dtype``.
 
     Raises:
         RuntimeError: ``preference`` is not ``"auto"`` and cannot serve; the message lists every backend's reasons.
     """
-    return _select(device_type, dtype, preference)
+    return _select(device, dtype, preference)
 
 
 # torch.compile takes the result as a constant of its trace, guarded by the arguments: what is installed stays.
@@ -117,13 +117,13 @@ select._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache
-def _select(device_type: str, dtype: torch.dtype, preference: str) -> str:
-    found = backends(device_type)
+def _select(device: str | torch.device, dtype: torch.dtype, preference: str) -> str:
+    found = backends(device)
     if preference == "auto":
         return next(b.name for b in found.values() if not b.opt_in and not b.reasons_against(dtype))
     if found[preference].reasons_against(dtype):
         lines = "\n".join(f"  {b.name}: {'; '.join(b.reasons_against(dtype)) or 'can serve'}" for b in found.values())
-        raise RuntimeError(f"backend {preference!r} cannot serve {dtype} on {device_type}:\n{lines}")
+        raise RuntimeError(f"backend {preference!r} cannot serve {dtype} on {torch.device(device).type}:\n{lines}")
     return preference
 
 

@@ -30,12 +30,11 @@ def gated(
         tensors: x and the weights.
         options: numbers.
     """
-    x, *weights = tensors
-    assert x is not None
+    x: Any = tensors[0]
     code = check_choice("activation", activation, ACTIVATIONS)
     check_residual(residual, x)
     if not fused(x):
-        return reference.epilogue(ops.mixed(mathematics, x, *weights, *options), residual, activation)
+        return reference.epilogue(ops.mixed(mathematics, x, *tensors[1:], *options), residual, activation)
     return gated_outputs(function, tensors, residual, code, options)[0]
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .. import functional
+from ..reference.parameters import weight_and_bias
 from .recipe import ACTIVATIONS, all_of, layers
 
 _GATES = {nn.Sigmoid: "sigmoid", nn.Hardsigmoid: "hard_sigmoid"}
@@ -25,7 +26,7 @@ def se_like(
 ) -> Tensor:
     """``act(x * gate(expand(hidden(reduce(mean(x))))) + residual)`` with the layers' own parameters and activations."""
     return functional.se(
-        x, reduce.weight, reduce.bias, expand.weight, expand.bias,
+        x, *weight_and_bias(reduce), *weight_and_bias(expand),
         residual=residual, activation=activation,
         hidden_activation=ACTIVATIONS[type(hidden)], gate_activation=_GATES[type(gate)],
     )  # fmt: skip

@@ -15,7 +15,7 @@ class FastChannelAttention(reference.ChannelAttention):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[N, C, H, W]`` -> gate ``[N, C, 1, 1]``; see `functional.channel_attention`."""
-        return functional.channel_attention(x, self.fc1.weight, self.fc2.weight)
+        return functional.channel_attention(x, *self.weights())
 
 
 class FastSpatialAttention(reference.SpatialAttention):
@@ -26,7 +26,7 @@ class FastSpatialAttention(reference.SpatialAttention):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[N, C, H, W]`` -> gate ``[N, 1, H, W]``; see `functional.spatial_attention`."""
-        return functional.spatial_attention(x, self.conv1.weight)
+        return functional.spatial_attention(x, *self.weights())
 
 
 class FastCBAM(reference.CBAM):

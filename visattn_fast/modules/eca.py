@@ -17,4 +17,4 @@ class FastECA(reference.ECA):
     def forward(self, x: Tensor, residual: Tensor | None = None, activation: str | None = None) -> Tensor:
         """``act(eca(x) + residual)``; see `functional.eca`."""
         check_feature_map(x, self.channels)
-        return functional.eca(x, self.conv.weight, residual=residual, activation=activation)
+        return functional.eca(x, *self.weights(), residual=residual, activation=activation)

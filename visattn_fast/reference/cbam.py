@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .checks import check_bottleneck, check_feature_map, check_spatial_kernel, hidden_width
+from .parameters import child, parameter
 
 
 def channel_attention(x: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
@@ -85,13 +86,17 @@ class ChannelAttention(nn.Module):
         self.fc1 = nn.Conv2d(channels, hidden, 1, bias=False)
         self.fc2 = nn.Conv2d(hidden, channels, 1, bias=False)
 
+    def weights(self) -> tuple[Tensor, Tensor]:
+        """``(w1, w2)``, as `channel_attention` takes them."""
+        return parameter(child(self, "fc1"), "weight"), parameter(child(self, "fc2"), "weight")
+
     def forward(self, x: Tensor) -> Tensor:
         """``[N, C, H, W]`` -> gate ``[N, C, 1, 1]``."""
-        return channel_attention(x, self.fc1.weight, self.fc2.weight)
+        return channel_attention(x, *self.weights())
 
     def attention(self, x: Tensor) -> dict[str, Tensor]:
         """The gate of x: ``{"channel": [N, C, 1, 1]}``."""
-        return {"channel": channel_attention(x, self.fc1.weight, self.fc2.weight)}
+        return {"channel": channel_attention(x, *self.weights())}
 
 
 class SpatialAttention(nn.Module):
@@ -115,13 +120,17 @@ class SpatialAttention(nn.Module):
             raise ValueError(f"kernel_size must be 3 or 7, got {kernel_size!r}")
         self.conv1 = nn.Conv2d(2, 1, kernel_size, padding=kernel_size // 2, bias=False)
 
+    def weights(self) -> tuple[Tensor]:
+        """``(wconv,)``, as `spatial_attention` takes it."""
+        return (parameter(child(self, "conv1"), "weight"),)
+
     def forward(self, x: Tensor) -> Tensor:
         """``[N, C, H, W]`` -> gate ``[N, 1, H, W]``."""
-        return spatial_attention(x, self.conv1.weight)
+        return spatial_attention(x, *self.weights())
 
     def attention(self, x: Tensor) -> dict[str, Tensor]:
         """The gate of x: ``{"spatial": [N, 1, H, W]}``."""
-        return {"spatial": spatial_attention(x, self.conv1.weight)}
+        return {"spatial": spatial_attention(x, *self.weights())}
 
 
 class CBAM(nn.Module):
@@ -147,8 +156,7 @@ class CBAM(nn.Module):
 
     def weights(self) -> tuple[Tensor, Tensor, Tensor]:
         """``(w1, w2, wconv)``, as `cbam` takes them."""
-        channel = self.channelattention
-        return channel.fc1.weight, channel.fc2.weight, self.spatialattention.conv1.weight
+        return *child(self, "channelattention").weights(), *child(self, "spatialattention").weights()
 
     def forward(self, x: Tensor) -> Tensor:
         """``[N, C, H, W]`` -> ``[N, C, H, W]``."""

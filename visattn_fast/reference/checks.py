@@ -53,17 +53,19 @@ def check_feature_map(x: Tensor, channels: int | None = None) -> None:
     check_floating("x", x)
     if x.dim() != 4:
         raise ValueError(f"x must have shape [N, C, H, W], got {x.dim()} dimensions: {tuple(x.shape)}")
-    if x.shape[1] == 0 or x.shape[2] == 0 or x.shape[3] == 0:
+    _, c, h, w = x.shape
+    if c == 0 or h == 0 or w == 0:
         raise ValueError(f"x must have at least one channel and one pixel, got shape {tuple(x.shape)}")
-    if channels is not None and x.shape[1] != channels:
+    if channels is not None and c != channels:
         raise ValueError(f"x must have {channels} channels, as the weights have, got shape {tuple(x.shape)}")
 
 
 def check_weight(name: str, weight: Tensor, shape: tuple[int, ...], x: Tensor) -> None:
     """Raises unless ``weight`` is floating, on x's device, and has ``shape`` up to trailing dimensions of size 1."""
     check_floating(name, weight)
-    if tuple(weight.shape[: len(shape)]) != shape or any(size != 1 for size in weight.shape[len(shape) :]):
-        raise ValueError(f"{name} must have shape {list(shape)}, got {list(weight.shape)}")
+    found = weight.shape
+    if found != shape and found != shape + (1,) * (len(found) - len(shape)):
+        raise ValueError(f"{name} must have shape {list(shape)}, got {list(found)}")
     if weight.device != x.device:
         raise ValueError(f"{name} must be on the device of x, {x.device}, got {weight.device}")
 
@@ -78,9 +80,10 @@ def check_bottleneck(
 ) -> None:
     """Raises unless x is a feature map and w1 ``[R, C]``, b1 ``[R]``, w2 ``[C, R]``, b2 ``[C]`` fit it."""
     check_floating(names[0], w1)
-    if w1.dim() < 2 or w1.shape[0] == 0:
-        raise ValueError(f"{names[0]} must have shape [R, C] with R >= 1, got {list(w1.shape)}")
-    hidden, channels = w1.shape[0], w1.shape[1]
+    shape = w1.shape
+    if len(shape) < 2 or shape[0] == 0:
+        raise ValueError(f"{names[0]} must have shape [R, C] with R >= 1, got {list(shape)}")
+    hidden, channels = shape[0], shape[1]
     check_feature_map(x, channels)
     check_weight(names[0], w1, (hidden, channels), x)
     check_weight(names[2], w2, (channels, hidden), x)
@@ -178,6 +181,7 @@ def check_residual(residual: Tensor | None, x: Tensor) -> None:
 
 def check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> int:
     """The index of ``value`` in ``choices``. Raises ValueError for an unknown one."""
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {choices}, got {value!r}")
-    return choices.index(value)
+    try:
+        return choices.index(value)
+    except ValueError:
+        raise ValueError(f"{name} must be one of {choices}, got {value!r}") from None

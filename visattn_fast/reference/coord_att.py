@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .batch_norm import batch_norm_step
 from .checks import check_coordinate_gates, check_feature_map, check_positive
+from .parameters import child, weight_and_bias
 
 
 def coord_att(
@@ -116,9 +117,9 @@ class CoordAtt(nn.Module):
 
     def weights(self) -> tuple[Any, ...]:
         """``(w1, ..., b_w)``, as `coord_att` takes them."""
-        conv1, bn, conv_h, conv_w = self.conv1, self.bn1, self.conv_h, self.conv_w
-        norm = (bn.weight, bn.bias, bn.running_mean, bn.running_var)
-        return conv1.weight, conv1.bias, *norm, conv_h.weight, conv_h.bias, conv_w.weight, conv_w.bias
+        conv1, bn, conv_h, conv_w = (child(self, name) for name in ("conv1", "bn1", "conv_h", "conv_w"))
+        norm = *weight_and_bias(bn), bn.running_mean, bn.running_var
+        return *weight_and_bias(conv1), *norm, *weight_and_bias(conv_h), *weight_and_bias(conv_w)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[N, C, H, W]`` -> ``[N, C, H, W]``."""

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .checks import check_feature_map, check_weight, hidden_width
+from .parameters import child, parameter, weight_and_bias
 
 
 def cross_weights(q: Tensor, k: Tensor) -> Tensor:
@@ -93,8 +94,8 @@ class CrissCross(nn.Module):
 
     def weights(self) -> tuple[Tensor, ...]:
         """``(wq, bq, wk, bk, wv, bv, gamma)``, as `criss_cross` takes them."""
-        pairs = ((conv.weight, conv.bias) for conv in (self.query_conv, self.key_conv, self.value_conv))
-        return *(t for pair in pairs for t in pair if t is not None), self.gamma
+        query, key, value = (weight_and_bias(child(self, f"{name}_conv")) for name in ("query", "key", "value"))
+        return *query, *key, *value, parameter(self, "gamma")
 
     def forward(self, x: Tensor) -> Tensor:
         """``[N, C, H, W]`` -> ``[N, C, H, W]``."""

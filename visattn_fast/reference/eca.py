@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .checks import check_channel_kernel, check_feature_map, check_odd, check_positive
+from .parameters import child, parameter
 
 
 def eca(x: Tensor, weight: Tensor) -> Tensor:
@@ -69,15 +70,19 @@ class ECA(nn.Module):
         self.channels = channels
         self.conv = nn.Conv1d(1, 1, kernel_size, padding=kernel_size // 2, bias=False)
 
+    def weights(self) -> tuple[Tensor]:
+        """``(weight,)``, as `eca` takes it."""
+        return (parameter(child(self, "conv"), "weight"),)
+
     def forward(self, x: Tensor) -> Tensor:
         """``[N, C, H, W]`` -> ``[N, C, H, W]``."""
         check_feature_map(x, self.channels)
-        return eca(x, self.conv.weight)
+        return eca(x, *self.weights())
 
     def attention(self, x: Tensor) -> dict[str, Tensor]:
         """The gate of x: ``{"channel": [N, C, 1, 1]}``."""
         check_feature_map(x, self.channels)
-        return {"channel": eca_gate(x, self.conv.weight)}
+        return {"channel": eca_gate(x, *self.weights())}
 
     def extra_repr(self) -> str:
         return f"channels={self.channels}"

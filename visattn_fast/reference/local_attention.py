@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .checks import check_bottleneck, check_feature_map, check_floating, check_weight, hidden_width
+from .parameters import child, weight_and_bias
 from .se import se_gate
 
 
@@ -126,9 +127,9 @@ class LocalAttention(nn.Module):
 
     def weights(self) -> tuple[Any, ...]:
         """``(w1, b1, w2, b2, p1, q1, p2, q2)``, as `local_attention` takes them."""
-        _, c1, _, c2, _ = self.channel_attention
-        p1, _, p2, _ = self.spatial_attention
-        return c1.weight, c1.bias, c2.weight, c2.bias, p1.weight, p1.bias, p2.weight, p2.bias
+        _, c1, _, c2, _ = child(self, "channel_attention")
+        p1, _, p2, _ = child(self, "spatial_attention")
+        return *weight_and_bias(c1), *weight_and_bias(c2), *weight_and_bias(p1), *weight_and_bias(p2)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[N, C, H, W]`` -> ``[N, C, H, W]``."""

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .checks import check_bottleneck, check_weight, hidden_width
+from .parameters import child, weight_and_bias
 from .se import se_gate
 
 
@@ -84,9 +85,9 @@ class scSE(nn.Module):
 
     def weights(self) -> tuple[Any, ...]:
         """``(w1, b1, w2, b2, ws, bs)``, as `scse` takes them."""
-        _, squeeze, _, excite, _ = self.cSE
-        spatial, _ = self.sSE
-        return squeeze.weight, squeeze.bias, excite.weight, excite.bias, spatial.weight, spatial.bias
+        _, squeeze, _, excite, _ = child(self, "cSE")
+        spatial, _ = child(self, "sSE")
+        return *weight_and_bias(squeeze), *weight_and_bias(excite), *weight_and_bias(spatial)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[N, C, H, W]`` -> ``[N, C, H, W]``."""

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .checks import ACTIVATIONS, GATES, check_bottleneck, check_choice, hidden_width
+from .parameters import child, weight_and_bias
 
 
 def se(
@@ -87,8 +88,8 @@ class SE(nn.Module):
 
     def weights(self) -> tuple[Any, ...]:
         """``(w1, b1, w2, b2)``, as `se` takes them."""
-        squeeze, _, excite, _ = self.fc  # several times faster than indexing
-        return squeeze.weight, squeeze.bias, excite.weight, excite.bias
+        squeeze, _, excite, _ = child(self, "fc")  # several times faster than indexing
+        return *weight_and_bias(squeeze), *weight_and_bias(excite)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[N, C, H, W]`` -> ``[N, C, H, W]``."""

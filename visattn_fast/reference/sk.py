@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .batch_norm import batch_norm_step, look_through, update_running_statistics
 from .checks import check_branches, check_feature_map, check_positive, check_weight
+from .parameters import child, parameter, weight_and_bias
 
 BRANCHES = 2
 
@@ -133,10 +134,11 @@ class SK(nn.Module):
 
     def weights(self) -> tuple[Any, ...]:
         """``(w, norm_weight, norm_bias, running_mean, running_var, w1, b1, w2, b2)``, as `sk` takes them."""
-        squeeze, norm, _ = self.fc
-        first, second = self.fcs
+        squeeze, norm, _ = child(self, "fc")
+        first, second = child(self, "fcs")
         statistics = norm.running_mean, norm.running_var
-        return squeeze.weight, norm.weight, norm.bias, *statistics, first.weight, first.bias, second.weight, second.bias
+        w, branches = parameter(squeeze, "weight"), (*weight_and_bias(first), *weight_and_bias(second))
+        return w, *weight_and_bias(norm), *statistics, *branches
 
     def forward(self, x: Tensor) -> Tensor:
         """``[N, C, H, W]`` -> ``[N, C, H, W]``."""

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .checks import check_bottleneck, hidden_width
+from .parameters import child, weight_and_bias
 
 STEPS = 5  # of the Newton-Schulz iteration
 
@@ -93,8 +94,8 @@ class SOCA(nn.Module):
 
     def weights(self) -> tuple[Any, ...]:
         """``(w1, b1, w2, b2)``, as `soca` takes them."""
-        first, _, second, _ = self.conv_du
-        return first.weight, first.bias, second.weight, second.bias
+        first, _, second, _ = child(self, "conv_du")
+        return *weight_and_bias(first), *weight_and_bias(second)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[N, C, H, W]`` -> ``[N, C, H, W]``."""

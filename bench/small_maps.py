@@ -1,0 +1,72 @@
+"""Small maps, where what is timed is the host: microseconds a call, blocks of eager and fused calls in turn.
+
+``python -m bench.small_maps`` prints a table for SE, ECA and CBAM at [1, 64, 7, 7], on one thread and on two.
+``--ops``, ``--shape`` and ``--threads`` choose others; ``--least`` is for a machine that is not quiet.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import statistics
+from collections.abc import Callable
+
+import torch
+
+from visattn_fast.report.cases import MODES, Case, parse_shape
+from visattn_fast.report.subject import Subject
+from visattn_fast.report.timing import Effort, Run, interleaved
+
+CONTENDERS = ("eager", "fused")
+CALLS = 20  # in a block
+Summary = Callable[[list[float]], float]
+
+
+def least(seconds: list[float]) -> float:
+    """The 5th percentile: on a busy machine, what is left when nothing interrupts."""
+    return statistics.quantiles(seconds, n=20, method="inclusive")[0]
+
+
+def block(subject: Subject, contender: str) -> Run:
+    """``CALLS`` calls. A model enters ``no_grad`` once, not for each of its modules, and so does a block."""
+    run: Run = subject.run(contender)
+    if subject.case.mode == "forward":
+        run = functools.partial(subject.fast if contender == "fused" else subject.plain, subject.x)
+
+    def calls() -> None:
+        with torch.set_grad_enabled(subject.case.mode == "both"):
+            for _ in range(CALLS):
+                run()
+
+    return calls
+
+
+def microseconds(case: Case, seconds: float, summary: Summary) -> dict[str, float]:
+    """What a call of each contender takes."""
+    subject = Subject(case, torch.device("cpu"))
+    runs = {name: block(subject, name) for name in CONTENDERS}
+    times = interleaved(runs, torch.device("cpu"), Effort(seconds, fewest=50, most=100_000))
+    return {name: 1e6 * summary(found) / CALLS for name, found in times.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Microseconds a call on small maps, on this CPU.")
+    parser.add_argument("--ops", default="se,eca,cbam", help="modules of the catalogue (default %(default)s)")
+    parser.add_argument("--shape", type=parse_shape, default="1x64x7x7", help="N x C x H x W (default %(default)s)")
+    parser.add_argument("--threads", default="1,2", help="numbers of threads (default %(default)s)")
+    parser.add_argument("--seconds", type=float, default=2.0, help="for each row (default %(default)s)")
+    parser.add_argument("--least", action="store_true", help="5th percentiles, for a busy machine, not medians")
+    args = parser.parse_args()
+    summary: Summary = least if args.least else statistics.median
+    print("| module | threads | mode | eager us | fused us | fused / eager |\n|---|---|---|---|---|---|")
+    for threads in map(int, args.threads.split(",")):
+        torch.set_num_threads(threads)
+        for op in args.ops.split(","):
+            for mode in MODES:
+                found = microseconds(Case(op, args.shape, mode=mode), args.seconds, summary)
+                eager, fused = (found[name] for name in CONTENDERS)
+                print(f"| {op} | {threads} | {mode} | {eager:.1f} | {fused:.1f} | {fused / eager:.2f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
