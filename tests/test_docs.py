@@ -27,6 +27,14 @@ def test_recipe(page, capsys):
     assert not names["report"].skipped
 
 
+def test_training_page():
+    """Its blocks run, one after the other."""
+    names: dict[str, object] = {}
+    for block in re.findall(r"```python\n(.*?)```", (PAGES[0].parents[1] / "training.md").read_text(), re.DOTALL):
+        exec(block, names)
+    assert {gradient.shape[0] for gradient in names["per_sample"].values()} == {4}
+
+
 def test_every_library_has_a_page():
     from visattn_fast.integrations.accelerate import _LIBRARIES
 

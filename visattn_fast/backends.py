@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+from torch.autograd import forward_ad
 
 from . import native, ops
 
@@ -22,6 +23,10 @@ _TRITON_KEYS = {"cuda": "CUDA", "xpu": "XPU", "cpu": "CPU"}  # the last under th
 _TRITON_PROVEN = ()  # device types on which the Triton kernels have passed their tests; others are opt-in
 
 _preference = "auto"
+
+# Asked at every call. Looking them up takes as long as calling them.
+_exporting, _tracing = torch.compiler.is_exporting, torch._C._get_tracing_state
+_transforming = torch._C._are_functorch_transforms_active
 
 
 @dataclass(frozen=True)
@@ -95,11 +100,25 @@ def fused(x: torch.Tensor) -> bool:
         RuntimeError: the chosen backend cannot serve x.
     """
     return select(x.device, x.dtype, _preference) != "reference"
+    return select(x.device.type, x.dtype, _asked()) != "reference"
 
 
 def reference_asked() -> bool:
-    """Whether the reference was chosen explicitly: what fast modules made of PyTorch's operations alone go by."""
-    return _preference == "reference"
+    """Whether the reference is to serve any tensor: what fast modules made of PyTorch's operations alone go by."""
+    return _asked() == "reference"
+
+
+def _asked() -> str:
+    """The choice in force: the reference where none was made and only PyTorch's own operations will do."""
+    return "reference" if _preference == "auto" and _wants_own_operations() else _preference
+
+
+def _wants_own_operations() -> bool:
+    """Whether the call is part of an export, to run without this package, or of a transform that no op has a rule for,
+
+    of torch.func or in forward mode.
+    """
+    return _exporting() or _transforming() or forward_ad._current_level >= 0 or _tracing() is not None
 
 
 def select(device: str | torch.device, dtype: torch.dtype, preference: str) -> str:
@@ -114,6 +133,7 @@ def select(device: str | torch.device, dtype: torch.dtype, preference: str) -> s
 # torch.compile takes the result as a constant of its trace, guarded by the arguments: what is installed stays.
 # (torch.compiler.assume_constant_result sets just this, but imports all of Dynamo, 1.6 s, to do so.)
 select._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_wants_own_operations._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache

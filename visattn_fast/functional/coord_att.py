@@ -81,5 +81,5 @@ def _widened(
     wide = tuple(None if s is None else s.to(dtype) for s in statistics)
     yield wide
     for given, changed in zip(statistics, wide, strict=True):
-        if given is not None and changed is not None and given is not changed:
+        if given is not None and changed is not None and given.dtype != dtype:
             given.copy_(changed)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from .. import functional, ops, reference
+from ..backends import reference_asked
 
 
 class FastWindowAttention2d(reference.WindowAttention2d):
@@ -17,7 +18,7 @@ class FastWindowAttention2d(reference.WindowAttention2d):
         return functional.window_attention(qkv, **self._arguments(qkv))
 
     def _tokens(self, x: Tensor) -> Tensor:
-        return x if self.layout == "nhwc" else ops.token_grid(x)
+        return super()._tokens(x) if self.layout == "nhwc" or reference_asked() else ops.token_grid(x)
 
     def _map(self, y: Tensor, x: Tensor) -> Tensor:
         return y if self.layout == "nhwc" else ops.in_format_of(x, y.permute(0, 3, 1, 2))

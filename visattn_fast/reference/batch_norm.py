@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -11,12 +12,24 @@ def batch_norm_step(bn: nn.modules.batchnorm._BatchNorm) -> tuple[bool, float]:
     """Whether this forward pass of ``bn`` takes the batch's statistics, and the momentum of their running averages.
 
     Counts the batch in training, as ``bn``'s own forward does; without a momentum the average is cumulative.
+
+    Raises:
+        RuntimeError: ``bn`` would take the statistics of several processes, as SyncBatchNorm does.
     """
+    if isinstance(bn, nn.SyncBatchNorm) and bn.training and _several_processes():
+        raise RuntimeError(
+            "SyncBatchNorm: this module computes its batch norm itself, from the batch of its own process; "
+            "leave it out of convert_sync_batchnorm, or put its batch norm in eval mode"
+        )
     if not (bn.training and bn.track_running_stats):
         return bn.training or bn.running_mean is None, 0.0
     assert bn.num_batches_tracked is not None
     bn.num_batches_tracked.add_(1)
     return True, bn.momentum if bn.momentum is not None else 1.0 / float(bn.num_batches_tracked)
+
+
+def _several_processes() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 @torch.no_grad()

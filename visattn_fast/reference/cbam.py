@@ -28,9 +28,17 @@ def channel_attention(x: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
     """
     check_bottleneck(x, w1, None, w2, None)
     w1, w2 = w1.flatten(1), w2.flatten(1)
-    mean, maximum = x.mean((2, 3)), F.adaptive_max_pool2d(x, 1).flatten(1)
+    mean, maximum = x.mean((2, 3)), global_maximum(x).flatten(1)
     excited = F.linear(F.relu(F.linear(mean, w1)), w2) + F.linear(F.relu(F.linear(maximum, w1)), w2)
     return torch.sigmoid(excited)[:, :, None, None]
+
+
+def global_maximum(x: Tensor) -> Tensor:
+    """Maximum over H and W, ``[N, C, 1, 1]``, with the gradient to the first of equal ones.
+
+    In exported programs it is a reduction, which every runtime has; eager's is the slower one of the two.
+    """
+    return x.amax((2, 3), keepdim=True) if torch.compiler.is_exporting() else F.adaptive_max_pool2d(x, 1)
 
 
 def spatial_attention(x: Tensor, wconv: Tensor) -> Tensor:

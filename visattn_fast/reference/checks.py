@@ -126,7 +126,7 @@ def check_channel_kernel(weight: Tensor, x: Tensor) -> None:
     check_floating("weight", weight)
     if weight.dim() != 3:
         raise ValueError(f"weight must have shape [1, 1, k], got {list(weight.shape)}")
-    check_odd("the kernel size of weight", weight.shape[2])
+    check_odd("the kernel size of weight", int(weight.shape[2]))  # torch.jit.trace has tensors as sizes
     check_weight("weight", weight, (1, 1, weight.shape[2]), x)
 
 
@@ -135,7 +135,7 @@ def check_spatial_kernel(wconv: Tensor, x: Tensor) -> None:
     check_floating("wconv", wconv)
     if wconv.dim() != 4:
         raise ValueError(f"wconv must have shape [1, 2, k, k], got {list(wconv.shape)}")
-    size = wconv.shape[3]
+    size = int(wconv.shape[3])  # torch.jit.trace has tensors as sizes
     check_odd("the kernel size of wconv", size)
     check_weight("wconv", wconv, (1, 2, size, size), x)
 

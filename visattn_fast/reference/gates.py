@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from .cbam import global_maximum
 from .checks import TIES, check_choice, check_feature_map
 
 
@@ -48,7 +48,7 @@ def gate_twice(
     check_feature_map(x)
     even = bool(check_choice("ties", ties, TIES))
     if channel is not None:
-        maximum = x.amax((2, 3), keepdim=True) if even else F.adaptive_max_pool2d(x, 1)
+        maximum = x.amax((2, 3), keepdim=True) if even else global_maximum(x)
         x = x * checked(channel(x.mean((2, 3), keepdim=True), maximum), (*x.shape[:2], 1, 1), "channel")
     maximum = x.amax(1, keepdim=True) if even else x.max(dim=1, keepdim=True).values
     maps = torch.cat([x.mean(1, keepdim=True), maximum], 1)

@@ -65,7 +65,7 @@ class SelfAttention2d(nn.Module):
         if self.position_bias is not None:
             offsets = (2 * self.position_bias[0] - 1) * (2 * self.position_bias[1] - 1)
             self.relative_position_bias_table = nn.Parameter(torch.empty(offsets, heads))
-            nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
+            nn.init.normal_(self.relative_position_bias_table, std=0.02)
 
     def table(self) -> Tensor | None:
         """The relative position bias as `attention2d` takes it, ``[2H - 1, 2W - 1, heads]``; a view."""

@@ -32,7 +32,8 @@ class Windows:
     @property
     def grid(self) -> tuple[int, int]:
         """Windows along H and W."""
-        return -(-self.height // self.window[0]), -(-self.width // self.window[1])
+        window_h, window_w = self.window  # not by -(-a // b): ONNX rounds quotients of integers towards zero
+        return (self.height + window_h - 1) // window_h, (self.width + window_w - 1) // window_w
 
     def tokens(self, device: torch.device) -> Tensor:
         """The token ``h * W + w`` at each position, H * W at padding: ``[windows, L]``, int64."""
@@ -62,13 +63,14 @@ class Windows:
         size, padded, shift = (self.height, self.width)[axis], self._padded(axis), self.shift[axis]
         at = torch.arange(padded, device=device)
         if self.pad_first:
-            return (at + shift) % padded
-        return torch.where(at < size, (at + shift) % size, size)
+            return _modulo(at + shift, padded)
+        return torch.where(at < size, _modulo(at + shift, size), size)
 
     def _target(self, axis: int, device: torch.device) -> Tensor:
         """The position of each row, or column."""
         size = (self.height, self.width)[axis]
-        return (torch.arange(size, device=device) - self.shift[axis]) % (self._padded(axis) if self.pad_first else size)
+        at = torch.arange(size, device=device) - self.shift[axis]
+        return _modulo(at, self._padded(axis) if self.pad_first else size)
 
     def _padded(self, axis: int) -> int:
         return self.grid[axis] * self.window[axis]
@@ -77,6 +79,11 @@ class Windows:
         """``[padded H, padded W]`` -> ``[windows, L]``."""
         (down, across), (height, width) = self.grid, self.window
         return values.view(down, height, across, width).transpose(1, 2).reshape(down * across, height * width)
+
+
+def _modulo(index: Tensor, size: int) -> Tensor:
+    """``index % size``, by a tensor: ONNX has no remainder by a size that is known only where the program runs."""
+    return torch.remainder(index, index.new_full((), size))
 
 
 def relative_position(window: tuple[int, int], device: torch.device) -> Tensor:
@@ -178,6 +185,8 @@ def check_window(window: Any, shift: Any) -> tuple[tuple[int, int], tuple[int, i
     window, shift = _pair("window", window), _pair("shift", shift)
     for size, step in zip(window, shift, strict=True):
         check_positive("window", size)
+        if isinstance(step, torch.SymInt):  # made of the sizes of a map, by a module that was checked
+            continue
         if not isinstance(step, int) or isinstance(step, bool) or not 0 <= step < size:
             raise ValueError(f"shift must be ints from 0 to less than the window, {window}, got {shift}")
     return window, shift
@@ -189,6 +198,13 @@ def _pair(name: str, value: Any) -> tuple[Any, Any]:
     if len(value) != 2:
         raise ValueError(f"{name} must be one int or two, along H and W, got {value!r}")
     return value[0], value[1]
+
+
+def _shift(step: int, size: int, window: int) -> int:
+    """The step, or 0 where one window covers the axis."""
+    if torch.compiler.is_exporting():  # without a branch: ONNX Runtime does not check for which sizes a program is
+        return step * (1 - 1 // ((size + window - 1) // window))
+    return step if size > window else 0
 
 
 class WindowAttention2d(nn.Module):
@@ -242,7 +258,7 @@ class WindowAttention2d(nn.Module):
         self.proj = nn.Linear(channels, channels)
         rows = (2 * self.window[0] - 1) * (2 * self.window[1] - 1)
         self.relative_position_bias_table = nn.Parameter(torch.empty(rows, heads))
-        nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
+        nn.init.normal_(self.relative_position_bias_table, std=0.02)
 
     def forward(self, x: Tensor, need_weights: str = "none") -> Tensor | tuple[Tensor, Tensor]:
         """``[N, C, H, W]`` -> ``[N, C, H, W]``, or ``[N, H, W, C]`` -> ``[N, H, W, C]``, as ``layout`` says.
@@ -269,14 +285,13 @@ class WindowAttention2d(nn.Module):
 
     def _arguments(self, qkv: Tensor) -> dict[str, Any]:
         """Of `window_attention`, beside qkv."""
-        covered = (size <= window for size, window in zip(qkv.shape[1:3], self.window, strict=True))
-        shift = tuple(0 if one else step for one, step in zip(covered, self.shift, strict=True))
+        axes = zip(self.shift, qkv.shape[1:3], self.window, strict=True)
         return {
             "pad": self.qkv.bias,
             "table": self.relative_position_bias_table,
             "heads": self.heads,
             "window": self.window,
-            "shift": shift,
+            "shift": tuple(step and _shift(step, size, window) for step, size, window in axes),
             "pad_first": self.pad_first,
         }
 
