@@ -75,7 +75,8 @@ def backends(device: str | torch.device = "cpu") -> dict[str, Backend]:
 def use_backend(name: str) -> Iterator[None]:
     """Within the context every call uses backend ``name``, in all threads.
 
-    An explicit choice is never replaced: a call that it cannot serve raises RuntimeError with the reasons.
+    An explicit choice is never replaced: a call that it cannot serve raises RuntimeError with the reasons. So exports
+    hold its ops, and `torch.func.vmap` raises, where ``"auto"`` takes the reference.
 
     Args:
         name: ``"auto"``, ``"cuda"``, ``"triton"``, ``"cpp"`` or ``"reference"``.
