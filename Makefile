@@ -4,12 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 SOURCES := $(wildcard csrc/*.h csrc/cpu/*.h csrc/cpu/*.cpp)
+CUDA_SOURCES := $(wildcard csrc/cuda/*.* csrc/cuda/emulation/*.*)
 # Test processes. Threads of two of them share the cores, and wait asleep; the interpreter needs one thread each.
 PROCESSES ?= 2
 INTERPRETED := $(addprefix tests/test_,parity.py autograd.py gates.py flash_attention.py window_attention.py \
 	kernels_interpreter.py traffic.py planted_faults.py)
 
-.PHONY: report test bench kernels evidence lint format gpu-check build clean
+.PHONY: report test bench kernels evidence lint format ext-cuda gpu-check build clean
 
 report: $(VENV)/built
 	$(BIN)/visattn-fast report --seconds 1 --out report
@@ -24,6 +25,13 @@ bench: $(VENV)/built
 kernels: $(VENV)/installed
 	TRITON_INTERPRET=1 $(BIN)/python -m tools.traffic
 	$(BIN)/python -m tools.compiled
+	$(BIN)/python -m tools.emulation
+	$(BIN)/python -m tools.cuda_objects
+
+# The native CUDA kernels, where nvcc and a CUDA torch are: with that machine's own torch, and nothing to download.
+ext-cuda:
+	VISATTN_BUILD_CUDA=1 $(PYTHON) -m pip install --no-build-isolation --no-deps --editable .
+	$(PYTHON) -c "from visattn_fast import native; raise SystemExit(native.load(native.CUDA_LIBRARY))"
 
 # What is proven of each kernel, and where: docs/evidence.md.
 evidence: $(VENV)/installed
@@ -33,12 +41,12 @@ lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $(SOURCES)
+	$(BIN)/clang-format --dry-run --Werror $(SOURCES) $(CUDA_SOURCES)
 
 format: $(VENV)/installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(SOURCES)
+	$(BIN)/clang-format -i $(SOURCES) $(CUDA_SOURCES)
 
 # Where the GPU is: with that machine's own torch, and nothing to download.
 gpu-check:

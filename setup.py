@@ -1,11 +1,13 @@
 """Builds the optional native library. Without torch or a C++ compiler a pure-Python install comes out.
 
-VISATTN_BUILD_EXT=1 makes a failed build an error, VISATTN_BUILD_EXT=0 skips it.
+VISATTN_BUILD_EXT=1 makes a failed build an error, VISATTN_BUILD_EXT=0 skips it. VISATTN_BUILD_CUDA=1 builds the CUDA
+library as well, with nvcc of CUDA_HOME or of the path, for TORCH_CUDA_ARCH_LIST; if that fails, the rest is there.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from glob import glob
@@ -16,6 +18,8 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 CHOICE = os.environ.get("VISATTN_BUILD_EXT", "")
+CUDA_CHOICE = os.environ.get("VISATTN_BUILD_CUDA", "0")
+ARCHITECTURES = os.environ.get("TORCH_CUDA_ARCH_LIST") or "8.0;9.0;10.0+PTX"
 FLAGS = [
     "-std=c++20",
     "-O3",
@@ -27,14 +31,16 @@ FLAGS = [
     "-Wno-psabi",
     "-Wno-unknown-pragmas",
 ]
+NVCC_FLAGS = [flag for flag in FLAGS if flag.startswith(("-std", "-O"))]
+NVCC_FLAGS += ["--expt-relaxed-constexpr", "--extended-lambda", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
 STABLE_ABI = ("TORCH_TARGET_VERSION", "0x020b000000000000")  # PyTorch 2.11: one library serves it and all later ones
 
 
-def give_up(why: str) -> None:
+def give_up(why: str, library: str = "native") -> None:
     """Says why there is no native library, or stops if one is demanded."""
-    if CHOICE == "1":
+    if CHOICE == "1" and library == "native":
         raise RuntimeError(f"VISATTN_BUILD_EXT=1, but {why}")
-    print(f"visattn_fast: installing pure Python, without the native library: {why}", file=sys.stderr)
+    print(f"visattn_fast: installing without the {library} library: {why}", file=sys.stderr)
 
 
 def extensions() -> list[Extension]:
@@ -44,8 +50,43 @@ def extensions() -> list[Extension]:
     if find_spec("torch") is None:
         give_up("torch is not installed here (pip install --no-build-isolation uses the installed one)")
         return []
-    sources, headers = sorted(glob("csrc/cpu/*.cpp")), sorted(glob("csrc/cpu/*.h"))
-    return [Extension("visattn_fast._C", sources, depends=headers, language="c++", extra_compile_args=FLAGS)]
+    sources, headers = sorted(glob("csrc/cpu/*.cpp")), [*sorted(glob("csrc/cpu/*.h")), "csrc/cuda/plan.h"]
+    found = [Extension("visattn_fast._C", sources, depends=headers, language="c++", extra_compile_args=FLAGS)]
+    if CUDA_CHOICE == "1":
+        sources = sorted([*glob("csrc/cuda/*.cu"), *glob("csrc/cuda/*.cpp")])
+        headers += sorted([*glob("csrc/cuda/*.cuh"), *glob("csrc/cuda/*.h")])
+        found.append(
+            Extension("visattn_fast._CUDA", sources, depends=headers, language="c++", extra_compile_args=FLAGS)
+        )
+    return found
+
+
+def gencode(architectures: str) -> list[str]:
+    """nvcc's flags for a list like ``8.0;9.0a;10.0+PTX``."""
+    flags = []
+    for name in architectures.replace(",", ";").replace(" ", ";").split(";"):
+        number = name.removesuffix("+PTX").replace(".", "")
+        codes = [f"sm_{number}"] + [f"compute_{number}"] * name.endswith("+PTX")
+        flags += [flag for code in codes if number for flag in ("-gencode", f"arch=compute_{number},code={code}")]
+    return flags
+
+
+def use_cuda(extension: Extension) -> str:
+    """Adds the CUDA runtime, linked statically; returns nvcc."""
+    import torch
+
+    if torch.version.cuda is None:
+        raise RuntimeError("the CUDA library needs a torch that is built with CUDA")
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    nvcc = shutil.which("nvcc", path=os.path.join(home, "bin") if home else None)
+    if nvcc is None:
+        raise RuntimeError("the CUDA library needs nvcc: set CUDA_HOME")
+    home = home or os.path.dirname(os.path.dirname(os.path.realpath(nvcc)))
+    extension.include_dirs.append(os.path.join(home, "include"))
+    extension.library_dirs += [os.path.join(home, folder) for folder in ("lib64", "lib")]
+    extension.libraries += ["torch_cuda", "cudart_static", "rt", "dl", "pthread"]
+    extension.define_macros.append(("USE_CUDA", None))
+    return nvcc
 
 
 def use_torch(extension: Extension) -> None:
@@ -71,26 +112,49 @@ class BuildNative(build_ext):
         return []
 
     def run(self) -> None:
-        try:
-            for extension in self.extensions:
+        wanted, self.extensions, self.nvcc = self.extensions, [], None
+        built = []
+        for extension in wanted:
+            self.extensions = [extension]
+            try:
                 use_torch(extension)
-            super().run()
-        except Exception as error:
-            give_up(f"{type(error).__name__}: {error}")
-            self.extensions = []
+                if extension.name.endswith("_CUDA"):
+                    self.nvcc = use_cuda(extension)
+                super().run()
+                built.append(extension)
+            except Exception as error:
+                why = f"{type(error).__name__}: {error}"
+                give_up(why, "CUDA" if extension.name.endswith("_CUDA") else "native")
+        self.extensions = built
 
     def build_extension(self, ext: Extension) -> None:
         compile_one = self.compiler.compile
+
+        def compile_cuda(source, output_dir, include_dirs=(), macros=(), **_):
+            made = os.path.join(output_dir, os.path.splitext(source)[0] + ".o")
+            macros = [f"-D{name}" if value is None else f"-D{name}={value}" for name, value in macros]
+            paths = [f"-I{path}" for path in include_dirs]
+            self.spawn([self.nvcc, *NVCC_FLAGS, *gencode(ARCHITECTURES), *macros, *paths, "-c", source, "-o", made])
+            return [made]
+
+        def compile_source(source, output_dir, **options):
+            if source.endswith(".cu"):
+                return compile_cuda(source, output_dir, **options)
+            return compile_one([source], output_dir, **options)
 
         def compile_all(sources, output_dir=None, **options):
             for source in sources:
                 os.makedirs(os.path.join(output_dir, os.path.dirname(source)), exist_ok=True)
             with ThreadPoolExecutor(os.cpu_count()) as pool:
-                parts = pool.map(lambda source: compile_one([source], output_dir, **options), sources)
+                parts = pool.map(lambda source: compile_source(source, output_dir, **options), sources)
                 return [name for part in parts for name in part]
 
         self.compiler.compile = compile_all
-        super().build_extension(ext)
+        self.compiler.src_extensions = [*{*self.compiler.src_extensions, ".cu"}]
+        try:
+            super().build_extension(ext)
+        finally:
+            self.compiler.compile = compile_one
 
 
 class PlatformWheel(bdist_wheel):

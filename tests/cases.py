@@ -15,8 +15,10 @@ import visattn_fast as vf
 from visattn_fast import catalogue, reference
 
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
-# Every backend that has kernels here; TRITON_INTERPRET=1 brings triton to the CPU.
-TARGETS = [(d, b.name) for d in DEVICES for b in vf.backends(d).values() if b.available and b.name != "reference"]
+# Every backend that has kernels here for all modules; TRITON_INTERPRET=1 brings triton to the CPU. The native CUDA
+# kernels serve a few modules: tests/test_cuda_kernels.py.
+_PARTIAL = ("cuda", "reference")
+TARGETS = [(d, b.name) for d in DEVICES for b in vf.backends(d).values() if b.available and b.name not in _PARTIAL]
 INTERPRETED = ("cpu", "triton") in TARGETS
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)

@@ -68,11 +68,46 @@ def test_unknown_backend():
         pass
 
 
-def test_gpu_paths_are_opt_in():
+def test_gpu_paths_are_opt_in(monkeypatch):
     """Kernels that no such device has run yet are not chosen by themselves."""
     triton = vf.backends("cuda")["triton"]
     assert triton.opt_in
     assert select("cuda", torch.float32, "auto") == "reference"
+    module = sys.modules["visattn_fast.backends"]  # the name is that of a function, too
+    monkeypatch.setattr(module, "_why_no_cuda", lambda device_type: ())
+    native = module._probe.__wrapped__("cuda", "cuda")
+    assert native.available
+    assert native.opt_in
+
+
+def test_native_cuda_kernels_share_their_key():
+    """They serve their ops while they are chosen, Triton's serve otherwise, and an op without one says so."""
+    code = """
+import torch
+from visattn_fast import backends, ops
+from visattn_fast.ops import _library
+def load():
+    library = torch.library.Library("visattn_fast_cuda", "IMPL")
+    library.impl("eca_fwd", lambda *args: args, "CUDA")
+    kept.append(library)
+kept, chosen = [], []
+assert ops.register_cuda(lambda: "not built", bool) == "not built"
+assert not _library._NATIVE
+assert ops.register_cuda(load, lambda: bool(chosen)) is None
+native = torch.ops.visattn_fast_cuda.eca_fwd.default
+assert _library.cuda_kernel("eca_fwd", True) is native
+assert _library.cuda_kernel("eca_fwd", False) is native  # nobody else is there
+ops.register_triton("CUDA")
+assert _library.cuda_kernel("eca_fwd", True) is native
+assert _library.cuda_kernel("eca_fwd", False).__module__ == "visattn_fast.kernels.eca"
+for name in ("eca_fwd", "se_fwd"):
+    assert torch._C._dispatch_has_kernel_for_dispatch_key("visattn_fast::" + name, "CUDA")
+try:
+    _library.cuda_kernel("se_fwd", True)
+except RuntimeError as error:
+    print(error)
+"""
+    assert python(code) == "backend 'cuda' has no kernel for se_fwd; it has eca_fwd"
 
 
 def test_import_is_light():

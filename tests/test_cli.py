@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 
@@ -11,6 +12,7 @@ import torch
 import visattn_fast as vf
 from visattn_fast import cli
 from visattn_fast.backends import NAMES, select
+from visattn_fast.report import cuda_plan
 
 
 def test_info(capsys):
@@ -24,6 +26,36 @@ def test_info(capsys):
             backend = vf.backends(device)[name]
             assert all(reason in text for reason in (*backend.missing, backend.opt_in))
     assert f"auto takes {select('cpu', torch.float32, 'auto')} for float32" in text
+
+
+@pytest.mark.skipif(not vf.backends("cpu")["cpp"].available, reason="asks the native library")
+def test_info_of_a_shape(capsys, monkeypatch):
+    """Which native CUDA kernel a map takes on devices that need not be here, and why."""
+    monkeypatch.setattr(cuda_plan, "devices", lambda: cuda_plan.DEVICES)
+    assert cli.main(["info", "--shape", "64x256x56x56"]) == 0
+    text = capsys.readouterr().out
+    assert "native CUDA kernel of SE for 64x256x56x56 in bfloat16" in text
+    assert text.count("an image fits the shared memory of a cluster") == 4
+    assert text.count("no clusters before sm_90") == 2
+    assert cli.main(["info", "--shape", "64x256"]) == 2
+    assert "--shape must be like 64x256x56x56, got '64x256'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("dtype", "threads"), [(torch.bfloat16, 512), (torch.float32, 512)])
+@pytest.mark.skipif(not vf.backends("cpu")["cpp"].available, reason="asks the native library")
+def test_plans_keep_what_the_device_has(dtype, threads):
+    """Shared memory, clusters, and blocks that all have to be resident, from one pixel to more than a cluster holds."""
+    sides, channels = (1, 7, 14, 56, 113, 512), (1, 3, 64, 256, 2048)
+    for device in cuda_plan.DEVICES:
+        for n, c, side, nhwc in itertools.product((1, 32, 4096), channels, sides, (False, True)):
+            p = cuda_plan.plan((n, c, side, side), max(c // 16, 1), dtype, nhwc, device)
+            assert p.variant != "refused", (device, n, c, side)
+            assert p.shared_bytes <= device.shared_bytes
+            assert p.team <= 16 or p.variant == "semaphore"
+            assert p.variant == "semaphore" or device.sm >= 90
+            a_multiprocessor = 2 if 2 * p.shared_bytes + 2048 <= device.shared_bytes + 1024 else 1
+            assert p.variant == "cluster" or p.team * p.teams <= a_multiprocessor * device.multiprocessors
+            assert p.threads == threads
 
 
 def test_module_and_version():

@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from typing import Any
 import torch
 
 from visattn_fast import catalogue
+from visattn_fast.backends import backends
 from visattn_fast.report.cases import matrix
 from visattn_fast.report.machine import describe
 from visattn_fast.report.measure import measure
@@ -35,8 +37,9 @@ BUDGET = 570.0  # seconds
 SMALL_RUN = """
 import torch, visattn_fast as vf
 from visattn_fast import catalogue
-with vf.use_backend("triton"):
-    for entry in catalogue.ENTRIES.values():
+native = [("cuda", catalogue.ENTRIES[name]) for name in ("se", "eca") if vf.backends("cuda")["cuda"].available]
+for backend, entry in [*(("triton", entry) for entry in catalogue.ENTRIES.values()), *native]:
+    with vf.use_backend(backend):
         for layout in catalogue.LAYOUTS:
             fast = entry.pair(24)[0].cuda()
             x = catalogue.feature_map((2, 24, 9, 7), layout, device="cuda").requires_grad_()
@@ -57,13 +60,15 @@ def main() -> int:
     tests = run_tests()
     sanitizer = run_sanitizer()
     rows, left_out = benchmark(device, start + BUDGET)
+    native, without = native_benchmark(device, start + BUDGET)
     found: dict[str, Any] = {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "machine": asdict(describe(device)),
         "tests": tests,
         "sanitizer": sanitizer,
         "rows": rows,
-        "left_out": left_out,
+        "native_cuda": native,
+        "left_out": left_out + without,
         "seconds": round(time.perf_counter() - start),
     }
     args.out.mkdir(parents=True, exist_ok=True)
@@ -76,7 +81,8 @@ def main() -> int:
 
 def run_tests() -> dict[str, Any]:
     """Parity on the device, and the tests that need one; in parallel processes where pytest-xdist is there."""
-    command = [sys.executable, "-m", "pytest", "tests/test_parity.py", "tests/test_gpu.py", "-k", "cuda or test_gpu"]
+    files = ("tests/test_parity.py", "tests/test_gpu.py", "tests/test_cuda_kernels.py")
+    command = [sys.executable, "-m", "pytest", *files, "-k", "cuda or test_gpu"]
     if importlib.util.find_spec("xdist"):
         command += ["-n", "auto"]
     done = subprocess.run([*command, "-q"], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
@@ -100,16 +106,26 @@ def run_sanitizer() -> str:
     return lines[-1].strip("= ") if lines else f"no summary, exit status {done.returncode}"
 
 
-def benchmark(device: torch.device, end: float) -> tuple[list[dict[str, object]], list[str]]:
+def native_benchmark(device: torch.device, end: float) -> tuple[list[dict[str, object]], list[str]]:
+    """The same of the modules with native CUDA kernels, or why there are none: `make ext-cuda` builds them."""
+    native = backends("cuda")["cuda"]
+    if not native.available:
+        return [], [f"native CUDA kernels: {'; '.join(native.missing)}"]
+    return benchmark(device, end, ("se", "eca"), "cuda")
+
+
+def benchmark(
+    device: torch.device, end: float, modules: Sequence[str] = (), backend: str = "triton"
+) -> tuple[list[dict[str, object]], list[str]]:
     """The rows of every gated module, in bfloat16, until ``end``; and the cases for which no time was left."""
-    gated = [name for name, entry in catalogue.ENTRIES.items() if entry.epilogue]
+    gated = modules or [name for name, entry in catalogue.ENTRIES.items() if entry.epilogue]
     rows: list[dict[str, object]] = []
     left_out: list[str] = []
     for case in matrix(gated, SHAPES, dtype="bfloat16"):
         if time.perf_counter() > end:
             left_out.append(str(case))
             continue
-        measured = measure(case, device, Effort(seconds=0.5, fewest=20), backend="triton")
+        measured = measure(case, device, Effort(seconds=0.5, fewest=20), backend=backend)
         rows += [asdict(row) for row in measured.rows]
         for row in measured.rows:
             percent = f"{row.percent_of_copy:.0f} % of copy" if row.percent_of_copy else row.failure

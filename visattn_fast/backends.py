@@ -16,11 +16,14 @@ from . import native, ops
 
 NAMES = ("cuda", "triton", "cpp", "reference")  # in the order in which "auto" tries them
 _DTYPES = {
+    "cuda": (torch.float32, torch.float16, torch.bfloat16),
     "cpp": (torch.float32, torch.float64, torch.bfloat16),
     "triton": (torch.float32, torch.float64, torch.float16, torch.bfloat16),
 }
 _TRITON_KEYS = {"cuda": "CUDA", "xpu": "XPU", "cpu": "CPU"}  # the last under the interpreter alone
 _TRITON_PROVEN = ()  # device types on which the Triton kernels have passed their tests; others are opt-in
+
+_CUDA_PROVEN = ()  # the same of the native CUDA kernels
 
 _preference = "auto"
 
@@ -152,7 +155,9 @@ def _probe(name: str, device_type: str) -> Backend:
     if name == "reference":
         return Backend(name, device_type, (), ())
     if name == "cuda":
-        return Backend(name, device_type, (), ("this version has no native CUDA kernels",))
+        missing = _why_no_cuda(device_type)
+        opt_in = "" if missing or device_type in _CUDA_PROVEN else "not yet run on a GPU: opt-in; serves SE and ECA"
+        return Backend(name, device_type, _DTYPES[name], missing, opt_in)
     if name == "cpp":
         return Backend(name, device_type, _DTYPES[name], _why_no_cpp(device_type))
     missing = _why_no_triton(device_type)
@@ -173,6 +178,15 @@ def _why_no_cpp(device_type: str) -> tuple[str, ...]:
     if _interpreted():
         return ("TRITON_INTERPRET=1 gives CPU tensors to triton in this process",)
     absent = native.load()
+    return (absent,) if absent else ()
+
+
+def _why_no_cuda(device_type: str) -> tuple[str, ...]:
+    if device_type != "cuda":
+        return (f"serves cuda, not {device_type}",)
+    if torch.version.cuda is None:
+        return ("this torch is built without CUDA",)
+    absent = ops.register_cuda(lambda: native.load(native.CUDA_LIBRARY), lambda: _preference == "cuda")
     return (absent,) if absent else ()
 
 

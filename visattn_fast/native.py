@@ -7,25 +7,30 @@ import threading
 from pathlib import Path
 
 LIBRARY = Path(__file__).with_name("_C.so")
+CUDA_LIBRARY = Path(__file__).with_name("_CUDA.so")
+_HOW = {
+    LIBRARY: "pip install --no-build-isolation with a C++ compiler builds it",
+    CUDA_LIBRARY: "make ext-cuda, or VISATTN_BUILD_CUDA=1 pip install --no-build-isolation with nvcc builds it",
+}
 _lock = threading.Lock()
 
 
-def load() -> str | None:
-    """Registers the native kernels. Returns None, or the reason why there are none."""
+def load(library: Path = LIBRARY) -> str | None:
+    """Registers a library's kernels. Returns None, or the reason why there are none."""
     with _lock:
-        return _load()
+        return _load(library)
 
 
 @functools.cache
-def _load() -> str | None:
+def _load(library: Path) -> str | None:
     import torch
 
-    if not LIBRARY.exists():
-        return "the native library was not built: pip install --no-build-isolation with a C++ compiler builds it"
+    if not library.exists():
+        return f"the native library was not built: {_HOW[library]}"
     if torch.torch_version.TorchVersion(torch.__version__) < "2.11":
         return f"the native library needs torch >= 2.11, found {torch.__version__}"
     try:
-        torch.ops.load_library(LIBRARY)
+        torch.ops.load_library(library)
     except (OSError, RuntimeError) as error:
         return f"the native library does not load: {error}"
     return None

@@ -1,7 +1,7 @@
 """One file per op family: schema, reference implementation, fake, autograd.Function."""
 
 from ._autograd import mixed, run
-from ._library import register_triton
+from ._library import register_cuda, register_triton
 from .additive_score import AdditiveScoreFunction, fits_a_block
 from .attention2d import Attention2dFunction, attention_mean
 from .cbam import CBAMFunction
@@ -57,6 +57,7 @@ __all__ = [
     "fits_a_block",
     "in_format_of",
     "mixed",
+    "register_cuda",
     "register_triton",
     "run",
     "se_mathematics",

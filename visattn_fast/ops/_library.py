@@ -2,7 +2,8 @@
 
 Every op is declared with its schema, its implementation in plain PyTorch (``CompositeExplicitAutograd``, so that it
 runs everywhere) and its fake. The kernels register themselves over it when a device is first used: the native library
-under ``CPU`` as it is loaded, the Triton launchers through `register_triton`.
+under ``CPU`` as it is loaded, the Triton launchers through `register_triton`. Where the native CUDA library is there,
+too, `register_cuda` gives ``CUDA`` to a choice between the two.
 """
 
 from __future__ import annotations
@@ -23,9 +24,18 @@ class Op(NamedTuple):
 
     reference: Callable[..., Any]
     launcher: str | None
+    schema: str
 
 
 OPS: dict[str, Op] = {}
+NATIVE_LIBRARY = torch.library.Library("visattn_fast_cuda", "DEF")  # the same schemas, of the native kernels
+
+# What has kernels for CUDA, by the op's name, and which of them are reached.
+_TRITON: dict[str, Callable[..., Any]] = {}
+_NATIVE: dict[str, Callable[..., Any]] = {}
+_native_chosen: Callable[[], bool] = bool
+_declared: set[str] = set()
+_shared: set[str] = set()
 
 
 def define(schema: str, launcher: str | None, reference: Callable[..., Any], fake: Callable[..., Any]) -> Any:
@@ -43,7 +53,7 @@ def define(schema: str, launcher: str | None, reference: Callable[..., Any], fak
     LIBRARY.define(schema, tags=(torch.Tag.flexible_layout,))
     LIBRARY.impl(name, without_autocast(reference), "CompositeExplicitAutograd")
     torch.library.register_fake(f"visattn_fast::{name}", fake, lib=LIBRARY)
-    OPS[name] = Op(reference, launcher)
+    OPS[name] = Op(reference, launcher, schema)
     return getattr(torch.ops.visattn_fast, name).default
 
 
@@ -53,4 +63,58 @@ def register_triton(dispatch_key: str) -> None:
         if op.launcher is None:
             continue
         launchers = importlib.import_module(f"visattn_fast.kernels.{op.launcher}")
-        LIBRARY.impl(name, getattr(launchers, name), dispatch_key)
+        if dispatch_key == "CUDA":
+            _TRITON[name] = getattr(launchers, name)
+        else:
+            LIBRARY.impl(name, getattr(launchers, name), dispatch_key)
+    if dispatch_key == "CUDA":
+        _share_cuda()
+
+
+def register_cuda(load: Callable[[], str | None], chosen: Callable[[], bool]) -> str | None:
+    """Lets the native kernels serve their ops on ``CUDA`` whenever ``chosen()``, and Triton's the rest of the time.
+
+    Args:
+        load: loads the native library, which implements ops of the namespace ``visattn_fast_cuda``; returns None or
+            the reason why it cannot.
+
+    Returns:
+        That reason, or None.
+    """
+    global _native_chosen
+    for name in OPS.keys() - _declared:
+        NATIVE_LIBRARY.define(OPS[name].schema)
+        _declared.add(name)
+    if absent := load():
+        return absent
+    _native_chosen = chosen
+    for name in OPS:
+        if torch._C._dispatch_has_kernel_for_dispatch_key(f"{NATIVE_LIBRARY.ns}::{name}", "CUDA"):
+            _NATIVE[name] = getattr(getattr(torch.ops, NATIVE_LIBRARY.ns), name).default
+    _share_cuda()
+    return None
+
+
+def cuda_kernel(name: str, native_chosen: bool) -> Callable[..., Any]:
+    """The kernel that serves op ``name`` on CUDA devices.
+
+    Raises:
+        RuntimeError: the native kernels were asked for, and there is none for this op.
+    """
+    native, triton = _NATIVE.get(name), _TRITON.get(name)
+    if native_chosen and native is None:
+        there = ", ".join(sorted(_NATIVE)) or "none"
+        raise RuntimeError(f"backend 'cuda' has no kernel for {name}; it has {there}")
+    # A backward pass outside of the context that chose goes to whoever is there: both read what either keeps.
+    return native if native_chosen and native else triton or native or OPS[name].reference
+
+
+def _share_cuda() -> None:
+    """Gives ``CUDA`` of every op with kernels to `cuda_kernel`."""
+    for name in {name for name, op in OPS.items() if op.launcher} - _shared:
+        LIBRARY.impl(name, _chooser(name), "CUDA")
+        _shared.add(name)
+
+
+def _chooser(name: str) -> Callable[..., Any]:
+    return lambda *args: cuda_kernel(name, _native_chosen())(*args)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Iterable, Iterator
 
 import torch
 
 from ..backends import backends, select
+from . import cuda_plan
 from .machine import describe
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -15,12 +17,25 @@ _DEVICES = ("cpu", "cuda", "xpu")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """It has none."""
+    """A shape is optional."""
+    parser.add_argument("--shape", metavar="NxCxHxW", help="which native CUDA kernel a map takes, and why")
+    parser.add_argument("--dtype", default="bfloat16", choices=("float32", "float16", "bfloat16"), help="of that map")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints it all."""
-    print("\n".join(lines()))
+    """Prints it all, or what a shape takes."""
+    if args.shape is None:
+        print("\n".join(lines()))
+        return 0
+    shape = tuple(int(size) for size in args.shape.split("x") if size.isdigit())
+    if len(shape) != 4 or not all(shape):
+        print(f"visattn-fast info: --shape must be like 64x256x56x56, got {args.shape!r}", file=sys.stderr)
+        return 2
+    try:
+        print("\n".join(cuda_plan.lines(shape, getattr(torch, args.dtype))))
+    except RuntimeError as error:
+        print(f"visattn-fast info: {error}", file=sys.stderr)
+        return 1
     return 0
 
 

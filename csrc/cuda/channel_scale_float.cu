@@ -1,0 +1,10 @@
+#include "channel_scale.cuh"
+
+namespace visattn::cuda {
+
+template void launch_channel_scale<float>(const char*, ChannelForward<PlainMemory, float>&, const Plan&, bool,
+                                          const Call&);
+template void launch_channel_scale<float>(const char*, ChannelBackward<PlainMemory, float>&, const Plan&,
+                                          bool, const Call&);
+
+}  // namespace visattn::cuda

@@ -1,0 +1,10 @@
+#include "channel_scale.cuh"
+
+namespace visattn::cuda {
+
+template void launch_channel_scale<Half>(const char*, ChannelForward<PlainMemory, Half>&, const Plan&, bool,
+                                         const Call&);
+template void launch_channel_scale<Half>(const char*, ChannelBackward<PlainMemory, Half>&, const Plan&, bool,
+                                         const Call&);
+
+}  // namespace visattn::cuda

@@ -1,0 +1,147 @@
+// The two Execs of the device: one thread of a cluster that holds an image in shared memory, or of a team of
+// blocks that meets at a semaphore and leaves the image in the L2 cache.
+#pragma once
+
+#include <cooperative_groups.h>
+
+#include "team.h"
+
+namespace visattn::cuda {
+
+// Memory that the other blocks of a team read, past the L1 caches, which do not see each other's writes.
+struct InL2 {
+  float* p;
+  __device__ InL2 operator+(int64_t i) const { return {p + i}; }
+};
+VF_DEVICE float get(InL2 m, int64_t i) { return __ldcg(m.p + i); }
+VF_DEVICE void put(InL2 m, int64_t i, float v) { __stcg(m.p + i, v); }
+
+struct Workspace {
+  float* exchange;       // [blocks, 2, Scratch::shared]; null in a cluster
+  unsigned* semaphores;  // [teams], whose lower 31 bits are zero
+};
+
+// What is the same in both.
+struct DeviceThread {
+  using Memory = PlainMemory;
+  template <class T>
+  using Shared = T*;
+
+  unsigned char* memory;
+
+  VF_DEVICE int thread() const { return static_cast<int>(threadIdx.x); }
+  VF_DEVICE int threads() const { return static_cast<int>(blockDim.x); }
+  VF_DEVICE void sync_block() const { __syncthreads(); }
+  VF_DEVICE float warp_sum(float v) const {
+    VF_UNROLL
+    for (int lanes = 1; lanes < kWarp; lanes *= 2) v += __shfl_xor_sync(0xffffffffu, v, lanes);
+    return v;
+  }
+  template <class T>
+  VF_DEVICE T* shared(int bytes) const {
+    return reinterpret_cast<T*>(memory + bytes);
+  }
+};
+
+struct SemaphoreExec : DeviceThread {
+  static constexpr bool kResident = false;
+  using Exchange = InL2;
+
+  Workspace workspace;
+  int size, distance;  // of the team; of two blocks' floats
+
+  VF_DEVICE SemaphoreExec(unsigned char* shared_memory, Workspace w, int team_size, int floats)
+      : DeviceThread{shared_memory}, workspace(w), size(team_size), distance(2 * floats) {}
+
+  VF_DEVICE int rank() const { return static_cast<int>(blockIdx.x) % size; }
+  VF_DEVICE int team() const { return static_cast<int>(blockIdx.x) / size; }
+  VF_DEVICE int team_size() const { return size; }
+  VF_DEVICE int teams() const { return static_cast<int>(gridDim.x) / size; }
+
+  VF_DEVICE InL2 exchange(float*, int floats, int which) const {
+    return {workspace.exchange + int64_t{blockIdx.x} * distance + which * floats};
+  }
+  VF_DEVICE InL2 peer(InL2 mine, int r) const { return mine + int64_t{r - rank()} * distance; }
+
+  // Every thread's writes come before the block's arrival, and its reads after that of all others.
+  VF_DEVICE void sync_team() {
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0)
+      meet(*this, workspace.semaphores + team(), rank() == 0, static_cast<unsigned>(size));
+    __syncthreads();
+  }
+  VF_DEVICE unsigned add_release(unsigned* p, unsigned v) const {
+    unsigned before;
+    asm volatile("atom.add.release.gpu.global.u32 %0, [%1], %2;" : "=r"(before) : "l"(p), "r"(v) : "memory");
+    return before;
+  }
+  VF_DEVICE unsigned load_acquire(unsigned* p) const {
+    unsigned v;
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
+    return v;
+  }
+  VF_DEVICE void pause() const { __nanosleep(32); }
+  VF_DEVICE void finish() const {}
+};
+
+#if __CUDA_ARCH__ >= 900
+struct ClusterExec : DeviceThread {
+  static constexpr bool kResident = true;
+  using Exchange = float*;
+
+  VF_DEVICE explicit ClusterExec(unsigned char* shared_memory) : DeviceThread{shared_memory} {}
+
+  VF_DEVICE static auto cluster() { return cooperative_groups::this_cluster(); }
+  VF_DEVICE int rank() const { return static_cast<int>(cluster().block_rank()); }
+  VF_DEVICE int team_size() const { return static_cast<int>(cluster().num_blocks()); }
+  VF_DEVICE int team() const { return static_cast<int>(blockIdx.x) / team_size(); }
+  VF_DEVICE int teams() const { return static_cast<int>(gridDim.x) / team_size(); }
+  VF_DEVICE void sync_team() const { cluster().sync(); }
+  VF_DEVICE void finish() const { cluster().sync(); }  // a block's memory outlives its readers
+
+  VF_DEVICE float* exchange(float* own, int floats, int which) const { return own + which * floats; }
+  VF_DEVICE float* peer(float* mine, int r) const { return cluster().map_shared_rank(mine, r); }
+
+  // Stage s is done when the bytes announced at the barrier at memory + 8 s have come.
+  VF_DEVICE unsigned barrier(int stage) const {
+    return static_cast<unsigned>(__cvta_generic_to_shared(memory + 8 * stage));
+  }
+  VF_DEVICE void copy_init(int stages) const {
+    if (threadIdx.x == 0) {
+      for (int s = 0; s < stages; ++s) {
+        asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barrier(s)) : "memory");
+      }
+      asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+      fence_async();
+    }
+    __syncthreads();
+  }
+  template <class T>
+  VF_DEVICE void copy_async(int stage, T* to, const T* from, int count) const {
+    if (threadIdx.x != 0) return;
+    const unsigned bytes = static_cast<unsigned>(count) * sizeof(T);
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier(stage)), "r"(bytes)
+                 : "memory");
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+            static_cast<unsigned>(__cvta_generic_to_shared(to))),
+        "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(barrier(stage))
+        : "memory");
+  }
+  VF_DEVICE void copy_wait(int stage, int parity) const {
+    unsigned done = 0;
+    while (!done) {
+      asm volatile(
+          "{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+          : "=r"(done)
+          : "r"(barrier(stage)), "r"(parity)
+          : "memory");
+    }
+  }
+  // What threads have read and written here comes before copies that are issued later.
+  VF_DEVICE void fence_async() const { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+};
+#endif
+
+}  // namespace visattn::cuda

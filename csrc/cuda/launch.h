@@ -1,0 +1,28 @@
+// What a planned launch is given; launch.cu does it.
+#pragma once
+
+#include "plan.h"
+
+namespace visattn::cuda {
+
+using Kernel = const void*;
+
+template <class Function>
+Kernel kernel_of(Function* kernel) {
+  return reinterpret_cast<Kernel>(kernel);
+}
+
+struct Call {
+  int device;
+  void* stream;
+  const int64_t* sizes;  // [4], of x, for messages
+};
+
+// Launches kernel(*args, workspace) as planned. Raises with the name, the shape and CUDA's reason if it
+// cannot.
+void launch(const char* name, Kernel kernel, void* args, const Plan& plan, const Call& call);
+
+// What `plan` asks of the device, once for each.
+const Device& device_of(int index);
+
+}  // namespace visattn::cuda

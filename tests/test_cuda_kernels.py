@@ -1,0 +1,125 @@
+"""The native CUDA kernels on a GPU: results, repeatability, graphs, streams. test_cuda_emulation.py needs none."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import visattn_fast as vf
+from cases import EPILOGUES, LARGE_SHAPES, SHAPE_DTYPES, VIEWS, check, feature_map, needs_dtype, run
+from visattn_fast import catalogue
+from visattn_fast.backends import backends
+
+BACKEND = backends("cuda")["cuda"]
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+    pytest.mark.skipif(not BACKEND.available, reason="; ".join(BACKEND.missing)),
+]
+entries = pytest.mark.parametrize("entry", [catalogue.ENTRIES[n] for n in ("se", "eca")], ids=lambda e: e.name)
+layouts = pytest.mark.parametrize("layout", catalogue.LAYOUTS)
+
+
+@entries
+@layouts
+@pytest.mark.parametrize(("shape", "dtype"), [*SHAPE_DTYPES, *((s, torch.float32) for s in LARGE_SHAPES)])
+def test_shapes(entry, layout, shape, dtype):
+    needs_dtype("cuda", "cuda", dtype)
+    check(entry, feature_map(shape, layout, dtype, "cuda"), "cuda")
+
+
+@entries
+@layouts
+@pytest.mark.parametrize(("with_residual", "activation"), EPILOGUES)
+@pytest.mark.parametrize("shape", [(2, 8, 6, 10), (2, 64, 16, 16), (3, 24, 7, 7)], ids=str)
+def test_epilogues(entry, layout, shape, with_residual, activation):
+    x = feature_map(shape, layout, torch.bfloat16, "cuda")
+    residual = feature_map(shape, layout, torch.bfloat16, "cuda", seed=2) if with_residual else None
+    check(entry, x, "cuda", residual, activation)
+
+
+@entries
+@layouts
+@pytest.mark.parametrize("view", VIEWS)
+def test_strides(entry, layout, view):
+    check(entry, VIEWS[view](feature_map((2, 8, 6, 5), layout, torch.float32, "cuda"), layout), "cuda")
+
+
+@entries
+@layouts
+@pytest.mark.parametrize(
+    "shape", [(64, 256, 56, 56), (32, 2048, 7, 7), (1, 2048, 300, 300), (300, 64, 28, 28)], ids=str
+)
+def test_as_triton(entry, layout, shape):
+    """Sizes of which each takes another plan."""
+    x = feature_map(shape, layout, torch.bfloat16, "cuda")
+    module = entry.pair(shape[1], torch.bfloat16)[0].cuda()
+    results = []
+    for backend in ("cuda", "triton"):
+        with vf.use_backend(backend):
+            results.append(run(module, x))
+    for name, want in results[1].items():
+        torch.testing.assert_close(results[0][name], want, rtol=2e-2, atol=2e-2 * want.abs().max().item())
+
+
+@entries
+@layouts
+def test_repeats_on_two_streams(entry, layout):
+    """The same bits a hundred times, while another stream runs the same kernels."""
+    shape = (8, 64, 56, 56)
+    fast, x = entry.pair(64, torch.float16)[0].cuda(), feature_map(shape, layout, torch.float16, "cuda")
+    with vf.use_backend("cuda"), torch.no_grad():
+        first, other = fast(x), torch.cuda.Stream()
+        other.wait_stream(torch.cuda.current_stream())
+        for _ in range(100):
+            with torch.cuda.stream(other):
+                beside = fast(x)
+            assert torch.equal(fast(x), first)
+        other.synchronize()
+        assert torch.equal(beside, first)
+
+
+@entries
+@layouts
+@pytest.mark.parametrize("shape", [(8, 64, 56, 56), (1, 2048, 300, 300)], ids=str)
+def test_graph(entry, layout, shape):
+    """A captured step replays on new values, of a cluster's kernels and of those with semaphores."""
+    fast = entry.pair(shape[1], torch.float16)[0].cuda()
+    static = feature_map(shape, layout, torch.float16, "cuda").requires_grad_()
+
+    def step():
+        y = fast(static)
+        return y, *torch.autograd.grad(y.float().sum(), [static])
+
+    with vf.use_backend("cuda"):
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            step()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = step()
+        with torch.no_grad():
+            static.copy_(feature_map(shape, layout, torch.float16, "cuda", seed=5))
+        graph.replay()
+        assert all(torch.equal(a, b) for a, b in zip(captured, step(), strict=True))
+
+
+@entries
+def test_refusals_name_the_kernel(entry):
+    """More channels than a block's shared memory has room for."""
+    x = torch.randn(1, 1 << 16, 2, 2, device="cuda")
+    module = entry.pair(1 << 16)[0].cuda() if entry.name == "eca" else vf.FastSE(1 << 16, 1 << 12).cuda()
+    with vf.use_backend("cuda"), pytest.raises(RuntimeError, match=f"{entry.name}_fwd has no CUDA kernel"):
+        module(x)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one device")
+@entries
+def test_another_device(entry):
+    x = feature_map((2, 16, 8, 8), "nchw", torch.float32, "cuda:1")
+    module = entry.pair(16)[0].to("cuda:1")
+    with vf.use_backend("cuda"):
+        y = module(x)
+    with vf.use_backend("reference"):
+        torch.testing.assert_close(y, module(x))

@@ -1,0 +1,33 @@
+"""The native CUDA kernels compiled where nvcc is, without a GPU; `python -m tools.cuda_objects` compiles them all."""
+
+from __future__ import annotations
+
+import pytest
+
+from cases import INTERPRETED
+
+pytest.importorskip("triton")
+cuda_objects = pytest.importorskip("tools.cuda_objects", reason="not beside the repository's tools")
+
+REPORT = """
+ptxas info    : Compiling entry function '_Z1fv' for 'sm_90'
+    16 bytes stack frame, 12 bytes spill stores, 20 bytes spill loads
+ptxas info    : Used 64 registers, used 1 barriers, 16 bytes cumulative stack size
+"""
+
+
+def test_spills_are_seen():
+    assert list(cuda_objects.ptxas_report(REPORT)) == [("_Z1fv", 64, 20)]
+    kernel = cuda_objects.Compiled("_Z1fv", "sm_90", 64, 20, cuda_objects.Counter())
+    assert kernel.faults == ["_Z1fv for sm_90: spills 20 bytes"]
+
+
+@pytest.mark.skipif(INTERPRETED, reason="once is enough")
+@pytest.mark.skipif(bool(cuda_objects.why_not()), reason=str(cuda_objects.why_not()))
+def test_objects():
+    """One element type for one target, and whatever has none: no spills, wide accesses."""
+    chosen = [s for s in cuda_objects.SOURCES if not s.stem.endswith(("float", "half"))]
+    kernels = [k for source in chosen for k in cuda_objects.compile_source(source, "sm_90")]
+    assert sum(k.variant is not None for k in kernels) == 20
+    faults = [fault for kernel in kernels for fault in kernel.faults]
+    assert not faults, "\n".join(faults)

@@ -1,0 +1,148 @@
+"""Compiles the native CUDA kernels without a GPU, and judges the objects: `python -m tools.cuda_objects`.
+
+Held against the rules: no kernel spills, and those that move maps 16 bytes at a time have 16-byte loads and stores of
+global memory in their machine code, or bulk copies for the loads. Needs nvcc; the machine code is read with the
+cuobjdump that comes with triton.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import triton.backends
+from torch.utils.cpp_extension import include_paths
+
+from .table import show
+
+ROOT = Path(__file__).parents[1]
+SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+TARGETS = ("sm_80", "sm_90", "sm_100")
+FLAGS = ["-std=c++20", "-O3", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000", "-Xptxas", "-v"]
+FLAGS += ["--expt-relaxed-constexpr", "--extended-lambda", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+_ACCESSES = {0: "wide rows", 1: "ragged", 2: "narrow"}  # csrc/cuda/plan.h
+_KERNEL = re.compile(r"channel_scale_kernelIN?(.*?)Lb([01])ELi([012])ELb([01])E.*Channel(Forward|Backward)")
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A kernel of an object, as ptxas reports it, and the instructions that it moves data with."""
+
+    symbol: str
+    target: str
+    registers: int
+    spilled: int
+    instructions: Counter[str]
+
+    @property
+    def variant(self) -> tuple[str, str, str, str, str] | None:
+        """Direction, element type, layout, access, and whether it is a cluster's; None of the small kernels."""
+        found = _KERNEL.search(self.symbol)
+        if found is None:
+            return None
+        kind, nhwc, access, cluster, direction = found.groups()
+        dtype = next((name for name in ("BFloat16", "Half") if name in kind), "float")
+        layout = "channels_last" if nhwc == "1" else "nchw"
+        variant = "cluster" if cluster == "1" else "semaphore"
+        return direction.lower(), dtype, layout, _ACCESSES[int(access)], variant
+
+    @property
+    def name(self) -> str:
+        return " ".join(self.variant or (re.sub(r"^_ZN.*?\d+([a-z]\w*?_kernel).*", r"\1", self.symbol),))
+
+    @property
+    def empty(self) -> bool:
+        """Clusters before sm_90: never launched."""
+        return "cluster" in (self.variant or ()) and self.target == "sm_80"
+
+    @property
+    def faults(self) -> list[str]:
+        found = [f"spills {self.spilled} bytes"] if self.spilled else []
+        if self.variant and not self.empty and "narrow" not in self.variant:
+            loads = "UBLKCP" if "cluster" in self.variant and "forward" in self.variant else "LDG.128"
+            needed = [loads] if "wide rows" in self.variant else []
+            needed += ["UBLKCP"] * ("cluster" in self.variant) + ["STG.128"]
+            found += [f"has no {name}" for name in dict.fromkeys(needed) if not self.instructions[name]]
+        return [f"{self.name} for {self.target}: {fault}" for fault in found]
+
+
+def why_not() -> str | None:
+    """Why nothing can be compiled here, or None."""
+    return None if nvcc() else "needs nvcc: set CUDA_HOME, or put it on the path"
+
+
+def nvcc() -> str | None:
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    return shutil.which("nvcc", path=os.path.join(home, "bin") if home else None)
+
+
+def compile_source(source: Path, target: str) -> list[Compiled]:
+    """Every kernel of a source for one target."""
+    with tempfile.TemporaryDirectory() as folder:
+        made = Path(folder) / "object.o"
+        number = target.removeprefix("sm_")
+        command = [str(nvcc()), *FLAGS, "-gencode", f"arch=compute_{number},code={target}"]
+        command += [f"-I{path}" for path in include_paths()]
+        done = subprocess.run([*command, "-c", str(source), "-o", str(made)], capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"nvcc cannot compile {source.name} for {target}:\n{done.stderr}")
+        machine_code = dict(instructions(made))
+    return [
+        Compiled(symbol, target, registers, spilled, machine_code.get(symbol, Counter()))
+        for symbol, registers, spilled in ptxas_report(done.stderr)
+    ]
+
+
+def ptxas_report(text: str) -> Iterator[tuple[str, int, int]]:
+    """(symbol, registers, bytes spilled) of each kernel in the output of ``-Xptxas -v``."""
+    for part in text.split("Compiling entry function")[1:]:
+        spills = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", part)
+        registers = re.search(r"Used (\d+) registers", part)
+        if spills is None or registers is None:
+            raise RuntimeError(f"not a report of ptxas: {part[:200]}")
+        yield part.split("'")[1], int(registers[1]), max(map(int, spills.groups()))
+
+
+def instructions(made: Path) -> Iterator[tuple[str, Counter[str]]]:
+    """(symbol, how often LDG.128, STG.128, UBLKCP, ... occur) of each kernel in an object."""
+    tool = Path(triton.backends.__file__).parent / "nvidia" / "bin" / "cuobjdump"
+    text = subprocess.run([tool, "-sass", str(made)], capture_output=True, text=True, check=True).stdout
+    for part in text.split("Function : ")[1:]:
+        found = re.findall(r"\b(LDG|STG|LDS|STS|UBLKCP|LDL|STL)((?:\.\w+)*) ", part)
+        yield part.split()[0], Counter(f"{name}.128" if ".128" in rest else name for name, rest in found)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--targets", nargs="+", default=TARGETS)
+    options = parser.parse_args()
+    if why := why_not():
+        print(f"cuda_objects: {why}", file=sys.stderr)
+        return 0
+    pairs = [(source, target) for source in SOURCES for target in options.targets]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        kernels = [k for found in pool.map(lambda pair: compile_source(*pair), pairs) for k in found if not k.empty]
+    rows = [
+        (k.name, k.target, k.registers, k.spilled, *(k.instructions[i] for i in ("LDG.128", "STG.128", "UBLKCP")))
+        for k in sorted(kernels, key=lambda k: (k.name, k.target))
+    ]
+    header = ("kernel", "target", "registers", "spilled", "16-byte loads", "16-byte stores", "bulk copies")
+    show(f"{len(rows)} native CUDA kernels, torch {torch.__version__}", header, rows)
+    faults = [fault for kernel in kernels for fault in kernel.faults]
+    print(*faults, sep="\n")
+    return bool(faults)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,97 @@
+"""Which native CUDA kernel a shape takes, and why: csrc/cuda/plan.h, asked through the native library of the CPU."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+
+from .. import native
+
+_VARIANTS = ("cluster", "semaphore", "refused")
+_ACCESSES = ("16 bytes at a time", "16 bytes at a time, sums one by one", "one element at a time")
+
+
+class Device(NamedTuple):
+    """What a plan asks of a device."""
+
+    name: str
+    sm: int
+    multiprocessors: int
+    shared_bytes: int
+    l2_bytes: int
+
+
+# Capacities from NVIDIA's data sheets and the CUDA programming guide; a device that is here is asked itself.
+DEVICES = (
+    Device("A100", 80, 108, 163 << 10, 40 << 20),
+    Device("H200", 90, 132, 227 << 10, 50 << 20),
+    Device("B200", 100, 148, 227 << 10, 126 << 20),
+)
+
+
+class Plan(NamedTuple):
+    """A planned call; the fields are those of csrc/cuda/plan.h."""
+
+    variant: str
+    access: str
+    team: int
+    teams: int
+    stages: int
+    threads: int
+    shared_bytes: int
+    why: str
+
+
+class _Question(ctypes.Structure):
+    _fields_ = [
+        (n, ctypes.c_int64) for n in ["N", "C", "P", "R", "element", "nhwc", "sm", "count", "shared_bytes", "l2_bytes"]
+    ]
+
+
+class _Answer(ctypes.Structure):
+    _fields_ = [
+        (n, ctypes.c_int64) for n in ["variant", "access", "team", "teams", "stages", "threads", "shared_bytes"]
+    ] + [("why", ctypes.c_char_p)]
+
+
+def plan(shape: tuple[int, ...], hidden: int, dtype: torch.dtype, channels_last: bool, device: Device) -> Plan:
+    """The plan of a dense map ``[N, C, H, W]``.
+
+    Raises:
+        RuntimeError: the native library is absent.
+    """
+    if absent := native.load():
+        raise RuntimeError(absent)
+    n, c, h, w = shape
+    question, answer = _Question(n, c, h * w, hidden, dtype.itemsize, channels_last, *device[1:]), _Answer()
+    ctypes.CDLL(str(native.LIBRARY)).visattn_fast_cuda_plan(ctypes.byref(question), ctypes.byref(answer))
+    numbers = (answer.team, answer.teams, answer.stages, answer.threads, answer.shared_bytes)
+    return Plan(_VARIANTS[answer.variant], _ACCESSES[answer.access], *numbers, answer.why.decode())
+
+
+def devices() -> tuple[Device, ...]:
+    """The CUDA devices here, else a few that are common."""
+    if torch.version.cuda is None or not torch.cuda.is_available():
+        return DEVICES
+    found = (torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count()))
+    return tuple(Device(p.name, 10 * p.major + p.minor, p.multi_processor_count, *_capacities(p)) for p in found)
+
+
+def _capacities(properties: Any) -> tuple[int, int]:
+    return properties.shared_memory_per_block_optin, properties.L2_cache_size
+
+
+def lines(shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[str]:
+    """What SE with C // 16 hidden units takes on each device, in both layouts."""
+    size, kind = "x".join(map(str, shape)), str(dtype).removeprefix("torch.")
+    yield f"native CUDA kernel of SE for {size} in {kind}"
+    for device in devices():
+        for channels_last in (False, True):
+            p = plan(shape, max(shape[1] // 16, 1), dtype, channels_last, device)
+            layout = "channels_last" if channels_last else "nchw"
+            blocks = f"{p.variant}: {p.teams} teams of {p.team} blocks of {p.threads} threads"
+            memory = f"{p.shared_bytes / 1024:.1f} KB of shared memory each, resident slabs: {p.stages}, {p.access}"
+            yield f"  {device.name:<6} {layout:<13}  {blocks}; {memory}; {p.why}"
