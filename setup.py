@@ -113,9 +113,9 @@ class BuildNative(build_ext):
 
     def run(self) -> None:
         wanted, self.extensions, self.nvcc = self.extensions, [], None
-        built = []
+        built, compiler = [], self.compiler  # its name, of which a run makes an object
         for extension in wanted:
-            self.extensions = [extension]
+            self.extensions, self.compiler = [extension], compiler
             try:
                 use_torch(extension)
                 if extension.name.endswith("_CUDA"):

@@ -59,7 +59,7 @@ class Compiled:
 
     @property
     def name(self) -> str:
-        return " ".join(self.variant or (re.sub(r"^_ZN.*?\d+([a-z]\w*?_kernel).*", r"\1", self.symbol),))
+        return " ".join(self.variant or (re.sub(r"^_ZN.*\d([a-z_]+_kernel).*", r"\1", self.symbol),))
 
     @property
     def empty(self) -> bool:

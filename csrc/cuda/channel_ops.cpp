@@ -22,9 +22,10 @@ std::optional<Tensor> dense_residual(const std::optional<Tensor>& residual, cons
   return dense(*residual, x.nhwc);
 }
 
-Plan plan_of(const Map& x, int64_t hidden, int64_t stride_n, bool aligned, const Call& call) {
+Plan plan_of(const Map& x, int64_t hidden, int64_t stride_n, bool aligned, const Call& call, int threads) {
   const int element = static_cast<int>(x.tensor.element_size());
-  return plan(x.s.N, x.s.C, x.s.P, hidden, stride_n, element, x.nhwc, aligned, device_of(call.device));
+  return plan(x.s.N, x.s.C, x.s.P, hidden, stride_n, element, x.nhwc, aligned, device_of(call.device),
+              threads);
 }
 
 struct Forward {
@@ -47,7 +48,7 @@ Forward forward(const char* name, const Tensor& given, const Weights& weights, i
     a.activation = static_cast<int>(activation);
     a.x = in<T>(x.tensor), a.residual = in<T>(res), a.y = data<T>(out.y);
     a.mean = data<float>(out.mean), a.hidden = data<float>(out.hidden), a.gate = data<float>(out.gate);
-    const Plan p = plan_of(x, hidden_units, x.stride_n, is_aligned({a.x, a.residual, a.y}), call);
+    const Plan p = plan_of(x, hidden_units, x.stride_n, is_aligned({a.x, a.residual, a.y}), call, kThreads);
     launch_channel_scale<T>(name, a, p, x.nhwc, call);
   });
   return out;
@@ -83,7 +84,7 @@ Backward backward(const char* name, const Tensor& grad, const Tensor& given, con
     a.dz = data<float>(out.dz), a.dhidden = data<float>(out.dhidden);
     const bool x_images = x.stride_n * static_cast<int64_t>(sizeof(T)) % 16 == 0;
     const bool aligned = is_aligned({a.grad, a.x, a.residual, a.dx, a.dresidual}) && x_images;
-    const Plan p = plan_of(x, hidden_units, x.s.C * x.s.P, aligned, call);
+    const Plan p = plan_of(x, hidden_units, x.s.C * x.s.P, aligned, call, kBackwardThreads);
     launch_channel_scale<T>(name, a, p, x.nhwc, call);
   });
   return out;

@@ -7,12 +7,15 @@
 
 namespace visattn::cuda {
 
+template <class T, class Args>
+constexpr bool kIsForward = std::is_same_v<Args, ChannelForward<PlainMemory, T>>;
+
 template <class T, bool kNhwc, int kAccess, bool kInCluster, class Args>
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kIsForward<T, Args> ? kThreads : kBackwardThreads, 2)
     channel_scale_kernel(const __grid_constant__ Args a, const Workspace workspace) {
   extern __shared__ __align__(128) unsigned char memory[];
   const auto run = [&](auto& ex) {
-    if constexpr (std::is_same_v<Args, ChannelForward<PlainMemory, T>>) {
+    if constexpr (kIsForward<T, Args>) {
       channel_forward<kNhwc, kAccess, T>(ex, a);
     } else {
       channel_backward<kNhwc, kAccess, T>(ex, a);

@@ -51,7 +51,9 @@ struct Plan {
   const char* why = "";
 };
 
-constexpr int kThreads = 512, kHeader = 128, kMostStages = 2, kLargestCluster = 16;
+// Two blocks share the registers of a multiprocessor: 64 a thread forward; backward does not fit in so few.
+constexpr int kThreads = 512, kBackwardThreads = 384;
+constexpr int kHeader = 128, kMostStages = 2, kLargestCluster = 16;
 
 constexpr int ceil_div(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }
 constexpr int round_up(int64_t a, int64_t b) { return ceil_div(a, b) * static_cast<int>(b); }
