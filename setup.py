@@ -81,7 +81,8 @@ def use_cuda(extension: Extension) -> str:
     nvcc = shutil.which("nvcc", path=os.path.join(home, "bin") if home else None)
     if nvcc is None:
         raise RuntimeError("the CUDA library needs nvcc: set CUDA_HOME")
-    home = home or os.path.dirname(os.path.dirname(os.path.realpath(nvcc)))
+    homes = [home] if home else [os.path.dirname(os.path.dirname(os.path.realpath(nvcc))), "/usr/local/cuda"]
+    home = next((h for h in homes if os.path.exists(os.path.join(h, "include", "cuda_runtime.h"))), homes[0])
     extension.include_dirs.append(os.path.join(home, "include"))
     extension.library_dirs += [os.path.join(home, folder) for folder in ("lib64", "lib")]
     extension.libraries += ["torch_cuda", "cudart_static", "rt", "dl", "pthread"]

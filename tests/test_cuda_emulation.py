@@ -22,7 +22,7 @@ NCHW, NHWC = torch.contiguous_format, torch.channels_last
 layouts = pytest.mark.parametrize("layout", [NCHW, NHWC], ids=["nchw", "channels_last"])
 # Small devices, and what they make of SHAPE: the variant, and how many slabs a block holds.
 DEVICES = {
-    "teams": (Device(shared_bytes=6 << 10, count=16), "cluster", 1),
+    "teams": (Device(shared_bytes=6 << 10, count=16, threads=96), "cluster", 1),
     "alone": (Device(shared_bytes=150 << 10, count=1), "cluster", 2),
     "semaphore": (Device(sm=80, count=8, l2_bytes=100 << 10), "semaphore", 0),
 }

@@ -135,7 +135,7 @@ VF_DEVICE void channel_backward(Exec& ex, const ChannelBackward<typename Exec::M
       }
       return get_pack<W>(slab, i);
     };
-    channel_sums<S, 1, kNhwc>(
+    channel_sums<S, 2, kNhwc>(
         ex, g, f, slabs.count(),
         [&](int offset, float (&v)[S]) {
           const Pack<T, S> x = get_pack<S>(a.x, x_at + offset);
@@ -152,7 +152,7 @@ VF_DEVICE void channel_backward(Exec& ex, const ChannelBackward<typename Exec::M
     gate_backward<kNhwc>(
         ex, g, f, a.weights, [&](int r) { return get(a.hidden, n * g.R + r); },
         [&](int r, float v) { put(a.dhidden, n * g.R + r, v); });
-#pragma unroll 1
+#pragma unroll 2
     for (int i = ex.thread() * V; i < slabs.count(); i += ex.threads() * V) {
       const Pack<T, V> grad = upstream(i, Constant<V>());
       Pack<T, V> dx;

@@ -52,7 +52,7 @@ struct Plan {
 };
 
 // Two blocks share the registers of a multiprocessor: 64 a thread forward; backward does not fit in so few.
-constexpr int kThreads = 512, kBackwardThreads = 384;
+constexpr int kThreads = 512, kBackwardThreads = 256;
 constexpr int kHeader = 128, kMostStages = 2, kLargestCluster = 16;
 
 constexpr int ceil_div(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }
