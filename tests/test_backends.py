@@ -99,6 +99,7 @@ assert _library.cuda_kernel("eca_fwd", True) is native
 assert _library.cuda_kernel("eca_fwd", False) is native  # nobody else is there
 ops.register_triton("CUDA")
 assert _library.cuda_kernel("eca_fwd", True) is native
+assert _library.cuda_kernel("eca_bwd", True).__module__ == "visattn_fast.kernels.eca"  # of a native forward
 assert _library.cuda_kernel("eca_fwd", False).__module__ == "visattn_fast.kernels.eca"
 for name in ("eca_fwd", "se_fwd"):
     assert torch._C._dispatch_has_kernel_for_dispatch_key("visattn_fast::" + name, "CUDA")

@@ -54,6 +54,7 @@ def hold(call):
         torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance, equal_nan=True)
 
     got, forward = call.forward()
+    assert forward.variant != "refused"
     assert not forward.faults, "\n".join(forward.faults)
     for name, want in expected(call).items():
         close(got[name], want)
@@ -107,6 +108,67 @@ def test_epilogue(layout, activation, shape):
     _, backward = hold(call)
     if shape[2] == 8:  # x, grad, residual; dx, dresidual
         assert backward.read + backward.written == 5 * call.x.nbytes
+
+
+def roomy(machine):
+    """The maps and what pools into them need some shared memory, too."""
+    return dataclasses.replace(machine, shared_bytes=max(machine.shared_bytes, 16 << 10))
+
+
+def cbam(shape, layout, dtype, window=3, **options):
+    call = emulation.example(shape, layout, dtype, **options)
+    wconv = torch.randn(1, 2, window, window, generator=torch.Generator().manual_seed(5))
+    call.weights = {"w1": call.weights["w1"], "w2": call.weights["w2"], "wconv": wconv}
+    return call
+
+
+def hold_cbam(call):
+    """Forward without a fault, and as PyTorch has it, with the same maxima; returns the outcome."""
+    tolerance = {torch.float32: 2e-5, torch.bfloat16: 2e-2}[call.x.dtype]
+    got, outcome = call.cbam()
+    assert outcome.variant != "refused"
+    assert not outcome.faults, "\n".join(outcome.faults)
+    x = call.x.float()
+    residual = None if call.residual is None else call.residual.float()
+    want = OPS["cbam_fwd"].reference(x, *call.weights.values(), residual, call.activation)
+    for name, expected_one in zip(got, want, strict=True):
+        found = got[name].float() if name == "y" else got[name]
+        torch.testing.assert_close(found, expected_one, rtol=tolerance, atol=tolerance, equal_nan=True, msg=name)
+    return outcome
+
+
+@layouts
+@pytest.mark.parametrize("device", DEVICES)
+def test_cbam(layout, device):
+    machine, variant, _ = DEVICES[device]
+    call = cbam(SHAPE, layout, torch.float32, device=roomy(machine))
+    outcome = hold_cbam(call)
+    assert (outcome.variant, outcome.access) == (variant, "wide rows")
+    assert (outcome.team > 1) == (device != "alone")
+    again = 0 if variant == "cluster" else 2 * call.x.nbytes
+    assert outcome.read + outcome.written == 2 * call.x.nbytes + again
+
+
+@layouts
+@pytest.mark.parametrize("device", ["teams", "semaphore"])
+@pytest.mark.parametrize("shape", [(2, 24, 7, 7), (2, 3, 5, 5), (1, 40, 1, 1), (2, 16, 3, 9)], ids=str)
+def test_cbam_odd_shapes(layout, device, shape):
+    call = cbam(shape, layout, torch.bfloat16, window=7, device=roomy(DEVICES[device][0]), seed=3, activation=1)
+    call.residual = torch.randn_like(call.x)
+    hold_cbam(call)
+
+
+@layouts
+@pytest.mark.parametrize("device", ["teams", "semaphore"])
+def test_cbam_ties_and_nan(layout, device):
+    """The first of equal maxima, and the first NaN, wherever the blocks' borders are."""
+    call = cbam((2, 32, 8, 8), layout, torch.float32, device=roomy(DEVICES[device][0]))
+    call.x.relu_()
+    call.x[:, :, 3:5] = 0
+    call.x[0, :, 2] = 1
+    hold_cbam(call)
+    call.x[1, 7, 2, 5] = call.x[1, 7, 6, 1] = call.x[1, 20, 2, 5] = float("nan")
+    hold_cbam(call)
 
 
 def test_slices_of_a_batch():

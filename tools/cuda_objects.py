@@ -32,7 +32,7 @@ TARGETS = ("sm_80", "sm_90", "sm_100")
 FLAGS = ["-std=c++20", "-O3", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000", "-Xptxas", "-v"]
 FLAGS += ["--expt-relaxed-constexpr", "--extended-lambda", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
 _ACCESSES = {0: "wide rows", 1: "ragged", 2: "narrow"}  # csrc/cuda/plan.h
-_KERNEL = re.compile(r"channel_scale_kernelIN?(.*?)Lb([01])ELi([012])ELb([01])E.*Channel(Forward|Backward)")
+_KERNEL = re.compile(r"\d(channel_scale|cbam)_kernelIN?(.*?)Lb([01])ELi([012])ELb([01])E(.*)")
 
 
 @dataclass(frozen=True)
@@ -46,16 +46,17 @@ class Compiled:
     instructions: Counter[str]
 
     @property
-    def variant(self) -> tuple[str, str, str, str, str] | None:
-        """Direction, element type, layout, access, and whether it is a cluster's; None of the small kernels."""
+    def variant(self) -> tuple[str, ...] | None:
+        """Kernel, direction, element type, layout, access, and whether it is a cluster's; None of the small kernels."""
         found = _KERNEL.search(self.symbol)
         if found is None:
             return None
-        kind, nhwc, access, cluster, direction = found.groups()
+        kernel, kind, nhwc, access, cluster, rest = found.groups()
+        direction = "backward" if "Backward" in rest else "forward"
         dtype = next((name for name in ("BFloat16", "Half") if name in kind), "float")
         layout = "channels_last" if nhwc == "1" else "nchw"
         variant = "cluster" if cluster == "1" else "semaphore"
-        return direction.lower(), dtype, layout, _ACCESSES[int(access)], variant
+        return kernel, direction, dtype, layout, _ACCESSES[int(access)], variant
 
     @property
     def name(self) -> str:

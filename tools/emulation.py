@@ -26,48 +26,18 @@ CUDA = Path(__file__).parents[1] / "csrc" / "cuda"
 # What the emulated thread can leave out, so that tests see it found.
 SABOTAGE = ("", "team barrier", "block barrier", "second exchange", "copy wait", "fence", "arrival at a semaphore")
 VARIANTS, ACCESSES = ("cluster", "semaphore", "refused"), ("wide rows", "ragged", "narrow")
-_NUMBERS = [
-    "N",
-    "C",
-    "P",
-    "R",
-    "stride_n",
-    "dtype",
-    "nhwc",
-    "backward",
-    "window",
-    "activation",
-    "hidden_activation",
-    "gate_activation",
-    "sm",
-    "count",
-    "shared_bytes",
-    "l2_bytes",
-    "threads",
-    "seed",
-    "sabotage",
-]
-_TENSORS = [
-    "x",
-    "grad",
-    "residual",
-    "w1",
-    "b1",
-    "w2",
-    "b2",
-    "y",
-    "dresidual",
-    "mean",
-    "hidden",
-    "gate",
-    "dz",
-    "dhidden",
-]
+# The fields of csrc/cuda/emulation/channel.cpp.
+_NUMBERS = """N C P R stride_n dtype nhwc backward window activation hidden_activation gate_activation
+    sm count shared_bytes l2_bytes threads seed sabotage W maps_window"""
+_TENSORS = """x grad residual w1 b1 w2 b2 y dresidual mean hidden gate dz dhidden
+    wconv argmax_hw maps argmax_c spatial_gate"""
 _DTYPES = {torch.float32: 0, torch.bfloat16: 2}
 
 
 class _Request(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_int64) for name in _NUMBERS] + [(name, ctypes.c_void_p) for name in _TENSORS]
+    _fields_ = [(name, ctypes.c_int64) for name in _NUMBERS.split()] + [
+        (name, ctypes.c_void_p) for name in _TENSORS.split()
+    ]
 
 
 class _Report(ctypes.Structure):
@@ -103,7 +73,7 @@ class Outcome:
 
 @dataclass
 class Call:
-    """SE, or with ``window`` ECA, on x [N, C, H, W], dense in nchw or channels_last but between images."""
+    """SE, with ``window`` ECA, with a weight ``wconv`` CBAM, on x [N, C, H, W] whose images are dense in a layout."""
 
     x: Tensor
     weights: dict[str, Tensor]
@@ -128,6 +98,18 @@ class Call:
             out["hidden"] = torch.empty(n, self.hidden)
         return out, self._run({"x": self.x, "residual": self.residual, **out}, backward=0)
 
+    def cbam(self) -> tuple[dict[str, Tensor], Outcome]:
+        """What the op cbam_fwd returns, by name and in its order."""
+        n, c, h, w = self.x.shape
+        out = {
+            "y": torch.empty_like(self.x), "pooled": torch.empty(n, 2, c),
+            "argmax_hw": torch.empty(n, c, dtype=torch.int32), "hidden": torch.empty(n, 2, self.hidden),
+            "channel_gate": torch.empty(n, c), "maps": torch.empty(n, 2, h, w),
+            "argmax_c": torch.empty(n, h, w, dtype=torch.int32), "spatial_gate": torch.empty(n, h, w),
+        }  # fmt: skip
+        renamed = {{"pooled": "mean", "channel_gate": "gate"}.get(name, name): t for name, t in out.items()}
+        return out, self._run({"x": self.x, "residual": self.residual, **renamed}, backward=0)
+
     def backward(self, grad: Tensor, small: dict[str, Tensor]) -> tuple[dict[str, Tensor], Outcome]:
         """dx, dresidual, and dz and dhidden, the gradients before both activations."""
         n, c = self.x.shape[:2]
@@ -149,7 +131,8 @@ class Call:
             "window": self.window, "activation": self.activation, "hidden_activation": self.hidden_activation,
             "gate_activation": self.gate_activation, "sm": d.sm, "count": d.count, "shared_bytes": d.shared_bytes,
             "l2_bytes": d.l2_bytes, "threads": d.threads, "seed": self.seed,
-            "sabotage": SABOTAGE.index(self.sabotage),
+            "sabotage": SABOTAGE.index(self.sabotage), "W": x.shape[3],
+            "maps_window": self.weights["wconv"].shape[-1] if "wconv" in self.weights else 0,
         }  # fmt: skip
         pointers = {k: t.data_ptr() for k, t in {**self.weights, **tensors}.items() if t is not None}
         report = _Report()

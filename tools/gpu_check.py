@@ -37,7 +37,7 @@ BUDGET = 570.0  # seconds
 SMALL_RUN = """
 import torch, visattn_fast as vf
 from visattn_fast import catalogue
-native = [("cuda", catalogue.ENTRIES[name]) for name in ("se", "eca") if vf.backends("cuda")["cuda"].available]
+native = [("cuda", catalogue.ENTRIES[name]) for name in ("se", "eca", "cbam") if vf.backends("cuda")["cuda"].available]
 for backend, entry in [*(("triton", entry) for entry in catalogue.ENTRIES.values()), *native]:
     with vf.use_backend(backend):
         for layout in catalogue.LAYOUTS:
@@ -111,7 +111,7 @@ def native_benchmark(device: torch.device, end: float) -> tuple[list[dict[str, o
     native = backends("cuda")["cuda"]
     if not native.available:
         return [], [f"native CUDA kernels: {'; '.join(native.missing)}"]
-    return benchmark(device, end, ("se", "eca"), "cuda")
+    return benchmark(device, end, ("se", "eca", "cbam"), "cuda")
 
 
 def benchmark(

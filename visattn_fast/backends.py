@@ -156,7 +156,9 @@ def _probe(name: str, device_type: str) -> Backend:
         return Backend(name, device_type, (), ())
     if name == "cuda":
         missing = _why_no_cuda(device_type)
-        opt_in = "" if missing or device_type in _CUDA_PROVEN else "not yet run on a GPU: opt-in; serves SE and ECA"
+        opt_in = (
+            "" if missing or device_type in _CUDA_PROVEN else "not yet run on a GPU: opt-in; serves SE, ECA and CBAM"
+        )
         return Backend(name, device_type, _DTYPES[name], missing, opt_in)
     if name == "cpp":
         return Backend(name, device_type, _DTYPES[name], _why_no_cpp(device_type))

@@ -79,6 +79,30 @@ VF_DEVICE float windowed(const Weight<Memory>& w, int window, Vector v, int chan
   return total;
 }
 
+// f.hidden_part of every block -> f.gate: of all channels in nhwc, else of the block's own.
+template <bool kNhwc, class Exec, class Weights, class KeepGate>
+VF_DEVICE void excite_forward(Exec& ex, const Geometry& g, const Floats<Exec>& f, const Weights& w,
+                              const KeepGate& keep_gate) {
+  const Part part(ex.rank(), g.channels, g.C);
+  ex.sync_team();
+  gather(ex, f.hidden_part, g.hidden, g.R, f.hidden);
+  product(ex, w.w2, part.begin, part.end, g.R, f.hidden, [&](int c, float sum) {
+    const float gate = gate_of(w.b2.p ? sum + get(w.b2, c) : sum, w.gate_activation);
+    keep_gate(c, gate);
+    if constexpr (kNhwc) {
+      put(f.gate_part, c - part.begin, gate);
+    } else {
+      put(f.gate, c, gate);
+    }
+  });
+  if constexpr (kNhwc) {
+    ex.sync_team();
+    gather(ex, f.gate_part, g.channels, g.C, f.gate);
+  } else {
+    ex.sync_block();
+  }
+}
+
 // f.mean_part of every block -> f.gate: of all channels in nhwc, else of the block's own. keep_hidden(r,
 // value) and keep_gate(c, value) see the block's part.
 template <bool kNhwc, class Exec, class Weights, class KeepHidden, class KeepGate>
@@ -105,23 +129,7 @@ VF_DEVICE void gate_forward(Exec& ex, const Geometry& g, const Floats<Exec>& f, 
     put(f.hidden_part, r - units.begin,
         w.hidden_activation == kRelu ? kept : activate(z, w.hidden_activation));
   });
-  ex.sync_team();
-  gather(ex, f.hidden_part, g.hidden, g.R, f.hidden);
-  product(ex, w.w2, part.begin, part.end, g.R, f.hidden, [&](int c, float sum) {
-    const float gate = gate_of(w.b2.p ? sum + get(w.b2, c) : sum, w.gate_activation);
-    keep_gate(c, gate);
-    if constexpr (kNhwc) {
-      put(f.gate_part, c - part.begin, gate);
-    } else {
-      put(f.gate, c, gate);
-    }
-  });
-  if constexpr (kNhwc) {
-    ex.sync_team();
-    gather(ex, f.gate_part, g.channels, g.C, f.gate);
-  } else {
-    ex.sync_block();
-  }
+  excite_forward<kNhwc>(ex, g, f, w, keep_gate);
 }
 
 // The gradients before the gate's activation in f.mean_part of every block -> f.mean: dmean / P of all

@@ -14,14 +14,6 @@ namespace {
 using Guard = torch::stable::accelerator::DeviceGuard;
 using Weights = GateWeights<PlainMemory>;
 
-std::optional<Tensor> dense_residual(const std::optional<Tensor>& residual, const Map& x) {
-  if (!residual) return std::nullopt;
-  STD_TORCH_CHECK(
-      residual->numel() == x.s.N * x.s.C * x.s.P && residual->scalar_type() == x.tensor.scalar_type(),
-      "residual must have the shape and the dtype of x");
-  return dense(*residual, x.nhwc);
-}
-
 Plan plan_of(const Map& x, int64_t hidden, int64_t stride_n, bool aligned, const Call& call, int threads) {
   const int element = static_cast<int>(x.tensor.element_size());
   return plan(x.s.N, x.s.C, x.s.P, hidden, stride_n, element, x.nhwc, aligned, device_of(call.device),
@@ -84,7 +76,7 @@ Backward backward(const char* name, const Tensor& grad, const Tensor& given, con
     a.dz = data<float>(out.dz), a.dhidden = data<float>(out.dhidden);
     const bool x_images = x.stride_n * static_cast<int64_t>(sizeof(T)) % 16 == 0;
     const bool aligned = is_aligned({a.grad, a.x, a.residual, a.dx, a.dresidual}) && x_images;
-    const Plan p = plan_of(x, hidden_units, x.s.C * x.s.P, aligned, call, kBackwardThreads);
+    const Plan p = plan_of(x, hidden_units, x.s.C * x.s.P, aligned, call, kFewThreads);
     launch_channel_scale<T>(name, a, p, x.nhwc, call);
   });
   return out;

@@ -11,7 +11,7 @@ template <class T, class Args>
 constexpr bool kIsForward = std::is_same_v<Args, ChannelForward<PlainMemory, T>>;
 
 template <class T, bool kNhwc, int kAccess, bool kInCluster, class Args>
-__global__ void __launch_bounds__(kIsForward<T, Args> ? kThreads : kBackwardThreads, 2)
+__global__ void __launch_bounds__(kIsForward<T, Args> ? kThreads : kFewThreads, 2)
     channel_scale_kernel(const __grid_constant__ Args a, const Workspace workspace) {
   extern __shared__ __align__(128) unsigned char memory[];
   const auto run = [&](auto& ex) {

@@ -37,6 +37,15 @@ struct DeviceThread {
     for (int lanes = 1; lanes < kWarp; lanes *= 2) v += __shfl_xor_sync(0xffffffffu, v, lanes);
     return v;
   }
+  VF_DEVICE Peak warp_peak(Peak p) const {
+    VF_UNROLL
+    for (int lanes = 1; lanes < kWarp; lanes *= 2) {
+      const Peak other{__shfl_xor_sync(0xffffffffu, p.value, lanes),
+                       __shfl_xor_sync(0xffffffffu, p.at, lanes)};
+      if (beats(other, p)) p = other;
+    }
+    return p;
+  }
   template <class T>
   VF_DEVICE T* shared(int bytes) const {
     return reinterpret_cast<T*>(memory + bytes);

@@ -15,6 +15,8 @@ struct Geometry {
   int64_t N = 0, stride_n = 0;  // of x; every other map is dense
   int C = 0, P = 0, R = 0;      // R: hidden units of the gate, 0 if it has none
   int rows = 0, cols = 0, slab = 0, team = 1;
+  int W = 0, window = 0;            // of the convolution of the maps; 0 if there is none
+  int pixels = 0;                   // how many of P a block computes the gates of
   int channels = 0, hidden = 0;     // how many of C and of R a block computes
   int stages = 0, stage_bytes = 0;  // resident slabs, and their distance in shared memory
 };
@@ -31,7 +33,12 @@ struct Scratch {
   int partial = 0, mean = 0, hidden = 0, gate = 0, own = 0;  // offsets, and their total
   int sums = 0, mean_part = 0, hidden_part = 0, gate_part = 0, shared = 0;
 
-  int floats(bool resident) const { return own + (resident ? 2 * shared : 0); }
+  // Of the convolution: its maps and gates, and what pools into them.
+  int maximum = 0, halo = 0, spatial = 0, max_part = 0, map_part = 0, spatial_part = 0, pixel_stats = 0;
+
+  // With maps there are enough barriers between two uses of the exchange, and it is there once.
+  int copies() const { return map_part ? 1 : 2; }
+  int floats(bool resident) const { return own + (resident ? copies() * shared : 0); }
 };
 
 struct Device {
@@ -51,12 +58,31 @@ struct Plan {
   const char* why = "";
 };
 
-// Two blocks share the registers of a multiprocessor: 64 a thread forward; backward does not fit in so few.
-constexpr int kThreads = 512, kBackwardThreads = 256;
+// Two blocks share the registers of a multiprocessor: 64 a thread, in which SE's backward and CBAM
+// do not fit.
+constexpr int kThreads = 512, kFewThreads = 256;
 constexpr int kHeader = 128, kMostStages = 2, kLargestCluster = 16;
 
 constexpr int ceil_div(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }
 constexpr int round_up(int64_t a, int64_t b) { return ceil_div(a, b) * static_cast<int>(b); }
+
+// Partial statistics of a block: three of each row, or of each group of threads and column.
+inline int stats_of(const Geometry& g, int threads, int pack) {
+  const int groups = threads / std::max(g.cols / pack, 1);
+  return 3 * std::max({g.slab, threads / 32, groups > 1 ? groups * g.cols : 0});
+}
+
+template <class Take>
+void add_maps(Scratch& s, const Geometry& g, bool nhwc, const Take& take) {
+  const int rows = std::min(g.P / g.W, ceil_div(g.pixels, g.W) + g.window);
+  s.maximum = take(s.own, g.C);
+  s.halo = take(s.own, 2 * rows * g.W);
+  s.spatial = take(s.own, nhwc ? g.slab : g.P);
+  s.max_part = take(s.shared, g.channels);
+  s.map_part = take(s.shared, 2 * g.pixels);
+  s.spatial_part = take(s.shared, nhwc ? 0 : g.pixels);
+  s.pixel_stats = take(s.shared, nhwc ? 0 : 3 * g.P);
+}
 
 inline Scratch scratch_of(const Geometry& g, bool nhwc, int threads, int pack) {
   Scratch s;
@@ -65,14 +91,16 @@ inline Scratch scratch_of(const Geometry& g, bool nhwc, int threads, int pack) {
     return total += round_up(count, 4), total - round_up(count, 4);
   };
   // Products with transposed weights sum over groups of threads, too.
-  s.partial = take(s.own, std::max({parts, threads, g.channels, g.hidden}));
+  s.partial = take(
+      s.own, std::max({parts, threads, g.channels, g.hidden, g.window ? stats_of(g, threads, pack) : 0}));
   s.mean = take(s.own, g.C);
   s.hidden = take(s.own, g.R);
   s.gate = take(s.own, g.C);
-  s.sums = take(s.shared, nhwc ? g.C : 0);
+  s.sums = take(s.shared, nhwc ? (g.window ? 3 : 1) * g.C : 0);
   s.mean_part = take(s.shared, g.channels);
   s.hidden_part = take(s.shared, g.hidden);
   s.gate_part = take(s.shared, g.channels);
+  if (g.window) add_maps(s, g, nhwc, take);
   return s;
 }
 
@@ -90,6 +118,7 @@ inline void divide(Plan& p, int team, int element, bool nhwc, int stages) {
   g.slab = round_up(ceil_div(g.rows, team), row_unit(p, element));
   g.channels = nhwc ? ceil_div(g.C, team) : g.slab;
   g.hidden = ceil_div(g.R, team);
+  g.pixels = nhwc ? g.slab : ceil_div(g.P, team);
   g.stages = stages;
   g.stage_bytes = stages ? round_up(int64_t{g.slab} * g.cols * element, 128) : 0;
   p.scratch = scratch_of(g, nhwc, p.threads, p.access == kWideRows ? 16 / element : 1);
@@ -152,24 +181,25 @@ inline bool plan_semaphore(Plan& p, int element, bool nhwc, const Device& d, int
 
 // element: bytes. aligned: x and every other map start at a multiple of 16 bytes, and so does each image.
 inline Plan plan(int64_t N, int64_t C, int64_t P, int64_t R, int64_t stride_n, int element, bool nhwc,
-                 bool aligned, const Device& d, int threads = kThreads) {
+                 bool aligned, const Device& d, int threads = kThreads, int W = 0, int window = 0) {
   Plan p;
   constexpr int64_t kMost = (int64_t{1} << 31) - (1 << 16);  // indices may go one turn of all threads too far
-  if (C * P > kMost || C * R > kMost) {
-    p.why = "an image or a weight has 2^31 elements or more";
+  if (C * P > kMost || C * R > kMost || (window && P >= (1 << 24))) {
+    p.why = "an image, a map or a weight is too large for 32-bit indices";
     return p;
   }
   Geometry& g = p.geometry;
   g.N = N, g.stride_n = stride_n;
   g.C = static_cast<int>(C), g.P = static_cast<int>(P), g.R = static_cast<int>(R);
   g.rows = nhwc ? g.P : g.C, g.cols = nhwc ? g.C : g.P;
+  g.W = W, g.window = window;
   p.threads = threads;
   const bool whole = aligned && C * P * element % 16 == 0 && stride_n * element % 16 == 0;
   p.access = !whole ? kNarrow : g.cols * int64_t{element} % 16 == 0 ? kWideRows : kRagged;
   const bool copies = d.sm >= 90 && whole;  // in bulk, of 16 bytes and multiples
   if (!(copies && plan_cluster(p, element, nhwc, d)) && !plan_semaphore(p, element, nhwc, d)) {
     p.variant = kRefused;
-    p.why = "the gate of this many channels does not fit the shared memory of a thread block";
+    p.why = "the gates of a map of this size do not fit the shared memory of a thread block";
     return p;
   }
   p.blocks = p.teams * p.geometry.team;

@@ -26,6 +26,17 @@ using c10::Half;
 
 constexpr int kWarp = 32;
 
+// A maximum and where it is. NaN beats all else, and of equal ones the first does.
+struct Peak {
+  float value = -INFINITY;
+  int at = 0x7fffffff;
+};
+
+VF_DEVICE bool beats(const Peak& a, const Peak& b) {
+  if (a.value != a.value) return b.value == b.value || a.at < b.at;
+  return a.value > b.value || (a.value == b.value && a.at < b.at);
+}
+
 // V elements that are read or written at once, 16 bytes at most.
 template <class T, int V>
 struct alignas(sizeof(T) * V) Pack {

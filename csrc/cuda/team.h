@@ -5,7 +5,7 @@
 // (device.cuh), and the emulation's own. An Exec offers
 //   thread, threads, rank, team_size, team, teams   where this thread is
 //   sync_block, sync_team                           barriers
-//   warp_sum                                        the sum over the warp, the same for all of its lanes
+//   warp_sum, warp_peak                             over the warp, the same for all of its lanes
 //   shared<T>(bytes), exchange(floats), peer(p, r)  memory of the block, of it for its team, and of block r
 //   copy_init, copy_async, copy_wait, fence_async   copies into the slabs, and their end (kResident)
 #pragma once

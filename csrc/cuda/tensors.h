@@ -34,6 +34,14 @@ inline Map map_of(const Tensor& x) {
   return {dense(x, nhwc), s, nhwc, s.C * s.P};
 }
 
+inline std::optional<Tensor> dense_residual(const std::optional<Tensor>& residual, const Map& x) {
+  if (!residual) return std::nullopt;
+  STD_TORCH_CHECK(
+      residual->numel() == x.s.N * x.s.C * x.s.P && residual->scalar_type() == x.tensor.scalar_type(),
+      "residual must have the shape and the dtype of x");
+  return dense(*residual, x.nhwc);
+}
+
 inline Tensor empty_on(const Tensor& x, const std::vector<int64_t>& sizes,
                        const std::vector<int64_t>& strides, ScalarType dtype) {
   AtenTensorHandle handle = nullptr;
@@ -44,10 +52,11 @@ inline Tensor empty_on(const Tensor& x, const std::vector<int64_t>& sizes,
   return Tensor(handle);
 }
 
-inline Tensor empty_small(const Tensor& x, const std::vector<int64_t>& sizes) {
+inline Tensor empty_small(const Tensor& x, const std::vector<int64_t>& sizes,
+                          ScalarType dtype = ScalarType::Float) {
   std::vector<int64_t> strides(sizes.size(), 1);
   for (size_t d = sizes.size(); d-- > 1;) strides[d - 1] = strides[d] * sizes[d];
-  return empty_on(x, sizes, strides, ScalarType::Float);
+  return empty_on(x, sizes, strides, dtype);
 }
 
 inline Tensor empty_map(const Map& x) {

@@ -102,10 +102,10 @@ def cuda_kernel(name: str, native_chosen: bool) -> Callable[..., Any]:
         RuntimeError: the native kernels were asked for, and there is none for this op.
     """
     native, triton = _NATIVE.get(name), _TRITON.get(name)
-    if native_chosen and native is None:
+    # The backward of a native forward may be Triton's, and the other way round: both read what either keeps.
+    if native_chosen and native is None and name.replace("_bwd", "_fwd") not in _NATIVE:
         there = ", ".join(sorted(_NATIVE)) or "none"
         raise RuntimeError(f"backend 'cuda' has no kernel for {name}; it has {there}")
-    # A backward pass outside of the context that chose goes to whoever is there: both read what either keeps.
     return native if native_chosen and native else triton or native or OPS[name].reference
 
 

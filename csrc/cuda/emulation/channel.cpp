@@ -1,7 +1,7 @@
 // The emulation's entry points, called from tools/emulation.py: one call of SE or ECA forward or backward.
 #include <cstdio>
 
-#include "../channel_scale.h"
+#include "../cbam.h"
 #include "exec.h"
 
 namespace visattn::cuda::emulation {
@@ -10,8 +10,9 @@ namespace {
 // What Python passes; the tensors are those of the ops, null where there is none.
 struct Request {
   int64_t N, C, P, R, stride_n, dtype, nhwc, backward, window, activation, hidden_activation, gate_activation,
-      sm, count, shared_bytes, l2_bytes, threads, seed, sabotage;
-  void *x, *grad, *residual, *w1, *b1, *w2, *b2, *y, *dresidual, *mean, *hidden, *gate, *dz, *dhidden;
+      sm, count, shared_bytes, l2_bytes, threads, seed, sabotage, W, maps_window;
+  void *x, *grad, *residual, *w1, *b1, *w2, *b2, *y, *dresidual, *mean, *hidden, *gate, *dz, *dhidden, *wconv,
+      *argmax_hw, *maps, *argmax_c, *spatial_gate;
 };
 
 struct Report {
@@ -71,6 +72,31 @@ class Run {
         channel_backward<decltype(nhwc)::value, decltype(access)::value, T>(ex, a);
       });
     }
+  }
+
+  template <class T>
+  void cbam() {
+    const int64_t maps = q.N * q.C * q.P * int64_t{sizeof(T)};
+    const int64_t strided = (q.N ? (q.N - 1) * q.stride_n + q.C * q.P : 0) * int64_t{sizeof(T)};
+    const CbamForward<CheckedMemory, T> a{
+        p.geometry,
+        p.scratch,
+        {weight("w1", q.w1, q.C * q.R), {}, weight("w2", q.w2, q.C * q.R), {}, 0, kRelu, kSigmoid},
+        weight("wconv", q.wconv, 2 * q.maps_window * q.maps_window),
+        static_cast<int>(q.activation),
+        large<const T>("x", q.x, strided, true),
+        large<const T>("residual", q.residual, maps, true),
+        large<T>("y", q.y, maps, false),
+        small("pooled", q.mean, 2 * q.C, false),
+        small("hidden", q.hidden, 2 * q.R, false),
+        small("channel_gate", q.gate, q.C, false),
+        small("maps", q.maps, 2 * q.P, false),
+        small("spatial_gate", q.spatial_gate, q.P, false),
+        region("argmax_hw", q.argmax_hw, q.N * q.C * 4, false),
+        region("argmax_c", q.argmax_c, q.N * q.P * 4, false)};
+    layouts<T>([&](auto nhwc, auto access, auto& ex) {
+      cbam_forward<decltype(nhwc)::value, decltype(access)::value, T>(ex, a);
+    });
   }
 
  private:
@@ -145,11 +171,15 @@ extern "C" int emulate_channel_scale(const Request* q, Report* out) {
   const int64_t stride = q->backward ? q->C * q->P : q->stride_n;
   const bool x_fits = q->stride_n * element % 16 == 0;
   const Plan p = plan(q->N, q->C, q->P, q->R, stride, element, q->nhwc, aligned && x_fits, device,
-                      static_cast<int>(q->threads));
+                      static_cast<int>(q->threads), static_cast<int>(q->W), static_cast<int>(q->maps_window));
   out->variant = p.variant, out->access = p.access, out->team = p.geometry.team, out->teams = p.teams;
   out->stages = p.geometry.stages;
   if (p.variant == kRefused) return 1;
   Run run(*q, p, *out);
+  if (q->maps_window) {
+    q->dtype == kFloatWeight ? run.cbam<float>() : run.cbam<BFloat16>();
+    return 0;
+  }
   q->dtype == kFloatWeight ? run.channel_scale<float>() : run.channel_scale<BFloat16>();
   return 0;
 }

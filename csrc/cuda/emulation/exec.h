@@ -25,6 +25,7 @@ enum Sabotage : int {
 struct Warp {
   Barrier barrier;
   std::array<float, kWarp> values[2];
+  std::array<Peak, kWarp> peaks[2];
 };
 
 struct Block {
@@ -140,6 +141,18 @@ struct EmulatedExec {
       for (int i = 0; i < kWarp; i += 2 * lanes) sums[i] += sums[i + lanes];
     }
     return sums[0];
+  }
+
+  Peak warp_peak(Peak p) {
+    Warp& w = block().warps[f.thread / kWarp];
+    auto peaks = &w.peaks[shuffles++ & 1];
+    (*peaks)[f.thread % kWarp] = p;
+    grid.scheduler.meet(w.barrier);
+    ++f.epochs.warp;
+    for (const Peak& other : *peaks) {
+      if (beats(other, p)) p = other;
+    }
+    return p;
   }
 
   template <class T>
