@@ -1,39 +1,73 @@
-"""The clock of the benchmarks: wall time on a CPU, and elsewhere the time of the device, with a cold L2."""
+"""The clock of the benchmarks, which is that of the report: wall time on a CPU, elsewhere device time with a cold L2.
+
+`measure` also notes what a time is to be read beside: device, versions, the time of a copy, and bytes where they are
+known.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
-from visattn_fast.report.timing import EventClock, Run
+from visattn_fast.report.machine import describe
+from visattn_fast.report.measure import copy_share
+from visattn_fast.report.timing import Effort, EventClock, Run, WallClock, interleaved, quantiles
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+ROUNDS, WARMUP = (15, 2) if DEVICE.type == "cpu" else (50, 3)
+_COPY = Effort(seconds=0.2, fewest=5, most=20)
 
 
-class DeviceTimer:
-    """A timer that stands still but for the device time of what `timed` runs."""
+class Timer:
+    """A timer that stands still but for the time of what `timed` runs, by the report's clock."""
 
     def __init__(self) -> None:
         self.now = 0.0
-        self.clock = EventClock(DEVICE) if DEVICE.type != "cpu" else None
+        self.clock = WallClock() if DEVICE.type == "cpu" else EventClock(DEVICE)
 
     def __call__(self) -> float:
         return self.now
 
     def timed(self, run: Run) -> None:
-        assert self.clock is not None
         self.now += self.clock(run)
 
 
-TIMER = DeviceTimer()
-timed = pytest.mark.benchmark(**({} if DEVICE.type == "cpu" else {"timer": TIMER}))
+TIMER = Timer()
+timed = pytest.mark.benchmark(timer=TIMER)
 
 
-def measure(benchmark: Any, run: Run) -> None:
-    """Times ``run`` in a test that is marked as `timed`."""
-    if DEVICE.type == "cpu":
-        benchmark.pedantic(run, rounds=15, iterations=1, warmup_rounds=2)
-    else:
-        benchmark.pedantic(TIMER.timed, args=(run,), rounds=50, iterations=1, warmup_rounds=3)
+def measure(benchmark: Any, run: Run, group: str, x: Tensor, moved: int | None = None, **facts: Any) -> None:
+    """Times ``run`` in a test that is marked as `timed`.
+
+    Args:
+        group: of the benchmarks that are to be held against each other.
+        x: the input, a copy of which is timed beside.
+        moved: bytes that it must move.
+        facts: for ``extra_info``.
+    """
+    benchmark.group = group
+    copy = copy_seconds(x.detach())
+    benchmark.extra_info.update(machine(), copy_ms=copy * 1e3, x_bytes=x.nbytes, bytes=moved, **facts)
+    benchmark.pedantic(TIMER.timed, args=(run,), rounds=ROUNDS, iterations=1, warmup_rounds=WARMUP)
+    if benchmark.stats is not None:  # there are none with --benchmark-disable
+        median = benchmark.stats.stats.median
+        benchmark.extra_info["x_of_copy"] = median / copy
+        if moved:
+            benchmark.extra_info["percent_of_copy"] = copy_share(moved, median, x.nbytes, copy)
+
+
+def copy_seconds(x: Tensor) -> float:
+    """The median time of a copy of x."""
+    out = torch.empty_like(x)
+    return quantiles(interleaved({"copy": lambda: out.copy_(x)}, DEVICE, _COPY)["copy"])[1]
+
+
+@functools.cache
+def machine() -> dict[str, Any]:
+    """Device and versions."""
+    return dataclasses.asdict(describe(DEVICE))

@@ -17,6 +17,7 @@ import visattn_fast as vf
 from bench.clock import DEVICE, measure, timed
 from visattn_fast.backends import backends
 from visattn_fast.reference.attention2d import relative_bias, split_heads
+from visattn_fast.report.steps import TRAINING, Results, step
 
 HEADS = 4
 TOKENS = 4096 if DEVICE.type == "cuda" else 1024  # of a batch, or one image
@@ -52,30 +53,20 @@ def flex(qkv: Tensor, table: Tensor) -> Tensor:
 CONTENDERS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"sdpa": sdpa, "flex": flex, "fused": fused}
 
 
-def run_of(contender: str, mode: str, qkv: Tensor, table: Tensor) -> Callable[[], tuple[Tensor, ...]]:
+def run_of(contender: str, mode: str, qkv: Tensor, table: Tensor) -> Callable[[], Results]:
     function = CONTENDERS[contender]
     if contender == "flex":
         torch.compiler.reset()
         function = torch.compile(function)
     grad = torch.ones(*qkv.shape[:3], *qkv.shape[4:], dtype=qkv.dtype, device=qkv.device)
-
-    def forward() -> tuple[Tensor, ...]:
-        with torch.no_grad():
-            return (function(qkv, table),)
-
-    def both() -> tuple[Tensor, ...]:
-        out = function(qkv, table)
-        return (out, *torch.autograd.grad(out, (qkv, table), grad))
-
-    return forward if mode == "forward" else both
+    return step(mode, function, (qkv, table), (qkv, table), grad)
 
 
 @timed
 @pytest.mark.parametrize("contender", CONTENDERS)
-@pytest.mark.parametrize("mode", ["forward", "both"])
 @pytest.mark.parametrize("d", [32, 64])
-def test_attention(benchmark, d, mode, contender, size):
-    if contender == "flex" and mode == "both" and DEVICE.type == "cpu":
+def test_attention(benchmark, d, contender, size, mode):
+    if contender == "flex" and mode in TRAINING and DEVICE.type == "cpu":
         pytest.skip("FlexAttention has no backward pass on CPUs")
     height, width = size
     images = max(TOKENS // (height * width), 1)
@@ -91,6 +82,5 @@ def test_attention(benchmark, d, mode, contender, size):
     found, expected = run(), run_of("sdpa", mode, qkv.detach().float().requires_grad_(), table)()
     for got, want in zip(found, expected, strict=True):  # what is timed is the same computation
         assert (got.float() - want).abs().max() <= torch.finfo(DTYPE).eps ** 0.5 * want.abs().max()
-    benchmark.group = f"{images}x{height}x{width}, {HEADS} heads of {d}, {mode}"
-    benchmark.extra_info.update(device=str(DEVICE), dtype=str(DTYPE), positions=height * width)
-    measure(benchmark, run)
+    group = f"{images}x{height}x{width}, {HEADS} heads of {d}, {mode}"
+    measure(benchmark, run, group, qkv, dtype=str(DTYPE), positions=height * width)

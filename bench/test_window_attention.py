@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import visattn_fast as vf
 from bench.clock import DEVICE, measure, timed
 from outside import library
+from visattn_fast.report.steps import Results, step
 
 IMAGES, WINDOW, SHIFT = 4, 7, 3
 STAGES = {(56, 96): 3, (28, 192): 6, (14, 384): 12, (7, 768): 24}  # side of the map and channels -> heads
@@ -31,27 +32,15 @@ def modules(side: int, channels: int, heads: int) -> tuple[nn.Module, nn.Module]
     return block.to(DEVICE), fused.to(DEVICE)
 
 
-def run_of(
-    function: Callable[[Tensor], Tensor], module: nn.Module, mode: str, x: Tensor
-) -> Callable[[], tuple[Tensor, ...]]:
-    inputs, grad = (x, *module.parameters()), torch.ones_like(x)
-
-    def forward() -> tuple[Tensor, ...]:
-        with torch.no_grad():
-            return (function(x),)
-
-    def both() -> tuple[Tensor, ...]:
-        y = function(x)
-        return (y, *torch.autograd.grad(y, inputs, grad))
-
-    return forward if mode == "forward" else both
+def run_of(function: Callable[[Tensor], Tensor], module: nn.Module, mode: str, x: Tensor) -> Callable[[], Results]:
+    module.train(mode != "inference")
+    return step(mode, function, (x,), (x, *module.parameters()), torch.ones_like(x))
 
 
 @timed
 @pytest.mark.parametrize("contender", CONTENDERS)
-@pytest.mark.parametrize("mode", ["forward", "both"])
 @pytest.mark.parametrize(("side", "channels"), STAGES)
-def test_stage(benchmark, side, channels, mode, contender):
+def test_stage(benchmark, side, channels, contender, mode):
     block, ours = modules(side, channels, STAGES[side, channels])
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(IMAGES, side, side, channels, generator=generator).to(DEVICE).requires_grad_()
@@ -63,6 +52,5 @@ def test_stage(benchmark, side, channels, mode, contender):
     run = run_of(functions[contender], ours if contender == "fused" else block.attn, mode, x)
     for got, want in zip(run()[:2], expected()[:2], strict=True):  # what is timed is the same computation
         torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)
-    benchmark.group = f"{IMAGES}x{side}x{side}x{channels}, window {WINDOW}, shifted, {mode}"
-    benchmark.extra_info.update(device=str(DEVICE), heads=STAGES[side, channels])
-    measure(benchmark, run)
+    group = f"{IMAGES}x{side}x{side}x{channels}, window {WINDOW}, shifted, {mode}"
+    measure(benchmark, run, group, x, heads=STAGES[side, channels])

@@ -121,7 +121,7 @@ def benchmark(
     gated = modules or [name for name, entry in catalogue.ENTRIES.items() if entry.epilogue]
     rows: list[dict[str, object]] = []
     left_out: list[str] = []
-    for case in matrix(gated, SHAPES, dtype="bfloat16"):
+    for case in matrix(gated, SHAPES, dtypes=("bfloat16",)):
         if time.perf_counter() > end:
             left_out.append(str(case))
             continue

@@ -1,14 +1,44 @@
-"""What is measured: a module at a size, in a layout, forward or forward and backward."""
+"""What is measured: a module at a size, in a layout and a dtype, in a mode, by contenders."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from ..catalogue import ENTRIES, LAYOUTS, SHAPES
+from .steps import DEFAULT_MODES
 
-MODES = {"forward": "inference, no gradients", "both": "training, forward and backward"}
-CONTENDERS = {"eager": "plain PyTorch", "compile": "torch.compile of it", "fused": "visattn_fast"}
+
+@dataclass(frozen=True)
+class Contender:
+    """One way to run a module.
+
+    Attributes:
+        about: what it is, in words.
+        fused: whether it is ours; else it is a rival.
+        compiled: the mode of torch.compile; None without it.
+        asked: whether it runs only where it is asked for.
+    """
+
+    about: str
+    fused: bool = False
+    compiled: str | None = None
+    asked: bool = False
+
+
+# On a GPU the clock is that of the device, where a CUDA graph shows as a copy of its inputs and as nothing else.
+CONTENDERS = {
+    "eager": Contender("plain PyTorch"),
+    "compile": Contender("torch.compile of it", compiled="default"),
+    "compile-max-autotune": Contender(
+        "torch.compile of it, mode max-autotune, no CUDA graphs", compiled="max-autotune-no-cudagraphs", asked=True
+    ),
+    "fused": Contender("visattn_fast", fused=True),
+    "fused-compile": Contender("torch.compile of visattn_fast", fused=True, compiled="default", asked=True),
+}
+DEFAULT_CONTENDERS = tuple(name for name, contender in CONTENDERS.items() if not contender.asked)
+DTYPES = ("float32", "float64", "bfloat16", "float16")
 QUICK_MODULES = ("se", "eca", "cbam")
 MODULES = tuple(name for name, entry in ENTRIES.items() if entry.training)
 Shape = tuple[int, int, int, int]
@@ -21,7 +51,7 @@ class Case:
     Attributes:
         dtype: the name of a floating dtype of torch.
         layout: ``"nchw"`` or ``"channels_last"``.
-        mode: ``"forward"`` (under no_grad) or ``"both"`` (forward, then gradients of x and of every parameter).
+        mode: of `steps.MODES`; gradients are those of x and of every parameter.
     """
 
     op: str
@@ -43,12 +73,12 @@ def matrix(
     ops: Iterable[str] = MODULES,
     shapes: Iterable[Shape] = SHAPES,
     layouts: Iterable[str] = tuple(LAYOUTS),
-    modes: Iterable[str] = tuple(MODES),
-    dtype: str = "float32",
+    modes: Iterable[str] = DEFAULT_MODES,
+    dtypes: Iterable[str] = ("float32",),
 ) -> list[Case]:
     """Every combination, a whole shape after the other, so that a run cut short has finished its first shapes."""
-    ops, layouts, modes = tuple(ops), tuple(layouts), tuple(modes)
-    return [Case(op, s, dtype, layout, mode) for s in shapes for op in ops for layout in layouts for mode in modes]
+    rest = tuple(itertools.product(ops, dtypes, layouts, modes))
+    return [Case(op, shape, dtype, layout, mode) for shape in shapes for op, dtype, layout, mode in rest]
 
 
 def parse_shape(text: str) -> Shape:
@@ -60,8 +90,8 @@ def parse_shape(text: str) -> Shape:
 
 
 def choose(text: str, known: Sequence[str]) -> list[str]:
-    """``"se,cbam"`` -> ``["se", "cbam"]``. Raises ValueError on a name that is not ``known``."""
-    names = text.split(",")
+    """``"se,cbam"`` -> ``["se", "cbam"]``, ``"all"`` -> all. Raises ValueError on a name that is not ``known``."""
+    names = list(known) if text == "all" else text.split(",")
     for name in names:
         if name not in known:
             raise ValueError(f"unknown {name!r}; known are {', '.join(known)}")

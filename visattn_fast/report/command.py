@@ -1,4 +1,4 @@
-"""``visattn-fast report``: measures modules, or a whole model; shows the table, writes JSON, Markdown and a page."""
+"""``visattn-fast report``: measures modules or a whole model, renders again what was measured, compares two reports."""
 
 from __future__ import annotations
 
@@ -15,10 +15,12 @@ import torch
 from ..backends import NAMES, select
 from ..catalogue import ENTRIES, LAYOUTS, SHAPES, feature_map
 from . import markdown, page, terminal
-from .cases import CONTENDERS, MODES, MODULES, QUICK_MODULES, Case, Shape, choose, matrix, parse_shape
+from .cases import CONTENDERS, DEFAULT_CONTENDERS, DTYPES, MODULES, QUICK_MODULES, Case, choose, matrix, parse_shape
+from .compare import compare
 from .machine import describe
 from .measure import Row, measure
-from .results import Report
+from .results import Report, read
+from .steps import DEFAULT_MODES, MODES
 from .timing import Effort
 from .whole_model import WAYS, ModelReport, build, measure_model
 
@@ -30,16 +32,23 @@ _QUICK_BUDGET = 90.0  # seconds, after which no further case begins
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Its options."""
     every = ",".join
+
+    def listed(name: str, known: tuple[str, ...], chosen: tuple[str, ...], *aliases: str) -> None:
+        rest = [n for n in known if n not in chosen]
+        also = f"; also {every(rest)}, or all" if rest else ""
+        parser.add_argument(name, *aliases, default=every(chosen), help=f"default: %(default)s{also}")
+
     parser.add_argument("--quick", action="store_true", help="few modules and repetitions, what fits into two minutes")
-    parser.add_argument("--out", default="report", metavar="DIR", help="where to write (default: %(default)s)")
+    parser.add_argument("--out", metavar="DIR", help="where to write (default: report)")
     parser.add_argument(
         "--modules", help=f"of {every(ENTRIES)} (default: {every(MODULES)}; quick: {every(QUICK_MODULES)})"
     )
     parser.add_argument("--shapes", metavar="NxCxHxW,...", help="sizes (default: the catalogue's)")
-    parser.add_argument("--layouts", default=every(LAYOUTS), help="default: %(default)s")
-    parser.add_argument("--modes", default=every(MODES), help="default: %(default)s")
-    parser.add_argument("--contenders", default=every(CONTENDERS), help="default: %(default)s")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "float64", "bfloat16", "float16"))
+    listed("--layouts", tuple(LAYOUTS), tuple(LAYOUTS))
+    listed("--modes", tuple(MODES), DEFAULT_MODES)
+    listed("--contenders", tuple(CONTENDERS), DEFAULT_CONTENDERS)
+    listed("--dtypes", DTYPES, DTYPES[:1], "--dtype")
+    parser.add_argument("--cold", action="store_true", help="compile each time anew, without torch's caches on disk")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     parser.add_argument("--backend", default="auto", choices=("auto", *NAMES), help="of fused (default: auto)")
     parser.add_argument("--threads", type=int, metavar="N", help="that torch may use (default: torch's choice)")
@@ -50,69 +59,107 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     whole.add_argument("--train", action="store_true", help="forward and backward; else inference")
     whole.add_argument("--batch", type=int, default=8, metavar="N", help="images (default: %(default)s)")
     whole.add_argument("--size", type=int, default=224, metavar="N", help="of their sides (default: %(default)s)")
+    done = parser.add_argument_group("what was measured before", "instead of measuring")
+    done.add_argument("--render", metavar="JSON", help="Markdown and page again, beside the file or in --out")
+    done.add_argument("--compare", nargs=2, metavar=("OLD", "NEW"), help="two report.json: what of fused changed")
+    done.add_argument("--threshold", type=float, default=1.1, metavar="X", help="regression from here (default: 1.1)")
+    done.add_argument("--in-copies", action="store_true", help="times in multiples of each report's own copy")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs it. Returns 0, 1 where fused failed or was wrong, 2 for bad options."""
-    if args.model:
-        return _run_model(args)
+    """Runs it. Returns 0; 1 where fused failed, was wrong or has become worse; 2 for bad options and files."""
+    action = _compare if args.compare else _render if args.render else _run_model if args.model else _run_modules
     try:
-        device = torch.device(args.device)
-        contenders = choose(args.contenders, tuple(CONTENDERS))
-        cases = _plan(args)
-        select(device.type, getattr(torch, args.dtype), args.backend)
+        return action(args)
     except (ValueError, RuntimeError) as error:
         print(f"visattn-fast report: {error}", file=sys.stderr)
         return 2
+
+
+def _run_modules(args: argparse.Namespace) -> int:
+    device = torch.device(args.device)
+    contenders, dtypes = choose(args.contenders, tuple(CONTENDERS)), choose(args.dtypes, DTYPES)
+    cases = _plan(args, dtypes)
+    for dtype in dtypes:
+        select(device.type, getattr(torch, dtype), args.backend)
     effort, out = _prepare(args), terminal.console()
     start = time.perf_counter()
     rows, left_out = _measure(cases, device, effort, contenders, args, out)
-    settings = {name: getattr(args, name) for name in ("quick", "backend", "dtype")} | {"contenders": contenders}
+    settings = {"quick": args.quick, "backend": args.backend, "dtypes": dtypes, "contenders": contenders}
+    settings |= {"cold": args.cold}
     report = Report(describe(device), settings, left_out, rows, time.perf_counter() - start)
     terminal.show(report, out)
-    written = write(report, Path(args.out))
+    written = write(report, _folder(args))
     out.print(f"wrote {', '.join(map(str, written))} in {report.seconds:.0f} s", highlight=False, soft_wrap=True)
-    return int(any(row.contender == "fused" for row in report.failures))
+    return int(any(CONTENDERS[row.contender].fused for row in report.failures))
 
 
-def write(report: Report, folder: Path) -> list[Path]:
+def _folder(args: argparse.Namespace) -> Path:
+    return Path(args.out or "report")
+
+
+def write(report: Report | ModelReport, folder: Path, name: str = "report") -> list[Path]:
     """Writes ``report.json``, ``report.md`` and ``report.html`` into the folder, and returns their paths."""
-    return _write(folder, "report", report.to_json(), markdown.render(report), page.render(report))
+    return _write(folder, name, {".json": report.to_json()} | _rendered(report))
 
 
-def _write(folder: Path, name: str, *texts: str) -> list[Path]:
-    """JSON, Markdown and, if there is one, a page."""
+def _rendered(report: Report | ModelReport) -> dict[str, str]:
+    if isinstance(report, ModelReport):
+        return {".md": markdown.render_model(report), ".html": page.render_model(report)}
+    return {".md": markdown.render(report), ".html": page.render(report)}
+
+
+def _write(folder: Path, name: str, texts: dict[str, str]) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
-    files = {folder / f"{name}{ending}": text for ending, text in zip((".json", ".md", ".html"), texts, strict=False)}
+    files = {folder / f"{name}{ending}": text for ending, text in texts.items()}
     for file, text in files.items():
         file.write_text(text, encoding="utf-8")
     return list(files)
 
 
+def _render(args: argparse.Namespace) -> int:
+    """Markdown and page, from the JSON of a report."""
+    path = Path(args.render)
+    data = read(path)
+    report = ModelReport.parse(data, path) if "accelerated" in data else Report.parse(data, path)
+    written = _write(Path(args.out) if args.out else path.parent, path.stem, _rendered(report))
+    terminal.console().print(f"wrote {', '.join(map(str, written))}", highlight=False, soft_wrap=True)
+    return 0
+
+
+def _compare(args: argparse.Namespace) -> int:
+    """Shows what changed. Returns 1 where something of fused grew past the threshold."""
+    if not args.threshold >= 1:
+        raise ValueError(f"--threshold must be at least 1, got {args.threshold:g}")
+    old, new = map(Report.load, args.compare)
+    found = compare(old, new, args.threshold, args.in_copies)
+    terminal.show_comparison(found, terminal.console())
+    return int(bool(found.regressions))
+
+
 def _run_model(args: argparse.Namespace) -> int:
-    """Measures a whole model. Returns 0, or 2 for bad options."""
+    """Measures a whole model."""
     effort, out, start = _prepare(args), terminal.console(), time.perf_counter()
-    settings = {name: getattr(args, name) for name in ("model", "options", "train", "batch", "size", "dtype")}
-    try:
-        device, dtype = torch.device(args.device), getattr(torch, args.dtype)
-        ways = tuple(way for way in WAYS if way in choose(args.contenders, tuple(CONTENDERS)))
-        model = build(args.model, _keywords(args.options))
-        shape = (args.batch, 3, args.size, args.size)
-        if min(shape) < 1:
-            raise ValueError(f"--batch and --size must be positive, got {args.batch} and {args.size}")
-        for layout in choose(args.layouts, tuple(LAYOUTS)):
-            x = feature_map(shape, layout, dtype, device)
-            # torch's stubs know no memory_format
-            model = model.to(x).to(memory_format=LAYOUTS[layout])  # type: ignore[call-overload]
-            found, rows = measure_model(model, x, args.train, effort, ways, args.backend)
-            seconds = time.perf_counter() - start
-            report = ModelReport(describe(device), settings | {"layout": layout}, found, rows, seconds)
-            terminal.show_model(report, out)
-            written = _write(Path(args.out), f"model-{layout}", report.to_json(), markdown.render_model(report))
-            out.print(f"wrote {', '.join(map(str, written))}", highlight=False, soft_wrap=True)
-    except (ValueError, RuntimeError) as error:
-        print(f"visattn-fast report: {error}", file=sys.stderr)
-        return 2
+    settings = {name: getattr(args, name) for name in ("model", "options", "train", "batch", "size")}
+    name, *more = choose(args.dtypes, DTYPES)
+    if more:
+        raise ValueError(f"--model takes one dtype, got {args.dtypes}")
+    device, dtype = torch.device(args.device), getattr(torch, name)
+    ways = tuple(way for way in WAYS if way in choose(args.contenders, tuple(CONTENDERS)))
+    model = build(args.model, _keywords(args.options))
+    shape = (args.batch, 3, args.size, args.size)
+    if min(shape) < 1:
+        raise ValueError(f"--batch and --size must be positive, got {args.batch} and {args.size}")
+    for layout in choose(args.layouts, tuple(LAYOUTS)):
+        x = feature_map(shape, layout, dtype, device)
+        # torch's stubs know no memory_format
+        model = model.to(x).to(memory_format=LAYOUTS[layout])  # type: ignore[call-overload]
+        found, rows = measure_model(model, x, args.train, effort, ways, args.backend)
+        seconds = time.perf_counter() - start
+        report = ModelReport(describe(device), settings | {"dtype": name, "layout": layout}, found, rows, seconds)
+        terminal.show_model(report, out)
+        written = write(report, _folder(args), f"model-{layout}")
+        out.print(f"wrote {', '.join(map(str, written))}", highlight=False, soft_wrap=True)
     return 0
 
 
@@ -132,14 +179,14 @@ def _prepare(args: argparse.Namespace) -> Effort:
     return effort if args.seconds is None else Effort(args.seconds, effort.fewest, effort.most)
 
 
-def _plan(args: argparse.Namespace) -> list[Case]:
+def _plan(args: argparse.Namespace, dtypes: list[str]) -> list[Case]:
     """What is to be measured; of a quick run the largest sizes last, for which time may not be left."""
-    shapes: tuple[Shape, ...] = tuple(sorted(SHAPES, key=math.prod)) if args.quick else SHAPES
+    shapes = tuple(sorted(SHAPES, key=math.prod)) if args.quick else SHAPES
     if args.shapes:
         shapes = tuple(parse_shape(text) for text in args.shapes.split(","))
     layouts, modes = choose(args.layouts, tuple(LAYOUTS)), choose(args.modes, tuple(MODES))
     modules = choose(args.modules, tuple(ENTRIES)) if args.modules else QUICK_MODULES if args.quick else MODULES
-    return [c for c in matrix(modules, shapes, layouts, modes, args.dtype) if ENTRIES[c.op].takes(c.shape)]
+    return [c for c in matrix(modules, shapes, layouts, modes, dtypes) if ENTRIES[c.op].takes(c.shape)]
 
 
 def _measure(
@@ -156,7 +203,7 @@ def _measure(
     late: list[str] = []
     for case in terminal.tracked(cases, out):
         if time.perf_counter() > end:
-            late.append(f"{case.op} {case.size} {case.layout} {case.mode}")
+            late.append(str(case))
         else:
-            rows += measure(case, device, effort, contenders, args.backend).rows
+            rows += measure(case, device, effort, contenders, args.backend, args.cold).rows
     return rows, [f"{', '.join(late)}: the quick run's {_QUICK_BUDGET:.0f} s were over"] if late else []

@@ -11,30 +11,39 @@ from .whole_model import ModelReport
 
 def render(report: Report) -> str:
     """The whole of it."""
+    losses = report.losses
     parts = [
         f"# {tables.TITLE}",
         tables.machine_line(report),
         _table(tables.mean_table(report)),
-        f"## Where fused loses\n\n{tables.verdict(report)}",
-        *_listed("", report.losses),
-        *(_table(table) for table in tables.module_tables(report)),
+        f"## Where we lose\n\n{tables.verdict(report)}",
+        *[_table(tables.loss_table(losses))] * bool(losses),
+        *(_table(table) for table in tables.module_tables(report).values()),
         *_listed("Failed", report.failures),
         *_listed("Left out", report.left_out),
-        *_listed("How to read it", tables.NOTES),
+        *_listed("How to read it", tables.notes(report)),
+        *_listed("Machine and settings", (f"{name}: {value}" for name, value in report.facts.items())),
     ]
     return "\n\n".join(parts) + "\n"
 
 
 def render_model(report: ModelReport) -> str:
     """A model's report."""
-    parts = [_table(report.table()), *_listed("", report.verdicts()), f"```\n{report.accelerated}\n```"]
+    facts = (f"{name}: {value}" for name, value in report.facts.items())
+    parts = [
+        _table(report.table()),
+        *_listed("", report.verdicts()),
+        f"```\n{report.accelerated}\n```",
+        *_listed("Machine and settings", facts),
+    ]
     return "\n\n".join(parts) + "\n"
 
 
 def _table(table: tables.Table) -> str:
     alignment = ["---" if index < table.labels else "---:" for index in range(len(table.columns))]
     cells = [table.columns, alignment, *([_cell(cell) for cell in row] for row in table.rows)]
-    return f"## {table.title}\n\n" + "\n".join(f"| {' | '.join(row)} |" for row in cells)
+    title = f"## {table.title}\n\n" if table.title else ""
+    return title + "\n".join(f"| {' | '.join(row)} |" for row in cells)
 
 
 def _cell(cell: tables.Cell) -> str:

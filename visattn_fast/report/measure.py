@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +10,9 @@ import torch
 
 from ..backends import select, use_backend
 from ..catalogue import ENTRIES
-from .cases import CONTENDERS, Case, Shape
+from .cases import CONTENDERS, DEFAULT_CONTENDERS, Case, Shape
+from .counts import compiled, dispatched
+from .steps import TRAINING, Results
 from .subject import Subject
 from .timing import Effort, interleaved, quantiles
 
@@ -22,13 +23,15 @@ class Row:
 
     Attributes:
         p20_ms, p50_ms, p80_ms: percentiles of its times over ``rounds``.
+        bytes: what a streaming kernel must move for this module, whoever the contender is, so that it compares; what
+            the copy moves for the copy; None where the module is PyTorch's alone.
         x_of_copy: its median time, in multiples of the copy's.
-        gb_per_s: the bytes that a streaming kernel must move for this module, over the median: the same bytes for
-            every contender, so that it compares; the copy's own bytes for the copy.
+        gb_per_s: ``bytes`` over the median.
         percent_of_copy: ``gb_per_s``, in percent of the copy's.
         saved_bytes: kept between forward and backward. peak_bytes: allocated at a time. x_bytes: of the input.
+        kernels: ops that it dispatches; if compiled, calls of kernels and of ops in the generated code.
         error: the largest error of any result against float64, relative to that result's largest value.
-        compile_s: seconds of its first call.
+        compile_s: seconds of its first call. cold: whether no cache had a part of it.
         failure: why it has no figures; empty if it has.
     """
 
@@ -44,19 +47,29 @@ class Row:
     p20_ms: float | None = None
     p50_ms: float | None = None
     p80_ms: float | None = None
+    bytes: int | None = None
     x_of_copy: float | None = None
     gb_per_s: float | None = None
     percent_of_copy: float | None = None
     saved_bytes: int | None = None
     peak_bytes: int | None = None
+    kernels: int | None = None
     error: float | None = None
     compile_s: float | None = None
+    cold: bool | None = None
     failure: str = ""
 
     @property
     def case(self) -> Case:
         """What it belongs to."""
         return Case(self.op, self.shape, self.dtype, self.layout, self.mode)
+
+    @property
+    def moved(self) -> float | None:
+        """``bytes``, which the first format of the report did not hold by themselves."""
+        if self.bytes is None and self.gb_per_s and self.p50_ms:
+            return self.gb_per_s * self.p50_ms * 1e6
+        return self.bytes
 
     @property
     def saved_x(self) -> float | None:
@@ -84,65 +97,95 @@ def measure(
     case: Case,
     device: torch.device,
     effort: Effort,
-    contenders: Iterable[str] = tuple(CONTENDERS),
+    contenders: Iterable[str] = DEFAULT_CONTENDERS,
     backend: str = "auto",
+    cold: bool = False,
 ) -> Measured:
-    """Measures the contenders of a case. One that fails, or whose results are wrong, gets a row that says so."""
+    """Measures the contenders of a case. One that fails, or whose results are wrong, gets a row that says so.
+
+    Args:
+        cold: compile without on-disk caches.
+    """
     with use_backend(backend):
-        return _measure(Subject(case, device), effort, contenders, backend)
+        subject = Subject(case, device)
+        runs: dict[str, Callable[[], Results]] = {"copy": subject.run("copy")}
+        found: dict[str, dict[str, Any]] = {"copy": {}}
+        oracle = subject.oracle()
+        eager = subject.errors(subject.run("eager")(), oracle)
+        for name in contenders:
+            try:
+                run = subject.run(name)
+                alone = not any(CONTENDERS[other].compiled for other in runs if other in CONTENDERS)
+                found[name] = _facts(subject, name, run, oracle, eager, cold, alone)
+                if CONTENDERS[name].fused:
+                    found[name]["backend"] = select(device.type, subject.dtype, backend)
+                runs[name] = run
+            except Exception as error:  # anything may go wrong in a compiler; the other contenders go on
+                found[name] = {"failure": _first_line(error)}
+        del oracle
+        seconds = interleaved(runs, device, effort)
+    return Measured([_row(subject, name, facts, seconds) for name, facts in found.items()], seconds)
 
 
-def _measure(subject: Subject, effort: Effort, contenders: Iterable[str], backend: str) -> Measured:
-    case, device = subject.case, subject.device
-    oracle = subject.oracle()
-    runs: dict[str, Callable[[], Any]] = {"copy": subject.run("copy")}
-    found: dict[str, dict[str, Any]] = {"copy": {}}
-    eager = subject.errors(subject.run("eager")(), oracle)
-    for name in contenders:
-        try:
-            run = subject.run(name)
-            start = time.perf_counter()
-            results = run()
-            first_call = time.perf_counter() - start
-            errors = subject.errors(results, oracle)
-            del results
-            if name == "fused":
-                subject.check(errors, eager)
-        except Exception as error:  # anything may go wrong in a compiler; the other contenders go on
-            found[name] = {"failure": _first_line(error)}
-            continue
-        runs[name] = run
-        found[name] = {
-            "error": max(errors.values()),
-            "compile_s": first_call if name == "compile" else None,
-            "saved_bytes": subject.saved_bytes(name, run),
-            "peak_bytes": subject.peak_bytes(run),
-        }
-    if "fused" in runs:
-        found["fused"]["backend"] = select(device.type, subject.dtype, backend)
-    del oracle
-    seconds = interleaved(runs, device, effort)
-    rates = {name: bytes_moved(case, name, subject.x.nbytes) / quantiles(s)[1] for name, s in seconds.items()}
-    rows = []
-    for name, facts in found.items():
-        if name in seconds:
-            p20, p50, p80 = quantiles(seconds[name])
-            facts |= {"rounds": len(seconds[name]), "p20_ms": p20 * 1e3, "p50_ms": p50 * 1e3, "p80_ms": p80 * 1e3}
-            facts |= {"x_of_copy": p50 / quantiles(seconds["copy"])[1], "gb_per_s": rates[name] * 1e-9}
-            facts |= {"percent_of_copy": 100 * rates[name] / rates["copy"]}
-        rows.append(
-            Row(case.op, case.shape, case.dtype, case.layout, case.mode, name, x_bytes=subject.x.nbytes, **facts)
-        )
-    return Measured(rows, seconds)
+def _facts(
+    subject: Subject,
+    name: str,
+    run: Callable[[], Results],
+    oracle: Results,
+    eager: dict[str, float],
+    cold: bool,
+    alone: bool,
+) -> dict[str, Any]:
+    """All of a contender's row that is no time. Raises AssertionError where fused is wrong.
+
+    Args:
+        alone: nothing else was compiled for this case, of which parts could be taken over.
+    """
+    facts: dict[str, Any] = {}
+    if CONTENDERS[name].compiled:
+        results, first = compiled(run, cold, backward_alone=subject.case.mode == "backward")
+        facts = {"compile_s": first.seconds, "cold": cold or (first.cold and alone), "kernels": first.calls}
+    else:
+        results = run()
+    errors = subject.errors(results, oracle)
+    del results
+    if CONTENDERS[name].fused:
+        subject.check(errors, eager)
+    if not CONTENDERS[name].compiled:
+        facts["kernels"] = dispatched(run)
+    return facts | {
+        "error": max(errors.values()),
+        "saved_bytes": subject.saved_bytes(name, run),
+        "peak_bytes": subject.peak_bytes(run),
+    }
 
 
-def bytes_moved(case: Case, contender: str, x_bytes: int) -> int:
+def _row(subject: Subject, name: str, facts: dict[str, Any], seconds: dict[str, list[float]]) -> Row:
+    case, x_bytes = subject.case, subject.x.nbytes
+    if name in seconds:
+        p20, p50, p80 = quantiles(seconds[name])
+        copy, moved = quantiles(seconds["copy"])[1], bytes_moved(case, name, x_bytes)
+        facts |= {"rounds": len(seconds[name]), "p20_ms": p20 * 1e3, "p50_ms": p50 * 1e3, "p80_ms": p80 * 1e3}
+        facts |= {"x_of_copy": p50 / copy, "bytes": moved}
+        if moved:
+            facts |= {"gb_per_s": moved / p50 * 1e-9, "percent_of_copy": copy_share(moved, p50, x_bytes, copy)}
+    return Row(case.op, case.shape, case.dtype, case.layout, case.mode, name, x_bytes=x_bytes, **facts)
+
+
+def bytes_moved(case: Case, contender: str, x_bytes: int) -> int | None:
     """What a streaming kernel must move in a case, small tensors aside; of ``"copy"``, what it moves itself."""
-    entry = ENTRIES[case.op]
     if contender == "copy":
         return 2 * x_bytes
-    passes = entry.forward_passes + (entry.backward_passes if case.mode == "both" else 0)
-    return round(passes * x_bytes)
+    entry = ENTRIES[case.op]
+    if case.mode == "inference":
+        entry = ENTRIES.get(f"{case.op}_eval", entry)
+    passes = entry.forward_passes * (case.mode != "backward") + entry.backward_passes * (case.mode in TRAINING)
+    return round(passes * x_bytes) or None
+
+
+def copy_share(moved: int, seconds: float, x_bytes: int, copy_seconds: float) -> float:
+    """The rate of ``moved`` bytes in percent of the rate of a copy of x, which moves each byte twice."""
+    return 100 * (moved / seconds) / (2 * x_bytes / copy_seconds)
 
 
 def _first_line(error: Exception) -> str:

@@ -4,16 +4,27 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from .cases import Case
+from .cases import CONTENDERS, Case
 from .machine import Machine
 from .measure import Row
+from .steps import MODES
 
-RIVALS = ("eager", "compile")
+FORMAT = 2  # of the JSON; the first had none
+
+# What is held against what: the heading, ours and the rival.
+PAIRS = {
+    "vs eager": ("fused", "eager"),
+    "vs compile": ("fused", "compile"),
+    "vs max-autotune": ("fused", "compile-max-autotune"),
+    "compiled, vs compile": ("fused-compile", "compile"),
+    "compiled, vs max-autotune": ("fused-compile", "compile-max-autotune"),
+}
+OURS = tuple(name for name, contender in CONTENDERS.items() if contender.fused)
+EVEN = 1.02  # up to here memory counts as equal: small maps and weights
 
 
 @dataclass(frozen=True)
@@ -23,58 +34,74 @@ class Comparison:
     case: Case
     rows: dict[str, Row]
 
-    def speedup(self, rival: str) -> float | None:
-        """The rival's median time over that of fused; None where either has none."""
-        fused, other = self._median("fused"), self._median(rival)
-        return other / fused if fused and other else None
+    def speedup(self, rival: str, ours: str = "fused") -> float | None:
+        """The rival's median time over that of ours; None where either has none."""
+        mine, other = self._median(ours), self._median(rival)
+        return other / mine if mine and other else None
 
     def _median(self, contender: str) -> float | None:
         row = self.rows.get(contender)
         return row.p50_ms if row else None
 
-    def within_spread(self, rival: str) -> bool:
-        """Whether the times of fused and the rival overlap between their 20th and 80th percentiles."""
-        fused, other = self.rows["fused"], self.rows[rival]
-        assert fused.p20_ms is not None
-        assert fused.p80_ms is not None
-        assert other.p20_ms is not None
-        assert other.p80_ms is not None
-        return fused.p20_ms <= other.p80_ms and other.p20_ms <= fused.p80_ms
+    def within_spread(self, rival: str, ours: str = "fused") -> bool:
+        """Whether the times of ours and of the rival overlap between their 20th and 80th percentiles."""
+        return overlap(self.rows[ours], self.rows[rival])
+
+
+def overlap(a: Row, b: Row) -> bool:
+    """Whether the times of two rows overlap between their 20th and 80th percentiles; not where one has none."""
+    if a.p20_ms is None or a.p80_ms is None or b.p20_ms is None or b.p80_ms is None:
+        return False
+    return a.p20_ms <= b.p80_ms and b.p20_ms <= a.p80_ms
 
 
 @dataclass(frozen=True)
 class Loss:
-    """A case in which fused is slower than a rival, or failed.
+    """A case in which ours is slower than a rival, allocates more at a time, or failed.
 
     Attributes:
-        slowdown: the time of fused over the rival's; None where fused failed.
+        what: ``"time"``, ``"peak memory"`` or ``"failure"``.
+        ratio: what ours takes over what the rival takes; infinite where ours failed.
         within_spread: the two times overlap: it may be noise.
+        failure: why it failed.
     """
 
     case: Case
+    ours: str
     rival: str
-    slowdown: float | None
-    within_spread: bool
+    what: str
+    ratio: float
+    within_spread: bool = False
     failure: str = ""
 
     def __str__(self) -> str:
-        if self.slowdown is None:
-            return f"{self.case}: {self.failure}"
+        who = f"{self.case} {self.ours}" if self.ours != "fused" else str(self.case)
+        if self.failure:
+            return f"{who}: {self.failure}"
         doubt = " (within the spread)" if self.within_spread else ""
-        return f"{self.case}: {self.slowdown:.2f} x the time of {self.rival}{doubt}"
+        return f"{who}: {self.ratio:.2f} x the {self.what} of {self.rival}{doubt}"
 
 
 @dataclass(frozen=True)
 class Mean:
-    """Geometric means over the cases of a module in one mode; None where there is nothing to average."""
+    """Geometric means over the cases of a module in one mode and dtype; None where there is nothing to average."""
 
     op: str
     mode: str
+    dtype: str
     cases: int
-    speedup: dict[str, float | None]  # against each rival
+    speedup: dict[str, float | None]  # of each of `PAIRS` that was measured
     x_of_copy: dict[str, float | None]  # of each contender
-    saved: dict[str, float | None]  # of each contender, in multiples of x
+    percent_of_copy: dict[str, float | None]
+    saved: dict[str, float | None]  # in multiples of x
     peak: dict[str, float | None]
+    kernels: dict[str, float | None]
+    compile_s: dict[str, float | None]
+
+    @property
+    def title(self) -> str:
+        """``se, both, float32``."""
+        return f"{self.op}, {self.mode}, {self.dtype}"
 
 
 @dataclass(frozen=True)
@@ -116,9 +143,26 @@ class Report:
         return list(dict.fromkeys(row.backend for row in self.rows if row.backend))
 
     @property
+    def contenders(self) -> list[str]:
+        """Those that were measured, beside the copy."""
+        measured = {row.contender for row in self.rows}
+        return [name for name in CONTENDERS if name in measured]
+
+    @property
+    def pairs(self) -> dict[str, tuple[str, str]]:
+        """Those of `PAIRS` whose two contenders were measured."""
+        return {label: pair for label, pair in PAIRS.items() if set(pair) <= set(self.contenders)}
+
+    @property
+    def modes(self) -> list[str]:
+        """The modes that were measured."""
+        measured = {row.mode for row in self.rows}
+        return [mode for mode in MODES if mode in measured]
+
+    @property
     def compared(self) -> int:
-        """How many times fused was held against a rival."""
-        return sum(c.speedup(rival) is not None for c in self.comparisons for rival in RIVALS)
+        """How many times ours was held against a rival."""
+        return sum(c.speedup(rival, ours) is not None for c in self.comparisons for ours, rival in self.pairs.values())
 
     @property
     def failures(self) -> list[Row]:
@@ -127,55 +171,110 @@ class Report:
 
     @property
     def losses(self) -> list[Loss]:
-        """Where fused is slower than a rival, or failed; the worst first."""
-        found = []
+        """Where ours failed, is slower than a rival, or allocates more; the worst of each first."""
+        found = [
+            Loss(row.case, row.contender, "", "failure", math.inf, failure=row.failure)
+            for row in self.failures
+            if row.contender in OURS
+        ]
         for comparison in self.comparisons:
-            fused = comparison.rows.get("fused")
-            if fused and fused.failure:
-                found.append(Loss(comparison.case, "", None, False, fused.failure))
-            for rival in RIVALS:
-                speedup = comparison.speedup(rival)
-                if speedup is not None and speedup < 1:
-                    found.append(Loss(comparison.case, rival, 1 / speedup, comparison.within_spread(rival)))
-        return sorted(found, key=lambda loss: -(loss.slowdown or math.inf))
+            for ours in OURS:
+                found += _losses(comparison, ours, [rival for mine, rival in self.pairs.values() if mine == ours])
+        return sorted(found, key=lambda loss: (("failure", "time", "peak memory").index(loss.what), -loss.ratio))
 
     @property
     def means(self) -> list[Mean]:
-        """By module and mode."""
-        keys = dict.fromkeys((row.op, row.mode) for row in self.rows)
-        return [self._mean(op, mode) for op, mode in keys]
+        """By module, mode and dtype."""
+        groups: dict[tuple[str, str, str], list[Comparison]] = {}
+        for comparison in self.comparisons:
+            case = comparison.case
+            groups.setdefault((case.op, case.mode, case.dtype), []).append(comparison)
+        return [self._mean(*key, comparisons) for key, comparisons in groups.items()]
 
-    def _mean(self, op: str, mode: str) -> Mean:
-        comparisons = [c for c in self.of(op) if c.case.mode == mode]
-        contenders = dict.fromkeys(name for c in comparisons for name in c.rows if name != "copy")
-
-        def over(value: Callable[[Row], float | None]) -> dict[str, float | None]:
-            return {n: geometric_mean([value(c.rows[n]) for c in comparisons if n in c.rows]) for n in contenders}
+    def _mean(self, op: str, mode: str, dtype: str, comparisons: list[Comparison]) -> Mean:
+        def over(attribute: str) -> dict[str, float | None]:
+            found = {n: [getattr(c.rows[n], attribute) for c in comparisons if n in c.rows] for n in self.contenders}
+            return {name: geometric_mean(values) for name, values in found.items()}
 
         return Mean(
             op,
             mode,
+            dtype,
             len(comparisons),
-            {rival: geometric_mean([c.speedup(rival) for c in comparisons]) for rival in RIVALS},
-            over(lambda row: row.x_of_copy),
-            over(lambda row: row.saved_x),
-            over(lambda row: row.peak_x),
+            {
+                label: geometric_mean([c.speedup(rival, ours) for c in comparisons])
+                for label, (ours, rival) in self.pairs.items()
+            },
+            over("x_of_copy"),
+            over("percent_of_copy"),
+            over("saved_x"),
+            over("peak_x"),
+            over("kernels"),
+            over("compile_s"),
         )
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """The machine, the versions and the settings."""
+        return asdict(self.machine) | self.settings | {"seconds": round(self.seconds)}
 
     def to_json(self) -> str:
         """The whole of it, means and losses included."""
-        derived = {"means": [asdict(m) for m in self.means], "losses": [asdict(loss) for loss in self.losses]}
-        return json.dumps(asdict(self) | derived, indent=1) + "\n"
+        losses = [asdict(loss) | {"ratio": None if loss.failure else loss.ratio} for loss in self.losses]
+        derived = {"means": [asdict(mean) for mean in self.means], "losses": losses}
+        return json.dumps({"format": FORMAT} | asdict(self) | derived, indent=1, allow_nan=False) + "\n"
 
     @classmethod
     def load(cls, path: str | Path) -> Report:
-        """Reads what `to_json` wrote."""
+        """Reads what `to_json` wrote, in this format or the first, or what ``make gpu-check`` wrote.
+
+        Raises:
+            ReportError: no such file, or it is none of these.
+        """
+        return cls.parse(read(path), path)
+
+    @classmethod
+    def parse(cls, data: dict[str, Any], path: str | Path) -> Report:
+        """The report in the JSON that ``path`` holds. Raises ReportError where there is none."""
+        try:
+            rows = [Row(**row | {"shape": tuple(row["shape"])}) for row in data["rows"]]
+            return cls(Machine(**data["machine"]), data.get("settings", {}), data["left_out"], rows, data["seconds"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ReportError(f"{path} holds no report of modules: {type(error).__name__}: {error}") from error
+
+
+class ReportError(ValueError):
+    """A file that is no report."""
+
+
+def read(path: str | Path) -> dict[str, Any]:
+    """The JSON object in a file. Raises ReportError where it cannot be read, or comes from a later version."""
+    try:
         data = json.loads(Path(path).read_text(encoding="utf-8"))
-        known = {field.name for field in fields(cls)}
-        data = {key: value for key, value in data.items() if key in known}
-        data["machine"] = Machine(**data["machine"])
-        data["rows"] = [Row(**row | {"shape": tuple(row["shape"])}) for row in data["rows"]]
-        return cls(**data)
+    except (OSError, ValueError) as error:
+        raise ReportError(f"{path} cannot be read: {error}") from error
+    if not isinstance(data, dict):
+        raise ReportError(f"{path} holds no report, but a {type(data).__name__}")
+    if data.get("format", 1) not in (1, FORMAT):
+        raise ReportError(f"{path} has format {data['format']}; this version reads 1 and {FORMAT}")
+    return data
+
+
+def _losses(comparison: Comparison, ours: str, rivals: list[str]) -> list[Loss]:
+    """Against every rival that is faster, and against the rival that allocates least if that is less."""
+    case, rows = comparison.case, comparison.rows
+    speedups = {rival: comparison.speedup(rival, ours) for rival in rivals}
+    found = [
+        Loss(case, ours, rival, "time", 1 / speedup, comparison.within_spread(rival, ours))
+        for rival, speedup in speedups.items()
+        if speedup is not None and speedup < 1
+    ]
+    peaks = {name: peak for name in rivals if name in rows and (peak := rows[name].peak_bytes)}
+    mine = rows[ours].peak_bytes if ours in rows else None
+    if mine and peaks and mine > EVEN * min(peaks.values()):
+        thriftiest = min(peaks, key=lambda name: peaks[name])
+        found.append(Loss(case, ours, thriftiest, "peak memory", mine / peaks[thriftiest]))
+    return found
 
 
 def geometric_mean(values: list[float | None]) -> float | None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..catalogue import ENTRIES, feature_map
-from .cases import Case
+from .cases import CONTENDERS, Case
 from .memory import peak_bytes, saved_bytes
+from .steps import TRAINING, Results, step
+from .timing import ready
 
-Results = tuple[Tensor, ...]  # (y,) or (y, dx, a gradient for every parameter)
 _CANCELLED = 1e-10  # of the largest value of a run: below it a tensor is rounding
 _BAND = 4  # units in the last place of a tensor's largest value: the rounding that is granted beside eager's error
 
@@ -20,7 +21,7 @@ class Subject:
     """The modules of a case, with equal parameters, and its input; runs are made of them.
 
     Attributes:
-        x: normally distributed; it requires a gradient in mode ``"both"``.
+        x: normally distributed; it requires a gradient in the modes that have one.
         names: of the tensors that every run returns.
     """
 
@@ -28,32 +29,39 @@ class Subject:
         dtype = getattr(torch, case.dtype)
         fast, plain = ENTRIES[case.op].pair(case.shape[1], dtype)
         self.case, self.device, self.dtype = case, device, dtype
-        self.fast, self.plain = fast.to(device), plain.to(device)
-        self.x = feature_map(case.shape, case.layout, dtype, device).requires_grad_(case.mode == "both")
+        self.training = case.mode in TRAINING
+        training = fast.training and case.mode != "inference"
+        self.fast, self.plain = fast.to(device).train(training), plain.to(device).train(training)
+        self.x = feature_map(case.shape, case.layout, dtype, device).requires_grad_(self.training)
         with torch.no_grad():
             shape = self.plain(self.x).shape
         self.grad = feature_map(tuple(shape), case.layout, dtype, device, seed=1)
-        self.names = ["y"] + ["dx", *(f"d{name}" for name, _ in plain.named_parameters())] * (case.mode == "both")
+        self.names = ["y"] * (case.mode != "backward")
+        self.names += ["dx", *(f"d{name}" for name, _ in plain.named_parameters())] * self.training
+        self._forgotten = False
 
     def run(self, contender: str) -> Callable[[], Results]:
-        """What is timed: ``"eager"``, ``"compile"``, ``"fused"``, or ``"copy"``, which copies x into another map."""
+        """What is timed: one of `CONTENDERS`, or ``"copy"``, which copies x into another map."""
         if contender == "copy":
             x, out = self.x.detach(), torch.empty_like(self.x, requires_grad=False)
             return lambda: (out.copy_(x),)
-        module = self.fast if contender == "fused" else self.plain
-        function: Callable[..., Tensor] = module
-        if contender == "compile":
+        module, mode = self._module(contender), CONTENDERS[contender].compiled
+        if mode and not self._forgotten:  # the compiler gives up on a module after a few versions of it
             torch.compiler.reset()
-            function = torch.compile(module)
-        return _run(function, module, self.x, self.grad, self.case.mode)
+            self._forgotten = True
+        function = torch.compile(module, mode=mode) if mode else module
+        return step(self.case.mode, function, (self.x,), (self.x, *module.parameters()), self.grad)
+
+    def _module(self, contender: str) -> nn.Module:
+        return self.fast if CONTENDERS[contender].fused else self.plain
 
     def oracle(self) -> Results:
         """The results of the reference in float64."""
         plain = ENTRIES[self.case.op].reference(**ENTRIES[self.case.op].arguments(self.case.shape[1]))
         plain.load_state_dict(self.plain.state_dict())
         x = self.x.detach().double().requires_grad_(self.x.requires_grad)
-        plain = plain.to(self.device).double()
-        return _run(plain, plain, x, self.grad.double(), self.case.mode)()
+        plain = plain.to(self.device).double().train(self.plain.training)
+        return step(self.case.mode, plain, (x,), (x, *plain.parameters()), self.grad.double())()
 
     def errors(self, results: Results, oracle: Results) -> dict[str, float]:
         """The largest error of each tensor, in multiples of the largest value of the oracle's.
@@ -82,28 +90,10 @@ class Subject:
 
     def saved_bytes(self, contender: str, run: Callable[[], Results]) -> int | None:
         """Bytes that a training run keeps for its backward pass, each storage once, parameters aside."""
-        if self.case.mode != "both" or contender == "copy":
+        if not self.training or contender == "copy":
             return None
-        module = self.fast if contender == "fused" else self.plain
-        return saved_bytes(run, module.parameters())
+        return saved_bytes(run, self._module(contender).parameters())
 
     def peak_bytes(self, run: Callable[[], Results]) -> int | None:
-        """The most that a run allocates at a time, beside what was there before; None where it cannot be known."""
-        return peak_bytes(run, self.device)
-
-
-def _run(
-    function: Callable[..., Tensor], module: nn.Module, x: Tensor, grad: Tensor, mode: str
-) -> Callable[[], Results]:
-    """A run of ``function`` that differentiates for the parameters of ``module``."""
-    wanted = (x, *module.parameters())
-
-    def forward() -> Results:
-        with torch.no_grad():
-            return (function(x),)
-
-    def both() -> Results:
-        y = function(x)
-        return (y, *torch.autograd.grad(y, wanted, grad))  # handed out, not added to .grad
-
-    return forward if mode == "forward" else both
+        """The most that the timed part of a run allocates at a time, beside what was there before; None if unknown."""
+        return peak_bytes(ready(run), self.device)

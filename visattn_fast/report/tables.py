@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from .cases import CONTENDERS, MODES
-from .results import RIVALS, Comparison, Mean, Report
+from .cases import CONTENDERS
+from .results import EVEN, OURS, Comparison, Loss, Mean, Report
+from .steps import MODES
 
 TITLE = "visattn_fast against eager and torch.compile"
 SLOWER = "▼"
-NOTES = (
-    f"Times are medians. vs eager, vs compile: the rival's time over that of fused. Above 1 fused is faster; {SLOWER}"
-    " marks where it is slower, ~ where the 20th to 80th percentiles of the two overlap.",
-    f"Figures with a slash are of {' / '.join(CONTENDERS)}.",
-    "time: in multiples of out.copy_(x) of the same tensor, timed between the others. GB/s: what a streaming kernel"
-    " must move for this module, over the time of fused.",
-    "saved: kept from forward to backward; peak: allocated at a time, results included. Both in multiples of the bytes"
-    " of x.",
-    "error: the largest of any result against float64, relative to that result's largest value.",
-)
 
 
 @dataclass(frozen=True)
@@ -31,50 +23,96 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of cells under ``columns``; the first ``labels`` columns are text, the rest numbers."""
+    """Rows of cells under ``columns``; the first ``labels`` columns are text, the rest numbers.
+
+    Attributes:
+        details: columns that a narrow terminal leaves out.
+    """
 
     title: str
     columns: tuple[str, ...]
     rows: list[list[Cell]]
     labels: int
+    details: tuple[str, ...] = ()
 
 
-def module_tables(report: Report) -> list[Table]:
-    """A table for each module and mode: a row for each size and layout."""
+_DETAILS = ("GB/s", "kernels", "compile s", "error")
+
+
+def notes(report: Report) -> list[str]:
+    """How to read the figures."""
+    return [
+        "Times are medians. vs eager, vs compile, vs max-autotune: the rival's time over that of fused; compiled, vs"
+        f" ...: over that of fused-compile. Above 1 ours is faster; {SLOWER} marks where it is slower, ~ where the 20th"
+        " to 80th percentiles of the two overlap.",
+        f"Figures with a slash are of {' / '.join(report.contenders)}: "
+        + "; ".join(f"{name} is {CONTENDERS[name].about}" for name in report.contenders)
+        + ".",
+        *(f"{mode}: {MODES[mode]}." for mode in report.modes),
+        "time: in multiples of out.copy_(x) of the same tensor, timed between the others. GB/s: what a streaming kernel"
+        " must move for this module, over the time of fused; % of copy: the same in percent of the copy's.",
+        "saved: kept from forward to backward; peak: allocated at a time, results included. Both in multiples of the"
+        " bytes of x.",
+        "kernels: ops dispatched; of what is compiled, calls of kernels and ops in the generated code. compile s:"
+        " seconds of the first call of each that is compiled; with + a cache on disk had a part of it (--cold"
+        " takes it away).",
+        "error: the largest of any result against float64, relative to that result's largest value.",
+    ]
+
+
+def module_tables(report: Report) -> dict[tuple[str, str, str], Table]:
+    """By module, mode and dtype a table: a row for each size and layout."""
     columns = (
         "size",
         "layout",
         "copy ms",
         "time, x copy",
-        *(f"vs {rival}" for rival in RIVALS),
+        *report.pairs,
         "GB/s",
+        "% of copy",
         "saved, x",
         "peak, x",
+        "kernels",
+        "compile s",
         "error",
     )
-    return [
-        Table(
-            f"{mean.op}: {MODES[mean.mode]}",
-            columns,
-            [_case_row(c) for c in report.of(mean.op) if c.case.mode == mean.mode],
-            2,
-        )
-        for mean in report.means
-    ]
+    groups: dict[tuple[str, str, str], list[list[Cell]]] = {}
+    for c in report.comparisons:
+        groups.setdefault((c.case.op, c.case.mode, c.case.dtype), []).append(_case_row(c, report))
+    return {
+        key: Table(f"{', '.join(key)}: {MODES[key[1]]}", columns, rows, 2, _DETAILS) for key, rows in groups.items()
+    }
 
 
 def mean_table(report: Report) -> Table:
-    """Geometric means: a row for each module and mode."""
+    """Geometric means: a row for each module, mode and dtype."""
     columns = (
         "module",
         "mode",
+        "dtype",
         "cases",
-        *(f"vs {rival}" for rival in RIVALS),
+        *report.pairs,
         "time, x copy",
+        "% of copy",
         "saved, x",
         "peak, x",
+        "kernels",
+        "compile s",
     )
-    return Table("geometric means", columns, [_mean_row(mean) for mean in report.means], 2)
+    return Table("geometric means", columns, [_mean_row(m, report) for m in report.means], 3, _DETAILS)
+
+
+def loss_table(losses: Iterable[Loss]) -> Table:
+    """Where ours loses, the worst first."""
+    columns = ("module", "size", "layout", "dtype", "mode", "ours", "rival", "what", "ours / rival")
+    return Table("", columns, [_loss_row(loss) for loss in losses], len(columns) - 1)
+
+
+def _loss_row(loss: Loss) -> list[Cell]:
+    case = loss.case
+    found = loss.failure or f"{loss.ratio:.2f}x" + " ~" * loss.within_spread
+    texts = (case.op, case.size, case.layout, case.dtype, case.mode, loss.ours, loss.rival or "-", loss.what)
+    return [*map(Cell, texts), Cell(found, "even" if loss.within_spread else "loss")]
 
 
 def machine_line(report: Report) -> str:
@@ -88,66 +126,102 @@ def machine_line(report: Report) -> str:
 
 
 def verdict(report: Report) -> str:
-    """One sentence on the losses."""
-    failed = sum(row.contender == "fused" for row in report.failures)
+    """The losses in a few sentences."""
+    losses = report.losses
+    failed = sum(loss.what == "failure" for loss in losses)
     failures = f" It failed in {failed} cases." if failed else ""
-    slower = [loss for loss in report.losses if loss.slowdown]
+    hungry = len({loss.case for loss in losses if loss.what == "peak memory"})
+    memory = (
+        f" It allocates more at a time than a rival in {hungry} of {len(report.comparisons)} cases." if hungry else ""
+    )
+    slower = [loss for loss in losses if loss.what == "time"]
     if not slower:
-        return f"Fused is slower in none of {report.compared} comparisons.{failures}"
+        return f"Fused is slower in none of {report.compared} comparisons.{memory}{failures}"
     doubtful = sum(loss.within_spread for loss in slower)
     count = f"{len(slower)} of {report.compared} comparisons, {doubtful} of them within the spread"
-    return f"Fused is slower in {count}.{failures}"
+    return f"Fused is slower in {count}.{memory}{failures}"
 
 
-def _case_row(comparison: Comparison) -> list[Cell]:
+def _case_row(comparison: Comparison, report: Report) -> list[Cell]:
     case, rows = comparison.case, comparison.rows
     fused = rows.get("fused")
 
-    def each(attribute: str) -> list[float | None]:
-        return [getattr(rows[name], attribute) if name in rows else None for name in CONTENDERS]
+    def each(attribute: str) -> dict[str, float | None]:
+        return {name: getattr(rows[name], attribute) if name in rows else None for name in report.contenders}
 
     return [
         Cell(case.size),
         Cell(case.layout),
         Cell(number(rows["copy"].p50_ms)),
-        Cell(_joined(each("x_of_copy"))),
-        *(_speedup(comparison, rival) for rival in RIVALS),
+        Cell(joined(each("x_of_copy").values())),
+        *(_speedup(comparison, *pair) for pair in report.pairs.values()),
         Cell(number(fused.gb_per_s if fused else None)),
+        Cell(number(fused.percent_of_copy if fused else None, 0)),
         _memory(each("saved_x")),
         _memory(each("peak_x")),
-        Cell("/".join("-" if e is None else f"{e:.0e}".replace("e-0", "e-") for e in each("error"))),
+        Cell(joined(each("kernels").values(), 0)),
+        _compile_time(comparison, report),
+        Cell(joined(each("error").values(), form=_scientific)),
     ]
 
 
-def _mean_row(mean: Mean) -> list[Cell]:
+def _mean_row(mean: Mean, report: Report) -> list[Cell]:
     return [
         Cell(mean.op),
         Cell(mean.mode),
+        Cell(mean.dtype),
         Cell(str(mean.cases)),
-        *(Cell(factor(mean.speedup[rival]), tone(mean.speedup[rival])) for rival in RIVALS),
-        Cell(_joined([mean.x_of_copy.get(name) for name in CONTENDERS])),
-        _memory([mean.saved.get(name) for name in CONTENDERS]),
-        _memory([mean.peak.get(name) for name in CONTENDERS]),
+        *(Cell(factor(mean.speedup[label]), tone(mean.speedup[label])) for label in report.pairs),
+        Cell(joined(mean.x_of_copy.values())),
+        Cell(number(mean.percent_of_copy.get("fused"), 0)),
+        _memory(mean.saved),
+        _memory(mean.peak),
+        Cell(joined(mean.kernels.values(), 0)),
+        Cell(joined((mean.compile_s[name] for name in compiled(report)), 1)),
     ]
 
 
-def _speedup(comparison: Comparison, rival: str) -> Cell:
-    speedup = comparison.speedup(rival)
+def compiled(report: Report) -> list[str]:
+    """The contenders that were compiled."""
+    return [name for name in report.contenders if CONTENDERS[name].compiled]
+
+
+def _speedup(comparison: Comparison, ours: str, rival: str) -> Cell:
+    speedup = comparison.speedup(rival, ours)
     if speedup is None:
         return Cell("-")
-    if comparison.within_spread(rival):
+    if comparison.within_spread(rival, ours):
         return Cell(f"{factor(speedup)} ~", "even" if speedup >= 1 else "loss")
     return Cell(factor(speedup), tone(speedup))
 
 
-def _memory(values: list[float | None]) -> Cell:
-    """Multiples of x of the contenders; ``values[-1]`` is that of fused."""
-    rivals = [value for value in values[:-1] if value is not None]
-    return Cell(_joined(values, 1), tone(min(rivals) / values[-1], 0.02) if rivals and values[-1] else "")
+def _memory(values: dict[str, float | None]) -> Cell:
+    """Multiples of x, of each contender."""
+    fused = values.get("fused")
+    rivals = [value for name, value in values.items() if name not in OURS and value is not None]
+    return Cell(joined(values.values(), 1), tone(min(rivals) / fused, EVEN - 1) if rivals and fused else "")
 
 
-def _joined(values: list[float | None], digits: int = 2) -> str:
-    return "/".join(number(value, digits) for value in values) if any(values) else "-"
+def _compile_time(comparison: Comparison, report: Report) -> Cell:
+    rows = [comparison.rows.get(name) for name in compiled(report)]
+    texts = [number(row.compile_s if row else None, 1) + "+" * bool(row and row.cold is False) for row in rows]
+    return Cell("/".join(texts) or "-")
+
+
+def joined(
+    values: Iterable[float | None], digits: int = 2, form: Callable[[float | None, int], str] | None = None
+) -> str:
+    """Numbers with slashes between; a dash where there is none."""
+    values = list(values)
+    return (
+        "/".join((form or number)(value, digits) for value in values)
+        if any(value is not None for value in values)
+        else "-"
+    )
+
+
+def _scientific(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.0e}".replace("e-0", "e-")
 
 
 def factor(speedup: float | None) -> str:

@@ -10,13 +10,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from . import compare as comparing
 from . import tables
 from .cases import Case
+from .compare import Changes
 from .results import Report
 from .whole_model import ModelReport
 
 _STYLES = {"win": "green", "loss": "bold red", "even": "yellow", "": ""}
-_WIDTH = 140  # where there is no terminal to ask
+_WIDTH = 240  # where there is no terminal to ask
+_DETAILED = 150  # from this width on with details
 
 
 def console() -> Console:
@@ -41,32 +44,51 @@ def tracked(cases: Iterable[Case], out: Console) -> Iterator[Case]:
 
 def show(report: Report, out: Console) -> None:
     """Prints the tables, what was left out, and the losses last, where they are seen."""
-    for table in (*tables.module_tables(report), tables.mean_table(report)):
-        out.print(_rich(table))
-    for note in tables.NOTES:
+    for table in (*tables.module_tables(report).values(), tables.mean_table(report)):
+        show_table(table, out)
+    for note in tables.notes(report):
         out.print(note, style="dim", highlight=False)
     for line in report.left_out:
         out.print(f"left out: {line}", style="yellow", highlight=False, markup=False)
     for row in report.failures:
         out.print(f"failed: {row}", style="red", highlight=False, markup=False)
     out.print(tables.verdict(report), style="bold red" if report.losses else "green", highlight=False)
-    for loss in report.losses:
-        out.print(f"  {loss}", style="red", highlight=False, markup=False)
+    if report.losses:
+        show_table(tables.loss_table(report.losses), out)
 
 
 def show_model(report: ModelReport, out: Console) -> None:
     """Prints what was swapped, the figures, and what attention costs."""
     out.print(report.accelerated, highlight=False, markup=False)
-    out.print(_rich(report.table()))
+    show_table(report.table(), out)
     for line in report.verdicts():
         out.print(line, highlight=False, markup=False)
 
 
-def _rich(table: tables.Table) -> RichTable:
-    found = RichTable(title=table.title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
-    for index, column in enumerate(table.columns):
+def show_comparison(found: Changes, out: Console) -> None:
+    """Prints what differs around the figures, then improvements, and regressions last, where they are seen."""
+    for line in found.differing:
+        out.print(f"differs: {line}", style="yellow", highlight=False, markup=False)
+    if found.drift:
+        drift = ", ".join(f"{name} {ratio:.2f}x" for name, ratio in found.drift.items())
+        out.print(f"the same cases of the rivals, new / old time: {drift}", highlight=False)
+    for name, rows in (("old", found.only_old), ("new", found.only_new)):
+        for row in rows:
+            out.print(f"only in {name}: {row}", style="yellow", highlight=False, markup=False)
+    for title, changes in (("improvements", found.improvements), ("regressions", found.regressions)):
+        if changes:
+            show_table(comparing.table(title, changes), out)
+    out.print(found.verdict, style="bold red" if found.regressions else "green", highlight=False)
+
+
+def show_table(table: tables.Table, out: Console) -> None:
+    """Prints a table, on a narrow terminal without its details."""
+    kept = [i for i, column in enumerate(table.columns) if out.width >= _DETAILED or column not in table.details]
+    title = table.title or None
+    found = RichTable(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    for index in kept:
         label = index < table.labels
-        found.add_column(column, justify="left" if label else "right", no_wrap=label)
+        found.add_column(table.columns[index], justify="left" if label else "right", no_wrap=label, overflow="fold")
     for row in table.rows:
-        found.add_row(*(Text(cell.text, _STYLES[cell.tone]) for cell in row))
-    return found
+        found.add_row(*(Text(row[index].text, _STYLES[row[index].tone]) for index in kept))
+    out.print(found)

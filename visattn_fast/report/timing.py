@@ -9,12 +9,28 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-Run = Callable[[], object]
+Run = Callable[[], Any]
 _LARGEST_CACHE = 256 * 2**20  # bytes; more than any GPU's L2
 _MOST_FLUSHES = 50
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run of two halves: ``prepare`` stays off the clock and returns what is timed."""
+
+    prepare: Callable[[], Run]
+
+    def __call__(self) -> Any:
+        return self.prepare()()
+
+
+def ready(run: Run) -> Run:
+    """What of ``run`` is timed, all before it done."""
+    return run.prepare() if isinstance(run, Prepared) else run
 
 
 @dataclass(frozen=True)
@@ -64,8 +80,9 @@ class WallClock:
     """Times a run on the CPU."""
 
     def __call__(self, run: Run) -> float:
+        timed = ready(run)
         start = time.perf_counter()
-        result = run()
+        result = timed()
         seconds = time.perf_counter() - start
         del result
         return seconds
@@ -83,21 +100,24 @@ class EventClock:
         self.buffer = torch.empty(_LARGEST_CACHE, dtype=torch.int8, device=device)
         self.launch_seconds: dict[Run, float] = {}  # the host's share of each run, as last seen
         self.buffer.zero_()
-        self.flush_seconds = self._between_events(self.buffer.zero_)
+        self.flush_seconds = self._between_events(self.buffer.zero_)[0]
 
     def __call__(self, run: Run) -> float:
+        timed = ready(run)
         flushes = 1 + math.ceil(self.launch_seconds.get(run, 0.0) / self.flush_seconds)
         for _ in range(min(flushes, _MOST_FLUSHES)):
             self.buffer.zero_()
-        return self._between_events(run)
+        seconds, self.launch_seconds[run] = self._between_events(timed)
+        return seconds
 
-    def _between_events(self, run: Run) -> float:
+    def _between_events(self, run: Run) -> tuple[float, float]:
+        """Seconds on the device, and on the host until all was launched."""
         start, end = (self.module.Event(enable_timing=True) for _ in range(2))
         start.record()
         began = time.perf_counter()
         result = run()
-        self.launch_seconds[run] = time.perf_counter() - began
+        launched = time.perf_counter() - began
         end.record()
         end.synchronize()
         del result
-        return start.elapsed_time(end) * 1e-3
+        return start.elapsed_time(end) * 1e-3, launched

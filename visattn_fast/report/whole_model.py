@@ -9,6 +9,7 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from ..integrations import accelerate
 from ..integrations.accelerate import known
 from .machine import Machine
 from .memory import peak_bytes
+from .results import FORMAT, ReportError
 from .tables import Cell, Table, factor, number, tone
 from .timing import Effort, interleaved, quantiles
 
@@ -89,9 +91,23 @@ class ModelReport:
             if tax
         ]
 
+    @property
+    def facts(self) -> dict[str, Any]:
+        """The machine, the versions and the settings."""
+        return asdict(self.machine) | self.settings | {"seconds": round(self.seconds)}
+
     def to_json(self) -> str:
         """The whole of it."""
-        return json.dumps(asdict(self) | {"verdicts": self.verdicts()}, indent=1) + "\n"
+        return json.dumps({"format": FORMAT} | asdict(self) | {"verdicts": self.verdicts()}, indent=1) + "\n"
+
+    @classmethod
+    def parse(cls, data: dict[str, Any], path: str | Path) -> ModelReport:
+        """The report in the JSON that ``path`` holds. Raises ReportError where there is none."""
+        try:
+            rows = [ModelRow(**row) for row in data["rows"]]
+            return cls(Machine(**data["machine"]), data["settings"], data["accelerated"], rows, data["seconds"])
+        except (KeyError, TypeError) as error:
+            raise ReportError(f"{path} holds no report of a model: {type(error).__name__}: {error}") from error
 
     def _cells(self, row: ModelRow) -> list[Cell]:
         before = self.row("before", row.way)
