@@ -1,7 +1,7 @@
 """Every gated module by every contender, in both layouts and several modes: side by side in a group.
 
-``pytest bench --benchmark-only``, with ``--all-shapes`` for every size; ``--modes``, ``--contenders`` and ``--dtypes`` as
-for ``visattn-fast report``, whose cases, check against float64 and clock these are: docs/benchmarks.md.
+``pytest bench --benchmark-only``, with ``--all-shapes`` for every size; ``--modes``, ``--contenders`` and ``--dtypes``
+as for ``visattn-fast report``, whose cases, check against float64 and clock these are: docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from visattn_fast.report.subject import Subject
 
 @timed
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("op", [name for name, entry in ENTRIES.items() if entry.epilogue and entry.training])
+@pytest.mark.parametrize("op", [name for name, entry in ENTRIES.items() if entry.epilogue])
 def test_module(benchmark, op, layout, shape, dtype, mode, gate_contender):
     subject = Subject(Case(op, shape, dtype, layout, mode), DEVICE)
     run, oracle = subject.run(gate_contender), subject.oracle()

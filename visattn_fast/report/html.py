@@ -40,7 +40,8 @@ svg text { fill: var(--ink); font-family: var(--font); }
 .scroll { overflow: auto; max-height: 34rem; }
 table { border-collapse: collapse; font-size: .86rem; font-variant-numeric: tabular-nums; white-space: nowrap; }
 th, td { padding: .28rem .6rem; text-align: right; border-bottom: 1px solid var(--rule); }
-th { color: var(--quiet); font-weight: 600; position: sticky; top: 0; background: var(--paper); } .label { text-align: left; }
+th { color: var(--quiet); font-weight: 600; position: sticky; top: 0; background: var(--paper); }
+.label { text-align: left; }
 td:first-child, th:first-child { padding-left: 0; }
 pre { overflow-x: auto; background: var(--card); border-radius: .6rem; padding: .8rem 1rem; font-size: .86rem; }
 dl.facts { display: grid; grid-template-columns: max-content 1fr; gap: .15rem 1rem; font-size: .9rem; }
