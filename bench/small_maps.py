@@ -13,7 +13,8 @@ from collections.abc import Callable
 
 import torch
 
-from visattn_fast.report.cases import MODES, Case, parse_shape
+from visattn_fast.report.cases import Case, parse_shape
+from visattn_fast.report.steps import DEFAULT_MODES
 from visattn_fast.report.subject import Subject
 from visattn_fast.report.timing import Effort, Run, interleaved
 
@@ -62,7 +63,7 @@ def main() -> None:
     for threads in map(int, args.threads.split(",")):
         torch.set_num_threads(threads)
         for op in args.ops.split(","):
-            for mode in MODES:
+            for mode in DEFAULT_MODES:
                 found = microseconds(Case(op, args.shape, mode=mode), args.seconds, summary)
                 eager, fused = (found[name] for name in CONTENDERS)
                 print(f"| {op} | {threads} | {mode} | {eager:.1f} | {fused:.1f} | {fused / eager:.2f} |", flush=True)
