@@ -67,7 +67,7 @@ void apply_gate_as(Matrix<const T> x, Gate<Acc<T>> gate, const T* residual, T* y
         py[r] = y + (r0 + r) * dense_ld;
         row[r] = set1<A>(kRow ? gate.row[r0 + r] : A(1));
       }
-      for_vectors<A>(x.cols, [&](int64_t c, auto lanes) VF_INLINE {
+      cover_vectors<A>(x.cols, [&](int64_t c, auto lanes) VF_INLINE {
         Vec<A> column = row[0];
         if constexpr (kColumn) column = load(gate.column + c);
 #pragma GCC unroll 4
@@ -90,7 +90,7 @@ void gate_grad_as(Matrix<const T> x, Gate<Acc<T>> gate, const T* grad, const T* 
       const T *px = x.row(r), *pg = grad + r * dense_ld, *pr = residual ? residual + r * dense_ld : nullptr;
       T* po = out + r * dense_ld;
       const Vec<A> row = set1<A>(kRow ? gate.row[r] : A(1));
-      for_vectors<A>(x.cols, [&](int64_t c, auto lanes) VF_INLINE {
+      cover_vectors<A>(x.cols, [&](int64_t c, auto lanes) VF_INLINE {
         Vec<A> column = row;
         if constexpr (kColumn) column = load(gate.column + c);
         Vec<A> v = gated<kRow, kColumn, kSum>(load(px + c, lanes), row, column);
@@ -162,7 +162,7 @@ void affine(Matrix<const T> grad, const Acc<T>* scale, const Acc<T>* shift, T* o
       const T* pg = grad.row(r);
       T* po = out + r * grad.ld;
       const Vec<A> a = set1<A>(kPerRow ? scale[r] : A(0)), b = set1<A>(kPerRow ? shift[r] : A(0));
-      for_vectors<A>(grad.cols, [&](int64_t c, auto lanes) VF_INLINE {
+      cover_vectors<A>(grad.cols, [&](int64_t c, auto lanes) VF_INLINE {
         const Vec<A> g = load(pg + c, lanes);
         store(po + c, kPerRow ? g * a + b : g * load(scale + c) + load(shift + c), lanes);
       });
@@ -190,7 +190,7 @@ void affine_twice(Matrix<const T> grad, Affine<Acc<T>> row, Affine<Acc<T>> colum
         a[r] = set1<A>(row.scale[r0 + r]), b[r] = set1<A>(row.shift[r0 + r]);
         pg[r] = grad.row(r0 + r), po[r] = out + (r0 + r) * grad.ld;
       }
-      for_vectors<A>(grad.cols, [&](int64_t c, auto lanes) VF_INLINE {
+      cover_vectors<A>(grad.cols, [&](int64_t c, auto lanes) VF_INLINE {
         const Vec<A> s = load(column.scale + c), t = load(column.shift + c);
 #pragma GCC unroll 4
         for (int r = 0; r < R; ++r) {

@@ -11,26 +11,30 @@
 
 namespace visattn {
 
-// Zero-filled, cache-line aligned, padded so that whole vectors may be read and written past the end.
+// Zero-filled, cache-line aligned, padded so that whole vectors may be read and written past the end. From
+// malloc, which keeps small blocks at hand; aligned_alloc would search for them.
 template <class A>
 class Buffer {
  public:
   explicit Buffer(int64_t count) {
-    const size_t bytes = (static_cast<size_t>(count + kPad) * sizeof(A) + 63) / 64 * 64;
-    data_.reset(static_cast<A*>(std::aligned_alloc(64, bytes)));
-    if (!data_) throw std::bad_alloc();
-    std::memset(data_.get(), 0, bytes);
+    const size_t bytes = static_cast<size_t>(count + kPad) * sizeof(A);
+    block_.reset(std::malloc(bytes + kLine));
+    if (!block_) throw std::bad_alloc();
+    data_ = reinterpret_cast<A*>((reinterpret_cast<uintptr_t>(block_.get()) + kLine - 1) / kLine * kLine);
+    std::memset(data_, 0, bytes);
   }
-  A* get() { return data_.get(); }
-  const A* get() const { return data_.get(); }
-  A& operator[](int64_t i) { return data_.get()[i]; }
+  A* get() { return data_; }
+  const A* get() const { return data_; }
+  A& operator[](int64_t i) { return data_[i]; }
 
  private:
   static constexpr int64_t kPad = 64;
+  static constexpr uintptr_t kLine = 64;
   struct Free {
-    void operator()(A* p) const { std::free(p); }
+    void operator()(void* p) const { std::free(p); }
   };
-  std::unique_ptr<A, Free> data_;
+  std::unique_ptr<void, Free> block_;
+  A* data_;
 };
 
 // The threads that share one image. Results never depend on how many there are.

@@ -158,6 +158,16 @@ VF_INLINE inline void for_vectors(int64_t count, const F& f) {
   if (c < count) f(c, Tail{static_cast<int>(count - c)});
 }
 
+// As for_vectors, for an f that may do a column again: the last vector then lies within the row, and is
+// whole.
+template <class A, class F>
+VF_INLINE inline void cover_vectors(int64_t count, const F& f) {
+  if (count < kLanes<A>) return for_vectors<A>(count, f);
+  int64_t c = 0;
+  for (; c + kLanes<A> <= count; c += kLanes<A>) f(c, Full{});
+  if (c < count) f(count - kLanes<A>, Full{});
+}
+
 // Lanes of a and b by constant indices, those of b counted on from a's.
 #ifdef __clang__
 #define VF_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)

@@ -90,13 +90,19 @@ inline Tensor empty_strided(int64_t dims, const int64_t* sizes, const int64_t* s
   return Tensor(handle);
 }
 
-inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) {
-  int64_t strides[4], stride = 1;
-  for (size_t d = sizes.size(); d-- > 0;) {
+inline Tensor empty_dense(int64_t dims, const int64_t* sizes, ScalarType dtype) {
+  constexpr int64_t kMost = 8;
+  STD_TORCH_CHECK(dims <= kMost, "at most ", kMost, " dimensions, got ", dims);
+  int64_t strides[kMost], stride = 1;
+  for (int64_t d = dims; d-- > 0;) {
     strides[d] = stride;
-    stride *= sizes.begin()[d];
+    stride *= sizes[d];
   }
-  return empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(), strides, dtype);
+  return empty_strided(dims, sizes, strides, dtype);
+}
+
+inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) {
+  return empty_dense(static_cast<int64_t>(sizes.size()), sizes.begin(), dtype);
 }
 
 inline Tensor empty_map(const Shape& s, bool nhwc, ScalarType dtype) {
@@ -112,7 +118,7 @@ inline Tensor weight_as(const Tensor& w, ScalarType dtype) {
 
 // An uninitialised gradient of a weight: its shape, the accumulation dtype.
 inline Tensor empty_grad(const Tensor& w, ScalarType dtype) {
-  return torch::stable::new_empty(w, w.sizes(), dtype);
+  return empty_dense(w.dim(), w.sizes().data(), dtype);
 }
 
 template <class T>
