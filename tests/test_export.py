@@ -161,9 +161,11 @@ def test_explicit_choice_is_kept(strict):
     torch.testing.assert_close(program.module()(other), fast(other))
 
 
-def test_jit_trace():
+@pytest.mark.parametrize("entry", ENTRIES, ids=lambda e: e.name)
+def test_jit_trace(entry):
     """Traced programs have none of our ops."""
-    fast, _ = catalogue.ENTRIES["cbam"].pair(16)
+    fast, _ = entry.pair(16)
+    fast.eval()
     x = feature_map(SHAPES[0], "nchw", torch.float32)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # sizes become constants

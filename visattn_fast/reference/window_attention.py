@@ -52,7 +52,7 @@ class Windows:
     def apart(self, device: torch.device) -> Tensor:
         """Whether a query and a key are not neighbours on the map, ``[windows, L, L]``: a shift's seam lies between."""
         rows, columns = (
-            (torch.arange(count * size, device=device) >= count * size - shift) & (shift > 0)
+            torch.arange(count * size, device=device) >= count * size - shift
             for count, size, shift in zip(self.grid, self.window, self.shift, strict=True)
         )
         region = self._split(2 * rows[:, None].int() + columns.int())
