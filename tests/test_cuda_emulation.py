@@ -115,13 +115,6 @@ def roomy(machine):
     return dataclasses.replace(machine, shared_bytes=max(machine.shared_bytes, 16 << 10))
 
 
-def cbam(shape, layout, dtype, window=3, **options):
-    call = emulation.example(shape, layout, dtype, **options)
-    wconv = torch.randn(1, 2, window, window, generator=torch.Generator().manual_seed(5))
-    call.weights = {"w1": call.weights["w1"], "w2": call.weights["w2"], "wconv": wconv}
-    return call
-
-
 def hold_cbam(call):
     """Forward without a fault, and as PyTorch has it, with the same maxima; returns the outcome."""
     tolerance = {torch.float32: 2e-5, torch.bfloat16: 2e-2}[call.x.dtype]
@@ -141,7 +134,7 @@ def hold_cbam(call):
 @pytest.mark.parametrize("device", DEVICES)
 def test_cbam(layout, device):
     machine, variant, _ = DEVICES[device]
-    call = cbam(SHAPE, layout, torch.float32, device=roomy(machine))
+    call = emulation.cbam_example(SHAPE, layout, torch.float32, device=roomy(machine))
     outcome = hold_cbam(call)
     assert (outcome.variant, outcome.access) == (variant, "wide rows")
     assert (outcome.team > 1) == (device != "alone")
@@ -153,7 +146,9 @@ def test_cbam(layout, device):
 @pytest.mark.parametrize("device", ["teams", "semaphore"])
 @pytest.mark.parametrize("shape", [(2, 24, 7, 7), (2, 3, 5, 5), (1, 40, 1, 1), (2, 16, 3, 9)], ids=str)
 def test_cbam_odd_shapes(layout, device, shape):
-    call = cbam(shape, layout, torch.bfloat16, window=7, device=roomy(DEVICES[device][0]), seed=3, activation=1)
+    call = emulation.cbam_example(
+        shape, layout, torch.bfloat16, window=7, device=roomy(DEVICES[device][0]), seed=3, activation=1
+    )
     call.residual = torch.randn_like(call.x)
     hold_cbam(call)
 
@@ -162,7 +157,7 @@ def test_cbam_odd_shapes(layout, device, shape):
 @pytest.mark.parametrize("device", ["teams", "semaphore"])
 def test_cbam_ties_and_nan(layout, device):
     """The first of equal maxima, and the first NaN, wherever the blocks' borders are."""
-    call = cbam((2, 32, 8, 8), layout, torch.float32, device=roomy(DEVICES[device][0]))
+    call = emulation.cbam_example((2, 32, 8, 8), layout, torch.float32, device=roomy(DEVICES[device][0]))
     call.x.relu_()
     call.x[:, :, 3:5] = 0
     call.x[0, :, 2] = 1

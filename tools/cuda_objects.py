@@ -88,12 +88,12 @@ def nvcc() -> str | None:
     return shutil.which("nvcc", path=os.path.join(home, "bin") if home else None)
 
 
-def compile_source(source: Path, target: str) -> list[Compiled]:
+def compile_source(source: Path, target: str, *flags: str) -> list[Compiled]:
     """Every kernel of a source for one target."""
     with tempfile.TemporaryDirectory() as folder:
         made = Path(folder) / "object.o"
         number = target.removeprefix("sm_")
-        command = [str(nvcc()), *FLAGS, "-gencode", f"arch=compute_{number},code={target}"]
+        command = [str(nvcc()), *FLAGS, *flags, "-gencode", f"arch=compute_{number},code={target}"]
         command += [f"-I{path}" for path in include_paths()]
         done = subprocess.run([*command, "-c", str(source), "-o", str(made)], capture_output=True, text=True)
         if done.returncode:

@@ -7,6 +7,7 @@ not written, races, accesses out of bounds, second and missing writes, barriers 
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import functools
 import hashlib
 import shutil
@@ -180,24 +181,34 @@ def example(shape: tuple[int, ...], layout: torch.memory_format, dtype: torch.dt
     return Call(x, weights, **options)
 
 
+def cbam_example(
+    shape: tuple[int, ...], layout: torch.memory_format, dtype: torch.dtype, window: int = 3, **options
+) -> Call:
+    """The same of CBAM, whose convolution has a window of its own."""
+    call = example(shape, layout, dtype, **options)
+    wconv = torch.randn(1, 2, window, window, generator=torch.Generator().manual_seed(5))
+    return dataclasses.replace(call, weights={name: call.weights[name] for name in ("w1", "w2")} | {"wconv": wconv})
+
+
 def main() -> int:
     if why := why_not():
         print(f"emulation: {why}", file=sys.stderr)
         return 0
     rows, faults = [], []
-    for sm, shared in ((90, 12 << 10), (90, 40 << 10), (80, 12 << 10)):
+    for sm, shared in ((90, 16 << 10), (90, 60 << 10), (80, 16 << 10)):
         for layout in (torch.contiguous_format, torch.channels_last):
             call = example((3, 32, 8, 12), layout, torch.bfloat16, device=Device(sm=sm, shared_bytes=shared))
             out, forward = call.forward()
             small = {name: out[name] for name in ("hidden", "gate")}
             _, backward = call.backward(torch.randn_like(call.x), small)
-            for direction, o in (("forward", forward), ("backward", backward)):
+            _, cbam = cbam_example((3, 32, 8, 12), layout, torch.bfloat16, device=call.device).cbam()
+            for direction, o in (("SE forward", forward), ("SE backward", backward), ("CBAM forward", cbam)):
                 name = "nchw" if layout == torch.contiguous_format else "channels_last"
                 moved = f"{(o.read + o.written) / call.x.nbytes:.2f}"
                 rows.append((direction, name, f"sm_{sm}", shared, o.variant, o.team, o.teams, o.stages, moved))
                 faults += o.faults
-    header = ("direction", "layout", "target", "shared", "variant", "team", "teams", "stages", "moved / x")
-    show("SE, 3x32x8x12 bfloat16, emulated", header, rows)
+    header = ("kernel", "layout", "target", "shared", "variant", "team", "teams", "stages", "moved / x")
+    show("3x32x8x12 bfloat16, emulated", header, rows)
     print(*faults, sep="\n")
     return bool(faults)
 

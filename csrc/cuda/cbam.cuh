@@ -38,9 +38,11 @@ void launch_cbam(const char* name, CbamForward<PlainMemory, T>& a, const Plan& p
                  const Call& call) {
   const auto find = [&](auto layout) -> Kernel {
     constexpr bool kNhwc = decltype(layout)::value;
-    if (p.access == kWideRows) return cbam_variant<T, kNhwc, kWideRows>(p);
-    if (p.access == kRagged) return cbam_variant<T, kNhwc, kRagged>(p);
-    return cbam_variant<T, kNhwc, kNarrow>(p);
+    if constexpr (kEveryAccess) {
+      if (p.access == kRagged) return cbam_variant<T, kNhwc, kRagged>(p);
+      if (p.access == kNarrow) return cbam_variant<T, kNhwc, kNarrow>(p);
+    }
+    return cbam_variant<T, kNhwc, kWideRows>(p);
   };
   a.geometry = p.geometry;
   a.scratch = p.scratch;

@@ -47,9 +47,11 @@ template <class T, class Args>
 void launch_channel_scale(const char* name, Args& a, const Plan& p, bool nhwc, const Call& call) {
   const auto find = [&](auto layout) -> Kernel {
     constexpr bool kNhwc = decltype(layout)::value;
-    if (p.access == kWideRows) return channel_scale_variant<T, kNhwc, kWideRows, Args>(p);
-    if (p.access == kRagged) return channel_scale_variant<T, kNhwc, kRagged, Args>(p);
-    return channel_scale_variant<T, kNhwc, kNarrow, Args>(p);
+    if constexpr (kEveryAccess) {
+      if (p.access == kRagged) return channel_scale_variant<T, kNhwc, kRagged, Args>(p);
+      if (p.access == kNarrow) return channel_scale_variant<T, kNhwc, kNarrow, Args>(p);
+    }
+    return channel_scale_variant<T, kNhwc, kWideRows, Args>(p);
   };
   a.geometry = p.geometry;
   a.scratch = p.scratch;

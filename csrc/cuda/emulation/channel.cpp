@@ -102,14 +102,18 @@ class Run {
  private:
   template <class T, class F>
   void layouts(const F& f) {
-    q.nhwc ? accesses(std::true_type{}, f) : accesses(std::false_type{}, f);
+    q.nhwc ? accesses<T>(std::true_type{}, f) : accesses<T>(std::false_type{}, f);
   }
 
-  template <class Layout, class F>
+  template <class T, class Layout, class F>
   void accesses(Layout layout, const F& f) {
     if (p.access == kWideRows) return variants(layout, Constant<kWideRows>{}, f);
-    if (p.access == kRagged) return variants(layout, Constant<kRagged>{}, f);
-    variants(layout, Constant<kNarrow>{}, f);
+    if constexpr (sizeof(T) == 2) {
+      if (p.access == kRagged) return variants(layout, Constant<kRagged>{}, f);
+      return variants(layout, Constant<kNarrow>{}, f);
+    }
+    snprintf(out.faults, sizeof(out.faults),
+             "only two-byte elements are emulated in rows that are not aligned");
   }
 
   template <class Layout, class AccessKind, class F>
