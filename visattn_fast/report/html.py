@@ -35,7 +35,7 @@ a { color: var(--link); } nav { display: flex; flex-wrap: wrap; gap: .2rem .9rem
 .plots { display: grid; gap: 1rem 2rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)); }
 figure { margin: 0; max-width: 34rem; } figure svg { width: 100%; height: auto; display: block; }
 svg text { fill: var(--ink); font-family: var(--font); }
-.key span { white-space: nowrap; margin-right: 1rem; }
+.key span { display: inline-block; margin-right: 1rem; }
 .key i { display: inline-block; width: .8em; height: .8em; border-radius: .15em; margin-right: .35em; }
 .scroll { overflow: auto; max-height: 34rem; }
 table { border-collapse: collapse; font-size: .86rem; font-variant-numeric: tabular-nums; white-space: nowrap; }

@@ -10,6 +10,8 @@ from .results import Mean, Report
 from .steps import MODES
 from .whole_model import ModelReport
 
+_LINES = 6  # that one plot shows well
+
 
 def render(report: Report) -> str:
     """The page of modules."""
@@ -28,6 +30,8 @@ def render(report: Report) -> str:
         '<h2 id="overview">All modules</h2>',
         _key(report),
         *(_overview(report, mode) for mode in report.modes),
+        "<h3>Peak memory, geometric means</h3>",
+        html.figures({f"{mode}: {MODES[mode]}": bars.memory(report, mode) for mode in report.modes}),
         html.table(tables.mean_table(report)),
         *(_module(report, op, [table for key, table in found.items() if key[0] == op]) for op in report.ops),
         '<h2 id="notes">How to read it</h2>',
@@ -82,17 +86,17 @@ def _overview(report: Report, mode: str) -> str:
     found = {
         "Speed-up against size: cases, and their geometric means": curves.speedups(report, comparisons, MODES[mode]),
         "Roofline: what a streaming kernel must move, over the time": curves.roofline(report, mode),
-        "Peak memory, geometric means": bars.memory(report, mode),
     }
     return f"<h3>{mode}: {MODES[mode]}</h3>{html.figures(found)}"
 
 
 def _module(report: Report, op: str, found: list[tables.Table]) -> str:
-    comparisons = report.of(op)
-    plots = {
-        f"{mode}: {MODES[mode]}": bars.times(report, op, mode)
-        for mode in report.modes
-        if any(c.case.mode == mode for c in comparisons)
-    }
-    plots["Speed-up against size"] = curves.speedups(report, comparisons, op)
+    by_mode = {mode: [c for c in report.of(op) if c.case.mode == mode] for mode in report.modes}
+    by_mode = {mode: found for mode, found in by_mode.items() if found}
+    plots = {f"{mode}: {MODES[mode]}": bars.times(report, op, mode) for mode in by_mode}
+    if len(by_mode) * len(report.pairs) <= _LINES:
+        plots["Speed-up against size"] = curves.speedups(report, report.of(op), op)
+    else:
+        for mode, comparisons in by_mode.items():
+            plots[f"Speed-up against size, {mode}"] = curves.speedups(report, comparisons, op)
     return f'<h2 id="{op}">{escape(op)}</h2>{_key(report)}{html.figures(plots)}' + "".join(map(html.table, found))
