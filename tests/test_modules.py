@@ -9,6 +9,7 @@ import re
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch._inductor.utils import fresh_cache, run_and_get_code
 from torch.nn.utils import parametrize
 
@@ -225,7 +226,9 @@ def test_compile(entry, dynamic):
     backend = "aot_eager" if quick else "inductor"
     compiled = torch.compile(fast, fullgraph=True, dynamic=dynamic, backend=backend)
     tolerance = {"rtol": 1e-3, "atol": 1e-3} if entry.layers else {}  # Inductor has batch norms of its own
-    shapes = [(2, 16, 6, 5), (3, 16, 8, 9), (5, 16, 7, 6)] if dynamic else [(2, 16, 6, 5)]
+    shapes = (
+        [(2, 16, 6, 5), (3, 16, 8, 9), (5, 16, 7, 6)] if dynamic else [(2, 16, 15, 14)]
+    )  # none so small that the reference serves
     for index, shape in enumerate(shapes):
         x = feature_map(shape, "nchw", torch.float32).requires_grad_()
         # Inductor compiles PyTorch's own convolutions anew for another size.
@@ -233,6 +236,68 @@ def test_compile(entry, dynamic):
             results = [torch.autograd.grad(f(x).square().sum(), [x, *fast.parameters()]) for f in (compiled, fast)]
             torch.testing.assert_close(compiled(x), fast(x), **tolerance)
         torch.testing.assert_close(*results, **tolerance)
+
+
+def graph_ops(graphs):
+    """A backend of torch.compile that appends to ``graphs`` the names of what each graph calls."""
+
+    def backend(graph, _):
+        graphs.append(" ".join(str(node.target) for node in graph.graph.nodes))
+        return graph.forward
+
+    return backend
+
+
+@pytest.mark.parametrize(("name", "most"), [("se", 25), ("nam", 64), ("simam", 196)])
+def test_compiled_tiny_maps_are_the_references(name, most):
+    """Where they are known to be tiny: a chosen backend stands, and sizes that may vary get the op, in one graph."""
+    fast, plain = catalogue.ENTRIES[name].pair(16)
+
+    def compiled(sizes, choice="auto", dynamic=()):
+        torch._dynamo.reset()
+        graphs = []
+        function = torch.compile(fast, fullgraph=True, backend=graph_ops(graphs))
+        with torch.no_grad(), vf.use_backend(choice):
+            for size in sizes:
+                x = feature_map((2, 16, *size), "nchw", torch.float32)
+                for dim in dynamic:
+                    torch._dynamo.mark_dynamic(x, dim)
+                torch.testing.assert_close(function(x), plain(x))
+        return ["visattn_fast" in graph for graph in graphs]
+
+    assert compiled([(1, most)]) == [False]
+    assert compiled([(1, most + 1)]) == [True]
+    assert compiled([(1, most)], choice="cpp") == [True]
+    assert compiled([(2, 3), (15, 14), (3, 40)], dynamic=(2, 3)) == [True]
+
+
+def test_compiled_under_a_checkpoint():
+    """Recomputed inside of torch.compile, the gradients are the same; without gradients nothing is kept."""
+    fast, _ = catalogue.ENTRIES["cbam"].pair(16)
+    x = feature_map((2, 16, 9, 8), "nchw", torch.float32).requires_grad_()
+
+    def checkpointed(x):
+        return torch.utils.checkpoint.checkpoint(fast, x.sin(), use_reentrant=False).cos()
+
+    torch._dynamo.reset()
+    compiled = torch.compile(checkpointed, fullgraph=True, backend="aot_eager")
+    got, want = (
+        torch.autograd.grad(f(x).square().sum(), [x, *fast.parameters()])
+        for f in (compiled, lambda x: fast(x.sin()).cos())
+    )
+    torch.testing.assert_close(got, want)
+    with torch.no_grad():
+        assert not compiled(x).requires_grad
+
+
+@pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
+def test_compile_modes(mode):
+    torch._dynamo.reset()
+    fast, plain = catalogue.ENTRIES["eca"].pair(16)
+    x = feature_map((2, 16, 9, 8), "nchw", torch.float32).requires_grad_()
+    compiled = torch.compile(fast, fullgraph=True, mode=mode)
+    got, want = (torch.autograd.grad(f(x).square().sum(), [x, *f.parameters()]) for f in (compiled, plain))
+    torch.testing.assert_close(got, want)
 
 
 def test_compiled_convolutions_choose_the_layout():

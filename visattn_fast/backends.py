@@ -97,18 +97,36 @@ def use_backend(name: str) -> Iterator[None]:
         _preference = before
 
 
-def fused(x: torch.Tensor) -> bool:
+def fused(x: torch.Tensor, tiny: int = 0) -> bool:
     """Whether the ops serve x under the current choice; the reference does otherwise.
+
+    Args:
+        x: a map, or anything else that ops take.
+        tiny: the most pixels of a map with which Inductor's code of the reference is the faster one.
 
     Raises:
         RuntimeError: the chosen backend cannot serve x.
     """
+    if tiny and compiled_freely() and _known_to_hold(x.shape[2] * x.shape[3] <= tiny):
+        return False
     return select(x.device, x.dtype, _asked()) != "reference"
+
+
+def _known_to_hold(condition: bool) -> bool:
+    """Whether it holds of all sizes that the code being compiled may meet; asking adds no guard."""
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return statically_known_true(condition)
 
 
 def reference_asked() -> bool:
     """Whether the reference is to serve any tensor: what fast modules made of PyTorch's operations alone go by."""
     return _asked() == "reference"
+
+
+def compiled_freely() -> bool:
+    """Whether `torch.compile` traces the call and no backend was chosen: what is fastest compiled may then serve."""
+    return torch.compiler.is_compiling() and _asked() == "auto"
 
 
 def _asked() -> str:

@@ -13,6 +13,9 @@ from ..backends import fused
 from ..reference.batch_norm import update_running_statistics
 from ..reference.checks import ACTIVATIONS, check_choice, check_residual
 
+# Compiled, maps of at most so many pixels are the reference's, which Inductor makes faster code of: docs/compile.md.
+_TINY: dict[Callable[..., Tensor], int] = {ops.se_mathematics: 25, reference.nam: 64, reference.simam: 196}
+
 
 def gated(
     mathematics: Callable[..., Tensor],
@@ -33,7 +36,7 @@ def gated(
     x: Any = tensors[0]
     code = check_choice("activation", activation, ACTIVATIONS)
     check_residual(residual, x)
-    if not fused(x):
+    if not fused(x, _TINY.get(mathematics, 0)):
         return reference.epilogue(ops.mixed(mathematics, x, *tensors[1:], *options), residual, activation)
     return gated_outputs(function, tensors, residual, code, options)[0]
 
@@ -72,7 +75,7 @@ def batch_norm_gated(
     x, normed = maps[0], maps[-1]
     code = check_choice("activation", activation, ACTIVATIONS)
     check_residual(residual, x)
-    if not fused(x):
+    if not fused(x, _TINY.get(mathematics, 0)):
         if normed.dtype in (torch.float32, torch.float64):
             weight, bias = weight.to(normed.dtype), bias.to(normed.dtype)
         y = mathematics(*maps, weight, bias, *statistics, training, momentum, eps)

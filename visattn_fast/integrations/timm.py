@@ -23,21 +23,21 @@ from .recipe import Recipe, layers
 from .se_like import se_layers, se_like
 
 
-class FastSEModule(SEModule):
+class FastAnySEModule(SEModule):
+    """timm's SEModule with any norm layer and activations, run as they are; with the block's epilogue, if asked."""
+
+    def channel_gate(self, mean: Tensor) -> Tensor:
+        return self.gate(pointwise(self.fc2, self.act(self.bn(pointwise(self.fc1, mean)))))
+
+    def forward(self, x: Tensor, residual: Tensor | None = None, activation: str | None = None) -> Tensor:
+        return functional.gate_channels(x, self.channel_gate, residual=residual, activation=activation)
+
+
+class FastSEModule(FastAnySEModule):
     """timm's SEModule, fused; with the epilogue of the block around it, if asked."""
 
     def forward(self, x: Tensor, residual: Tensor | None = None, activation: str | None = None) -> Tensor:
         return se_like(x, self.fc1, self.act, self.fc2, self.gate, residual, activation)
-
-
-class FastAnySEModule(SEModule):
-    """timm's SEModule with any norm layer and activations, which run as they are; with the block's epilogue."""
-
-    def forward(self, x: Tensor, residual: Tensor | None = None, activation: str | None = None) -> Tensor:
-        def gate(mean: Tensor) -> Tensor:
-            return self.gate(pointwise(self.fc2, self.act(self.bn(pointwise(self.fc1, mean)))))
-
-        return functional.gate_channels(x, gate, residual=residual, activation=activation)
 
 
 class FastSqueezeExcite(SqueezeExcite):
@@ -59,58 +59,70 @@ class FastAnySqueezeExcite(SqueezeExcite):
 class FastEffectiveSEModule(EffectiveSEModule):
     """timm's EffectiveSEModule, whose layers run as they are; with the block's epilogue, if asked."""
 
-    def forward(self, x: Tensor, residual: Tensor | None = None, activation: str | None = None) -> Tensor:
-        return functional.gate_channels(
-            x, lambda mean: self.gate(pointwise(self.fc, mean)), residual=residual, activation=activation
-        )
-
-
-class FastEcaModule(EcaModule):
-    """timm's EcaModule, fused; with the epilogue of the block around it, if asked."""
+    def channel_gate(self, mean: Tensor) -> Tensor:
+        return self.gate(pointwise(self.fc, mean))
 
     def forward(self, x: Tensor, residual: Tensor | None = None, activation: str | None = None) -> Tensor:
-        return functional.eca(x, self.conv.weight, residual=residual, activation=activation)
+        return functional.gate_channels(x, self.channel_gate, residual=residual, activation=activation)
 
 
 class FastAnyEcaModule(EcaModule):
     """timm's EcaModule with an MLP or any gate, which run as they are; with the block's epilogue, if asked."""
 
-    def forward(self, x: Tensor, residual: Tensor | None = None, activation: str | None = None) -> Tensor:
-        def gate(mean: Tensor) -> Tensor:
-            y = self.conv(mean.view(x.shape[0], 1, -1))
-            if self.conv2 is not None:
-                y = self.conv2(self.act(y))
-            return self.gate(y).view(mean.shape)
+    def channel_gate(self, mean: Tensor) -> Tensor:
+        y = self.conv(mean.view(mean.shape[0], 1, -1))
+        if self.conv2 is not None:
+            y = self.conv2(self.act(y))
+        return self.gate(y).view(mean.shape)
 
-        return functional.gate_channels(x, gate, residual=residual, activation=activation)
+    def forward(self, x: Tensor, residual: Tensor | None = None, activation: str | None = None) -> Tensor:
+        return functional.gate_channels(x, self.channel_gate, residual=residual, activation=activation)
+
+
+class FastEcaModule(FastAnyEcaModule):
+    """timm's EcaModule, fused; with the epilogue of the block around it, if asked."""
+
+    def channel_gate(self, mean: Tensor) -> Tensor:
+        # Shifted sums, which Inductor fuses; a convolution it calls, and its backward, too.
+        weights, channels = self.conv.weight.flatten().unbind(), mean.shape[1]
+        padded = F.pad(mean.flatten(1), (len(weights) // 2, len(weights) // 2))
+        logits = sum(w * padded[:, i : i + channels] for i, w in enumerate(weights))
+        return self.gate(logits)[:, :, None, None]
+
+    def forward(self, x: Tensor, residual: Tensor | None = None, activation: str | None = None) -> Tensor:
+        return functional.eca(x, self.conv.weight, residual=residual, activation=activation)
 
 
 class FastCecaModule(CecaModule):
     """timm's CecaModule, whose layers run as they are; with the block's epilogue, if asked."""
 
-    def forward(self, x: Tensor, residual: Tensor | None = None, activation: str | None = None) -> Tensor:
-        def gate(mean: Tensor) -> Tensor:
-            y = F.pad(mean.view(x.shape[0], 1, -1), (self.padding, self.padding), mode="circular")
-            return self.gate(self.conv(y)).view(mean.shape)
+    def channel_gate(self, mean: Tensor) -> Tensor:
+        y = F.pad(mean.view(mean.shape[0], 1, -1), (self.padding, self.padding), mode="circular")
+        return self.gate(self.conv(y)).view(mean.shape)
 
-        return functional.gate_channels(x, gate, residual=residual, activation=activation)
+    def forward(self, x: Tensor, residual: Tensor | None = None, activation: str | None = None) -> Tensor:
+        return functional.gate_channels(x, self.channel_gate, residual=residual, activation=activation)
 
 
 class FastGatherExcite(GatherExcite):
     """timm's GatherExcite over whole maps, whose layers run as they are; with the block's epilogue, if asked."""
 
+    def channel_gate(self, mean: Tensor) -> Tensor:
+        return self.gate(self.mlp(mean))
+
     def forward(self, x: Tensor, residual: Tensor | None = None, activation: str | None = None) -> Tensor:
-        return functional.gate_channels(
-            x, lambda mean: self.gate(self.mlp(mean)), residual=residual, activation=activation
-        )
+        return functional.gate_channels(x, self.channel_gate, residual=residual, activation=activation)
 
 
 class FastGlobalContext(GlobalContext):
     """timm's GlobalContext of the mean, whose layers run as they are; with the block's epilogue, if asked."""
 
-    def forward(self, x: Tensor, residual: Tensor | None = None, activation: str | None = None) -> Tensor:
+    def channel_gate(self, mean: Tensor) -> Tensor:
         mlp: Any = self.mlp_scale
-        return functional.gate_channels(x, lambda mean: self.gate(mlp(mean)), residual=residual, activation=activation)
+        return self.gate(mlp(mean))
+
+    def forward(self, x: Tensor, residual: Tensor | None = None, activation: str | None = None) -> Tensor:
+        return functional.gate_channels(x, self.channel_gate, residual=residual, activation=activation)
 
 
 class FastCoordAttn(CoordAttn):

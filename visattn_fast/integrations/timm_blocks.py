@@ -7,6 +7,7 @@ from typing import Any
 from timm.models import resnet
 from torch import Tensor, nn
 
+from .normed import gate_of_norm, in_view
 from .recipe import ACTIVATIONS, Recipe, fingerprint, is_swapped, own_class
 
 
@@ -16,7 +17,7 @@ class FastBasicBlock(resnet.BasicBlock):
     def forward(self, x: Tensor) -> Tensor:
         block: Any = self
         out = block.aa(block.act1(block.drop_block(block.bn1(block.conv1(x)))))
-        return _finish(block, block.bn2(block.conv2(out)), x, block.act2)
+        return _finish(block, block.conv2(out), block.bn2, x, block.act2)
 
 
 class FastBottleneck(resnet.Bottleneck):
@@ -26,17 +27,20 @@ class FastBottleneck(resnet.Bottleneck):
         block: Any = self
         out = block.act1(block.bn1(block.conv1(x)))
         out = block.aa(block.act2(block.drop_block(block.bn2(block.conv2(out)))))
-        return _finish(block, block.bn3(block.conv3(out)), x, block.act3)
+        return _finish(block, block.conv3(out), block.bn3, x, block.act3)
 
 
 # The forward passes that the two classes above repeat; another version's is left alone.
 _KNOWN_FORWARDS = {"BasicBlock": "71ec36ab9b7237a2", "Bottleneck": "6d62f9e26235e2c6"}
 
 
-def _finish(block: Any, out: Tensor, shortcut: Tensor, activation: nn.Module) -> Tensor:
+def _finish(block: Any, out: Tensor, norm: nn.Module, shortcut: Tensor, activation: nn.Module) -> Tensor:
     if block.downsample is not None:
         shortcut = block.downsample(shortcut)
-    return block.se(out, residual=shortcut, activation=ACTIVATIONS[type(activation)])
+    name = ACTIVATIONS[type(activation)]
+    if in_view(norm, block.se):
+        return gate_of_norm(out, norm, block.se, shortcut, name)
+    return block.se(norm(out), residual=shortcut, activation=name)
 
 
 def recipes(gates: tuple[type[nn.Module], ...]) -> list[Recipe]:
