@@ -39,7 +39,7 @@ svg text { fill: var(--ink); font-family: var(--font); }
 .key i { display: inline-block; width: .8em; height: .8em; border-radius: .15em; margin-right: .35em; }
 .scroll { overflow: auto; max-height: 34rem; }
 table { border-collapse: collapse; font-size: .86rem; font-variant-numeric: tabular-nums; white-space: nowrap; }
-th, td { padding: .28rem .6rem; text-align: right; border-bottom: 1px solid var(--rule); }
+th, td { padding: .28rem .45rem; text-align: right; border-bottom: 1px solid var(--rule); }
 th { color: var(--quiet); font-weight: 600; position: sticky; top: 0; background: var(--paper); }
 .label { text-align: left; }
 td:first-child, th:first-child { padding-left: 0; }

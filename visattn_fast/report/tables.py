@@ -244,4 +244,4 @@ def number(value: float | None, digits: int = 2) -> str:
     """A number of about three figures, or a dash."""
     if value is None:
         return "-"
-    return f"{value:.0f}" if value >= 100 else f"{value:.{1 if value >= 10 else digits}f}"
+    return f"{value:.0f}" if value >= 100 else f"{value:.{min(digits, 1) if value >= 10 else digits}f}"
