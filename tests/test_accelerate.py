@@ -372,6 +372,27 @@ def test_libraries_not_imported_are_not_imported():
     subprocess.run([sys.executable, "-c", program], check=True, timeout=300)
 
 
+def test_parts_of_fused_modules():
+    """They do not run, and are left as they are."""
+    found = vf.accelerate(AttentionResNet("cbam", width=8, depths=(1, 1), fused=True))
+    assert not found.swapped, str(found)
+
+
+@pytest.mark.parametrize(("attention", "expected"), [("se", "0.0 x"), ("cbam", "1.0 x")])
+def test_expected_saving(attention, expected, monkeypatch):
+    """Without an example the table says what each module will keep less: what an example then measures."""
+    verify = __import__("visattn_fast.integrations.verify", fromlist=["verify"])
+    monkeypatch.setattr(verify, "interleaved", lambda runs, *_: {name: [2.0 - int(name)] * 5 for name in runs})
+    model = AttentionResNet(attention, width=32, depths=(1, 1), fused=False)
+    found = vf.accelerate(model, blocks=False)
+    assert [s.less for s in found.swapped] == [expected] * 2
+    assert str(found).count(expected) == 2
+    vf.restore(model)
+    found = vf.accelerate(model, feature_map((2, 3, 32, 32)), blocks=False)
+    inputs = [2 * width * side**2 * 4 for width, side in ((32, 32), (64, 16))]
+    assert [f"{s.saved_bytes / size:.1f} x" for s, size in zip(found.swapped, inputs, strict=True)] == [expected] * 2
+
+
 def test_example(monkeypatch):
     """With an example each module is held against its original; a wrong or slow one is put back and named."""
     verify = __import__("visattn_fast.integrations.verify", fromlist=["verify"])

@@ -61,10 +61,13 @@ def accelerate(
     found = Acceleration()
     recipes = known()
     originals = tuple(recipes)
+    fused = [name for name, module in model.named_modules() if is_fused(module)]
     # Gates first: a block asks whether its gate was swapped.
     for patterns in (False, True) if blocks else (False,):
         for name, module in model.named_modules():
-            if not _chosen(name, only, except_) or any(_inside(name, s.name) for s in found.swapped):
+            if not _chosen(name, only, except_) or any(
+                _inside(name, outer) for outer in (*fused, *(s.name for s in found.swapped))
+            ):
                 continue  # the parts of a fused module do not run
             mine = recipes.get(type(module), [])
             if not mine and not patterns and isinstance(module, originals) and not is_fused(module):

@@ -16,13 +16,13 @@ from torch import Tensor
 
 def saved_bytes(run: Callable[[], object], parameters: Iterable[Tensor]) -> int:
     """Bytes that a training run keeps for its backward pass, each storage once, ``parameters`` aside."""
-    own = {p.untyped_storage().data_ptr() for p in parameters}
+    own = {p.untyped_storage()._cdata for p in parameters}
     kept: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
+        if storage._cdata not in own:
+            kept[storage._cdata] = storage.nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
