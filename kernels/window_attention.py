@@ -1,9 +1,13 @@
 """Attention inside (shifted) windows: a program takes one head of several windows.
 
-Shift, partition, bias, seams and padding are addresses. A window's rows of weights fit on the chip: there is no running
-maximum, and nothing is kept for the backward pass. Logits are in powers of two. Where a window is one tile of queries,
-one backward kernel does all; else, and in float32, one takes tiles of queries, with the table's gradient, and one takes
-all keys. Of windows of more than 64 tokens some variants spill registers.
+Shift, partition, biases, seams and padding are addresses. A window's rows of weights fit on the chip: there is no
+running maximum, and nothing is kept for the backward pass. Logits are in powers of two. Where a window is one tile of
+queries, one backward kernel does all; else, and in float32, one takes tiles of queries, with the table's gradient, and
+one takes all keys. Of windows of more than 64 tokens some variants spill registers.
+
+A bias of all keys changes a query's logits alike, and so no weight. One of all values is added to the result, since
+weights sum to one, and changes no logit's gradient. So there is none to read but the queries', and in the forward
+kernel the values'.
 """
 
 from __future__ import annotations
@@ -89,23 +93,23 @@ def _tile(token, there, stride, D: tl.constexpr, ALIGN: tl.constexpr, BLOCK_D: t
 
 @triton.jit
 def _load(
-    ptr, pad_ptr, token, there, stride, D: tl.constexpr, ALIGN: tl.constexpr, BLOCK_D: tl.constexpr
+    ptr, bias_ptr, token, there, stride, D: tl.constexpr, ALIGN: tl.constexpr, BLOCK_D: tl.constexpr
 ):  # fmt: skip
-    """Queries, keys or values [places, BLOCK_D]; padding's, or zeros, where there is no token.
+    """Queries, keys or values [places, BLOCK_D], and a bias; no more than that where there is no token.
 
     So it is past a window's last place, too: there they are weighed by zero.
     """
     offsets, mask = _tile(token, there, stride, D, ALIGN, BLOCK_D)
     tile = tl.load(ptr + offsets, mask=mask, other=0.0)
-    if pad_ptr is not None:
+    if bias_ptr is not None:
         d = tl.arange(0, BLOCK_D)
-        pad = tl.load(pad_ptr + d, mask=d < D, other=0.0).to(tile.dtype)
-        tile = tl.where(there[:, None], tile, pad[None, :])
+        bias = tl.load(bias_ptr + d, mask=d < D, other=0.0)
+        tile = (tile + bias[None, :]).to(tile.dtype)
     return tile
 
 
 @triton.jit
-def _bias(table_ptr, i, j, seam_h, seam_w, WH: tl.constexpr, WW: tl.constexpr, SEAM: tl.constexpr):
+def _positions(table_ptr, i, j, seam_h, seam_w, WH: tl.constexpr, WW: tl.constexpr, SEAM: tl.constexpr):
     """[queries, keys], 100 less where a seam lies between them; -inf where there is no key."""
     row = (i // WW)[:, None] - (j // WW)[None, :] + WH - 1
     column = (i % WW)[:, None] - (j % WW)[None, :] + WW - 1
@@ -154,7 +158,7 @@ def _store_table(parts_ptr, dbias, start, WH: tl.constexpr, WW: tl.constexpr, RO
 
 @triton.jit
 def _forward_kernel(
-    qkv_ptr, pad_ptr, table_ptr, out_ptr, steps, heads, N, down, across,
+    qkv_ptr, bias_ptr, table_ptr, out_ptr, steps, heads, N, down, across,
     inner_h, inner_w, start_1, start_2, start_3, shift_h, shift_w, H, W, cycle_h, cycle_w, roll_h, roll_w,
     SCALE: tl.constexpr,
     WH: tl.constexpr, WW: tl.constexpr, PAD_FIRST: tl.constexpr, SEAM: tl.constexpr, D: tl.constexpr,
@@ -169,65 +173,63 @@ def _forward_kernel(
     C = heads * D
     table_ptr += head * (2 * WH - 1) * (2 * WW - 1)
     qkv_ptr += head * D
-    pad_k_ptr = pad_ptr
-    pad_v_ptr = pad_ptr
-    if pad_ptr is not None:
-        pad_ptr += head * D
-        pad_k_ptr = pad_ptr + C
-        pad_v_ptr = pad_ptr + 2 * C
+    if bias_ptr is not None:
+        bias_ptr += head * D
     j = tl.arange(0, KEYS)
     i = tl.arange(0, QUERIES)
-    bias = _bias(table_ptr, i, j, seam_h, seam_w, WH, WW, SEAM)
+    bias = _positions(table_ptr, i, j, seam_h, seam_w, WH, WW, SEAM)
     for window in range(first, last):
         n, h, w = _corner(window, rows, columns, row, column, H, W, WH, WW)
         token, there = _places(j, h, w, H, W, cycle_h, cycle_w, roll_h, roll_w, WH, WW, PAD_FIRST)
-        k = _load(qkv_ptr + n * 3 * C + C, pad_k_ptr, token, there, 3 * C, D, ALIGN, BLOCK_D)
-        v = _load(qkv_ptr + n * 3 * C + 2 * C, pad_v_ptr, token, there, 3 * C, D, ALIGN, BLOCK_D)
+        k = _load(qkv_ptr + n * 3 * C + C, None, token, there, 3 * C, D, ALIGN, BLOCK_D)
+        v = _load(qkv_ptr + n * 3 * C + 2 * C, None, token, there, 3 * C, D, ALIGN, BLOCK_D)
         for start in range(0, L, QUERIES):
             if QUERIES < L:
                 i = start + tl.arange(0, QUERIES)
-                bias = _bias(table_ptr, i, j, seam_h, seam_w, WH, WW, SEAM)
+                bias = _positions(table_ptr, i, j, seam_h, seam_w, WH, WW, SEAM)
             token_q, there_q = _places(i, h, w, H, W, cycle_h, cycle_w, roll_h, roll_w, WH, WW, PAD_FIRST)
-            q = _load(qkv_ptr + n * 3 * C, pad_ptr, token_q, there_q, 3 * C, D, ALIGN, BLOCK_D)
+            q = _load(qkv_ptr + n * 3 * C, bias_ptr, token_q, there_q, 3 * C, D, ALIGN, BLOCK_D)
             p = _weights(q, k, bias, SCALE, DOT, PRECISION)
             out = dot(p, v, tl.zeros([QUERIES, BLOCK_D], bias.dtype), DOT, PRECISION)
+            if bias_ptr is not None:
+                d = tl.arange(0, BLOCK_D)
+                out += tl.load(bias_ptr + 2 * C + d, mask=d < D, other=0.0)[None, :]
             offsets, mask = _tile(token_q, there_q, C, D, ALIGN, BLOCK_D)
             tl.store(out_ptr + n * C + head * D + offsets, out, mask=mask)
 
 
 @triton.jit
 def _store_gradient(
-    ptr, dpad_ptr, tile, token, there, stride, D: tl.constexpr, ALIGN: tl.constexpr, BLOCK_D: tl.constexpr
+    ptr, dbias_ptr, tile, token, there, stride, D: tl.constexpr, ALIGN: tl.constexpr, BLOCK_D: tl.constexpr
 ):  # fmt: skip
-    """Of keys or values [places, BLOCK_D], and the sum [d] of what comes to padding."""
+    """Of queries, keys or values [places, BLOCK_D], and their sum [d], padding's too, where it is asked for."""
     offsets, mask = _tile(token, there, stride, D, ALIGN, BLOCK_D)
     tl.store(ptr + offsets, tile, mask=mask)
-    if dpad_ptr is not None:
+    if dbias_ptr is not None:
         d = tl.arange(0, BLOCK_D)
-        tl.store(dpad_ptr + d, tl.sum(tl.where(there[:, None], 0.0, tile), 0), mask=d < D)
+        tl.store(dbias_ptr + d, tl.sum(tile, 0), mask=d < D)
 
 
 @triton.jit
-def _padding(dpad_ptr, of, steps, D: tl.constexpr):
-    """Where the sums of a program's window number ``of`` go, [groups, heads, steps, 2, d]; None without padding."""
-    if dpad_ptr is not None:
-        dpad_ptr += (tl.program_id(0).to(tl.int64) * steps + of) * 2 * D
-    return dpad_ptr
+def _sums(dbias_ptr, of, steps, D: tl.constexpr):
+    """Where those of a program's window number ``of`` go, in [tiles, groups, heads, steps, 2, d]."""
+    part = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+    return dbias_ptr + (part.to(tl.int64) * steps + of) * 2 * D
 
 
 @triton.jit
 def _backward_kernel(
-    grad_ptr, qkv_ptr, pad_ptr, table_ptr, dqkv_ptr, dtable_ptr, dpad_ptr, steps, heads, N, down, across,
+    grad_ptr, qkv_ptr, bias_ptr, table_ptr, dqkv_ptr, dtable_ptr, dbias_ptr, steps, heads, N, down, across,
     inner_h, inner_w, start_1, start_2, start_3, shift_h, shift_w, H, W, cycle_h, cycle_w, roll_h, roll_w,
     SCALE: tl.constexpr,
     WH: tl.constexpr, WW: tl.constexpr, PAD_FIRST: tl.constexpr, SEAM: tl.constexpr, D: tl.constexpr,
     ALIGN: tl.constexpr, BLOCK_D: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, KEYS: tl.constexpr,
     QUERIES: tl.constexpr, ROWS: tl.constexpr, OTHERS: tl.constexpr,
 ):  # fmt: skip
-    """dqkv [N, H, W, 3, heads, d], and sums: dtable [tiles, groups, heads, T], dpad [groups, heads, steps, 2, d].
+    """dqkv [N, H, W, 3, heads, d], and sums: dtable [tiles, groups, heads, T], dbias as `_sums` says.
 
     A program along the second axis of the grid takes one tile of queries. Only with OTHERS, where there is one tile, it
-    has gradients of keys, values and padding, too.
+    has gradients of keys and values, too.
     """
     T: tl.constexpr = (2 * WH - 1) * (2 * WW - 1)
     acc_ty: tl.constexpr = dtable_ptr.dtype.element_ty
@@ -238,59 +240,58 @@ def _backward_kernel(
     qkv_ptr += head * D
     dqkv_ptr += head * D
     grad_ptr += head * D
-    pad_k_ptr = pad_ptr
-    pad_v_ptr = pad_ptr
-    if pad_ptr is not None:
-        pad_ptr += head * D
-        pad_k_ptr = pad_ptr + C
-        pad_v_ptr = pad_ptr + 2 * C
+    if bias_ptr is not None:
+        bias_ptr += head * D
     j = tl.arange(0, KEYS)
     own = tl.program_id(1) * QUERIES
     i = own + tl.arange(0, QUERIES)
-    bias = _bias(table_ptr + head * T, i, j, seam_h, seam_w, WH, WW, SEAM)
-    dbias = tl.zeros([QUERIES, KEYS], acc_ty)
+    bias = _positions(table_ptr + head * T, i, j, seam_h, seam_w, WH, WW, SEAM)
+    dposition = tl.zeros([QUERIES, KEYS], acc_ty)
     for window in range(first, last):
         n, h, w = _corner(window, rows, columns, row, column, H, W, WH, WW)
         token, there = _places(j, h, w, H, W, cycle_h, cycle_w, roll_h, roll_w, WH, WW, PAD_FIRST)
-        k = _load(qkv_ptr + n * 3 * C + C, pad_k_ptr, token, there, 3 * C, D, ALIGN, BLOCK_D)
-        v = _load(qkv_ptr + n * 3 * C + 2 * C, pad_v_ptr, token, there, 3 * C, D, ALIGN, BLOCK_D)
+        k = _load(qkv_ptr + n * 3 * C + C, None, token, there, 3 * C, D, ALIGN, BLOCK_D)
+        v = _load(qkv_ptr + n * 3 * C + 2 * C, None, token, there, 3 * C, D, ALIGN, BLOCK_D)
         token_q, there_q = token, there
         if OTHERS == 0:
             token_q, there_q = _places(i, h, w, H, W, cycle_h, cycle_w, roll_h, roll_w, WH, WW, PAD_FIRST)
-        q = _load(qkv_ptr + n * 3 * C, pad_ptr, token_q, there_q, 3 * C, D, ALIGN, BLOCK_D)
+        q = _load(qkv_ptr + n * 3 * C, None, token_q, there_q, 3 * C, D, ALIGN, BLOCK_D)
         g = _load(grad_ptr + n * C, None, token_q, there_q, C, D, ALIGN, BLOCK_D)
-        p = _weights(q, k, bias, SCALE, DOT, PRECISION)
-        dpad_k_ptr = _padding(dpad_ptr, window - first, steps, D)
-        dpad_v_ptr = dpad_k_ptr
-        if dpad_ptr is not None:
-            dpad_v_ptr = dpad_k_ptr + D
+        to = dqkv_ptr + n * 3 * C
+        sums_ptr = _sums(dbias_ptr, window - first, steps, D)
+        biased = q
+        if bias_ptr is not None:
+            d = tl.arange(0, BLOCK_D)
+            bias_q = tl.load(bias_ptr + d, mask=d < D, other=0.0)
+            biased = (q + bias_q[None, :]).to(q.dtype)
+        p = _weights(biased, k, bias, SCALE, DOT, PRECISION)
         if OTHERS:  # before the logits' gradient: it and the weights are many registers
             dv = dot(tl.trans(p.to(DOT)), g, tl.zeros([KEYS, BLOCK_D], acc_ty), DOT, PRECISION)
-            to = dqkv_ptr + (n * 3 + 2) * C
-            _store_gradient(to, dpad_v_ptr, dv, token, there, 3 * C, D, ALIGN, BLOCK_D)
+            _store_gradient(to + 2 * C, sums_ptr + D, dv, token, there, 3 * C, D, ALIGN, BLOCK_D)
         ds = _logit_gradients(p, v, g, DOT, PRECISION)
-        dbias += ds
+        dposition += ds
         dq = dot(ds, k, tl.zeros([QUERIES, BLOCK_D], acc_ty), DOT, PRECISION) * (SCALE / LOG2E)
-        offsets, mask = _tile(token_q, there_q, 3 * C, D, ALIGN, BLOCK_D)
-        tl.store(dqkv_ptr + n * 3 * C + offsets, dq, mask=mask)
+        _store_gradient(to, sums_ptr, dq, token_q, there_q, 3 * C, D, ALIGN, BLOCK_D)
         if OTHERS:
-            dk = dot(tl.trans(ds.to(DOT)), q, tl.zeros([KEYS, BLOCK_D], acc_ty), DOT, PRECISION) * (SCALE / LOG2E)
-            to = dqkv_ptr + (n * 3 + 1) * C
-            _store_gradient(to, dpad_k_ptr, dk, token, there, 3 * C, D, ALIGN, BLOCK_D)
+            dk = dot(tl.trans(ds.to(DOT)), q, tl.zeros([KEYS, BLOCK_D], acc_ty), DOT, PRECISION)
+            if bias_ptr is not None:  # here, since of the queries themselves there is a copy on the chip already
+                dk += tl.sum(ds, 0)[:, None] * bias_q[None, :]
+            dk *= SCALE / LOG2E
+            _store_gradient(to + C, None, dk, token, there, 3 * C, D, ALIGN, BLOCK_D)
     part = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
-    _store_table(dtable_ptr + part.to(tl.int64) * T, dbias, own, WH, WW, ROWS)
+    _store_table(dtable_ptr + part.to(tl.int64) * T, dposition, own, WH, WW, ROWS)
 
 
 @triton.jit
 def _keys_kernel(
-    grad_ptr, qkv_ptr, pad_ptr, table_ptr, dqkv_ptr, dpad_ptr, steps, heads, N, down, across,
+    grad_ptr, qkv_ptr, bias_ptr, table_ptr, dqkv_ptr, dbias_ptr, steps, heads, N, down, across,
     inner_h, inner_w, start_1, start_2, start_3, shift_h, shift_w, H, W, cycle_h, cycle_w, roll_h, roll_w,
     SCALE: tl.constexpr,
     WH: tl.constexpr, WW: tl.constexpr, PAD_FIRST: tl.constexpr, SEAM: tl.constexpr, D: tl.constexpr,
     ALIGN: tl.constexpr, BLOCK_D: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, KEYS: tl.constexpr,
     QUERIES: tl.constexpr,
 ):  # fmt: skip
-    """As _backward_kernel, of keys, values and padding alone: all tiles of queries one after the other."""
+    """As _backward_kernel, of keys and values alone: all tiles of queries one after the other."""
     L: tl.constexpr = WH * WW
     acc_ty: tl.constexpr = table_ptr.dtype.element_ty
     head, first, last, rows, columns, row, column, seam_h, seam_w = _run(
@@ -301,50 +302,42 @@ def _keys_kernel(
     dqkv_ptr += head * D
     grad_ptr += head * D
     table_ptr += head * (2 * WH - 1) * (2 * WW - 1)
-    pad_k_ptr = pad_ptr
-    pad_v_ptr = pad_ptr
-    if pad_ptr is not None:
-        pad_ptr += head * D
-        pad_k_ptr = pad_ptr + C
-        pad_v_ptr = pad_ptr + 2 * C
+    if bias_ptr is not None:
+        bias_ptr += head * D
     j = tl.arange(0, KEYS)
     for window in range(first, last):
         n, h, w = _corner(window, rows, columns, row, column, H, W, WH, WW)
         token, there = _places(j, h, w, H, W, cycle_h, cycle_w, roll_h, roll_w, WH, WW, PAD_FIRST)
-        k = _load(qkv_ptr + n * 3 * C + C, pad_k_ptr, token, there, 3 * C, D, ALIGN, BLOCK_D)
-        v = _load(qkv_ptr + n * 3 * C + 2 * C, pad_v_ptr, token, there, 3 * C, D, ALIGN, BLOCK_D)
+        k = _load(qkv_ptr + n * 3 * C + C, None, token, there, 3 * C, D, ALIGN, BLOCK_D)
+        v = _load(qkv_ptr + n * 3 * C + 2 * C, None, token, there, 3 * C, D, ALIGN, BLOCK_D)
         dk = tl.zeros([KEYS, BLOCK_D], acc_ty)
         dv = tl.zeros([KEYS, BLOCK_D], acc_ty)
         for start in range(0, L, QUERIES):
             i = start + tl.arange(0, QUERIES)
             token_q, there_q = _places(i, h, w, H, W, cycle_h, cycle_w, roll_h, roll_w, WH, WW, PAD_FIRST)
-            q = _load(qkv_ptr + n * 3 * C, pad_ptr, token_q, there_q, 3 * C, D, ALIGN, BLOCK_D)
+            q = _load(qkv_ptr + n * 3 * C, bias_ptr, token_q, there_q, 3 * C, D, ALIGN, BLOCK_D)
             g = _load(grad_ptr + n * C, None, token_q, there_q, C, D, ALIGN, BLOCK_D)
-            bias = _bias(table_ptr, i, j, seam_h, seam_w, WH, WW, SEAM)
+            bias = _positions(table_ptr, i, j, seam_h, seam_w, WH, WW, SEAM)
             p = _weights(q, k, bias, SCALE, DOT, PRECISION)
             dv = dot(tl.trans(p.to(DOT)), g, dv, DOT, PRECISION)
             ds = _logit_gradients(p, v, g, DOT, PRECISION)
             dk = dot(tl.trans(ds.to(DOT)), q, dk, DOT, PRECISION)
-        dpad_k_ptr = _padding(dpad_ptr, window - first, steps, D)
-        dpad_v_ptr = dpad_k_ptr
-        if dpad_ptr is not None:
-            dpad_v_ptr = dpad_k_ptr + D
         dk *= SCALE / LOG2E
+        sums_ptr = _sums(dbias_ptr, window - first, steps, D)
         to = dqkv_ptr + n * 3 * C
-        _store_gradient(to + C, dpad_k_ptr, dk, token, there, 3 * C, D, ALIGN, BLOCK_D)
-        _store_gradient(to + 2 * C, dpad_v_ptr, dv, token, there, 3 * C, D, ALIGN, BLOCK_D)
+        _store_gradient(to + C, None, dk, token, there, 3 * C, D, ALIGN, BLOCK_D)
+        _store_gradient(to + 2 * C, sums_ptr + D, dv, token, there, 3 * C, D, ALIGN, BLOCK_D)
 
 
 class _Launch(NamedTuple):
     """What both directions give their kernels."""
 
     qkv: torch.Tensor
-    pad: torch.Tensor | None
+    bias: torch.Tensor | None
     table: torch.Tensor  # [heads, T]
     groups: int
     scalars: tuple[int, ...]
     meta: dict[str, Any]
-    padded: bool
 
     @property
     def heads(self) -> int:
@@ -356,7 +349,7 @@ class _Launch(NamedTuple):
         return cdiv(self.meta["WH"] * self.meta["WW"], self.meta["QUERIES"])
 
 
-def _prepare(qkv, pad, table, heads, window_h, window_w, shift_h, shift_w, scale, pad_first) -> _Launch:
+def _prepare(qkv, bias, table, heads, window_h, window_w, shift_h, shift_w, scale, pad_first) -> _Launch:
     N, H, W, channels = qkv.shape
     D, L = channels // 3 // heads, window_h * window_w
     down, across = cdiv(H, window_h), cdiv(W, window_w)
@@ -384,7 +377,7 @@ def _prepare(qkv, pad, table, heads, window_h, window_w, shift_h, shift_w, scale
         "num_stages": 2 if padded else 1,  # loads ahead, where there are registers for them
     }
     ready = (table.to(accumulation_dtype(qkv)) * LOG2E.value).t().contiguous()
-    pad = pad.contiguous() if padded and pad is not None else None
+    bias = None if bias is None else bias.to(accumulation_dtype(qkv)).contiguous()
     inner = (down - (shift_h > 0), across - (shift_w > 0))
     starts = [0]
     for rows, columns in (inner, (down - inner[0], inner[1]), (inner[0], across - inner[1])):
@@ -393,7 +386,7 @@ def _prepare(qkv, pad, table, heads, window_h, window_w, shift_h, shift_w, scale
     cycle = (down * window_h, across * window_w) if pad_first else (H, W)
     roll = (shift_h % cycle[0], shift_w % cycle[1])
     scalars = (steps, heads, N, down, across, *inner, *starts[1:], shift_h, shift_w, H, W, *cycle, *roll)
-    return _Launch(qkv.contiguous(), pad, ready, groups, scalars, meta, padded)
+    return _Launch(qkv.contiguous(), bias, ready, groups, scalars, meta)
 
 
 def _check_size(window_h: int, window_w: int) -> None:
@@ -402,7 +395,7 @@ def _check_size(window_h: int, window_w: int) -> None:
 
 
 def window_attention_fwd(
-    qkv: torch.Tensor, pad: torch.Tensor | None, table: torch.Tensor, heads: int, window_h: int, window_w: int,
+    qkv: torch.Tensor, bias: torch.Tensor | None, table: torch.Tensor, heads: int, window_h: int, window_w: int,
     shift_h: int, shift_w: int, scale: float, pad_first: int,
 ) -> torch.Tensor:  # fmt: skip
     """See `visattn_fast.ops.window_attention`. Reads qkv once and writes out once.
@@ -412,14 +405,14 @@ def window_attention_fwd(
     """
     _check_size(window_h, window_w)
     with device_guard(qkv):
-        x = _prepare(qkv, pad, table, heads, window_h, window_w, shift_h, shift_w, scale, pad_first)
+        x = _prepare(qkv, bias, table, heads, window_h, window_w, shift_h, shift_w, scale, pad_first)
         out = torch.empty((*qkv.shape[:3], qkv.shape[3] // 3), dtype=qkv.dtype, device=qkv.device)
-        launch(_forward_kernel, x.groups * heads, x.qkv, x.pad, x.table, out, *x.scalars, **x.meta)
+        launch(_forward_kernel, x.groups * heads, x.qkv, x.bias, x.table, out, *x.scalars, **x.meta)
         return out
 
 
 def window_attention_bwd(
-    grad: torch.Tensor, qkv: torch.Tensor, pad: torch.Tensor | None, table: torch.Tensor, heads: int, window_h: int,
+    grad: torch.Tensor, qkv: torch.Tensor, bias: torch.Tensor | None, table: torch.Tensor, heads: int, window_h: int,
     window_w: int, shift_h: int, shift_w: int, scale: float, pad_first: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """See `visattn_fast.ops.window_attention`. Windows of up to 64 tokens: reads grad and qkv once, writes dqkv once.
@@ -429,21 +422,18 @@ def window_attention_bwd(
     """
     _check_size(window_h, window_w)
     with device_guard(qkv):
-        x = _prepare(qkv, pad, table, heads, window_h, window_w, shift_h, shift_w, scale, pad_first)
+        x = _prepare(qkv, bias, table, heads, window_h, window_w, shift_h, shift_w, scale, pad_first)
         D, programs, acc = x.meta["D"], x.groups * heads, x.table.dtype
         grad, dqkv = grad.contiguous(), torch.empty_like(x.qkv)
         dtable = torch.empty((x.tiles * x.groups, *x.table.shape), dtype=acc, device=qkv.device)
-        steps = x.scalars[0]
-        dpad = torch.zeros((x.groups, heads, steps, 2, D), dtype=acc, device=qkv.device) if x.padded else None
-        tensors = (grad, x.qkv, x.pad, x.table, dqkv)
         together = x.tiles == 1 and qkv.itemsize <= 2  # what one kernel's registers hold
+        dbias = torch.zeros((x.tiles * x.groups, x.heads, x.scalars[0], 2, D), dtype=acc, device=qkv.device)
+        tensors = (grad, x.qkv, x.bias, x.table, dqkv)
         launch(
-            _backward_kernel, programs, *tensors, dtable, dpad, *x.scalars, **x.meta, ROWS=16,
-            OTHERS=int(together), parts=x.tiles,
+            _backward_kernel, programs, *tensors, dtable, dbias, *x.scalars, **x.meta, ROWS=16, OTHERS=int(together),
+            parts=x.tiles,
         )  # fmt: skip
         if not together:
-            launch(_keys_kernel, programs, *tensors, dpad, *x.scalars, **x.meta)
-        padding = torch.zeros((3, heads, D), dtype=acc, device=qkv.device)
-        if dpad is not None:
-            padding[1:] = dpad.sum((0, 2)).transpose(0, 1)
-        return dqkv, padding.flatten(), dtable.sum(0).t().contiguous()
+            launch(_keys_kernel, programs, *tensors, dbias, *x.scalars, **x.meta)
+        q, v = dbias.sum((0, 2)).unbind(1) if bias is not None else dbias.new_zeros(2, x.heads, D)
+        return dqkv, torch.stack([q, 0 * q, v]).flatten(), dtable.sum(0).t().contiguous()  # 0 * q: NaN stays

@@ -173,7 +173,7 @@ BAD_WEIGHTS = [
     ),
     (
         lambda f: f.window_attention(X[..., :3], torch.ones(1), torch.ones(169, 1), 1, 7),
-        r"pad must have shape \[3\], got \[1\]",
+        r"bias must have shape \[3\], got \[1\]",
     ),
     (lambda f: f.eca(X, torch.ones(1, 1, 4)), r"kernel size of weight must be odd, .*got 4"),
     (lambda f: f.eca(X, torch.ones(3)), r"weight must have shape \[1, 1, k\], got \[3\]"),

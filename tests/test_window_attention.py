@@ -10,7 +10,7 @@ import torch
 import visattn_fast as vf
 from cases import INTERPRETED, TARGETS, feature_map, poisoned, run
 from outside import library
-from visattn_fast import catalogue, reference
+from visattn_fast import catalogue, ops, reference
 from visattn_fast.ops._library import OPS
 
 targets = pytest.mark.parametrize(("device", "backend"), TARGETS)
@@ -38,7 +38,7 @@ GEOMETRIES += (
 
 
 def tensors(shape, heads, channels, window, device="cpu", dtype=torch.float32):
-    """qkv ``[N, H, W, 3C]``, pad and table, so large that the softmax is far from even."""
+    """qkv ``[N, H, W, 3C]``, its bias and table, so large that the softmax is far from even."""
     sizes = ((*shape, 3 * channels), (3 * channels,), ((2 * window[0] - 1) * (2 * window[1] - 1), heads))
     generator = torch.Generator().manual_seed(0)
     made = (torch.randn(s, generator=generator, dtype=torch.float64) for s in sizes)
@@ -83,12 +83,12 @@ def test_geometries(window, shift, pad_first, shape, heads, channels, device, ba
 
 @targets
 def test_other_strides_and_dtypes(device, backend):
-    """Slices, transposed and expanded tensors; pad and table in other dtypes than qkv; a scale; a strided gradient."""
-    qkv, pad, table = (t.detach() for t in tensors((2, 9, 8), 2, 16, (4, 4), device))
+    """Slices, transposed and expanded tensors; bias and table in other dtypes than qkv; a scale; a strided gradient."""
+    qkv, bias, table = (t.detach() for t in tensors((2, 9, 8), 2, 16, (4, 4), device))
     wide = torch.cat([qkv, qkv], 3)
     views = (wide[..., :48], qkv.transpose(1, 2).contiguous().transpose(1, 2), qkv[:1].expand_as(qkv))
     for view in views[: 1 if INTERPRETED else 3]:
-        inputs = [view.requires_grad_(), leaf(pad, torch.bfloat16), leaf(table, torch.float64)]
+        inputs = [view.requires_grad_(), leaf(bias, torch.bfloat16), leaf(table, torch.float64)]
         with vf.use_backend(backend), poisoned():
             y = vf.functional.window_attention(*inputs, 2, 4, 2, 0.7)
             grad = feature_map(tuple(y.shape), "channels_last", torch.float32, device)
@@ -133,14 +133,14 @@ def test_threads_and_repetition(device, backend):
 @pytest.mark.parametrize("dtype", [torch.float32] if INTERPRETED else [torch.float32, torch.bfloat16], ids=str)
 def test_op(dtype, device, backend):
     """Schema and fake, with padding and without; values of the kernel beside the plain op's."""
-    ops = torch.ops.visattn_fast
-    for shape, bias in (((1, 6, 5), True), ((1, 4, 4), False)):
-        qkv, pad, table = (t.detach() for t in tensors(shape, 2, 16, (4, 4), device, dtype))
-        options = (pad if bias else None, table, 2, 4, 4, 1, 2, 0.35, 1)
+    fused = torch.ops.visattn_fast
+    for shape, biased in (((1, 6, 5), True), ((1, 4, 4), False)):
+        qkv, bias, table = (t.detach() for t in tensors(shape, 2, 16, (4, 4), device, dtype))
+        options = (bias if biased else None, table, 2, 4, 4, 1, 2, 0.35, 1)
         grad = feature_map((*shape, 16), "nchw", dtype, device)
         for op, arguments in (
-            (ops.window_attention_fwd.default, (qkv, *options)),
-            (ops.window_attention_bwd.default, (grad, qkv, *options)),
+            (fused.window_attention_fwd.default, (qkv, *options)),
+            (fused.window_attention_bwd.default, (grad, qkv, *options)),
         ):
             with vf.use_backend(backend):
                 torch.library.opcheck(op, arguments, test_utils=("test_schema", "test_faketensor"))
@@ -227,3 +227,31 @@ def test_layouts_and_weights():
             bad(x, need_weights="all")
     with pytest.raises(ValueError, match=r"x must have shape \[N, H, W, 16\] .*got \[2, 16, 7, 6\]"):
         grids(x)
+
+
+@others
+def test_linear_layers(monkeypatch):
+    """oneDNN's products and PyTorch's: values, gradients of what needs them, both orders, mixed strides, no tokens."""
+    monkeypatch.setattr(sys.modules["visattn_fast.ops.linear"], "_SMALL", 0)
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(2, 3, 5, 8), torch.randn(12, 8), torch.randn(12)
+    for given in (x, x.transpose(1, 2), x[:1].expand(4, 3, 5, 8), x[:0]):
+        for b in (bias, None):
+            got = gradients(ops.linear, [t if t is None else leaf(t, torch.float32) for t in (given, weight, b)])
+            want = gradients(
+                torch.nn.functional.linear, [t if t is None else leaf(t, torch.float64) for t in (given, weight, b)]
+            )
+            assert_near(got, want, 2e-6)
+    frozen = ops.linear(x.requires_grad_(), weight, bias)
+    (dx,) = torch.autograd.grad(frozen.sum(), x, create_graph=True)
+    torch.testing.assert_close(dx, weight.sum(0).expand_as(dx))
+    leaves = [leaf(t, torch.float32) for t in (x, weight, bias)]
+    (dx,) = torch.autograd.grad(ops.linear(*leaves).square().sum(), leaves[0], create_graph=True)
+    got = torch.autograd.grad(dx.square().sum(), leaves)
+    doubles = [leaf(t, torch.float64) for t in leaves]
+    (dx,) = torch.autograd.grad(torch.nn.functional.linear(*doubles).square().sum(), doubles[0], create_graph=True)
+    assert_near(got, torch.autograd.grad(dx.square().sum(), doubles), 1e-5)
+    torch.library.opcheck(torch.ops.visattn_fast.linear_fwd.default, (x.detach(), weight, bias))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert ops.linear(x, weight, bias).dtype == torch.bfloat16
+    assert ops.linear(x.double(), weight.double()).dtype == torch.float64

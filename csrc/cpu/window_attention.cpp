@@ -1,5 +1,5 @@
 // Attention inside (shifted) windows: each head of each window in tiles that stay in cache. Shift, partition,
-// bias, seams and padding are addresses; the backward pass computes the weights again.
+// biases, seams and padding are addresses; the backward pass computes the weights again.
 #include "windows.h"
 
 namespace visattn {
@@ -11,17 +11,19 @@ struct Inputs {
   Windows w;
   A scale;
   Tensor qkv;
-  Buffer<A> pad;    // [3C]
+  bool biased;
+  Buffer<A> bias;   // of queries, keys and values, [3C]
   Buffer<A> table;  // [heads, rows], reversed
 
-  Inputs(const Windows& windows, double scale, const Tensor& qkv, const std::optional<Tensor>& pad,
+  Inputs(const Windows& windows, double scale, const Tensor& qkv, const std::optional<Tensor>& bias,
          const Tensor& table)
       : w(windows),
         scale(static_cast<A>(scale)),
         qkv(qkv.is_contiguous() ? qkv : torch::stable::contiguous(qkv)),
-        pad(3 * w.C()),
+        biased(bias.has_value()),
+        bias(3 * w.C()),
         table(w.heads * w.table_rows()) {
-    if (pad) std::copy_n(data<A>(weight_as(*pad, kDtype<A>)), 3 * w.C(), this->pad.get());
+    if (bias) std::copy_n(data<A>(weight_as(*bias, kDtype<A>)), 3 * w.C(), this->bias.get());
     const Tensor cast = weight_as(table, kDtype<A>);
     const A* from = data<A>(cast);
     const int64_t rows = w.table_rows();
@@ -50,14 +52,17 @@ class Window {
         k_(Lp_ * dp_),
         v_(Lp_ * dp_),
         kt_(Lp_ * dp_),
-        bias_(L_ * Lp_),
+        position_(L_ * Lp_),
         p_(L_ * Lp_),
         inverse_(L_),
+        whole_(L_),
         g_(backward ? Lp_ * dp_ : 0),
         vt_(backward ? Lp_ * dp_ : 0),
         ds_(backward ? L_ * Lp_ : 0),
-        dbias_(backward ? L_ * Lp_ : 0),
-        dpad_(backward ? 3 * dp_ : 0),
+        dposition_(backward ? L_ * Lp_ : 0),
+        ds_queries_(backward ? L_ : 0),
+        ds_keys_(backward ? Lp_ : 0),
+        dbias_(backward ? 3 * dp_ : 0),
         token_(L_),
         next_(L_),
         region_(L_),
@@ -67,15 +72,15 @@ class Window {
   void start(int64_t head) {
     head_ = head;
     const A* table = in_.table.get() + head * w_.table_rows();
-    std::fill_n(bias_.get(), L_ * Lp_, -std::numeric_limits<A>::infinity());
+    std::fill_n(position_.get(), L_ * Lp_, -std::numeric_limits<A>::infinity());
     w_.each_bias(Lp_, [&](int64_t to, int64_t from, int64_t count) {
-      for (int64_t j = 0; j < count; ++j) bias_[to + j] = table[from + j];
+      for (int64_t j = 0; j < count; ++j) position_[to + j] = table[from + j];
     });
   }
 
   void start_gradients() {
-    std::fill_n(dbias_.get(), L_ * Lp_, A(0));
-    std::fill_n(dpad_.get(), 3 * dp_, A(0));
+    std::fill_n(dposition_.get(), L_ * Lp_, A(0));
+    std::fill_n(dbias_.get(), 3 * dp_, A(0));
   }
 
   void forward(int64_t window, bool last, T* out) {
@@ -101,7 +106,9 @@ class Window {
     simd([&]() VF_INLINE {
       for (int64_t i = 0; i < L_; ++i) {
         if (token_[i] >= 0) {
-          take(g + token_[i] * C, A(1), g_.get() + i * dp_);
+          for_vectors<A>(w_.d, [&](int64_t c, auto lanes) VF_INLINE {
+            store(g_.get() + i * dp_ + c, load(g + token_[i] * C + c, lanes));
+          });
         } else {
           for (int64_t c = 0; c < dp_; c += kLanes<A>) store(g_.get() + i * dp_ + c, set1(A(0)));
         }
@@ -111,32 +118,34 @@ class Window {
       product<A>(Broadcast<A>{g_.get(), dp_, 1}, vt_.get(), Lp_, L_, Lp_, w_.d,
                  [&](int64_t i, int64_t j, Vec<A> sum, Full)
                      VF_INLINE { store(ds_.get() + i * Lp_ + j, sum); });
+      std::fill_n(ds_keys_.get(), Lp_, A(0));
       for (int64_t i = 0; i < L_; ++i) logit_gradients(i);
       const auto sends = [&](int64_t part, A factor) VF_INLINE {
         return [=, this](int64_t i, int64_t j, Vec<A> sum, Full) VF_INLINE {
-          sum = sum * set1(factor);
-          if (token_[i] >= 0) {
-            put(image + token_[i] * 3 * C + part * C, j, sum);
-          } else {
-            A* to = dpad_.get() + part * dp_ + j;
-            store(to, load(to) + sum);
-          }
+          if (token_[i] >= 0) put(image + token_[i] * 3 * C + part * C, j, sum * set1(factor));
         };
       };
       const Broadcast<A> ds{ds_.get(), Lp_, 1}, ds_t{ds_.get(), 1, Lp_}, p_t{p_.get(), 1, Lp_};
       product<A>(ds, k_.get(), dp_, L_, dp_, L_, sends(0, in_.scale));
       product<A>(ds_t, q_.get(), dp_, L_, dp_, L_, sends(1, A(1)));
       product<A>(p_t, g_.get(), dp_, L_, dp_, L_, sends(2, A(1)));
+      // A bias's gradient is the sum of all tokens' and padding's: of rows, each as often as it is in a
+      // product.
+      if (!in_.biased) return;
+      add_rows(ds_keys_.get(), in_.scale, k_.get(), 0);
+      add_rows(ds_queries_.get(), A(1), q_.get(), 1);
+      add_rows(whole_.get(), A(1), g_.get(), 2);
     });
   }
 
-  // What the windows since start_gradients() have given: the head's table, reversed, and [3, d] of padding.
-  void finish_gradients(A* dtable, A* dpad) {
+  // What the windows since start_gradients() have given: the head's table, reversed, and its bias, [3, d].
+  void finish_gradients(A* dtable, A* dbias) {
     std::fill_n(dtable, w_.table_rows(), A(0));
     w_.each_bias(Lp_, [&](int64_t from, int64_t to, int64_t count) {
-      for (int64_t j = 0; j < count; ++j) dtable[to + j] += dbias_[from + j];
+      for (int64_t j = 0; j < count; ++j) dtable[to + j] += dposition_[from + j];
     });
-    for (int64_t part = 0; part < 3; ++part) std::copy_n(dpad_.get() + part * dp_, w_.d, dpad + part * w_.d);
+    for (int64_t part = 0; part < 3; ++part)
+      std::copy_n(dbias_.get() + part * dp_, w_.d, dbias + part * w_.d);
   }
 
  private:
@@ -168,20 +177,19 @@ class Window {
           const int64_t c = part * C + head_ * w_.d;
           const A factor = part == 0 ? in_.scale : A(1);
           A* to = tiles[part] + i * dp_;
-          if (token_[i] >= 0) {
-            take(image + token_[i] * 3 * C + c, factor, to);
-          } else {
-            take(in_.pad.get() + c, factor, to);
-          }
+          take(token_[i] >= 0 ? image + token_[i] * 3 * C + c : nullptr, in_.bias.get() + c, factor, to);
         }
       }
     });
   }
 
-  template <class From>
-  VF_INLINE void take(const From* from, A factor, A* to) const {
-    for_vectors<A>(
-        w_.d, [&](int64_t c, auto lanes) VF_INLINE { store(to + c, load(from + c, lanes) * set1(factor)); });
+  // A token and its bias, or padding, which has no more than a bias.
+  VF_INLINE void take(const T* from, const A* bias, A factor, A* to) const {
+    for_vectors<A>(w_.d, [&](int64_t c, auto lanes) VF_INLINE {
+      Vec<A> v = load(bias + c, lanes);
+      if (from) v += load(from + c, lanes);
+      store(to + c, v * set1(factor));
+    });
   }
 
   VF_INLINE void put(T* row, int64_t c, Vec<A> v) const {
@@ -198,7 +206,7 @@ class Window {
     product<A>(Broadcast<A>{q_.get(), dp_, 1}, kt_.get(), Lp_, L_, Lp_, w_.d,
                [&](int64_t i, int64_t j, Vec<A> sum, Full) VF_INLINE {
                  const int64_t at = i * Lp_ + j;
-                 store(p_.get() + at, sum + load(bias_.get() + at));
+                 store(p_.get() + at, sum + load(position_.get() + at));
                });
     for (int64_t i = 0; i < L_; ++i) {
       A* row = p_.get() + i * Lp_;
@@ -213,13 +221,17 @@ class Window {
         store(row + j, e);
         total += e;
       }
-      inverse_[i] = 1 / sum_lanes<A>(total);
+      const A sum = sum_lanes<A>(total);
+      inverse_[i] = 1 / sum;
+      whole_[i] = sum * inverse_[i];
     }
   }
 
-  // ds = p (dp - sum_j dp p), the gradient of a row's logits, which is the bias's, too.
+  // ds = p (dp - sum_j dp p), the gradient of a row's logits, which is its positions', too. Sums of ds: of a
+  // row, where nothing but rounding and NaN is left, and of columns.
   VF_INLINE void logit_gradients(int64_t i) {
-    A *p = p_.get() + i * Lp_, *ds = ds_.get() + i * Lp_, *dbias = dbias_.get() + i * Lp_;
+    A *p = p_.get() + i * Lp_, *ds = ds_.get() + i * Lp_, *dposition = dposition_.get() + i * Lp_;
+    A* keys = ds_keys_.get();
     const Vec<A> inverse = set1(inverse_[i]);
     Vec<A> dot = set1(A(0));
     for (int64_t j = 0; j < Lp_; j += kLanes<A>) {
@@ -228,17 +240,29 @@ class Window {
       dot += weight * load(ds + j);
     }
     dot = set1<A>(sum_lanes<A>(dot));
+    ds_queries_[i] = dot[0] * (1 - whole_[i]);
     for (int64_t j = 0; j < Lp_; j += kLanes<A>) {
       const Vec<A> d = load(p + j) * (load(ds + j) - dot);
       store(ds + j, d);
-      store(dbias + j, load(dbias + j) + d);
+      store(dposition + j, load(dposition + j) + d);
+      store(keys + j, load(keys + j) + d);
+    }
+  }
+
+  VF_INLINE void add_rows(const A* weights, A factor, const A* tile, int64_t part) {
+    A* to = dbias_.get() + part * dp_;
+    for (int64_t i = 0; i < L_; ++i) {
+      const Vec<A> weight = set1(weights[i] * factor);
+      for (int64_t c = 0; c < dp_; c += kLanes<A>)
+        store(to + c, load(to + c) + weight * load(tile + i * dp_ + c));
     }
   }
 
   const Inputs<T>& in_;
   const Windows& w_;
   const int64_t L_, Lp_, dp_;
-  Buffer<A> q_, k_, v_, kt_, bias_, p_, inverse_, g_, vt_, ds_, dbias_, dpad_;
+  Buffer<A> q_, k_, v_, kt_, position_, p_, inverse_, whole_, g_, vt_, ds_, dposition_, ds_queries_, ds_keys_,
+      dbias_;
   std::vector<int64_t> token_, next_;
   std::vector<int32_t> region_, next_region_;
   int64_t head_ = 0, image_ = 0;
@@ -272,13 +296,13 @@ void each_item(const Inputs<T>& in, const WindowRuns& runs, bool backward, const
   });
 }
 
-Tensor window_attention_fwd(Tensor qkv, std::optional<Tensor> pad, Tensor table, int64_t heads,
+Tensor window_attention_fwd(Tensor qkv, std::optional<Tensor> bias, Tensor table, int64_t heads,
                             int64_t window_h, int64_t window_w, int64_t shift_h, int64_t shift_w,
                             double scale, int64_t pad_first) {
   return dispatch(qkv, [&](auto type) {
     using T = decltype(type);
     const Inputs<T> in(windows_of(qkv, heads, window_h, window_w, shift_h, shift_w, pad_first), scale, qkv,
-                       pad, table);
+                       bias, table);
     const Windows& w = in.w;
     Tensor out = empty({w.N, w.H, w.W, w.C()}, qkv.scalar_type());
     const WindowRuns runs(w);
@@ -299,7 +323,7 @@ void sum_runs(const Buffer<A>& parts, int64_t runs, int64_t size, A* sum) {
   }
 }
 
-std::tuple<Tensor, Tensor, Tensor> window_attention_bwd(Tensor grad, Tensor qkv, std::optional<Tensor> pad,
+std::tuple<Tensor, Tensor, Tensor> window_attention_bwd(Tensor grad, Tensor qkv, std::optional<Tensor> bias,
                                                         Tensor table, int64_t heads, int64_t window_h,
                                                         int64_t window_w, int64_t shift_h, int64_t shift_w,
                                                         double scale, int64_t pad_first) {
@@ -307,32 +331,32 @@ std::tuple<Tensor, Tensor, Tensor> window_attention_bwd(Tensor grad, Tensor qkv,
     using T = decltype(type);
     using A = Acc<T>;
     const Inputs<T> in(windows_of(qkv, heads, window_h, window_w, shift_h, shift_w, pad_first), scale, qkv,
-                       pad, table);
+                       bias, table);
     const Windows& w = in.w;
     const Tensor g = grad.is_contiguous() ? grad : torch::stable::contiguous(grad);
     Tensor dqkv = empty({w.N, w.H, w.W, 3 * w.C()}, qkv.scalar_type());
-    Tensor dpad = empty({3 * w.C()}, kDtype<A>), dtable = empty({w.table_rows(), heads}, kDtype<A>);
+    Tensor dbias = empty({3 * w.C()}, kDtype<A>), dtable = empty({w.table_rows(), heads}, kDtype<A>);
     const WindowRuns runs(w);
-    const int64_t rows = w.table_rows(), of_pad = 3 * w.d;
-    Buffer<A> table_parts(runs.count * heads * rows), pad_parts(runs.count * heads * of_pad);
+    const int64_t rows = w.table_rows(), of_bias = 3 * w.d;
+    Buffer<A> table_parts(runs.count * heads * rows), bias_parts(runs.count * heads * of_bias);
     each_item<T>(in, runs, true, [&](int64_t run, int64_t head, Window<T>& tiles) {
       tiles.start_gradients();
       for (int64_t i = runs.begin(run); i < runs.end(run); ++i) {
         tiles.backward(i, i + 1 == runs.end(run), static_cast<const T*>(g.const_data_ptr()), data<T>(dqkv));
       }
       const int64_t item = run * heads + head;
-      tiles.finish_gradients(table_parts.get() + item * rows, pad_parts.get() + item * of_pad);
+      tiles.finish_gradients(table_parts.get() + item * rows, bias_parts.get() + item * of_bias);
     });
-    Buffer<A> table_sum(heads * rows), pad_sum(heads * of_pad);
+    Buffer<A> table_sum(heads * rows), bias_sum(heads * of_bias);
     sum_runs(table_parts, runs.count, heads * rows, table_sum.get());
-    sum_runs(pad_parts, runs.count, heads * of_pad, pad_sum.get());
+    sum_runs(bias_parts, runs.count, heads * of_bias, bias_sum.get());
     for (int64_t h = 0; h < heads; ++h) {
       for (int64_t r = 0; r < rows; ++r) data<A>(dtable)[r * heads + h] = table_sum[h * rows + rows - 1 - r];
       for (int64_t part = 0; part < 3; ++part) {
-        std::copy_n(pad_sum.get() + h * of_pad + part * w.d, w.d, data<A>(dpad) + part * w.C() + h * w.d);
+        std::copy_n(bias_sum.get() + h * of_bias + part * w.d, w.d, data<A>(dbias) + part * w.C() + h * w.d);
       }
     }
-    return std::make_tuple(dqkv, dpad, dtable);
+    return std::make_tuple(dqkv, dbias, dtable);
   });
 }
 

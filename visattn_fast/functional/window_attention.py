@@ -11,7 +11,7 @@ from ..reference.window_attention import check_window_attention
 
 def window_attention(
     qkv: Tensor,
-    pad: Tensor | None,
+    bias: Tensor | None,
     table: Tensor,
     heads: int,
     window: int | tuple[int, int],
@@ -19,17 +19,18 @@ def window_attention(
     scale: float | None = None,
     pad_first: bool = True,
 ) -> Tensor:
-    """``softmax(scale q k^T + bias) v`` inside every window of a map, for each head.
+    """``softmax(scale q k^T + B) v`` inside every window of a map, for each head: B from a table of positions.
 
-    Windows are read where they lie and written where they belong: shift, partition, bias, seams and padding are
+    Windows are read where they lie and written where they belong: shift, partition, biases, seams and padding are
     addresses, and nothing but qkv is kept for the backward pass. Seams and padding are as in
     `reference.window_attention`.
 
     Args:
-        qkv: queries, keys and values of every token, ``[N, H, W, 3C]``, any floating dtype; channels in the order
-            (3, heads, d).
-        pad: queries, keys and values of padding, ``[3C]``, the bias of the layer that made qkv; None: zeros.
-        table: of the bias, ``[(2 window_h - 1) (2 window_w - 1), heads]``.
+        qkv: queries, keys and values of every token less their bias, ``[N, H, W, 3C]``, any floating dtype; channels in
+            the order (3, heads, d).
+        bias: of queries, keys and values, ``[3C]``, added to every token as it is read, and all that padding has; None:
+            zeros. So the layer that makes qkv needs none, and its gradient no pass of its own.
+        table: of B, ``[(2 window_h - 1) (2 window_w - 1), heads]``.
         heads: of d channels each.
         window: its height and width, or both in one.
         shift: along H and W, less than the window.
@@ -37,7 +38,7 @@ def window_attention(
         pad_first: whether a map is padded and then shifted, as in torchvision, or the other way round, as in timm.
 
     Returns:
-        ``[N, H, W, C]``, dense, in qkv's dtype. Sums are kept in float32 (float64 for float64); pad and table may have
+        ``[N, H, W, C]``, dense, in qkv's dtype. Sums are kept in float32 (float64 for float64); bias and table may have
         another dtype than qkv.
 
     Raises:
@@ -47,8 +48,8 @@ def window_attention(
 
     Source: Liu et al., "Swin Transformer: Hierarchical vision transformer using shifted windows", ICCV 2021.
     """
-    window, shift = check_window_attention(qkv, pad, table, heads, window, shift)
+    window, shift = check_window_attention(qkv, bias, table, heads, window, shift)
     scale = (qkv.shape[3] // 3 // heads) ** -0.5 if scale is None else float(scale)
     if not fused(qkv):
-        return ops.mixed(reference.window_attention, qkv, pad, table, heads, window, shift, scale, pad_first)
-    return ops.run(ops.WindowAttentionFunction, qkv, pad, table, heads, *window, *shift, scale, int(pad_first))[0]
+        return ops.mixed(reference.window_attention, qkv, bias, table, heads, window, shift, scale, pad_first)
+    return ops.run(ops.WindowAttentionFunction, qkv, bias, table, heads, *window, *shift, scale, int(pad_first))[0]

@@ -7,7 +7,7 @@ from typing import Any
 from timm.models import swin_transformer
 from torch import Tensor, nn
 
-from .. import functional
+from .. import functional, ops
 from .recipe import Recipe, all_of, fingerprint, layers
 
 
@@ -20,10 +20,10 @@ class FastSwinTransformerBlock(swin_transformer.SwinTransformerBlock):
         if not block.dynamic_mask and any(-(-here // w) != -(-known // w) for w, here, known in sizes):
             return super()._attn(x)  # its mask is of another map
         out = functional.window_attention(
-            attn.qkv(x), attn.qkv.bias, attn.relative_position_bias_table, attn.num_heads, block.window_size,
-            block.shift_size, attn.scale, pad_first=False,
+            ops.linear(x, attn.qkv.weight), attn.qkv.bias, attn.relative_position_bias_table, attn.num_heads,
+            block.window_size, block.shift_size, attn.scale, pad_first=False,
         )  # fmt: skip
-        return attn.proj(out)
+        return ops.linear(out, attn.proj.weight, attn.proj.bias)
 
 
 _KNOWN = "d74a720dec74c492"  # what the class above repeats; another version's is left alone

@@ -11,6 +11,7 @@ from .coord_att import CoordAttFunction
 from .criss_cross import CrissCrossFunction
 from .eca import ECAFunction
 from .gates import ChannelScale, Mean, PoolChannels, PoolPixels, TwofoldScale
+from .linear import linear
 from .local_attention import LocalAttentionFunction
 from .map_conv import MapConvFunction
 from .nam import NAMFunction
@@ -56,6 +57,7 @@ __all__ = [
     "attention_mean",
     "fits_a_block",
     "in_format_of",
+    "linear",
     "mixed",
     "register_cuda",
     "register_triton",

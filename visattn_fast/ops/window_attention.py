@@ -20,16 +20,16 @@ def _empty_out(qkv):
     return empty_small(qkv, n, height, width, channels // 3, dtype=qkv.dtype)
 
 
-def _window_attention_fwd_reference(qkv, pad, table, heads, *geometry):
+def _window_attention_fwd_reference(qkv, bias, table, heads, *geometry):
     (windows, scale), a = _windows(qkv, *geometry), accumulation_dtype(qkv)
-    q, k, v = split_windows(qkv.to(a), pad, heads, windows)
+    q, k, v = split_windows(qkv.to(a), bias, heads, windows)
     out = join_windows(window_weights(q, k, table.to(a), windows, scale) @ v, windows)
     return _empty_out(qkv).copy_(out)
 
 
-def _window_attention_bwd_reference(grad, qkv, pad, table, heads, *geometry):
+def _window_attention_bwd_reference(grad, qkv, bias, table, heads, *geometry):
     (windows, scale), a = _windows(qkv, *geometry), accumulation_dtype(qkv)
-    q, k, v = split_windows(qkv.to(a), pad, heads, windows)
+    q, k, v = split_windows(qkv.to(a), bias, heads, windows)
     p = window_weights(q, k, table.to(a), windows, scale)
     g = grad.to(a).flatten(1, 2)
     tokens = windows.tokens(qkv.device)
@@ -40,15 +40,14 @@ def _window_attention_bwd_reference(grad, qkv, pad, table, heads, *geometry):
     dq, dk, dv = scale * (ds @ k), scale * (ds.mT @ q), p.mT @ g
     dwindows = torch.stack([dq, dk, dv], 2).flatten(2, 3)  # [N, windows, 3 heads, L, d]
     dqkv = join_windows(dwindows, windows).to(qkv.dtype).contiguous()
-    outside = (tokens == windows.height * windows.width)[:, None, :, None]
-    dpad = torch.where(outside, dwindows, 0.0).sum((0, 1, 3)).flatten()
+    dbias = dwindows.sum((0, 1, 3)).flatten() if bias is not None else dwindows.new_zeros(qkv.shape[3])
     rows = relative_position(windows.window, qkv.device).flatten()
     dtable = torch.zeros(table.shape, dtype=a, device=table.device)
     dtable.index_add_(0, rows, ds.sum((0, 1)).flatten(1).t())
-    return dqkv, dpad, dtable
+    return dqkv, dbias, dtable
 
 
-def _window_attention_bwd_fake(grad, qkv, pad, table, *options):
+def _window_attention_bwd_fake(grad, qkv, bias, table, *options):
     return (
         empty_small(qkv, *qkv.shape, dtype=qkv.dtype),
         empty_small(qkv, qkv.shape[3]),
@@ -58,31 +57,31 @@ def _window_attention_bwd_fake(grad, qkv, pad, table, *options):
 
 _GEOMETRY = "int heads, int window_h, int window_w, int shift_h, int shift_w, float scale, int pad_first"
 window_attention_fwd = define(
-    f"window_attention_fwd(Tensor qkv, Tensor? pad, Tensor table, {_GEOMETRY}) -> Tensor out",
+    f"window_attention_fwd(Tensor qkv, Tensor? bias, Tensor table, {_GEOMETRY}) -> Tensor out",
     "window_attention",
     _window_attention_fwd_reference,
-    lambda qkv, pad, table, *options: _empty_out(qkv),
+    lambda qkv, bias, table, *options: _empty_out(qkv),
 )
 window_attention_bwd = define(
-    f"window_attention_bwd(Tensor grad, Tensor qkv, Tensor? pad, Tensor table, {_GEOMETRY})"
-    " -> (Tensor dqkv, Tensor dpad, Tensor dtable)",
+    f"window_attention_bwd(Tensor grad, Tensor qkv, Tensor? bias, Tensor table, {_GEOMETRY})"
+    " -> (Tensor dqkv, Tensor dbias, Tensor dtable)",
     "window_attention",
     _window_attention_bwd_reference,
     _window_attention_bwd_fake,
 )
 
 
-def _forward(qkv, pad, table, *options):
-    return (window_attention_fwd(qkv, pad, table, *options),)
+def _forward(qkv, bias, table, *options):
+    return (window_attention_fwd(qkv, bias, table, *options),)
 
 
 def _gradients(grad, tensors, small, options):
     return window_attention_bwd(grad, *tensors, *options)
 
 
-def _mathematics(qkv, pad, table, heads, window_h, window_w, shift_h, shift_w, scale, pad_first):
+def _mathematics(qkv, bias, table, heads, window_h, window_w, shift_h, shift_w, scale, pad_first):
     window, shift = (window_h, window_w), (shift_h, shift_w)
-    arguments = (pad, table, heads, window, shift, scale, bool(pad_first))
+    arguments = (bias, table, heads, window, shift, scale, bool(pad_first))
     return mixed(reference.window_attention, qkv, *arguments)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from .checks import check_choice, check_feature_map, check_floating, check_positive, check_weight
 
@@ -104,11 +105,12 @@ def window_weights(q: Tensor, k: Tensor, table: Tensor, windows: Windows, scale:
     return torch.softmax(logits, -1)
 
 
-def split_windows(qkv: Tensor, pad: Tensor | None, heads: int, windows: Windows) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values ``[N, windows, heads, L, d]`` of ``[N, H, W, 3C]``; padding is ``pad``, or zeros."""
+def split_windows(qkv: Tensor, bias: Tensor | None, heads: int, windows: Windows) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values ``[N, windows, heads, L, d]`` of ``[N, H, W, 3C]``; padding is zeros, and the bias."""
     n, _, _, channels = qkv.shape
-    outside = qkv.new_zeros(channels) if pad is None else pad.to(qkv.dtype)
-    tokens = torch.cat([qkv.flatten(1, 2), outside.expand(n, 1, channels)], 1)
+    tokens = torch.cat([qkv.flatten(1, 2), qkv.new_zeros(n, 1, channels)], 1)
+    if bias is not None:
+        tokens = tokens + bias.to(qkv.dtype)
     taken = tokens[:, windows.tokens(qkv.device)].unflatten(3, (3, heads, channels // 3 // heads))
     q, k, v = taken.permute(3, 0, 1, 4, 2, 5).unbind(0)
     return q, k, v
@@ -122,7 +124,7 @@ def join_windows(out: Tensor, windows: Windows) -> Tensor:
 
 def window_attention(
     qkv: Tensor,
-    pad: Tensor | None,
+    bias: Tensor | None,
     table: Tensor,
     heads: int,
     window: int | tuple[int, int],
@@ -130,17 +132,18 @@ def window_attention(
     scale: float | None = None,
     pad_first: bool = True,
 ) -> Tensor:
-    """``softmax(scale q k^T + bias) v`` inside every window of a map, for each head.
+    """``softmax(scale q k^T + B) v`` inside every window of a map, for each head: B from a table of positions.
 
-    The map is padded to whole windows and shifted cyclically; the bias of a query and a key is the table's row of
+    The map is padded to whole windows and shifted cyclically; B of a query and a key is the table's row of
     their distance. Where the shift has brought together what are no neighbours, 100 is taken off the logit, as Swin's
     published code, timm and torchvision do: not infinity, so that the result is theirs for logits of any size. Padding
     is attended to, as there.
 
     Args:
-        qkv: queries, keys and values of every token, ``[N, H, W, 3C]``; channels in the order (3, heads, d).
-        pad: queries, keys and values of padding, ``[3C]``; None: zeros. Swin pads before a linear layer makes
-            queries, keys and values: then it is the layer's bias.
+        qkv: queries, keys and values of every token, ``[N, H, W, 3C]``, less their bias; channels in the order (3,
+            heads, d).
+        bias: of queries, keys and values, ``[3C]``, added to every token, and all that padding has, since Swin pads
+            before a linear layer makes queries, keys and values; None: zeros.
         table: ``[(2 window_h - 1) (2 window_w - 1), heads]``.
         heads: of d channels each.
         window: its height and width, or both in one.
@@ -156,15 +159,15 @@ def window_attention(
         ValueError: shapes or devices that do not fit, a shift that is no part of the window.
         TypeError: a dtype that is not floating.
     """
-    window, shift = check_window_attention(qkv, pad, table, heads, window, shift)
+    window, shift = check_window_attention(qkv, bias, table, heads, window, shift)
     windows = Windows(qkv.shape[1], qkv.shape[2], window, shift, pad_first)
     scale = (qkv.shape[3] // 3 // heads) ** -0.5 if scale is None else scale
-    q, k, v = split_windows(qkv, pad, heads, windows)
+    q, k, v = split_windows(qkv, bias, heads, windows)
     return join_windows(window_weights(q, k, table.to(q.dtype), windows, scale).to(v.dtype) @ v, windows)
 
 
 def check_window_attention(
-    qkv: Tensor, pad: Tensor | None, table: Tensor, heads: int, window: Any, shift: Any
+    qkv: Tensor, bias: Tensor | None, table: Tensor, heads: int, window: Any, shift: Any
 ) -> tuple[tuple[int, int], tuple[int, int]]:
     """Window and shift as pairs. Raises unless the arguments of `window_attention` fit each other."""
     check_floating("qkv", qkv)
@@ -175,8 +178,8 @@ def check_window_attention(
     if qkv.shape[3] == 0 or qkv.shape[3] % (3 * heads):
         raise ValueError(f"qkv must have a multiple of 3 * heads = {3 * heads} channels, got {list(qkv.shape)}")
     check_weight("table", table, ((2 * window[0] - 1) * (2 * window[1] - 1), heads), qkv)
-    if pad is not None:
-        check_weight("pad", pad, (qkv.shape[3],), qkv)
+    if bias is not None:
+        check_weight("bias", bias, (qkv.shape[3],), qkv)
     return window, shift
 
 
@@ -210,7 +213,8 @@ def _shift(step: int, size: int, window: int) -> int:
 class WindowAttention2d(nn.Module):
     """Self-attention inside (shifted) windows of a map (Liu et al., "Swin Transformer", ICCV 2021).
 
-    ``proj(window_attention(qkv(x)))``, see `window_attention`; qkv and proj are linear layers of each token's channels.
+    ``proj(window_attention(x @ qkv.weight.T, qkv.bias))``, see `window_attention`; qkv and proj are linear layers of
+    each token's channels.
     Along an axis on which one window covers the map, nothing is shifted.
 
     Args:
@@ -270,14 +274,17 @@ class WindowAttention2d(nn.Module):
                 included.
         """
         self._check(x, need_weights)
-        qkv = self.qkv(self._tokens(x))
-        y = self._map(self.proj(self._attend(qkv)), x).to(x.dtype)
+        qkv = self._linear(self._tokens(x), self.qkv.weight)
+        y = self._map(self._linear(self._attend(qkv), self.proj.weight, self.proj.bias), x).to(x.dtype)
         return y if need_weights == "none" else (y, self._weights(qkv, need_weights))
 
     def attention(self, x: Tensor) -> dict[str, Tensor]:
         """``{"received": [N, heads, H, W]}``: the mean weight that the queries of its window have for each token."""
         self._check(x)
-        return {"received": self._weights(self.qkv(self._tokens(x)), "mean")}
+        return {"received": self._weights(self._linear(self._tokens(x), self.qkv.weight), "mean")}
+
+    def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return functional.linear(x, weight, bias)
 
     def _attend(self, qkv: Tensor) -> Tensor:
         """``[N, H, W, 3C]`` -> ``[N, H, W, C]``."""
@@ -287,7 +294,7 @@ class WindowAttention2d(nn.Module):
         """Of `window_attention`, beside qkv."""
         axes = zip(self.shift, qkv.shape[1:3], self.window, strict=True)
         return {
-            "pad": self.qkv.bias,
+            "bias": self.qkv.bias,
             "table": self.relative_position_bias_table,
             "heads": self.heads,
             "window": self.window,
@@ -298,7 +305,7 @@ class WindowAttention2d(nn.Module):
     def _weights(self, qkv: Tensor, need: str) -> Tensor:
         arguments = self._arguments(qkv)
         windows = Windows(qkv.shape[1], qkv.shape[2], self.window, arguments["shift"], self.pad_first)
-        q, k, _ = split_windows(qkv, arguments["pad"], self.heads, windows)
+        q, k, _ = split_windows(qkv, arguments["bias"], self.heads, windows)
         scale = (self.channels // self.heads) ** -0.5
         weights = window_weights(q, k, arguments["table"].to(q.dtype), windows, scale)
         if need == "full":
