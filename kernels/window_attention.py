@@ -256,14 +256,14 @@ def _backward_kernel(
         if OTHERS == 0:
             token_q, there_q = _places(i, h, w, H, W, cycle_h, cycle_w, roll_h, roll_w, WH, WW, PAD_FIRST)
         q = _load(qkv_ptr + n * 3 * C, None, token_q, there_q, 3 * C, D, ALIGN, BLOCK_D)
-        g = _load(grad_ptr + n * C, None, token_q, there_q, C, D, ALIGN, BLOCK_D)
-        to = dqkv_ptr + n * 3 * C
-        sums_ptr = _sums(dbias_ptr, window - first, steps, D)
         biased = q
         if bias_ptr is not None:
             d = tl.arange(0, BLOCK_D)
             bias_q = tl.load(bias_ptr + d, mask=d < D, other=0.0)
             biased = (q + bias_q[None, :]).to(q.dtype)
+        g = _load(grad_ptr + n * C, None, token_q, there_q, C, D, ALIGN, BLOCK_D)
+        to = dqkv_ptr + n * 3 * C
+        sums_ptr = _sums(dbias_ptr, window - first, steps, D)
         p = _weights(biased, k, bias, SCALE, DOT, PRECISION)
         if OTHERS:  # before the logits' gradient: it and the weights are many registers
             dv = dot(tl.trans(p.to(DOT)), g, tl.zeros([KEYS, BLOCK_D], acc_ty), DOT, PRECISION)
@@ -274,7 +274,9 @@ def _backward_kernel(
         _store_gradient(to, sums_ptr, dq, token_q, there_q, 3 * C, D, ALIGN, BLOCK_D)
         if OTHERS:
             dk = dot(tl.trans(ds.to(DOT)), q, tl.zeros([KEYS, BLOCK_D], acc_ty), DOT, PRECISION)
-            if bias_ptr is not None:  # here, since of the queries themselves there is a copy on the chip already
+            if bias_ptr is not None:  # of the queries without it there is a copy on the chip already
+                d = tl.arange(0, BLOCK_D)  # read again: the mask, true as it is, keeps it out of registers till then
+                bias_q = tl.load(bias_ptr + d, mask=(d < D) & (window >= 0), other=0.0)
                 dk += tl.sum(ds, 0)[:, None] * bias_q[None, :]
             dk *= SCALE / LOG2E
             _store_gradient(to + C, None, dk, token, there, 3 * C, D, ALIGN, BLOCK_D)

@@ -7,7 +7,8 @@ from typing import Any
 from timm.models import swin_transformer
 from torch import Tensor, nn
 
-from .. import functional, ops
+from .. import functional
+from ..functional.linear import linear
 from .recipe import Recipe, all_of, fingerprint, layers
 
 
@@ -20,10 +21,10 @@ class FastSwinTransformerBlock(swin_transformer.SwinTransformerBlock):
         if not block.dynamic_mask and any(-(-here // w) != -(-known // w) for w, here, known in sizes):
             return super()._attn(x)  # its mask is of another map
         out = functional.window_attention(
-            ops.linear(x, attn.qkv.weight), attn.qkv.bias, attn.relative_position_bias_table, attn.num_heads,
+            linear(x, attn.qkv.weight), attn.qkv.bias, attn.relative_position_bias_table, attn.num_heads,
             block.window_size, block.shift_size, attn.scale, pad_first=False,
         )  # fmt: skip
-        return ops.linear(out, attn.proj.weight, attn.proj.bias)
+        return linear(out, attn.proj.weight, attn.proj.bias)
 
 
 _KNOWN = "d74a720dec74c492"  # what the class above repeats; another version's is left alone

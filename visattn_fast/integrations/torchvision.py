@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from torchvision.models import swin_transformer
 from torchvision.ops import SqueezeExcitation
 
-from .. import functional, ops
+from .. import functional
+from ..functional.linear import linear
 from .pooled import pointwise
 from .recipe import Recipe, all_of, fingerprint, layers
 from .se_like import se_layers, se_like
@@ -39,10 +40,10 @@ class FastShiftedWindowAttention(swin_transformer.ShiftedWindowAttention):
         (window_h, window_w), (shift_h, shift_w) = module.window_size, module.shift_size
         shift = (0 if x.shape[1] <= window_h else shift_h, 0 if x.shape[2] <= window_w else shift_w)
         out = functional.window_attention(
-            ops.linear(x, module.qkv.weight), module.qkv.bias, module.relative_position_bias_table, module.num_heads,
+            linear(x, module.qkv.weight), module.qkv.bias, module.relative_position_bias_table, module.num_heads,
             (window_h, window_w), shift,
         )  # fmt: skip
-        return ops.linear(out, module.proj.weight, module.proj.bias)
+        return linear(out, module.proj.weight, module.proj.bias)
 
 
 _KNOWN_ATTENTION = "63c3dbd3bd5ee1a1"  # what the class above repeats; another version's is left alone

@@ -6,17 +6,18 @@ from torch import Tensor
 
 from .. import functional, ops, reference
 from ..backends import reference_asked
+from ..functional.linear import linear
 
 
 class FastWindowAttention2d(reference.WindowAttention2d):
     """`reference.WindowAttention2d`, fused: same constructor, same ``state_dict``, same result.
 
-    Its linear layers are products without a bias, or oneDNN's (`ops.linear`): hooks on them do not run. Weights, where
-    they are asked for, are plain PyTorch.
+    Its linear layers' products are PyTorch's, or oneDNN's (`functional.linear`); hooks on these layers do not run.
+    Weights, where they are asked for, are plain PyTorch.
     """
 
     def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        return ops.linear(x, weight, bias)
+        return linear(x, weight, bias)
 
     def _attend(self, qkv: Tensor) -> Tensor:
         return functional.window_attention(qkv, **self._arguments(qkv))
