@@ -275,8 +275,6 @@ def _backward_kernel(
         if OTHERS:
             dk = dot(tl.trans(ds.to(DOT)), q, tl.zeros([KEYS, BLOCK_D], acc_ty), DOT, PRECISION)
             if bias_ptr is not None:  # of the queries without it there is a copy on the chip already
-                d = tl.arange(0, BLOCK_D)  # read again: the mask, true as it is, keeps it out of registers till then
-                bias_q = tl.load(bias_ptr + d, mask=(d < D) & (window >= 0), other=0.0)
                 dk += tl.sum(ds, 0)[:, None] * bias_q[None, :]
             dk *= SCALE / LOG2E
             _store_gradient(to + C, None, dk, token, there, 3 * C, D, ALIGN, BLOCK_D)
@@ -379,7 +377,7 @@ def _prepare(qkv, bias, table, heads, window_h, window_w, shift_h, shift_w, scal
         "num_stages": 2 if padded else 1,  # loads ahead, where there are registers for them
     }
     ready = (table.to(accumulation_dtype(qkv)) * LOG2E.value).t().contiguous()
-    bias = None if bias is None else bias.to(accumulation_dtype(qkv)).contiguous()
+    bias = None if bias is None else bias.to(qkv.dtype).contiguous()  # wider it takes too many registers
     inner = (down - (shift_h > 0), across - (shift_w > 0))
     starts = [0]
     for rows, columns in (inner, (down - inner[0], inner[1]), (inner[0], across - inner[1])):
