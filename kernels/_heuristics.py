@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
+
 from ._layout import Layout
 
 INNER_BLOCK = 256  # elements along the dense axis: a warp reads 512 bytes of bfloat16 in 16-byte loads
@@ -24,6 +26,11 @@ def cdiv(a: int, b: int) -> int:
 
 def next_power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
+
+
+def amd() -> bool:
+    """Whether the kernels are for AMD's chips, whose warps are of 64 threads instead of 32."""
+    return torch.version.hip is not None
 
 
 class Tile(NamedTuple):

@@ -18,6 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
+from . import _heuristics
 from ._heuristics import cdiv, next_power_of_2
 from ._launch import device_guard, launch
 from ._layout import accumulation_dtype
@@ -92,20 +93,20 @@ def _tile(token, there, stride, D: tl.constexpr, ALIGN: tl.constexpr, BLOCK_D: t
 
 
 @triton.jit
-def _load(
-    ptr, bias_ptr, token, there, stride, D: tl.constexpr, ALIGN: tl.constexpr, BLOCK_D: tl.constexpr
-):  # fmt: skip
-    """Queries, keys or values [places, BLOCK_D], and a bias; no more than that where there is no token.
+def _load(ptr, token, there, stride, D: tl.constexpr, ALIGN: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Queries, keys or values [places, BLOCK_D]; zeros where there is no token.
 
     So it is past a window's last place, too: there they are weighed by zero.
     """
     offsets, mask = _tile(token, there, stride, D, ALIGN, BLOCK_D)
-    tile = tl.load(ptr + offsets, mask=mask, other=0.0)
-    if bias_ptr is not None:
-        d = tl.arange(0, BLOCK_D)
-        bias = tl.load(bias_ptr + d, mask=d < D, other=0.0)
-        tile = (tile + bias[None, :]).to(tile.dtype)
-    return tile
+    return tl.load(ptr + offsets, mask=mask, other=0.0)
+
+
+@triton.jit
+def _load_bias(bias_ptr, acc_ty: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Of queries, or of values: [BLOCK_D]."""
+    d = tl.arange(0, BLOCK_D)
+    return tl.load(bias_ptr + d, mask=d < D, other=0.0).to(acc_ty)
 
 
 @triton.jit
@@ -124,9 +125,11 @@ def _positions(table_ptr, i, j, seam_h, seam_w, WH: tl.constexpr, WW: tl.constex
 
 
 @triton.jit
-def _weights(q, k, bias, SCALE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr):
-    """The softmax of each query's logits."""
+def _weights(q, k, bias_q, bias, SCALE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr):
+    """The softmax of each query's logits; what its bias [BLOCK_D] adds to them depends on the key alone."""
     logits = dot(q, tl.trans(k), tl.zeros(bias.shape, bias.dtype), DOT, PRECISION) * SCALE + bias
+    if bias_q is not None:
+        logits += (tl.sum(k.to(bias.dtype) * bias_q[None, :], 1) * SCALE)[None, :]
     p = tl.exp2(logits - tl.max(logits, 1)[:, None])
     return p * (1 / tl.sum(p, 1))[:, None]
 
@@ -173,27 +176,28 @@ def _forward_kernel(
     C = heads * D
     table_ptr += head * (2 * WH - 1) * (2 * WW - 1)
     qkv_ptr += head * D
+    bias_q = None
     if bias_ptr is not None:
         bias_ptr += head * D
+        bias_q = _load_bias(bias_ptr, table_ptr.dtype.element_ty, D, BLOCK_D)
     j = tl.arange(0, KEYS)
     i = tl.arange(0, QUERIES)
     bias = _positions(table_ptr, i, j, seam_h, seam_w, WH, WW, SEAM)
     for window in range(first, last):
         n, h, w = _corner(window, rows, columns, row, column, H, W, WH, WW)
         token, there = _places(j, h, w, H, W, cycle_h, cycle_w, roll_h, roll_w, WH, WW, PAD_FIRST)
-        k = _load(qkv_ptr + n * 3 * C + C, None, token, there, 3 * C, D, ALIGN, BLOCK_D)
-        v = _load(qkv_ptr + n * 3 * C + 2 * C, None, token, there, 3 * C, D, ALIGN, BLOCK_D)
+        k = _load(qkv_ptr + n * 3 * C + C, token, there, 3 * C, D, ALIGN, BLOCK_D)
+        v = _load(qkv_ptr + n * 3 * C + 2 * C, token, there, 3 * C, D, ALIGN, BLOCK_D)
         for start in range(0, L, QUERIES):
             if QUERIES < L:
                 i = start + tl.arange(0, QUERIES)
                 bias = _positions(table_ptr, i, j, seam_h, seam_w, WH, WW, SEAM)
             token_q, there_q = _places(i, h, w, H, W, cycle_h, cycle_w, roll_h, roll_w, WH, WW, PAD_FIRST)
-            q = _load(qkv_ptr + n * 3 * C, bias_ptr, token_q, there_q, 3 * C, D, ALIGN, BLOCK_D)
-            p = _weights(q, k, bias, SCALE, DOT, PRECISION)
+            q = _load(qkv_ptr + n * 3 * C, token_q, there_q, 3 * C, D, ALIGN, BLOCK_D)
+            p = _weights(q, k, bias_q, bias, SCALE, DOT, PRECISION)
             out = dot(p, v, tl.zeros([QUERIES, BLOCK_D], bias.dtype), DOT, PRECISION)
             if bias_ptr is not None:
-                d = tl.arange(0, BLOCK_D)
-                out += tl.load(bias_ptr + 2 * C + d, mask=d < D, other=0.0)[None, :]
+                out += _load_bias(bias_ptr + 2 * C, bias.dtype, D, BLOCK_D)[None, :]
             offsets, mask = _tile(token_q, there_q, C, D, ALIGN, BLOCK_D)
             tl.store(out_ptr + n * C + head * D + offsets, out, mask=mask)
 
@@ -240,8 +244,9 @@ def _backward_kernel(
     qkv_ptr += head * D
     dqkv_ptr += head * D
     grad_ptr += head * D
+    bias_q = None
     if bias_ptr is not None:
-        bias_ptr += head * D
+        bias_q = _load_bias(bias_ptr + head * D, acc_ty, D, BLOCK_D)
     j = tl.arange(0, KEYS)
     own = tl.program_id(1) * QUERIES
     i = own + tl.arange(0, QUERIES)
@@ -250,21 +255,16 @@ def _backward_kernel(
     for window in range(first, last):
         n, h, w = _corner(window, rows, columns, row, column, H, W, WH, WW)
         token, there = _places(j, h, w, H, W, cycle_h, cycle_w, roll_h, roll_w, WH, WW, PAD_FIRST)
-        k = _load(qkv_ptr + n * 3 * C + C, None, token, there, 3 * C, D, ALIGN, BLOCK_D)
-        v = _load(qkv_ptr + n * 3 * C + 2 * C, None, token, there, 3 * C, D, ALIGN, BLOCK_D)
+        k = _load(qkv_ptr + n * 3 * C + C, token, there, 3 * C, D, ALIGN, BLOCK_D)
+        v = _load(qkv_ptr + n * 3 * C + 2 * C, token, there, 3 * C, D, ALIGN, BLOCK_D)
         token_q, there_q = token, there
         if OTHERS == 0:
             token_q, there_q = _places(i, h, w, H, W, cycle_h, cycle_w, roll_h, roll_w, WH, WW, PAD_FIRST)
-        q = _load(qkv_ptr + n * 3 * C, None, token_q, there_q, 3 * C, D, ALIGN, BLOCK_D)
-        biased = q
-        if bias_ptr is not None:
-            d = tl.arange(0, BLOCK_D)
-            bias_q = tl.load(bias_ptr + d, mask=d < D, other=0.0)
-            biased = (q + bias_q[None, :]).to(q.dtype)
-        g = _load(grad_ptr + n * C, None, token_q, there_q, C, D, ALIGN, BLOCK_D)
+        q = _load(qkv_ptr + n * 3 * C, token_q, there_q, 3 * C, D, ALIGN, BLOCK_D)
+        g = _load(grad_ptr + n * C, token_q, there_q, C, D, ALIGN, BLOCK_D)
         to = dqkv_ptr + n * 3 * C
         sums_ptr = _sums(dbias_ptr, window - first, steps, D)
-        p = _weights(biased, k, bias, SCALE, DOT, PRECISION)
+        p = _weights(q, k, bias_q, bias, SCALE, DOT, PRECISION)
         if OTHERS:  # before the logits' gradient: it and the weights are many registers
             dv = dot(tl.trans(p.to(DOT)), g, tl.zeros([KEYS, BLOCK_D], acc_ty), DOT, PRECISION)
             _store_gradient(to + 2 * C, sums_ptr + D, dv, token, there, 3 * C, D, ALIGN, BLOCK_D)
@@ -274,7 +274,7 @@ def _backward_kernel(
         _store_gradient(to, sums_ptr, dq, token_q, there_q, 3 * C, D, ALIGN, BLOCK_D)
         if OTHERS:
             dk = dot(tl.trans(ds.to(DOT)), q, tl.zeros([KEYS, BLOCK_D], acc_ty), DOT, PRECISION)
-            if bias_ptr is not None:  # of the queries without it there is a copy on the chip already
+            if bias_q is not None:
                 dk += tl.sum(ds, 0)[:, None] * bias_q[None, :]
             dk *= SCALE / LOG2E
             _store_gradient(to + C, None, dk, token, there, 3 * C, D, ALIGN, BLOCK_D)
@@ -302,26 +302,32 @@ def _keys_kernel(
     dqkv_ptr += head * D
     grad_ptr += head * D
     table_ptr += head * (2 * WH - 1) * (2 * WW - 1)
+    bias_q = None
     if bias_ptr is not None:
-        bias_ptr += head * D
+        bias_q = _load_bias(bias_ptr + head * D, acc_ty, D, BLOCK_D)
     j = tl.arange(0, KEYS)
     for window in range(first, last):
         n, h, w = _corner(window, rows, columns, row, column, H, W, WH, WW)
         token, there = _places(j, h, w, H, W, cycle_h, cycle_w, roll_h, roll_w, WH, WW, PAD_FIRST)
-        k = _load(qkv_ptr + n * 3 * C + C, None, token, there, 3 * C, D, ALIGN, BLOCK_D)
-        v = _load(qkv_ptr + n * 3 * C + 2 * C, None, token, there, 3 * C, D, ALIGN, BLOCK_D)
+        k = _load(qkv_ptr + n * 3 * C + C, token, there, 3 * C, D, ALIGN, BLOCK_D)
+        v = _load(qkv_ptr + n * 3 * C + 2 * C, token, there, 3 * C, D, ALIGN, BLOCK_D)
         dk = tl.zeros([KEYS, BLOCK_D], acc_ty)
         dv = tl.zeros([KEYS, BLOCK_D], acc_ty)
+        dlogits = tl.zeros([KEYS], acc_ty)
         for start in range(0, L, QUERIES):
             i = start + tl.arange(0, QUERIES)
             token_q, there_q = _places(i, h, w, H, W, cycle_h, cycle_w, roll_h, roll_w, WH, WW, PAD_FIRST)
-            q = _load(qkv_ptr + n * 3 * C, bias_ptr, token_q, there_q, 3 * C, D, ALIGN, BLOCK_D)
-            g = _load(grad_ptr + n * C, None, token_q, there_q, C, D, ALIGN, BLOCK_D)
+            q = _load(qkv_ptr + n * 3 * C, token_q, there_q, 3 * C, D, ALIGN, BLOCK_D)
+            g = _load(grad_ptr + n * C, token_q, there_q, C, D, ALIGN, BLOCK_D)
             bias = _positions(table_ptr, i, j, seam_h, seam_w, WH, WW, SEAM)
-            p = _weights(q, k, bias, SCALE, DOT, PRECISION)
+            p = _weights(q, k, bias_q, bias, SCALE, DOT, PRECISION)
             dv = dot(tl.trans(p.to(DOT)), g, dv, DOT, PRECISION)
             ds = _logit_gradients(p, v, g, DOT, PRECISION)
             dk = dot(tl.trans(ds.to(DOT)), q, dk, DOT, PRECISION)
+            dlogits += tl.sum(ds, 0)
+        if bias_ptr is not None:
+            bias_q = _load_bias(bias_ptr + head * D, acc_ty, D, BLOCK_D)
+            dk += dlogits[:, None] * bias_q[None, :]
         dk *= SCALE / LOG2E
         sums_ptr = _sums(dbias_ptr, window - first, steps, D)
         to = dqkv_ptr + n * 3 * C
@@ -429,11 +435,13 @@ def window_attention_bwd(
         together = x.tiles == 1 and qkv.itemsize <= 2  # what one kernel's registers hold
         dbias = torch.zeros((x.tiles * x.groups, x.heads, x.scalars[0], 2, D), dtype=acc, device=qkv.device)
         tensors = (grad, x.qkv, x.bias, x.table, dqkv)
+        # Twice the threads, where warps are of 32, and few queries at a time: all is to be in registers.
+        meta = x.meta | {"num_warps": x.meta["num_warps"] * (1 if _heuristics.amd() else 2)}
         launch(
-            _backward_kernel, programs, *tensors, dtable, dbias, *x.scalars, **x.meta, ROWS=16, OTHERS=int(together),
+            _backward_kernel, programs, *tensors, dtable, dbias, *x.scalars, **meta, ROWS=16, OTHERS=int(together),
             parts=x.tiles,
         )  # fmt: skip
         if not together:
-            launch(_keys_kernel, programs, *tensors, dbias, *x.scalars, **x.meta)
+            launch(_keys_kernel, programs, *tensors, dbias, *x.scalars, **meta | {"QUERIES": 16})
         q, v = dbias.sum((0, 2)).unbind(1) if bias is not None else dbias.new_zeros(2, x.heads, D)
         return dqkv, torch.stack([q, 0 * q, v]).flatten(), dtable.sum(0).t().contiguous()  # 0 * q: NaN stays

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from threading import Lock
 from typing import Any
+from unittest import mock
 
 import torch
 import triton
@@ -23,6 +24,7 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
 from visattn_fast import catalogue
+from visattn_fast.kernels import _heuristics
 
 from . import binary, ttir
 from .launches import Call, Launch, Shape
@@ -150,10 +152,22 @@ def alignment(t: torch.Tensor) -> int:
 
 def variants(calls: Iterable[Call], targets: Iterable[str]) -> list[Variant]:
     """The different variants that the launches of the calls need."""
-    uses: list[Use] = []
-    for call in calls:
-        call.run("meta", lambda launch, run, call=call: uses.append(Use(launch, f"{launch.op} of {call}", call.shape)))
-    return specialise(uses, targets)
+    calls, found = list(calls), []
+    for amd, chosen in itertools.groupby(sorted(targets, key=_amd), _amd):
+        uses: list[Use] = []
+        with mock.patch.object(_heuristics, "amd", lambda amd=amd: amd):
+            for call in calls:
+                call.run("meta", lambda launch, run, call=call: uses.append(_use(launch, call)))  # noqa: B023
+        found += specialise(uses, chosen)
+    return found
+
+
+def _amd(target: str) -> bool:
+    return TARGETS[target].backend == "hip"
+
+
+def _use(launch: Launch, call: Call) -> Use:
+    return Use(launch, f"{launch.op} of {call}", call.shape)
 
 
 def specialise(uses: Iterable[Use], targets: Iterable[str]) -> list[Variant]:
