@@ -1,7 +1,7 @@
 """Linear layers of tokens: oneDNN's products, where they are faster than the ones PyTorch takes.
 
-PyTorch multiplies float32 matrices by MKL. On an AMD EPYC oneDNN's products of tokens and a weight are 8 to 12 % faster
-where they are large; those of tokens and gradients, which make the weight's, are not.
+PyTorch multiplies float32 matrices by MKL, which takes longer than oneDNN on AMD's processors where a product of tokens
+and a weight is large. Products of tokens and gradients, which make the weight's, gain nothing.
 """
 
 from __future__ import annotations
