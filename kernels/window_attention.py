@@ -435,8 +435,9 @@ def window_attention_bwd(
         together = x.tiles == 1 and qkv.itemsize <= 2  # what one kernel's registers hold
         dbias = torch.zeros((x.tiles * x.groups, x.heads, x.scalars[0], 2, D), dtype=acc, device=qkv.device)
         tensors = (grad, x.qkv, x.bias, x.table, dqkv)
-        # Twice the threads, where warps are of 32, and few queries at a time: all is to be in registers.
-        meta = x.meta | {"num_warps": x.meta["num_warps"] * (1 if _heuristics.amd() else 2)}
+        # Twice the threads where whole windows and warps of 32 meet, few queries at a time: all is to be in registers.
+        more = x.tiles == 1 and not _heuristics.amd()
+        meta = x.meta | {"num_warps": x.meta["num_warps"] * (1 + more)}
         launch(
             _backward_kernel, programs, *tensors, dtable, dbias, *x.scalars, **meta, ROWS=16, OTHERS=int(together),
             parts=x.tiles,
