@@ -135,9 +135,9 @@ def _asked() -> str:
 
 
 def _wants_own_operations() -> bool:
-    """Whether the call is part of an export, to run without this package, or of a transform that no op has a rule for,
+    """Whether the call is part of an export, or of a transform of torch.func or in forward mode.
 
-    of torch.func or in forward mode.
+    Exported programs are to run without this package; the ops have no rules for such transforms.
     """
     return _exporting() or _transforming() or forward_ad._current_level >= 0 or _tracing() is not None
 

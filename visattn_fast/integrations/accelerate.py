@@ -61,14 +61,12 @@ def accelerate(
     found = Acceleration()
     recipes = known()
     originals = tuple(recipes)
-    fused = [name for name, module in model.named_modules() if is_fused(module)]
+    whole = [name for name, module in model.named_modules() if is_fused(module)]  # their parts do not run
     # Gates first: a block asks whether its gate was swapped.
     for patterns in (False, True) if blocks else (False,):
         for name, module in model.named_modules():
-            if not _chosen(name, only, except_) or any(
-                _inside(name, outer) for outer in (*fused, *(s.name for s in found.swapped))
-            ):
-                continue  # the parts of a fused module do not run
+            if not _chosen(name, only, except_) or any(_inside(name, outer) for outer in whole):
+                continue
             mine = recipes.get(type(module), [])
             if not mine and not patterns and isinstance(module, originals) and not is_fused(module):
                 found.skipped.append(
@@ -83,6 +81,7 @@ def accelerate(
             else:
                 found.swapped.append(Swapped(name, module, recipe))
                 swap(module, recipe)
+                whole.append(name)
     parameter = next((p for p in model.parameters() if p.is_floating_point()), None)
     if parameter is not None:
         found.backend = select(parameter.device.type, parameter.dtype, "auto")
