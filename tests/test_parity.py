@@ -77,6 +77,20 @@ def test_strides(entry, layout, view, device, backend):
 
 @entries
 @layouts
+def test_without_gradients(entry, layout, device, backend):
+    """What keeps nothing for a backward pass gives the same bits."""
+    fast, epilogue = entry.pair(8)[0].to(device), {}
+    x = feature_map((2, 8, 6, 5), layout, torch.float32, device)
+    if entry.epilogue:
+        epilogue = {"residual": feature_map((2, 8, 6, 5), layout, torch.float32, device, seed=2), "activation": "relu"}
+    with vf.use_backend(backend), poisoned():
+        kept = fast(x.requires_grad_(), **epilogue)
+        with torch.no_grad():
+            assert torch.equal(fast(x, **epilogue), kept)
+
+
+@entries
+@layouts
 def test_ties(entry, layout, device, backend):
     """After a ReLU equal maxima are the rule; the gradient goes to the first, as the reference sends it."""
     x = feature_map((2, 16, 6, 7), layout, torch.float32, device).relu_()

@@ -29,6 +29,7 @@ _preference = "auto"
 
 # Asked at every call. Looking them up takes as long as calling them.
 _exporting, _tracing = torch.compiler.is_exporting, torch._C._get_tracing_state
+_compiling = torch.compiler.is_compiling
 _transforming = torch._C._are_functorch_transforms_active
 
 
@@ -107,9 +108,10 @@ def fused(x: torch.Tensor, tiny: int = 0) -> bool:
     Raises:
         RuntimeError: the chosen backend cannot serve x.
     """
-    if tiny and compiled_freely() and _known_to_hold(x.shape[2] * x.shape[3] <= tiny):
+    asked = _asked()
+    if tiny and asked == "auto" and _compiling() and _known_to_hold(x.shape[2] * x.shape[3] <= tiny):
         return False
-    return select(x.device, x.dtype, _asked()) != "reference"
+    return select(x.device, x.dtype, asked) != "reference"
 
 
 def _known_to_hold(condition: bool) -> bool:
@@ -126,7 +128,7 @@ def reference_asked() -> bool:
 
 def compiled_freely() -> bool:
     """Whether `torch.compile` traces the call and no backend was chosen: what is fastest compiled may then serve."""
-    return torch.compiler.is_compiling() and _asked() == "auto"
+    return _compiling() and _asked() == "auto"
 
 
 def _asked() -> str:

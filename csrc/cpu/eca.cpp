@@ -13,26 +13,42 @@ struct Tap {
       : shift(j - k / 2), begin(std::max<int64_t>(0, -shift)), end(std::min(C, C - shift)) {}
 };
 
+// y; mean and gate [N, C] are written where they are to be kept.
+template <class T>
+Tensor forward(const Tensor& x, const Shape& s, const Tensor& weight, const std::optional<Tensor>& residual,
+               int64_t activation, Acc<T>* mean, Acc<T>* gate) {
+  using A = Acc<T>;
+  const Tensor w = weight_as(weight, kDtype<A>);
+  const int64_t k = w.numel();
+  const auto gate_of = [&](int64_t, const A* mu, A* out) {
+    std::fill_n(out, s.C, A(0));
+    for (int64_t j = 0; j < k; ++j) {
+      const Tap tap(j, k, s.C);
+      for (int64_t c = tap.begin; c < tap.end; ++c) out[c] += data<A>(w)[j] * mu[c + tap.shift];
+    }
+    sigmoid_in_place(out, s.C);
+  };
+  return channel_scale_fwd<T>(feature_map(x), s, residual, activation, mean, gate, gate_of);
+}
+
 std::tuple<Tensor, Tensor, Tensor> eca_fwd(Tensor x, Tensor weight, std::optional<Tensor> residual,
                                            int64_t activation) {
   return dispatch(x, [&](auto type) {
     using T = decltype(type);
     using A = Acc<T>;
     const Shape s = shape_of(x);
-    const Tensor w = weight_as(weight, kDtype<A>);
-    const int64_t k = w.numel();
     Tensor mean = empty({s.N, s.C}, kDtype<A>), gate = empty({s.N, s.C}, kDtype<A>);
-    const auto gate_of = [&](int64_t, const A* mu, A* out) {
-      std::fill_n(out, s.C, A(0));
-      for (int64_t j = 0; j < k; ++j) {
-        const Tap tap(j, k, s.C);
-        for (int64_t c = tap.begin; c < tap.end; ++c) out[c] += data<A>(w)[j] * mu[c + tap.shift];
-      }
-      sigmoid_in_place(out, s.C);
-    };
-    Tensor y =
-        channel_scale_fwd<T>(feature_map(x), s, residual, activation, data<A>(mean), data<A>(gate), gate_of);
+    Tensor y = forward<T>(x, s, weight, residual, activation, data<A>(mean), data<A>(gate));
     return std::make_tuple(y, mean, gate);
+  });
+}
+
+Tensor eca_infer(Tensor x, Tensor weight, std::optional<Tensor> residual, int64_t activation) {
+  return dispatch(x, [&](auto type) {
+    using T = decltype(type);
+    const Shape s = shape_of(x);
+    Buffer<Acc<T>> small(2 * s.N * s.C);
+    return forward<T>(x, s, weight, residual, activation, small.get(), small.get() + s.N * s.C);
   });
 }
 
@@ -73,5 +89,6 @@ std::tuple<Tensor, Tensor, Tensor> eca_bwd(Tensor grad, Tensor x, Tensor weight,
 
 STABLE_TORCH_LIBRARY_IMPL(visattn_fast, CPU, m) {
   m.impl("eca_fwd", TORCH_BOX(&visattn::eca_fwd));
+  m.impl("eca_infer", TORCH_BOX(&visattn::eca_infer));
   m.impl("eca_bwd", TORCH_BOX(&visattn::eca_bwd));
 }

@@ -83,8 +83,8 @@ class ChannelPool {
         nhwc_(nhwc),
         parts_(row_parts<T>(s, nhwc)),
         sum_(s.C, nhwc ? parts_.count : 1),
-        max_(s.C, kMax && nhwc ? parts_.count : 1),
-        at_(s.C, kMax && nhwc ? parts_.count : 1),
+        max_(kMax ? s.C : 0, nhwc ? parts_.count : 1),
+        at_(kMax ? s.C : 0, nhwc ? parts_.count : 1),
         count_(kEven ? s.C : 0, nhwc ? parts_.count : 1) {}
 
   void run(const Matrix<const T>& x, const Team& team, A* mean, A* max = nullptr, int32_t* at = nullptr) {

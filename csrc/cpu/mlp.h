@@ -10,7 +10,16 @@ namespace visattn {
 template <class A>
 void matvec(const A* w, int64_t rows, int64_t cols, const A* x, const A* bias, A* y) {
   simd([=]() VF_INLINE {
-    for (int64_t r = 0; r < rows; ++r) {
+    int64_t r = 0;
+    for (; cols < kLanes<A> && r + 4 <= rows; r += 4) {  // few hidden units: four short rows side by side
+      const A* row = w + r * cols;
+      A sum[4] = {};
+      for (int64_t c = 0; c < cols; ++c) {
+        for (int64_t i = 0; i < 4; ++i) sum[i] += row[i * cols + c] * x[c];
+      }
+      for (int64_t i = 0; i < 4; ++i) y[r + i] = bias ? sum[i] + bias[r + i] : sum[i];
+    }
+    for (; r < rows; ++r) {
       Vec<A> total = set1<A>(0);
       const A* row = w + r * cols;
       const int64_t whole = cols - cols % kLanes<A>;

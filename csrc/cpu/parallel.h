@@ -17,6 +17,7 @@ template <class A>
 class Buffer {
  public:
   explicit Buffer(int64_t count) {
+    if (count == 0) return;
     const size_t bytes = static_cast<size_t>(count + kPad) * sizeof(A);
     block_.reset(std::malloc(bytes + kLine));
     if (!block_) throw std::bad_alloc();
@@ -34,7 +35,7 @@ class Buffer {
     void operator()(void* p) const { std::free(p); }
   };
   std::unique_ptr<void, Free> block_;
-  A* data_;
+  A* data_ = nullptr;
 };
 
 // The threads that share one image. Results never depend on how many there are.

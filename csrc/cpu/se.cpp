@@ -27,6 +27,25 @@ void activated_grad(const A* hidden, int64_t count, int64_t activation, A* dh) {
   }
 }
 
+// y; mean [N, C], hidden [N, R] and gate [N, C] are written where they are to be kept.
+template <class T>
+Tensor forward(const Tensor& x, const Shape& s, const Mlp<Acc<T>>& mlp, const std::optional<Tensor>& b1,
+               const std::optional<Tensor>& b2, const std::optional<Tensor>& residual, int64_t activation,
+               int64_t hidden_activation, int64_t gate_activation, Acc<T>* mean, Acc<T>* hidden,
+               Acc<T>* gate) {
+  using A = Acc<T>;
+  const auto bias1 = bias_as<A>(b1), bias2 = bias_as<A>(b2);
+  const auto gate_of = [&](int64_t n, const A* mu, A* out) {
+    A* h = hidden + n * mlp.R;
+    Buffer<A> buffer(hidden_activation == kRelu ? 0 : mlp.R);
+    mlp.squeeze(mu, data_or_null<A>(bias1), h);
+    if (hidden_activation == kRelu) relu_in_place(h, mlp.R);
+    mlp.excite(activated(h, mlp.R, hidden_activation, buffer.get()), data_or_null<A>(bias2), out);
+    gate_activation == kSigmoid ? sigmoid_in_place(out, s.C) : hard_sigmoid_in_place(out, s.C);
+  };
+  return channel_scale_fwd<T>(feature_map(x), s, residual, activation, mean, gate, gate_of);
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> se_fwd(Tensor x, Tensor w1, std::optional<Tensor> b1, Tensor w2,
                                                   std::optional<Tensor> b2, std::optional<Tensor> residual,
                                                   int64_t activation, int64_t hidden_activation,
@@ -36,20 +55,26 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> se_fwd(Tensor x, Tensor w1, std::opti
     using A = Acc<T>;
     const Shape s = shape_of(x);
     const Mlp<A> mlp(w1, w2, s.C);
-    const auto bias1 = bias_as<A>(b1), bias2 = bias_as<A>(b2);
     Tensor mean = empty({s.N, s.C}, kDtype<A>), hidden = empty({s.N, mlp.R}, kDtype<A>),
            gate = empty({s.N, s.C}, kDtype<A>);
-    const auto gate_of = [&](int64_t n, const A* mu, A* out) {
-      A* h = data<A>(hidden) + n * mlp.R;
-      Buffer<A> buffer(mlp.R);
-      mlp.squeeze(mu, data_or_null<A>(bias1), h);
-      if (hidden_activation == kRelu) relu_in_place(h, mlp.R);
-      mlp.excite(activated(h, mlp.R, hidden_activation, buffer.get()), data_or_null<A>(bias2), out);
-      gate_activation == kSigmoid ? sigmoid_in_place(out, s.C) : hard_sigmoid_in_place(out, s.C);
-    };
-    Tensor y =
-        channel_scale_fwd<T>(feature_map(x), s, residual, activation, data<A>(mean), data<A>(gate), gate_of);
+    Tensor y = forward<T>(x, s, mlp, b1, b2, residual, activation, hidden_activation, gate_activation,
+                          data<A>(mean), data<A>(hidden), data<A>(gate));
     return std::make_tuple(y, mean, hidden, gate);
+  });
+}
+
+Tensor se_infer(Tensor x, Tensor w1, std::optional<Tensor> b1, Tensor w2, std::optional<Tensor> b2,
+                std::optional<Tensor> residual, int64_t activation, int64_t hidden_activation,
+                int64_t gate_activation) {
+  return dispatch(x, [&](auto type) {
+    using T = decltype(type);
+    using A = Acc<T>;
+    const Shape s = shape_of(x);
+    const Mlp<A> mlp(w1, w2, s.C);
+    Buffer<A> small(s.N * (2 * s.C + mlp.R));
+    A *mean = small.get(), *gate = mean + s.N * s.C, *hidden = gate + s.N * s.C;
+    return forward<T>(x, s, mlp, b1, b2, residual, activation, hidden_activation, gate_activation, mean, hidden,
+                      gate);
   });
 }
 
@@ -84,5 +109,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> se_bwd(
 
 STABLE_TORCH_LIBRARY_IMPL(visattn_fast, CPU, m) {
   m.impl("se_fwd", TORCH_BOX(&visattn::se_fwd));
+  m.impl("se_infer", TORCH_BOX(&visattn::se_infer));
   m.impl("se_bwd", TORCH_BOX(&visattn::se_bwd));
 }

@@ -23,9 +23,13 @@ def mixed(mathematics: Callable[..., Tensor], x: Tensor, *arguments: Any) -> Ten
 
 
 def run(function: type[torch.autograd.Function], *args: Any) -> tuple[Tensor, ...]:
-    """The results of a fused function. An autograd node is made only where a gradient can be asked for."""
+    """The results of a fused function. An autograd node is made only where a gradient can be asked for.
+
+    Where none can, of a function with an op for inference there is only the first.
+    """
     if not (torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)):
-        return function.forward(*args)
+        infer = getattr(function, "infer", None) if args[0].is_cpu else None
+        return function.forward(*args) if infer is None else (infer(*args),)
     if torch.compiler.is_compiling():
         # Dynamo refuses one tensor in two places, as x is where it is the residual, too.
         return function.apply(*(_again(a) if any(a is b for b in args[:i]) else a for i, a in enumerate(args)))
@@ -58,6 +62,7 @@ def fused_function(
     gradients: Gradients,
     mathematics: Callable[..., Tensor],
     saves_result: bool = False,
+    infer: Callable[..., Tensor] | None = None,
 ) -> type[torch.autograd.Function]:
     """Makes an autograd.Function of a forward op and a backward op.
 
@@ -72,6 +77,7 @@ def fused_function(
             vector for a map stands for ``grad`` itself.
         mathematics: ``(*tensors, *options) -> y`` in differentiable PyTorch.
         saves_result: y is small and needed as well: ``small`` starts with it.
+        infer: an op that returns y alone; see `run`.
     """
 
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -98,7 +104,8 @@ def fused_function(
         "setup_context": setup_context,
         "backward": backward,
     }
-    return type(name, (torch.autograd.Function,), {key: staticmethod(method) for key, method in methods.items()})
+    static = {key: staticmethod(method) for key, method in methods.items()}
+    return type(name, (torch.autograd.Function,), {**static, "infer": infer})
 
 
 def _differentiable(

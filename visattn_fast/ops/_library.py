@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ._autograd import without_autocast
+from ._layout import empty_map
 
 LIBRARY = torch.library.Library("visattn_fast", "DEF")
 
@@ -55,6 +56,18 @@ def define(schema: str, launcher: str | None, reference: Callable[..., Any], fak
     torch.library.register_fake(f"visattn_fast::{name}", fake, lib=LIBRARY)
     OPS[name] = Op(reference, launcher, schema)
     return getattr(torch.ops.visattn_fast, name).default
+
+
+def define_infer(name: str) -> Any:
+    """Declares ``<name>_infer``, the first result of ``<name>_fwd`` alone, and returns its overload.
+
+    For calls that keep nothing for a backward pass: on small maps every result is a good part of a call. A native
+    library may implement it; else it calls the forward op.
+    """
+    forward = getattr(torch.ops.visattn_fast, f"{name}_fwd").default
+    arguments = OPS[f"{name}_fwd"].schema.removeprefix(f"{name}_fwd").partition(" ->")[0]
+    schema = f"{name}_infer{arguments} -> Tensor y"
+    return define(schema, None, lambda *args: forward(*args)[0], lambda x, *rest: empty_map(x))
 
 
 def register_triton(dispatch_key: str) -> None:

@@ -9,7 +9,7 @@ from .. import reference
 from ._autograd import fused_function
 from ._epilogue import empty_residual_gradient, finish, residual_gradient, start_backward, with_epilogue
 from ._layout import accumulation_dtype, empty_map, empty_small, to_map
-from ._library import define
+from ._library import define, define_infer
 
 
 def _eca_fwd_reference(x, weight, residual, activation):
@@ -47,6 +47,7 @@ eca_fwd = define(
     _eca_fwd_reference,
     _eca_fwd_fake,
 )
+eca_infer = define_infer("eca")
 eca_bwd = define(
     "eca_bwd(Tensor grad, Tensor x, Tensor weight, Tensor? residual, Tensor mean, Tensor gate, int activation)"
     " -> (Tensor dx, Tensor dresidual, Tensor dweight)",
@@ -61,4 +62,4 @@ def _gradients(grad, tensors, small, options):
     return dx, dweight, dresidual
 
 
-ECAFunction = fused_function("ECAFunction", eca_fwd, _gradients, with_epilogue(reference.eca))
+ECAFunction = fused_function("ECAFunction", eca_fwd, _gradients, with_epilogue(reference.eca), infer=eca_infer)

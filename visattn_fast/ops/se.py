@@ -17,7 +17,7 @@ from ._epilogue import (
     with_epilogue,
 )
 from ._layout import accumulation_dtype, empty_map, empty_small, to_map
-from ._library import define
+from ._library import define, define_infer
 
 _RELU = ACTIVATIONS.index("relu")  # of which ``hidden`` is the result; of another activation it is the argument
 
@@ -67,6 +67,7 @@ se_fwd = define(
     _se_fwd_reference,
     _se_fwd_fake,
 )
+se_infer = define_infer("se")
 se_bwd = define(
     "se_bwd(Tensor grad, Tensor x, Tensor w1, Tensor w2, Tensor? residual, Tensor mean, Tensor hidden, Tensor gate,"
     " int activation, int hidden_activation, int gate_activation)"
@@ -88,4 +89,4 @@ def se_mathematics(x, w1, b1, w2, b2, hidden_activation, gate_activation):
     return reference.se(x, w1, b1, w2, b2, str(ACTIVATIONS[hidden_activation]), GATES[gate_activation])
 
 
-SEFunction = fused_function("SEFunction", se_fwd, _gradients, with_epilogue(se_mathematics, options=2))
+SEFunction = fused_function("SEFunction", se_fwd, _gradients, with_epilogue(se_mathematics, options=2), infer=se_infer)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 # The index is the code that the ops take.
@@ -51,23 +52,28 @@ def check_floating(name: str, tensor: Tensor) -> None:
 def check_feature_map(x: Tensor, channels: int | None = None) -> None:
     """Raises unless x is floating, ``[N, C, H, W]`` with C, H, W >= 1, and has ``channels`` channels where given."""
     check_floating("x", x)
-    if x.dim() != 4:
-        raise ValueError(f"x must have shape [N, C, H, W], got {x.dim()} dimensions: {tuple(x.shape)}")
-    _, c, h, w = x.shape
+    shape = x.shape
+    if len(shape) != 4:
+        raise ValueError(f"x must have shape [N, C, H, W], got {len(shape)} dimensions: {tuple(shape)}")
+    _, c, h, w = shape
     if c == 0 or h == 0 or w == 0:
-        raise ValueError(f"x must have at least one channel and one pixel, got shape {tuple(x.shape)}")
+        raise ValueError(f"x must have at least one channel and one pixel, got shape {tuple(shape)}")
     if channels is not None and c != channels:
-        raise ValueError(f"x must have {channels} channels, as the weights have, got shape {tuple(x.shape)}")
+        raise ValueError(f"x must have {channels} channels, as the weights have, got shape {tuple(shape)}")
 
 
 def check_weight(name: str, weight: Tensor, shape: tuple[int, ...], x: Tensor) -> None:
     """Raises unless ``weight`` is floating, on x's device, and has ``shape`` up to trailing dimensions of size 1."""
     check_floating(name, weight)
-    found = weight.shape
+    _check_fit(name, weight, weight.shape, shape, x.device)
+
+
+def _check_fit(name: str, weight: Tensor, found: torch.Size, shape: tuple[int, ...], device: torch.device) -> None:
+    """The part of `check_weight` on shape and device; both cost time to ask for, and small maps have little of it."""
     if found != shape and found != shape + (1,) * (len(found) - len(shape)):
         raise ValueError(f"{name} must have shape {list(shape)}, got {list(found)}")
-    if weight.device != x.device:
-        raise ValueError(f"{name} must be on the device of x, {x.device}, got {weight.device}")
+    if weight.device != device:
+        raise ValueError(f"{name} must be on the device of x, {device}, got {weight.device}")
 
 
 def check_bottleneck(
@@ -85,8 +91,10 @@ def check_bottleneck(
         raise ValueError(f"{names[0]} must have shape [R, C] with R >= 1, got {list(shape)}")
     hidden, channels = shape[0], shape[1]
     check_feature_map(x, channels)
-    check_weight(names[0], w1, (hidden, channels), x)
-    check_weight(names[2], w2, (channels, hidden), x)
+    device = x.device
+    _check_fit(names[0], w1, shape, (hidden, channels), device)
+    check_floating(names[2], w2)
+    _check_fit(names[2], w2, w2.shape, (channels, hidden), device)
     if b1 is not None:
         check_weight(names[1], b1, (hidden,), x)
     if b2 is not None:
