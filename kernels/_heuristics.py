@@ -22,7 +22,6 @@ PLANE_TILE = 16384  # elements of a tile of whole planes, kept in registers betw
 # has run it: streaming serves until one has shown this to be faster. Read at each call, so that tools and tests set it.
 RESIDENT = False
 RESIDENT_TILE = 16384  # elements that a program keeps: 64 a thread, so that two programs share a multiprocessor
-RESIDENT_WARPS = 8
 
 
 # triton.cdiv and triton.next_power_of_2 are made to be called from kernels, too, and cost microseconds here.
@@ -126,9 +125,11 @@ def resident(layout: Layout, itemsize: int, multiprocessors: int) -> Team | None
     They wait for each other, so all of a team must run at once: a multiprocessor takes one of them at least. A tile is
     long along the pixels, which makes sums that the team exchanges few, but 64 channels inside are read as 128 bytes.
     """
-    elements = RESIDENT_TILE // (1 if layout.align >= 8 else 2) * 4 // max(itemsize, 4)
+    wide = layout.align >= 8  # else a thread keeps fewer elements: it needs an address for each
+    elements = RESIDENT_TILE // (1 if wide else 2) * 4 // max(itemsize, 4)
     t = tile(layout, elements, 64 if layout.channels_last else 512)
-    team = Team(t._replace(num_warps=RESIDENT_WARPS), cdiv(layout.C, t.BLOCK_C), cdiv(layout.HW, t.BLOCK_P))
+    t = t._replace(BLOCK_C=min(t.BLOCK_C, 128), num_warps=8 if wide else 16)
+    team = Team(t, cdiv(layout.C, t.BLOCK_C), cdiv(layout.HW, t.BLOCK_P))
     return team if team.size <= multiprocessors else None
 
 

@@ -88,7 +88,8 @@ class Call:
 
     def __str__(self) -> str:
         size, dtype = "x".join(map(str, self.shape)), str(self.dtype).removeprefix("torch.")
-        return f"{self.entry.name}-{size}-{self.layout}-{dtype}-{self.epilogue}{'-sliced' * self.sliced}{'-resident' * self.resident}"
+        kind = "-sliced" * self.sliced + "-resident" * self.resident
+        return f"{self.entry.name}-{size}-{self.layout}-{dtype}-{self.epilogue}{kind}"
 
     def passes(self) -> dict[str, int]:
         """What its two directions are declared to move, in multiples of x; the epilogue reads residual, writes g'."""

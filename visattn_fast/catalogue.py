@@ -152,7 +152,9 @@ def _shuffle_groups(channels: int) -> int:
 ENTRIES = {
     entry.name: entry
     for entry in (
-        Entry("se", modules.FastSE, reference.SE, lambda c: {"channels": c, "reduction": min(16, c)}, 3, 4, resident=True),
+        Entry(
+            "se", modules.FastSE, reference.SE, lambda c: {"channels": c, "reduction": min(16, c)}, 3, 4, resident=True
+        ),
         Entry("eca", modules.FastECA, reference.ECA, lambda c: {"channels": c}, 3, 4, resident=True),
         Entry("scse", modules.FastscSE, reference.scSE, lambda c: {"channels": c, "reduction": min(16, c)}, 3, 4),
         Entry(
