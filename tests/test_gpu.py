@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch import nn
@@ -9,6 +11,9 @@ from torch import nn
 import visattn_fast as vf
 from cases import feature_map, oracle, run, within_budget
 from visattn_fast import catalogue
+
+pytest.importorskip("triton")
+teams = pytest.importorskip("tools.teams", reason="not beside the repository's tools")
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA or ROCm device")
 entries = pytest.mark.parametrize("entry", catalogue.ENTRIES.values(), ids=lambda e: e.name)
@@ -130,3 +135,32 @@ def test_large(entry, layout, shape):
     fast, plain = (m.cuda() for m in entry.pair(shape[1], torch.bfloat16))
     x = feature_map(shape, layout, torch.bfloat16, "cuda")
     within_budget(run(fast, x), run(plain, x), *oracle(plain, x))
+
+
+WITH_KERNELS = [e for e in catalogue.ENTRIES.values() if e.forward_passes]
+ALL_KERNELS = [(e, resident) for e in WITH_KERNELS for resident in (False, True)[: 1 + e.resident]]
+
+
+@pytest.mark.parametrize(("entry", "resident"), ALL_KERNELS, ids=lambda p: getattr(p, "name", "resident" * bool(p)))
+@layouts
+def test_more_than_2_to_31_elements(entry, resident, layout):
+    """The last image, behind the 2^31st element, comes out as it does alone, and so does its gradient.
+
+    In eval mode: else batch norms let images see each other.
+    """
+    shape = (2731, 256, 56, 56)
+    needed = (20 if entry.layers else 10) * 2 * torch.Size(shape).numel()
+    if torch.cuda.mem_get_info()[0] < needed:
+        pytest.skip(f"needs {needed >> 30} GiB of GPU memory")
+    x = torch.empty(shape, dtype=torch.bfloat16, device="cuda", memory_format=catalogue.LAYOUTS[layout]).normal_()
+    module = entry.pair(shape[1], torch.bfloat16)[0].cuda().eval()
+    results = []
+    for part in (x, x[-1:]):
+        part = part.detach().requires_grad_()
+        with teams.resident() if resident else nullcontext():
+            y = module(part)
+            (dx,) = torch.autograd.grad(y, part, torch.ones_like(y))
+        results.append((y[-1].detach().clone(), dx[-1].clone()))
+        del y, dx
+    for got, alone in zip(*results, strict=True):
+        torch.testing.assert_close(got, alone)

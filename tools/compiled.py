@@ -233,8 +233,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--shapes", nargs="+", type=lambda s: tuple(map(int, s.split("x"))), default=SHAPES)
+    parser.add_argument("--kernels", default="", help="those alone whose name holds this")
     options = parser.parse_args()
-    done = compile_all(variants([*calls(options.shapes), *calls(options.shapes, resident=True)], options.targets))
+    found = variants([*calls(options.shapes), *calls(options.shapes, resident=True)], options.targets)
+    done = compile_all(v for v in found if options.kernels in v.kernel)
     done.sort(key=lambda c: (c.variant.kernel, c.variant.label, c.variant.dtype, c.variant.target))
     faults, rows = [], []
     for c in done:
