@@ -18,18 +18,21 @@ teams = pytest.importorskip("tools.teams", reason="not beside the repository's t
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA or ROCm device")
 entries = pytest.mark.parametrize("entry", catalogue.ENTRIES.values(), ids=lambda e: e.name)
 layouts = pytest.mark.parametrize("layout", catalogue.LAYOUTS)
+WITH_KERNELS = [e for e in catalogue.ENTRIES.values() if e.forward_passes]
 SHAPE = (8, 64, 56, 56)
 
 
 @pytest.fixture(autouse=True)
-def _triton():
+def _triton(monkeypatch):
+    """Convolutions inside a module are PyTorch's: those that give the same bits each time."""
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     with vf.use_backend("triton"):
         yield
 
 
-def make(entry: catalogue.Entry, layout: str, dtype: torch.dtype = torch.float16):
+def make(entry: catalogue.Entry, layout: str, dtype: torch.dtype = torch.float16, shape: tuple[int, ...] = SHAPE):
     """A fused module on the device, and an input."""
-    return entry.pair(SHAPE[1], dtype)[0].cuda(), feature_map(SHAPE, layout, dtype, "cuda")
+    return entry.pair(shape[1], dtype)[0].cuda(), feature_map(shape, layout, dtype, "cuda")
 
 
 @entries
@@ -109,11 +112,11 @@ def test_scaled_training_step(entry, dtype):
     torch.testing.assert_close(*runs, rtol=2e-2, atol=2e-3)
 
 
-@entries
+@pytest.mark.parametrize("entry", [e for e in WITH_KERNELS if not e.layers], ids=lambda e: e.name)
 @layouts
 def test_peak_memory(entry, layout):
     """Forward keeps its result and small maps; backward adds dx and small tensors."""
-    fast, x = make(entry, layout)
+    fast, x = make(entry, layout, shape=(8, 64, 112, 112))
     x.requires_grad_()
     fast(x).sum().backward()  # compiles
     x.grad = None
@@ -132,12 +135,13 @@ def test_peak_memory(entry, layout):
 @pytest.mark.parametrize("shape", [(64, 256, 56, 56), (32, 2048, 7, 7), (2, 96, 113, 111)])
 def test_large(entry, layout, shape):
     """Sizes that the interpreter cannot reach."""
+    if not entry.takes(shape):
+        pytest.skip(f"no {entry.name} for {shape}")
     fast, plain = (m.cuda() for m in entry.pair(shape[1], torch.bfloat16))
     x = feature_map(shape, layout, torch.bfloat16, "cuda")
     within_budget(run(fast, x), run(plain, x), *oracle(plain, x))
 
 
-WITH_KERNELS = [e for e in catalogue.ENTRIES.values() if e.forward_passes]
 ALL_KERNELS = [(e, resident) for e in WITH_KERNELS for resident in (False, True)[: 1 + e.resident]]
 
 
