@@ -21,7 +21,7 @@ PLANE_TILE = 16384  # elements of a tile of whole planes, kept in registers betw
 # Whether SE and ECA keep an image in the registers of the programs that share it, where `resident` finds a way. No GPU
 # has run it: streaming serves until one has shown this to be faster. Read at each call, so that tools and tests set it.
 RESIDENT = False
-RESIDENT_TILE = 16384  # elements that a program keeps: 64 a thread, so that two programs share a multiprocessor
+RESIDENT_TILE = 16384  # elements that a program keeps: 64 a thread, which leaves registers for a second program
 
 
 # triton.cdiv and triton.next_power_of_2 are made to be called from kernels, too, and cost microseconds here.

@@ -55,7 +55,8 @@ def eca_fwd(
     """y = act(x * gate + residual), gate = sigmoid(conv1d(mean)) along C with zero padding, mean over H and W.
 
     x, residual [N, C, H, W]; weight k elements, k odd. Returns y, mean [N, C], gate [N, C].
-    Moves 3 times the bytes of x: read to pool, read to scale, write y; one more for a residual.
+    Moves 3 times the bytes of x: read to pool, read to scale, write y; one more for a residual. With
+    `_heuristics.RESIDENT` twice, where the image stays on the chip.
     """
     with device_guard(x):
         x, layout = canonical(x)

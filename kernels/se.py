@@ -24,7 +24,7 @@ def se_fwd(
 
     relu may be SiLU, and the sigmoid a hard one. x, residual [N, C, H, W]; w1 [R, C], w2 [C, R] (or 1x1 filters), any
     dtype. Returns y, mean [N, C], hidden [N, R], gate [N, C]. Moves 3 times the bytes of x: read to pool, read to
-    scale, write y; one more for a residual.
+    scale, write y; one more for a residual. With `_heuristics.RESIDENT` twice, where the image stays on the chip.
     """
     with device_guard(x):
         x, layout = canonical(x)

@@ -47,6 +47,8 @@ def test_gpu_claims_come_from_results():
     assert ("Not yet run on a GPU" in text) == (not results)
     if not results:
         assert backends("cuda")["triton"].opt_in
+        for page in ("README.md", "docs/cuda.md"):
+            assert re.search(r"not\s+(yet )?run on a GPU", (ledger.ROOT / page).read_text(encoding="utf-8")), page
 
 
 def test_a_result_is_shown(tmp_path, monkeypatch):

@@ -7,7 +7,9 @@ counted in test_traffic.py.
 from __future__ import annotations
 
 import importlib
+import re
 from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 import torch
@@ -74,6 +76,18 @@ def test_no_larger_than_the_device(layout):
         assert sizes[0] is None
     assert team_of((64, 256, 56, 56), layout)
     assert not team_of((1, 2048, 150, 150), layout)
+
+
+def test_documented_teams():
+    """The table of sizes in docs/cuda.md."""
+    page = (Path(__file__).parents[1] / "docs" / "cuda.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\d+x\d+x\d+) \| (\d+) \| (\d+) \|$", page, re.MULTILINE)
+    assert len(rows) == 7
+    for image, *sizes in rows:
+        shape = (8, *map(int, image.split("x")))
+        assert [team_of(shape, layout, multiprocessors=1000).size for layout in catalogue.LAYOUTS] == list(
+            map(int, sizes)
+        )
 
 
 def test_not_chosen_by_itself():
