@@ -64,6 +64,12 @@ def test_what_matters_comes_first():
     assert {entry.name for entry in catalogue.ENTRIES.values() if entry.resident} <= set(gpu_check.FIRST)
 
 
+def test_what_is_streamed_is_not_called_resident():
+    kept = [gpu_check.Case("se", shape, "bfloat16") for shape in gpu_check.SHAPES]
+    streamed = gpu_check.Case("se", (1, 2048, 150, 150), "bfloat16")
+    assert [gpu_check._kept_on_chip(case, torch.device("cpu")) for case in [*kept, streamed]] == [True] * 3 + [False]
+
+
 def test_cut_short_leaves_what_was_found(tmp_path, monkeypatch):
     """Whatever ends the run, be it in the middle of a case."""
     measure, calls = gpu_check.measure, []

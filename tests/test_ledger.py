@@ -38,6 +38,7 @@ def test_no_evidence_without_kernels():
     assert "| se | 3 | 0 | 0 |" in shown
     assert "| criss_cross |" not in shown
     assert "served by PyTorch: criss_cross." in shown
+    assert "of se and eca that keep an image on the chip" in ledger.resident_line(Counter(passed=3))
 
 
 def test_gpu_claims_come_from_results():

@@ -133,16 +133,28 @@ def figure(mean: float | None) -> str:
 
 
 def parity_section() -> str:
-    """The parity tests under the interpreter, counted by module."""
-    with tempfile.TemporaryDirectory() as folder:
-        report = Path(folder) / "parity.xml"
-        run("-m", "pytest", "tests/test_parity.py", "-q", f"--junitxml={report}", TRITON_INTERPRET="1")
-        cases = list(ElementTree.parse(report).iter("testcase"))
+    """The parity tests under the interpreter, counted by module; and those of the resident kernels."""
     counts = {name: Counter[str]() for name in catalogue.ENTRIES}
-    for case in cases:
+    for case in interpreted("tests/test_parity.py"):
         module = next(name for name in sorted(counts, key=len, reverse=True) if name in case.attrib["name"])
         counts[module][outcome(case)] += 1
-    return parity_table(counts)
+    resident = Counter(outcome(case) for case in interpreted("tests/test_resident.py"))
+    return parity_table(counts) + resident_line(resident)
+
+
+def interpreted(tests: str) -> list[ElementTree.Element]:
+    """The test cases of a file, run under the interpreter."""
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "cases.xml"
+        run("-m", "pytest", tests, "-q", f"--junitxml={report}", TRITON_INTERPRET="1")
+        return list(ElementTree.parse(report).iter("testcase"))
+
+
+def resident_line(counts: Counter[str]) -> str:
+    names = " and ".join(entry.name for entry in catalogue.ENTRIES.values() if entry.resident)
+    text = f"\nThe kernels of {names} that keep an image on the chip, their programs in turns drawn by chance: "
+    text += f"{counts['passed']} passed, {counts['failed']} failed: "
+    return text + "`TRITON_INTERPRET=1 pytest tests/test_resident.py`; the rest needs a GPU, or compiles.\n"
 
 
 def parity_table(counts: dict[str, Counter[str]]) -> str:
