@@ -61,6 +61,7 @@ TESTS = {
     "over 2^31 elements": (0.15, ("tests/test_gpu.py", "-k", "more_than_2_to")),
 }
 PROCESSES = 8  # that share a card's memory
+MOST_NAMED = 50  # failures of a group
 SMALL_RUN = """
 import contextlib, sys, torch, visattn_fast as vf
 from tools import teams
@@ -148,6 +149,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rehearse", action="store_true", help="walk the steps on the CPU, on a handful of elements")
     args = parser.parse_args(arguments)
     steps = tuple(args.steps.split(","))
+    if unknown := set(steps) - set(STEPS):
+        parser.error(f"unknown steps {', '.join(sorted(unknown))}; there are {', '.join(STEPS)}")
     if args.rehearse:
         plan = rehearsal(steps, args.seconds)
         return run(plan, args.out or Path(tempfile.mkdtemp(prefix="gpu_check_")))
@@ -206,7 +209,7 @@ def run_tests(record: Record, plan: Plan, limit: float) -> None:
         print(*lines[-25:], sep="\n", flush=True)
         ended = next((line.strip("= ") for line in reversed(lines) if re.search(r" in [\d.]+ ?s\b", line)), "")
         summary = (ended or f"no summary, exit status {status}") + (" (cut short)" if status is None else "")
-        failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
+        failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))][:MOST_NAMED]
         found["groups"][name] = {"status": status, "summary": summary, "failed": failed}
         found["failed"] += failed
         found["summary"] = "; ".join(f"{group}: {result['summary']}" for group, result in found["groups"].items())
