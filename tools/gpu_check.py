@@ -60,6 +60,7 @@ TESTS = {
     "native CUDA": (0.2, ("tests/test_cuda_kernels.py",)),
     "over 2^31 elements": (0.15, ("tests/test_gpu.py", "-k", "more_than_2_to")),
 }
+PYTEST = ("-m", "pytest", "-q", "--tb=short", "-W", "default", "-p", "no:cacheprovider")
 PROCESSES = 8  # that share a card's memory
 MOST_NAMED = 50  # failures of a group
 SMALL_RUN = """
@@ -185,26 +186,16 @@ def run(plan: Plan, folder: Path) -> int:
 
 
 def run_tests(record: Record, plan: Plan, limit: float) -> None:
-    """The groups of `TESTS`, each in processes of its own until its share of the time is over."""
-    found = record.found["tests"]
+    """The groups of `TESTS`, each in processes of its own until its share of the time, and what is left, is over."""
+    found, end = record.found["tests"], time.perf_counter()
     for name, (share, chosen) in TESTS.items():
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "--tb=short",
-            "-W",
-            "default",
-            "-p",
-            "no:cacheprovider",
-            *chosen,
-        ]
+        end += share * limit
+        command = [sys.executable, *PYTEST, *chosen]
         if plan.rehearsal:
             command.append("--collect-only")
         elif importlib.util.find_spec("xdist") and "2^31" not in name:
             command += ["-n", str(min(PROCESSES, os.cpu_count() or 1))]
-        status, text = bounded(command, share * limit)
+        status, text = bounded(command, end - time.perf_counter())
         lines = text.strip().splitlines()
         print(*lines[-25:], sep="\n", flush=True)
         ended = next((line.strip("= ") for line in reversed(lines) if re.search(r" in [\d.]+ ?s\b", line)), "")
