@@ -8,7 +8,7 @@ CUDA_SOURCES := $(wildcard csrc/cuda/*.* csrc/cuda/emulation/*.*)
 # Test processes. Threads of two of them share the cores, and wait asleep; the interpreter needs one thread each.
 PROCESSES ?= 2
 INTERPRETED := $(addprefix tests/test_,parity.py autograd.py gates.py flash_attention.py window_attention.py \
-	kernels_interpreter.py traffic.py planted_faults.py)
+	kernels_interpreter.py resident.py traffic.py planted_faults.py)
 
 .PHONY: report test bench kernels evidence lint format ext-cuda gpu-check build clean
 
@@ -48,9 +48,9 @@ format: $(VENV)/installed
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(SOURCES) $(CUDA_SOURCES)
 
-# Where the GPU is: with that machine's own torch, and nothing to download.
+# Where the GPU is: with that machine's own torch, and nothing to download or to compile. `make ext-cuda` comes first.
 gpu-check:
-	$(PYTHON) -m pip install --quiet --no-build-isolation --no-deps --editable .
+	VISATTN_BUILD_EXT=0 $(PYTHON) -m pip install --quiet --no-build-isolation --no-deps --editable .
 	$(PYTHON) -m tools.gpu_check
 
 build: $(VENV)/installed

@@ -18,6 +18,11 @@ TILE = 2048  # elements of a tile that accumulates
 SCALE_TILE = 4096  # elements of a tile that is read and written once
 PLANE_TILE = 16384  # elements of a tile of whole planes, kept in registers between two uses
 
+# Whether SE and ECA keep an image in the registers of the programs that share it, where `resident` finds a way. No GPU
+# has run it: streaming serves until one has shown this to be faster. Read at each call, so that tools and tests set it.
+RESIDENT = False
+RESIDENT_TILE = 16384  # elements that a program keeps: 64 a thread, which leaves registers for a second program
+
 
 # triton.cdiv and triton.next_power_of_2 are made to be called from kernels, too, and cost microseconds here.
 def cdiv(a: int, b: int) -> int:
@@ -48,10 +53,10 @@ def _per_warp(layout: Layout) -> int:
     return 512 if layout.align >= 8 else 256
 
 
-def tile(layout: Layout, elements: int = TILE) -> Tile:
+def tile(layout: Layout, elements: int = TILE, inner_block: int = INNER_BLOCK) -> Tile:
     """Long along the dense axis."""
     inner, outer = (layout.C, layout.HW) if layout.channels_last else (layout.HW, layout.C)
-    block_outer = min(next_power_of_2(outer), elements // INNER_BLOCK)
+    block_outer = min(next_power_of_2(outer), elements // inner_block)
     block_inner = min(next_power_of_2(inner), elements // block_outer)
     block_outer = min(next_power_of_2(outer), elements // block_inner)
     num_warps = max(block_inner * block_outer // _per_warp(layout), 1)
@@ -100,6 +105,32 @@ def reduction(layout: Layout, over_c: bool, elements: int = TILE) -> Reduction:
     blocks_c, blocks_p = cdiv(layout.C, t.BLOCK_C), cdiv(layout.HW, t.BLOCK_P)
     kept, reduced = (blocks_p, blocks_c) if over_c else (blocks_c, blocks_p)
     return Reduction(t, kept, *splits(layout.N * kept, reduced))
+
+
+class Team(NamedTuple):
+    """The programs that share an image: `blocks_c` times `blocks_p` tiles, of which each keeps one."""
+
+    tile: Tile
+    blocks_c: int
+    blocks_p: int
+
+    @property
+    def size(self) -> int:
+        return self.blocks_c * self.blocks_p
+
+
+def resident(layout: Layout, itemsize: int, multiprocessors: int) -> Team | None:
+    """How programs keep an image on the chip between pooling and scaling; None where it is too large for that.
+
+    They wait for each other, so all of a team must run at once: a multiprocessor takes one of them at least. A tile is
+    long along the pixels, which makes sums that the team exchanges few, but 64 channels inside are read as 128 bytes.
+    """
+    wide = layout.align >= 8  # else a thread keeps fewer elements: it needs an address for each
+    elements = RESIDENT_TILE // (1 if wide else 2) * 4 // max(itemsize, 4)
+    t = tile(layout, elements, 64 if layout.channels_last else 512)
+    t = t._replace(BLOCK_C=min(t.BLOCK_C, 128), num_warps=8 if wide else 16)
+    team = Team(t, cdiv(layout.C, t.BLOCK_C), cdiv(layout.HW, t.BLOCK_P))
+    return team if team.size <= multiprocessors else None
 
 
 def vector_block(length: int, limit: int = 256) -> int:

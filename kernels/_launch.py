@@ -24,3 +24,8 @@ def device_guard(x: torch.Tensor) -> AbstractContextManager[object]:
     if x.is_xpu:
         return torch.xpu.device_of(x)
     return nullcontext()
+
+
+def multiprocessors(device: torch.device) -> int:
+    """How many the device has, each of which runs a program; of a device that is not there, as many as an A100."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 108

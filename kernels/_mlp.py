@@ -119,19 +119,27 @@ def mlp_gate_bwd(
     hidden_activation: int = RELU.value,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """From dz [N, C], the gradient before the sigmoid: (dpooled like pooled, dw1, db1, dw2, db2)."""
-    (N, C), R = dz.shape, w1.shape[0]
-    branches = pooled.shape[1] if pooled.dim() == 3 else 1
     dhidden = _linear(
         dz, w2, None, torch.empty_like(hidden), NONE.value,
-        transposed=True, y_rows=branches, hidden=hidden, hidden_activation=hidden_activation,
+        transposed=True, y_rows=pooled.shape[1] if pooled.dim() == 3 else 1,
+        hidden=hidden, hidden_activation=hidden_activation,
     )  # fmt: skip
     dpooled = _linear(dhidden, w1, None, torch.empty_like(pooled), NONE.value, transposed=True)
+    return dpooled, *weight_grads(dz, dhidden, w1, w2, pooled, hidden, hidden_activation)
+
+
+def weight_grads(
+    dz: torch.Tensor, dhidden: torch.Tensor, w1: torch.Tensor, w2: torch.Tensor, pooled: torch.Tensor,
+    hidden: torch.Tensor, hidden_activation: int = RELU.value,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """(dw1, db1, dw2, db2) from the gradients before both activations, dz [N, C] and dhidden like hidden."""
+    (N, C), R = dz.shape, w1.shape[0]
     new = dz.new_empty if N else dz.new_zeros
     dw1, db1, dw2, db2 = new(w1.shape), new(R), new(w2.shape), new(C)
     block_c, block_r = vector_block(C, 32), vector_block(R, 16)
     launch(
         _weight_grad_kernel, cdiv(C, block_c) * cdiv(R, block_r) if N else 0,
-        dz, hidden, dhidden, pooled, dw1, db1, dw2, db2, N, C, R,
-        BRANCHES=branches, HIDDEN_ACTIVATION=hidden_activation, BLOCK_C=block_c, BLOCK_R=block_r, num_warps=2,
+        dz, hidden, dhidden, pooled, dw1, db1, dw2, db2, N, C, R, BRANCHES=pooled.shape[1] if pooled.dim() == 3 else 1,
+        HIDDEN_ACTIVATION=hidden_activation, BLOCK_C=block_c, BLOCK_R=block_r, num_warps=2,
     )  # fmt: skip
-    return dpooled, dw1, db1, dw2, db2
+    return dw1, db1, dw2, db2

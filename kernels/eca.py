@@ -7,10 +7,11 @@ import triton
 import triton.language as tl
 
 from ._gate import gate_grads, input_grad, scale
-from ._heuristics import cdiv, next_power_of_2, vector_block
+from ._heuristics import Team, cdiv, next_power_of_2, vector_block
 from ._launch import device_guard, launch
-from ._layout import canonical
+from ._layout import Layout, accumulation_dtype, canonical
 from ._pool import combine, mean_hw
+from ._resident import _eca_resident_bwd_kernel, _eca_resident_fwd_kernel, blocks, exchange, team_of
 from ._tiles import sigmoid
 
 
@@ -54,10 +55,13 @@ def eca_fwd(
     """y = act(x * gate + residual), gate = sigmoid(conv1d(mean)) along C with zero padding, mean over H and W.
 
     x, residual [N, C, H, W]; weight k elements, k odd. Returns y, mean [N, C], gate [N, C].
-    Moves 3 times the bytes of x: read to pool, read to scale, write y; one more for a residual.
+    Moves 3 times the bytes of x: read to pool, read to scale, write y; one more for a residual. With
+    `_heuristics.RESIDENT` twice, where the image stays on the chip.
     """
     with device_guard(x):
         x, layout = canonical(x)
+        if team := team_of(x, layout):
+            return _resident_fwd(x, layout, team, weight, residual, activation)
         mean = mean_hw(x, layout)
         gate = torch.empty_like(mean)
         K, block = weight.numel(), vector_block(layout.C)
@@ -80,6 +84,8 @@ def eca_bwd(
     """
     with device_guard(x):
         x, layout = canonical(x)
+        if team := team_of(x, layout):
+            return _resident_bwd(grad, x, layout, team, weight, residual, mean, gate, activation)
         g, dresidual, parts, _ = gate_grads(grad, x, layout, gate, None, residual, activation)
         dz = combine(parts, gate, torch.empty_like(gate))
         dmean, dweight = _eca_gate_bwd(dz, weight, mean)
@@ -100,3 +106,36 @@ def _eca_gate_bwd(dz: torch.Tensor, weight: torch.Tensor, mean: torch.Tensor) ->
         K=K, BLOCK_K=next_power_of_2(K), BLOCK_C=block,
     )  # fmt: skip
     return dmean, combine(parts, None, mean.new_empty(weight.shape))
+
+
+def _resident_fwd(
+    x: torch.Tensor, layout: Layout, team: Team, weight: torch.Tensor, residual: torch.Tensor | None, activation: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`eca_fwd` in one launch, which reads x once."""
+    y = layout.empty(x)
+    mean = x.new_empty((layout.N, layout.C), dtype=accumulation_dtype(x))
+    gate = torch.empty_like(mean)
+    launch(
+        _eca_resident_fwd_kernel, layout.N * team.size,
+        x, weight.reshape(-1).contiguous(), None if residual is None else layout.dense(residual), y, mean, gate,
+        *exchange(layout, team, mean), layout.C, layout.HW, layout.stride_n, layout.stride_o,
+        K=weight.numel(), ACTIVATION=activation, **blocks(team),
+    )  # fmt: skip
+    return y, mean, gate
+
+
+def _resident_bwd(
+    grad: torch.Tensor, x: torch.Tensor, layout: Layout, team: Team, weight: torch.Tensor,
+    residual: torch.Tensor | None, mean: torch.Tensor, gate: torch.Tensor, activation: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """`eca_bwd`, whose first launch reads grad and x once; the others make the weight's gradient from small tensors."""
+    dx, dresidual = layout.empty(x), layout.empty(x) if activation else x.new_empty(0)
+    dz = torch.empty_like(gate)
+    launch(
+        _eca_resident_bwd_kernel, layout.N * team.size,
+        layout.dense(grad), x, weight.reshape(-1).contiguous(),
+        layout.dense(residual) if activation and residual is not None else None,
+        gate, dx, dresidual, dz, *exchange(layout, team, gate), layout.C, layout.HW, layout.stride_n, layout.stride_o,
+        K=weight.numel(), ACTIVATION=activation, **blocks(team),
+    )  # fmt: skip
+    return dx, dresidual, _eca_gate_bwd(dz, weight, mean)[1]

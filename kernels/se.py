@@ -5,11 +5,13 @@ from __future__ import annotations
 import torch
 
 from ._gate import gate_grads, input_grad, scale
-from ._launch import device_guard
-from ._layout import canonical
-from ._mlp import mlp_gate, mlp_gate_bwd
+from ._heuristics import Team
+from ._launch import device_guard, launch
+from ._layout import Layout, accumulation_dtype, canonical
+from ._mlp import mlp_gate, mlp_gate_bwd, weight_grads
 from ._pool import combine, mean_hw
-from ._tiles import HARD_SIGMOID, SIGMOID
+from ._resident import _se_resident_bwd_kernel, _se_resident_fwd_kernel, blocks, exchange, team_of
+from ._tiles import HARD_SIGMOID, NONE, RELU, SIGMOID
 
 GATES = (SIGMOID.value, HARD_SIGMOID.value)
 
@@ -22,10 +24,13 @@ def se_fwd(
 
     relu may be SiLU, and the sigmoid a hard one. x, residual [N, C, H, W]; w1 [R, C], w2 [C, R] (or 1x1 filters), any
     dtype. Returns y, mean [N, C], hidden [N, R], gate [N, C]. Moves 3 times the bytes of x: read to pool, read to
-    scale, write y; one more for a residual.
+    scale, write y; one more for a residual. With `_heuristics.RESIDENT` twice, where the image stays on the chip.
     """
     with device_guard(x):
         x, layout = canonical(x)
+        if team := team_of(x, layout):
+            codes = (activation, hidden_activation, GATES[gate_activation])
+            return _resident_fwd(x, layout, team, w1, b1, w2, b2, residual, *codes)
         mean = mean_hw(x, layout)
         gate = torch.empty_like(mean)
         hidden = mlp_gate(mean, w1, b1, w2, b2, gate, hidden_activation, GATES[gate_activation])
@@ -44,8 +49,53 @@ def se_bwd(
     """
     with device_guard(x):
         x, layout = canonical(x)
+        if team := team_of(x, layout):
+            codes = (activation, hidden_activation, GATES[gate_activation])
+            return _resident_bwd(grad, x, layout, team, w1, w2, residual, mean, hidden, gate, *codes)
         g, dresidual, parts, _ = gate_grads(grad, x, layout, gate, None, residual, activation)
         dz = combine(parts, gate, torch.empty_like(gate), GATES[gate_activation])
         dmean, dw1, db1, dw2, db2 = mlp_gate_bwd(dz, w1, w2, mean, hidden, hidden_activation)
         dx = input_grad(x, layout, grad=g, channel_gate=gate, dpooled=dmean)
         return dx, dresidual, dw1, db1, dw2, db2
+
+
+def _resident_fwd(
+    x: torch.Tensor, layout: Layout, team: Team, w1: torch.Tensor, b1: torch.Tensor | None, w2: torch.Tensor,
+    b2: torch.Tensor | None, residual: torch.Tensor | None, activation: int, hidden_activation: int,
+    gate_activation: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """`se_fwd` in one launch, which reads x once."""
+    (N, C, HW), R = (layout.N, layout.C, layout.HW), w1.shape[0]
+    y = layout.empty(x)
+    mean = x.new_empty((N, C), dtype=accumulation_dtype(x))
+    gate, hidden = torch.empty_like(mean), mean.new_empty((N, R))
+    sums, meet = exchange(layout, team, mean)
+    kept, taken = (RELU.value, NONE.value) if hidden_activation == RELU.value else (NONE.value, hidden_activation)
+    launch(
+        _se_resident_fwd_kernel, N * team.size,
+        x, w1, b1, w2, b2, None if residual is None else layout.dense(residual), y, mean, hidden, gate,
+        sums, mean.new_empty((N, team.size, R)), meet, C, HW, R, layout.stride_n, layout.stride_o,
+        *w1.stride()[:2], *w2.stride()[:2],
+        KEPT=kept, TAKEN=taken, GATE=gate_activation, ACTIVATION=activation, **blocks(team, R),
+    )  # fmt: skip
+    return y, mean, hidden, gate
+
+
+def _resident_bwd(
+    grad: torch.Tensor, x: torch.Tensor, layout: Layout, team: Team, w1: torch.Tensor, w2: torch.Tensor,
+    residual: torch.Tensor | None, mean: torch.Tensor, hidden: torch.Tensor, gate: torch.Tensor,
+    activation: int, hidden_activation: int, gate_activation: int,
+) -> tuple[torch.Tensor, ...]:  # fmt: skip
+    """`se_bwd` in two launches, of which the first reads grad and x once; the weights' gradients are the second."""
+    R = w1.shape[0]
+    dx, dresidual = layout.empty(x), layout.empty(x) if activation else x.new_empty(0)
+    dz, dhidden = torch.empty_like(gate), torch.empty_like(hidden)
+    sums, meet = exchange(layout, team, gate)
+    launch(
+        _se_resident_bwd_kernel, layout.N * team.size,
+        layout.dense(grad), x, w1, w2, layout.dense(residual) if activation and residual is not None else None,
+        hidden, gate, dx, dresidual, dz, dhidden, sums, gate.new_empty((layout.N, team.size, R)), meet,
+        layout.C, layout.HW, R, layout.stride_n, layout.stride_o, *w1.stride()[:2], *w2.stride()[:2],
+        HIDDEN=hidden_activation, GATE=gate_activation, ACTIVATION=activation, **blocks(team, R),
+    )  # fmt: skip
+    return dx, dresidual, *weight_grads(dz, dhidden, w1, w2, mean, hidden, hidden_activation)

@@ -1,10 +1,14 @@
-"""Triton's interpreter, without what takes most of its time."""
+"""What cuBLAS needs to be deterministic; Triton's interpreter, without what takes most of its time."""
 
 from __future__ import annotations
 
 import functools
+import os
 
 from cases import INTERPRETED
+
+# Asked of by torch.use_deterministic_algorithms, before the first product on a GPU.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 if INTERPRETED:
     from triton import language

@@ -38,6 +38,7 @@ def test_no_evidence_without_kernels():
     assert "| se | 3 | 0 | 0 |" in shown
     assert "| criss_cross |" not in shown
     assert "served by PyTorch: criss_cross." in shown
+    assert "of se and eca that keep an image on the chip" in ledger.resident_line(Counter(passed=3))
 
 
 def test_gpu_claims_come_from_results():
@@ -47,6 +48,8 @@ def test_gpu_claims_come_from_results():
     assert ("Not yet run on a GPU" in text) == (not results)
     if not results:
         assert backends("cuda")["triton"].opt_in
+        for page in ("README.md", "docs/cuda.md"):
+            assert re.search(r"not\s+(yet )?run on a GPU", (ledger.ROOT / page).read_text(encoding="utf-8")), page
 
 
 def test_a_result_is_shown(tmp_path, monkeypatch):
@@ -62,10 +65,32 @@ def test_a_result_is_shown(tmp_path, monkeypatch):
         "tests": {"summary": "7 passed"},
         "sanitizer": "0 errors",
         "rows": rows,
+        "native_cuda": [case | {"contender": "fused", "p50_ms": 1.1, "x_of_copy": 1.1}],
+        "triton_resident": [],
+        "left_out": [],
+        "rehearsal": False,
+        "complete": True,
     }
     monkeypatch.setattr(ledger, "RESULTS", tmp_path)
     (tmp_path / "result.json").write_text(json.dumps(result))
     text = ledger.gpu_section(ledger.gpu_results())
     assert "### A card, 2000-01-01, commit abc" in text
     assert "Tests: 7 passed." in text
-    assert "| se | forward | 1.50 | 4.00 | 2.00 |" in text
+    assert "| se | forward | 1 | 1.50 | 4.00 | 2.00 |" in text
+    assert "| native CUDA | se | forward | 1 | 1.10 | 1.50 |" in text
+
+
+def test_native_kernels_are_listed(monkeypatch):
+    """What is emulated and what compiled, or why neither is."""
+    objects = ledger.cuda_objects
+    symbol = "_Z20channel_scale_kernelIN3c108BFloat16ELb1ELi0ELb1EN7Forward"
+    kernels = [objects.Compiled(symbol, "sm_90", registers, 8 * (registers > 99), Counter()) for registers in (40, 100)]
+    assert kernels[0].variant
+    assert "| channel_scale forward | cluster | sm_90 | 2 | 100 | 8 | " in ledger.native_table(kernels)
+    row = ("SE forward", "nchw", "sm_90", 1, "cluster", 2, 3, 1, "2.00")
+    monkeypatch.setattr(ledger.emulation, "counts", lambda: ([row], []))
+    monkeypatch.setattr(ledger.emulation, "why_not", lambda: None)
+    assert "| SE forward | nchw | sm_90 | 1 | cluster | 2 | 3 | 1 | 2.00 |" in ledger.emulation_section()
+    for tool, section in ((ledger.emulation, ledger.emulation_section), (objects, ledger.native_section)):
+        monkeypatch.setattr(tool, "why_not", lambda: "needs a compiler")
+        assert "where this was written: needs a compiler." in section()

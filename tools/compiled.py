@@ -210,15 +210,21 @@ def compile_all(found: Iterable[Variant]) -> list[Compiled]:
         return list(pool.map(compile_variant, found))
 
 
-def calls(shapes: Sequence[Shape] = SHAPES, dtypes: Sequence[torch.dtype] = DTYPES) -> list[Call]:
-    """Every module in both layouts, plain and with residual and relu: every shape in the first dtype, one in all."""
+def calls(
+    shapes: Sequence[Shape] = SHAPES, dtypes: Sequence[torch.dtype] = DTYPES, resident: bool = False
+) -> list[Call]:
+    """Every module in both layouts, plain and with residual and relu: every shape in the first dtype, one in all.
+
+    Args:
+        resident: those alone that have kernels which keep an image on the chip, by these.
+    """
     return [
-        Call(entry, shape, layout, dtype, residual=activation is not None, activation=activation)
+        Call(entry, shape, layout, dtype, activation is not None, activation, resident=resident)
         for shape in shapes
         for dtype in (dtypes if shape == shapes[0] else dtypes[:1])
         for layout in catalogue.LAYOUTS
         for entry in catalogue.ENTRIES.values()
-        if entry.takes(shape)
+        if entry.takes(shape) and (entry.resident or not resident)
         for activation in ((None, "relu") if entry.epilogue else (None,))
     ]
 
@@ -227,8 +233,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--shapes", nargs="+", type=lambda s: tuple(map(int, s.split("x"))), default=SHAPES)
+    parser.add_argument("--kernels", default="", help="those alone whose name holds this")
     options = parser.parse_args()
-    done = compile_all(variants(calls(options.shapes), options.targets))
+    found = variants([*calls(options.shapes), *calls(options.shapes, resident=True)], options.targets)
+    done = compile_all(v for v in found if options.kernels in v.kernel)
     done.sort(key=lambda c: (c.variant.kernel, c.variant.label, c.variant.dtype, c.variant.target))
     faults, rows = [], []
     for c in done:

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,6 +124,14 @@ def instructions(made: Path) -> Iterator[tuple[str, Counter[str]]]:
         yield part.split()[0], Counter(f"{name}.128" if ".128" in rest else name for name, rest in found)
 
 
+def compile_all(targets: Sequence[str] = TARGETS) -> list[Compiled]:
+    """Every kernel that is launched, by name and target."""
+    pairs = [(source, target) for source in SOURCES for target in targets]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        kernels = [k for found in pool.map(lambda pair: compile_source(*pair), pairs) for k in found if not k.empty]
+    return sorted(kernels, key=lambda k: (k.name, k.target))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--targets", nargs="+", default=TARGETS)
@@ -131,12 +139,10 @@ def main() -> int:
     if why := why_not():
         print(f"cuda_objects: {why}", file=sys.stderr)
         return 0
-    pairs = [(source, target) for source in SOURCES for target in options.targets]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        kernels = [k for found in pool.map(lambda pair: compile_source(*pair), pairs) for k in found if not k.empty]
+    kernels = compile_all(options.targets)
     rows = [
         (k.name, k.target, k.registers, k.spilled, *(k.instructions[i] for i in ("LDG.128", "STG.128", "UBLKCP")))
-        for k in sorted(kernels, key=lambda k: (k.name, k.target))
+        for k in kernels
     ]
     header = ("kernel", "target", "registers", "spilled", "16-byte loads", "16-byte stores", "bulk copies")
     show(f"{len(rows)} native CUDA kernels, torch {torch.__version__}", header, rows)

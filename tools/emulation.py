@@ -10,10 +10,12 @@ import ctypes
 import dataclasses
 import functools
 import hashlib
+import math
 import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -190,25 +192,41 @@ def cbam_example(
     return dataclasses.replace(call, weights={name: call.weights[name] for name in ("w1", "w2")} | {"wconv": wconv})
 
 
+SHAPE = (3, 32, 8, 12)  # of what is counted, in bfloat16
+HEADER = ("kernel", "layout", "target", "shared", "variant", "team", "teams", "stages", "moved / x")
+
+
+def counts(
+    devices: Sequence[tuple[int, int]] = ((90, 16 << 10), (90, 60 << 10), (80, 16 << 10)),
+) -> tuple[list[tuple[object, ...]], list[str]]:
+    """What each kernel moves on small devices, given as (sm, shared bytes): rows of `HEADER`, and every fault."""
+    rows: list[tuple[object, ...]] = []
+    faults: list[str] = []
+    for sm, shared in devices:
+        for name, layout in (("nchw", torch.contiguous_format), ("channels_last", torch.channels_last)):
+            for kernel, o in _every_kernel(layout, Device(sm=sm, shared_bytes=shared)):
+                moved = f"{(o.read + o.written) / (2 * math.prod(SHAPE)):.2f}"
+                rows.append((kernel, name, f"sm_{sm}", shared, o.variant, o.team, o.teams, o.stages, moved))
+                faults += o.faults
+    return rows, faults
+
+
+def _every_kernel(layout: torch.memory_format, device: Device) -> Iterator[tuple[str, Outcome]]:
+    for name, window in (("SE", 0), ("ECA", 3)):
+        call = example(SHAPE, layout, torch.bfloat16, device=device, window=window)
+        out, forward = call.forward()
+        yield f"{name} forward", forward
+        small = {key: out[key] for key in ("hidden", "gate") if key in out}
+        yield f"{name} backward", call.backward(torch.randn_like(call.x), small)[1]
+    yield "CBAM forward", cbam_example(SHAPE, layout, torch.bfloat16, device=device).cbam()[1]
+
+
 def main() -> int:
     if why := why_not():
         print(f"emulation: {why}", file=sys.stderr)
         return 0
-    rows, faults = [], []
-    for sm, shared in ((90, 16 << 10), (90, 60 << 10), (80, 16 << 10)):
-        for layout in (torch.contiguous_format, torch.channels_last):
-            call = example((3, 32, 8, 12), layout, torch.bfloat16, device=Device(sm=sm, shared_bytes=shared))
-            out, forward = call.forward()
-            small = {name: out[name] for name in ("hidden", "gate")}
-            _, backward = call.backward(torch.randn_like(call.x), small)
-            _, cbam = cbam_example((3, 32, 8, 12), layout, torch.bfloat16, device=call.device).cbam()
-            for direction, o in (("SE forward", forward), ("SE backward", backward), ("CBAM forward", cbam)):
-                name = "nchw" if layout == torch.contiguous_format else "channels_last"
-                moved = f"{(o.read + o.written) / call.x.nbytes:.2f}"
-                rows.append((direction, name, f"sm_{sm}", shared, o.variant, o.team, o.teams, o.stages, moved))
-                faults += o.faults
-    header = ("kernel", "layout", "target", "shared", "variant", "team", "teams", "stages", "moved / x")
-    show("3x32x8x12 bfloat16, emulated", header, rows)
+    rows, faults = counts()
+    show(f"{'x'.join(map(str, SHAPE))} bfloat16, emulated", HEADER, rows)
     print(*faults, sep="\n")
     return bool(faults)
 

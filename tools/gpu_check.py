@@ -1,136 +1,325 @@
 """Everything that a GPU can show, in under ten minutes, as one JSON in bench/results/: ``make gpu-check``.
 
-The parity tests of every kernel on the device, the tests that need one (repeatability, graphs, streams, training,
-memory), compute-sanitizer on a small run where it is installed, then the benchmarks against eager and torch.compile. A
-failure of a test does not keep the rest from running; the exit status is that of the tests.
+The tests that need a GPU or that a GPU runs too, compute-sanitizer on small calls where it is installed, then speed:
+eager, torch.compile, Triton, and beside it the native CUDA kernels and Triton's resident ones; what matters most comes
+first. Every step has a time limit, and the JSON is written after each, so a run that is cut short leaves what it found.
+A failure of a test does not keep the rest from running; the exit status is that of the tests.
+
+``--rehearse`` walks the same steps without a GPU, on a handful of elements: that the script works is then known.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
+import functools
+import importlib
 import importlib.util
 import json
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
 from visattn_fast import catalogue
 from visattn_fast.backends import backends
-from visattn_fast.report.cases import matrix
+from visattn_fast.report import subject
+from visattn_fast.report.cases import DEFAULT_CONTENDERS, Case, Shape, matrix
 from visattn_fast.report.machine import describe
-from visattn_fast.report.measure import measure
+from visattn_fast.report.measure import Measured, measure
 from visattn_fast.report.timing import Effort
 
+from . import ledger, teams
+
 ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "bench" / "results"
 SHAPES = ((64, 256, 56, 56), (64, 64, 112, 112), (32, 512, 28, 28))  # 103 MB of bfloat16 and less
-BUDGET = 570.0  # seconds
+FIRST = ("se", "eca", "cbam")  # what most models have, and what native kernels serve
+BUDGET = 570.0  # seconds of all steps together
+LIMITS = {"tests": 260.0, "sanitizer": 60.0}  # of a step; the rows have what is left
+GRACE = 15.0  # seconds in which a process that is told to stop says what it has found
+# Groups of tests in the order in which they run, each with its share of the step's time. Those that need most of a
+# card's memory run alone.
+TESTS = {
+    "on a GPU": (
+        0.35,
+        ("tests/test_gpu.py", "tests/test_resident.py", "-k", "(cuda or test_gpu) and not more_than_2_to"),
+    ),
+    "parity": (0.3, ("tests/test_parity.py", "-k", "cuda and not fuzz")),
+    "native CUDA": (0.2, ("tests/test_cuda_kernels.py",)),
+    "over 2^31 elements": (0.15, ("tests/test_gpu.py", "-k", "more_than_2_to")),
+}
+PYTEST = ("-m", "pytest", "-q", "--tb=short", "-W", "default", "-p", "no:cacheprovider")
+PROCESSES = 8  # that share a card's memory
+MOST_NAMED = 50  # failures of a group
 SMALL_RUN = """
-import torch, visattn_fast as vf
+import contextlib, sys, torch, visattn_fast as vf
+from tools import teams
 from visattn_fast import catalogue
-native = [("cuda", catalogue.ENTRIES[name]) for name in ("se", "eca", "cbam") if vf.backends("cuda")["cuda"].available]
-for backend, entry in [*(("triton", entry) for entry in catalogue.ENTRIES.values()), *native]:
-    with vf.use_backend(backend):
-        for layout in catalogue.LAYOUTS:
-            fast = entry.pair(24)[0].cuda()
-            x = catalogue.feature_map((2, 24, 9, 7), layout, device="cuda").requires_grad_()
+device, names = sys.argv[1], sys.argv[2].split(",")
+first, rest = names[:3], names[3:]
+runs = [("triton", name, False) for name in first]
+runs += [("triton", name, True) for name in first if catalogue.ENTRIES[name].resident]
+runs += [("cuda", name, False) for name in first if vf.backends(device)["cuda"].available]
+runs += [("triton", name, False) for name in rest]
+for backend, name, resident in runs:
+    entry = catalogue.ENTRIES[name]
+    for layout in catalogue.LAYOUTS:
+        with vf.use_backend(backend), teams.resident() if resident else contextlib.nullcontext():
+            fast = entry.pair(24)[0].to(device)
+            x = catalogue.feature_map((2, 24, 9, 7), layout, device=device).requires_grad_()
             fast(x).sum().backward()
-torch.cuda.synchronize()
+            if device != "cpu":
+                torch.cuda.synchronize()
+    print("ran", backend, name, "resident" * resident, flush=True)
 """
 
 
-def main() -> int:
+@dataclass
+class Plan:
+    """What is run, and where."""
+
+    device: torch.device
+    shapes: Sequence[Shape] = SHAPES
+    modules: Sequence[str] = tuple(name for name, entry in catalogue.ENTRIES.items() if entry.epilogue)
+    contenders: Sequence[str] = DEFAULT_CONTENDERS
+    backend: str = "triton"
+    dtype: str = "bfloat16"
+    effort: Effort = field(default_factory=lambda: Effort(seconds=0.3, fewest=20))
+    steps: Sequence[str] = ("tests", "sanitizer", "rows")
+    seconds: float = BUDGET
+    rehearsal: bool = False
+
+    def cases(self) -> list[Case]:
+        """The first shape before the others, and of each the modules that matter most before the others."""
+        first = [name for name in self.modules if name in FIRST]
+        rest = [name for name in self.modules if name not in FIRST]
+        order = [(first, self.shapes[:1]), (rest, self.shapes[:1]), (first, self.shapes[1:]), (rest, self.shapes[1:])]
+        return [case for names, shapes in order for case in matrix(names, shapes, dtypes=(self.dtype,))]
+
+
+class Record:
+    """What has been found so far; on disk after every change."""
+
+    def __init__(self, folder: Path, plan: Plan) -> None:
+        self.start = time.perf_counter()
+        now = datetime.datetime.now(datetime.timezone.utc)
+        machine = describe(plan.device)
+        card = re.sub(r"\W+", "-", machine.device_name).strip("-").lower()
+        self.path = folder / f"{now:%Y-%m-%d-%H%M%S}-{card}.json"
+        self.found: dict[str, Any] = {
+            "date": now.isoformat(timespec="seconds"),
+            "machine": asdict(machine),
+            "rehearsal": plan.rehearsal,
+            "complete": False,
+            "tests": {"status": 0, "summary": "not run", "failed": [], "groups": {}},
+            "sanitizer": "not run",
+            **{key: [] for key in ("rows", *ledger.BESIDE, "left_out")},
+        }
+        folder.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self.start
+
+    def write(self) -> None:
+        """Whole or not at all."""
+        self.found["seconds"] = round(self.seconds)
+        with tempfile.NamedTemporaryFile("w", dir=self.path.parent, suffix=".tmp", delete=False) as file:
+            json.dump(self.found, file, indent=1)
+        Path(file.name).replace(self.path)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m tools.gpu_check", description=__doc__)
     parser.add_argument("--device", default="cuda", help="default: %(default)s")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON (default: %(default)s)")
-    args = parser.parse_args()
+    parser.add_argument("--out", type=Path, help="folder of the JSON (default: bench/results; rehearsing, a new one)")
+    parser.add_argument("--steps", default="tests,sanitizer,rows", help="default: %(default)s")
+    parser.add_argument("--seconds", type=float, default=BUDGET, help="of all steps together (default: %(default)s)")
+    parser.add_argument("--rehearse", action="store_true", help="walk the steps on the CPU, on a handful of elements")
+    args = parser.parse_args(arguments)
+    steps = tuple(args.steps.split(","))
+    if unknown := set(steps) - set(STEPS):
+        parser.error(f"unknown steps {', '.join(sorted(unknown))}; there are {', '.join(STEPS)}")
+    if args.rehearse:
+        plan = rehearsal(steps, args.seconds)
+        return run(plan, args.out or Path(tempfile.mkdtemp(prefix="gpu_check_")))
     if not torch.cuda.is_available():
-        print("gpu_check: torch finds no CUDA or ROCm device here", file=sys.stderr)
+        print("gpu_check: torch finds no CUDA or ROCm device here; --rehearse needs none", file=sys.stderr)
         return 2
-    start, device = time.perf_counter(), torch.device(args.device)
-    tests = run_tests()
-    sanitizer = run_sanitizer()
-    rows, left_out = benchmark(device, start + BUDGET)
-    native, without = native_benchmark(device, start + BUDGET)
-    found: dict[str, Any] = {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "machine": asdict(describe(device)),
-        "tests": tests,
-        "sanitizer": sanitizer,
-        "rows": rows,
-        "native_cuda": native,
-        "left_out": left_out + without,
-        "seconds": round(time.perf_counter() - start),
-    }
-    args.out.mkdir(parents=True, exist_ok=True)
-    card = re.sub(r"\W+", "-", torch.cuda.get_device_name(device)).strip("-").lower()
-    path = args.out / f"{found['date'][:10]}-{card}.json"
-    path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    print(f"wrote {path} in {found['seconds']} s; tests: {tests['summary']}; compute-sanitizer: {sanitizer}")
+    return run(Plan(torch.device(args.device), steps=steps, seconds=args.seconds), args.out or ledger.RESULTS)
+
+
+def rehearsal(steps: Sequence[str], seconds: float = BUDGET) -> Plan:
+    """Tests are collected, not run; one module, by whatever serves the CPU, which nothing is compiled for."""
+    return Plan(
+        torch.device("cpu"), ((1, 8, 6, 5),), ("se",), ("eager", "fused"), "auto", "float32", Effort(0.02, 3, 3),
+        steps, seconds, rehearsal=True,
+    )  # fmt: skip
+
+
+def run(plan: Plan, folder: Path) -> int:
+    """The steps, and the JSON in ``folder``; returns the status of the tests."""
+    record = Record(folder, plan)
+    record.write()
+    for step in plan.steps:
+        left = plan.seconds - record.seconds
+        STEPS[step](record, plan, min(LIMITS.get(step, left), left))
+        record.write()
+    record.found["complete"] = True
+    record.write()
+    tests, sanitizer = (record.found[step] for step in ("tests", "sanitizer"))
+    print(ledger.result_section(json.loads(record.path.read_text(encoding="utf-8"))))
+    print(f"wrote {record.path} in {record.found['seconds']} s; tests: {tests['summary']}; {sanitizer}")
     return tests["status"]
 
 
-def run_tests() -> dict[str, Any]:
-    """Parity on the device, and the tests that need one; in parallel processes where pytest-xdist is there."""
-    files = ("tests/test_parity.py", "tests/test_gpu.py", "tests/test_cuda_kernels.py")
-    command = [sys.executable, "-m", "pytest", *files, "-k", "cuda or test_gpu"]
-    if importlib.util.find_spec("xdist"):
-        command += ["-n", "auto"]
-    done = subprocess.run([*command, "-q"], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    print(done.stdout)
-    lines = done.stdout.strip().splitlines()
-    failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
-    return {"status": done.returncode, "summary": lines[-1] if lines else "", "failed": failed}
+def run_tests(record: Record, plan: Plan, limit: float) -> None:
+    """The groups of `TESTS`, each in processes of its own until its share of the time, and what is left, is over."""
+    found, end = record.found["tests"], time.perf_counter()
+    for name, (share, chosen) in TESTS.items():
+        end += share * limit
+        command = [sys.executable, *PYTEST, *chosen]
+        if plan.rehearsal:
+            command.append("--collect-only")
+        elif importlib.util.find_spec("xdist") and "2^31" not in name:
+            command += ["-n", str(min(PROCESSES, os.cpu_count() or 1))]
+        status, text = bounded(command, end - time.perf_counter())
+        lines = text.strip().splitlines()
+        print(*lines[-25:], sep="\n", flush=True)
+        ended = next((line.strip("= ") for line in reversed(lines) if re.search(r" in [\d.]+ ?s\b", line)), "")
+        summary = (ended or f"no summary, exit status {status}") + (" (cut short)" if status is None else "")
+        failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))][:MOST_NAMED]
+        found["groups"][name] = {"status": status, "summary": summary, "failed": failed}
+        found["failed"] += failed
+        found["summary"] = "; ".join(f"{group}: {result['summary']}" for group, result in found["groups"].items())
+        # 5: none was found. A group that was cut short fails where a test had failed until then.
+        found["status"] = found["status"] or (int(bool(failed)) if status in (None, 5) else status)
+        record.write()
 
 
-def run_sanitizer() -> str:
+def run_sanitizer(record: Record, plan: Plan, limit: float) -> None:
     """What compute-sanitizer's memcheck says of one small call of every op."""
-    tool = shutil.which("compute-sanitizer")
-    if tool is None:
-        return "not installed"
-    command = [tool, "--tool", "memcheck", "--error-exitcode", "1", sys.executable, "-c", SMALL_RUN]
-    try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    except subprocess.TimeoutExpired:
-        return "not finished in 120 s"
-    lines = [line for line in done.stdout.splitlines() if "ERROR" in line or "Error" in line]
-    return lines[-1].strip("= ") if lines else f"no summary, exit status {done.returncode}"
+    names = plan.modules if plan.rehearsal else [*FIRST, *(n for n in catalogue.ENTRIES if n not in FIRST)]
+    command = [sys.executable, "-c", SMALL_RUN, plan.device.type, ",".join(names)]
+    tool, environment = shutil.which("compute-sanitizer"), {}
+    if plan.rehearsal:
+        environment = {"TRITON_INTERPRET": "1"}
+    elif tool is None:
+        record.found["sanitizer"] = "compute-sanitizer: not installed"
+        return
+    else:
+        command = [
+            tool,
+            "--tool",
+            "memcheck",
+            "--target-processes",
+            "application-only",
+            "--error-exitcode",
+            "1",
+            *command,
+        ]
+    status, text = bounded(command, limit, **environment)
+    lines = text.splitlines()
+    ran = sum(line.startswith("ran ") for line in lines)
+    errors = [line.strip("= ") for line in lines if re.match(r"=+ .*(ERROR|Error|Invalid)", line)]
+    said = errors[-1] if errors else "no error" if status in (0, None) else f"exit status {status}: {lines[-1:]}"
+    cut = ", cut short" if status is None else ""
+    record.found["sanitizer"] = f"compute-sanitizer, {ran} small runs{cut}: {said}"
 
 
-def native_benchmark(device: torch.device, end: float) -> tuple[list[dict[str, object]], list[str]]:
-    """The same of the modules with native CUDA kernels, or why there are none: `make ext-cuda` builds them."""
-    native = backends("cuda")["cuda"]
+def bounded(command: Sequence[str], limit: float, **environment: str) -> tuple[int | None, str]:
+    """(exit status, output) of a process; past its limit it is interrupted, so that it tells what it has, then killed.
+
+    The status is None where it was cut short. It is the only process that is told to stop, and its own children.
+    """
+    with tempfile.TemporaryFile("w+") as output:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=os.environ | environment, stdout=output, stderr=subprocess.STDOUT, text=True,
+            start_new_session=True,
+        )  # fmt: skip
+        status: int | None = None
+        try:
+            status = process.wait(timeout=max(limit, 1.0))
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGINT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=GRACE)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        output.seek(0)
+        return status, output.read()
+
+
+def run_rows(record: Record, plan: Plan, limit: float) -> None:
+    """The rows of every case until the time is over, and the cases for which there was none."""
+    end, native = time.perf_counter() + limit, backends(plan.device)["cuda"]
     if not native.available:
-        return [], [f"native CUDA kernels: {'; '.join(native.missing)}"]
-    return benchmark(device, end, ("se", "eca", "cbam"), "cuda")
+        record.found["left_out"].append(f"native CUDA kernels: {'; '.join(native.missing)}")
+    with _drawn_once():
+        for case in plan.cases():
+            if time.perf_counter() > end:
+                record.found["left_out"].append(str(case))
+                continue
+            _measure(record, "rows", case, plan, plan.contenders, plan.backend)
+            if native.available and case.op in FIRST:
+                _measure(record, "native_cuda", case, plan, ("fused",), "cuda")
+            if catalogue.ENTRIES[case.op].resident and (plan.rehearsal or _kept_on_chip(case, plan.device)):
+                with teams.resident():
+                    _measure(record, "triton_resident", case, plan, ("fused",), plan.backend)
+            record.write()
 
 
-def benchmark(
-    device: torch.device, end: float, modules: Sequence[str] = (), backend: str = "triton"
-) -> tuple[list[dict[str, object]], list[str]]:
-    """The rows of every gated module, in bfloat16, until ``end``; and the cases for which no time was left."""
-    gated = modules or [name for name, entry in catalogue.ENTRIES.items() if entry.epilogue]
-    rows: list[dict[str, object]] = []
-    left_out: list[str] = []
-    for case in matrix(gated, SHAPES, dtypes=("bfloat16",)):
-        if time.perf_counter() > end:
-            left_out.append(str(case))
-            continue
-        measured = measure(case, device, Effort(seconds=0.5, fewest=20), backend=backend)
-        rows += [asdict(row) for row in measured.rows]
-        for row in measured.rows:
-            percent = f"{row.percent_of_copy:.0f} % of copy" if row.percent_of_copy else row.failure
-            print(f"{case} {row.contender}: {row.p50_ms or float('nan'):.3f} ms, {percent}", flush=True)
-    return rows, left_out
+def _measure(record: Record, key: str, case: Case, plan: Plan, contenders: Iterable[str], backend: str) -> None:
+    """Adds the rows of a case; what goes wrong is told among the cases left out."""
+    try:
+        measured: Measured = measure(case, plan.device, plan.effort, contenders, backend)
+    except Exception as error:  # too little memory, say: the others may go on
+        record.found["left_out"].append(f"{key}: {case}: {type(error).__name__}: {str(error)[:200]}")
+        return
+    record.found[key] += [asdict(row) for row in measured.rows]
+    for row in measured.rows:
+        percent = f"{row.percent_of_copy:.0f} % of copy" if row.percent_of_copy else row.failure
+        print(f"{key}: {case} {row.contender}: {row.p50_ms or float('nan'):.3f} ms, {percent}", flush=True)
+
+
+def _kept_on_chip(case: Case, device: torch.device) -> bool:
+    """Whether there is a resident kernel for the case; else its streaming one would be measured again."""
+    names = ("_heuristics", "_launch", "_layout")
+    heuristics, launch, layout = (importlib.import_module(f"visattn_fast.kernels.{name}") for name in names)
+    dtype, memory_format = getattr(torch, case.dtype), catalogue.LAYOUTS[case.layout]
+    x = torch.empty(case.shape, dtype=dtype, device="meta", memory_format=memory_format)
+    return bool(heuristics.resident(layout.canonical(x)[1], x.element_size(), launch.multiprocessors(device)))
+
+
+@contextlib.contextmanager
+def _drawn_once() -> Iterator[None]:
+    """Within the context a map is drawn once: on the CPU, in float64, it takes longer than all else of a case."""
+    draw = functools.lru_cache(maxsize=2)(
+        lambda shape, seed: catalogue.feature_map(shape, dtype=torch.float64, seed=seed)
+    )
+
+    def feature_map(shape: Shape, layout: str, dtype: torch.dtype, device: torch.device, seed: int = 0) -> torch.Tensor:
+        return draw(shape, seed).to(device, dtype).contiguous(memory_format=catalogue.LAYOUTS[layout])
+
+    with mock.patch.object(subject, "feature_map", feature_map):
+        yield
+
+
+STEPS = {"tests": run_tests, "sanitizer": run_sanitizer, "rows": run_rows}
 
 
 if __name__ == "__main__":

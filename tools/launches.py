@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -20,6 +20,8 @@ from triton.runtime import interpreter, jit
 
 from visattn_fast import catalogue
 from visattn_fast.ops import _library
+
+from . import teams
 
 Shape = tuple[int, int, int, int]
 EPILOGUES = ((False, None), (True, None), (False, "silu"), (True, "relu"))  # (residual, activation)
@@ -64,7 +66,10 @@ def on_triton(entry: catalogue.Entry) -> bool:
 
 @dataclass(frozen=True)
 class Call:
-    """A forward and a backward pass of a module of the catalogue; a sliced x is half the channels of a wider map."""
+    """A forward and a backward pass of a module of the catalogue; a sliced x is half the channels of a wider map.
+
+    A resident one is served by the kernels that keep an image on the chip, where they can.
+    """
 
     entry: catalogue.Entry
     shape: Shape
@@ -73,6 +78,7 @@ class Call:
     residual: bool = False
     activation: str | None = None
     sliced: bool = False
+    resident: bool = False
 
     @property
     def epilogue(self) -> str:
@@ -82,14 +88,15 @@ class Call:
 
     def __str__(self) -> str:
         size, dtype = "x".join(map(str, self.shape)), str(self.dtype).removeprefix("torch.")
-        return f"{self.entry.name}-{size}-{self.layout}-{dtype}-{self.epilogue}" + "-sliced" * self.sliced
+        kind = "-sliced" * self.sliced + "-resident" * self.resident
+        return f"{self.entry.name}-{size}-{self.layout}-{dtype}-{self.epilogue}{kind}"
 
     def passes(self) -> dict[str, int]:
         """What its two directions are declared to move, in multiples of x; the epilogue reads residual, writes g'."""
         name, residual, activation = self.entry.name, self.residual, self.activation is not None
         return {
-            f"{name}_fwd": self.entry.forward_passes + residual,
-            f"{name}_bwd": self.entry.backward_passes + activation * (residual + 1),
+            f"{name}_fwd": self.entry.forward_passes - self.resident + residual,
+            f"{name}_bwd": self.entry.backward_passes - self.resident + activation * (residual + 1),
         }
 
     def run(self, device: str, observe: Observer, operation: Operation | None = None) -> None:
@@ -99,12 +106,13 @@ class Call:
         x, residual = self._map(device, self.sliced).requires_grad_(), self._map(device).requires_grad_()
         extra = {"residual": residual if self.residual else None, "activation": self.activation}
         forward, backward = self.passes()
-        with routed(forward, observe, operation):
-            y = module(x, **(extra if self.entry.epilogue else {}))
-        inputs = [x, *module.parameters(), *([residual] if self.residual else [])]
-        grad = torch.ones_like(y)
-        with routed(backward, observe, operation):
-            torch.autograd.grad(y, inputs, grad)
+        with teams.resident() if self.resident else nullcontext():
+            with routed(forward, observe, operation):
+                y = module(x, **(extra if self.entry.epilogue else {}))
+            inputs = [x, *module.parameters(), *([residual] if self.residual else [])]
+            grad = torch.ones_like(y)
+            with routed(backward, observe, operation):
+                torch.autograd.grad(y, inputs, grad)
 
     def _map(self, device: str, sliced: bool = False) -> torch.Tensor:
         N, C, H, W = self.shape

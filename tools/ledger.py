@@ -1,7 +1,8 @@
-"""Writes docs/evidence.md, what is proven of each Triton kernel and where: ``make evidence``.
+"""Writes docs/evidence.md, what is proven of each GPU kernel and where: ``make evidence``.
 
-It runs the parity tests under the interpreter, counts the traffic, compiles every kernel, and reads what ``make
-gpu-check`` left in bench/results/. Nothing in the file comes from elsewhere. It takes some ten minutes on two cores.
+It runs the parity tests under the interpreter, counts the traffic, compiles every kernel, Triton's and, where nvcc is,
+the native ones, whose traffic the emulation counts; and it reads what ``make gpu-check`` left in bench/results/.
+Nothing in the file comes from elsewhere. It takes some ten minutes on two cores.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from visattn_fast import catalogue
 from visattn_fast.report.measure import Row
 from visattn_fast.report.results import Comparison, geometric_mean
 
-from . import compiled
+from . import compiled, cuda_objects, emulation
 from .launches import on_triton
 
 ROOT = Path(__file__).parents[1]
@@ -33,9 +34,11 @@ from tools import launches, traffic
 from visattn_fast import catalogue
 entries = filter(launches.on_triton, catalogue.ENTRIES.values())
 accounts = [(c, a) for e in entries for c in traffic.calls(e) for a in traffic.accounts(c)]
-print(json.dumps([(a.op, c.layout, c.epilogue, a.declared, a.streamed) for c, a in accounts if not c.sliced]))
+rows = [(c, a, c.layout + ", resident" * c.resident) for c, a in accounts if not c.sliced]
+print(json.dumps([(a.op, layout, c.epilogue, a.declared, a.streamed) for c, a, layout in rows]))
 """
-INTRODUCTION = """# What is proven of the Triton kernels, and where
+BESIDE = {"native_cuda": "native CUDA", "triton_resident": "Triton, resident"}  # rows of a GPU check beside streaming
+INTRODUCTION = """# What is proven of the GPU kernels, and where
 
 Written by `make evidence` from the tests, the tools and `bench/results/`; not edited by hand.
 """
@@ -43,6 +46,7 @@ Written by `make evidence` from the tests, the tools and `bench/results/`; not e
 
 def main() -> int:
     parts = [INTRODUCTION, gpu_section(gpu_results()), parity_section(), traffic_section(), compiled_section()]
+    parts += [emulation_section(), native_section()]
     LEDGER.write_text("\n".join(parts), encoding="utf-8")
     print(f"wrote {LEDGER}")
     return 0
@@ -54,8 +58,9 @@ def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 
 
 def gpu_results() -> list[dict[str, Any]]:
-    """What GPU checks have found, the oldest first."""
-    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("*.json"))]
+    """What GPU checks have found, the oldest first; a rehearsal has found nothing."""
+    results = (json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("*.json")))
+    return [result for result in results if not result["rehearsal"]]
 
 
 def gpu_section(results: list[dict[str, Any]]) -> str:
@@ -65,40 +70,91 @@ def gpu_section(results: list[dict[str, Any]]) -> str:
         return (
             text + '**Not yet run on a GPU.** No kernel is chosen by itself there; `use_backend("triton")` opts in.\n'
         )
-    for result in results:
-        machine, tests = result["machine"], result["tests"]
-        text += f"### {machine['device_name']}, {result['date'][:10]}, commit {machine['commit']}\n\n"
-        text += f"torch {machine['torch']}, triton {machine['triton']}. Tests: {tests['summary']}. "
-        text += f"compute-sanitizer: {result['sanitizer']}.\n\n"
-        text += table(("module", "mode", "x of copy", "against eager", "against compile"), speeds(result["rows"]))
+    return text + "\n".join(map(result_section, results))
+
+
+def result_section(result: dict[str, Any]) -> str:
+    """One GPU check."""
+    machine, tests = result["machine"], result["tests"]
+    text = f"### {machine['device_name']}, {result['date'][:10]}, commit {machine['commit']}\n\n"
+    text += "A rehearsal: nothing was measured.\n\n" if result["rehearsal"] else ""
+    text += "" if result["complete"] else "Cut short: what it had found until then.\n\n"
+    text += (
+        f"torch {machine['torch']}, triton {machine['triton']}. Tests: {tests['summary']}. {result['sanitizer']}.\n\n"
+    )
+    header = ("module", "mode", "cases", "x of copy", "against eager", "against compile")
+    text += "Triton, streaming, geometric means over sizes and layouts:\n\n" + table(header, speeds(result["rows"]))
+    if any(result[key] for key in BESIDE):
+        text += "\nWhat keeps an image on the chip, x of copy, and streaming in the same cases:\n\n"
+        text += table(("kernels", "module", "mode", "cases", "x of copy", "streaming"), resident_speeds(result))
+    if result["left_out"]:
+        text += f"\nLeft out: {len(result['left_out'])}, the first: {result['left_out'][0]}.\n"
     return text
+
+
+Cases = dict[tuple[str, str], dict[Any, dict[str, Row]]]
+
+
+def cases_of(rows: list[dict[str, Any]]) -> Cases:
+    """Rows by module and mode, case, and contender."""
+    cases: Cases = {}
+    for row in (Row(**r | {"shape": tuple(r["shape"])}) for r in rows):
+        cases.setdefault((row.op, row.mode), {}).setdefault(row.case, {})[row.contender] = row
+    return cases
 
 
 def speeds(rows: list[dict[str, Any]]) -> list[list[str]]:
     """Geometric means over sizes and layouts, by module and mode."""
-    cases: dict[tuple[str, str], dict[Any, dict[str, Row]]] = {}
-    for row in (Row(**r | {"shape": tuple(r["shape"])}) for r in rows):
-        cases.setdefault((row.op, row.mode), {}).setdefault(row.case, {})[row.contender] = row
     found = []
-    for (op, mode), group in cases.items():
+    for (op, mode), group in cases_of(rows).items():
         comparisons = [Comparison(case, contenders) for case, contenders in group.items()]
         means = [geometric_mean([c.rows["fused"].x_of_copy for c in comparisons])]
         means += [geometric_mean([c.speedup(rival) for c in comparisons]) for rival in ("eager", "compile")]
-        found.append([op, mode, *("failed" if m is None else f"{m:.2f}" for m in means)])
+        found.append([op, mode, str(len(group)), *map(figure, means)])
     return found
 
 
+def resident_speeds(result: dict[str, Any]) -> list[list[str]]:
+    """The same of the kernels of `BESIDE`, and of streaming in the cases that they have."""
+    streamed, found = cases_of(result["rows"]), []
+    for key, name in BESIDE.items():
+        for (op, mode), group in cases_of(result[key]).items():
+            beside = [streamed.get((op, mode), {}).get(case, {}) for case in group]
+            ours, theirs = (
+                geometric_mean([c["fused"].x_of_copy if "fused" in c else None for c in cases])
+                for cases in (group.values(), beside)
+            )
+            found.append([name, op, mode, str(len(group)), figure(ours), figure(theirs)])
+    return found
+
+
+def figure(mean: float | None) -> str:
+    return "none" if mean is None else f"{mean:.2f}"
+
+
 def parity_section() -> str:
-    """The parity tests under the interpreter, counted by module."""
-    with tempfile.TemporaryDirectory() as folder:
-        report = Path(folder) / "parity.xml"
-        run("-m", "pytest", "tests/test_parity.py", "-q", f"--junitxml={report}", TRITON_INTERPRET="1")
-        cases = list(ElementTree.parse(report).iter("testcase"))
+    """The parity tests under the interpreter, counted by module; and those of the resident kernels."""
     counts = {name: Counter[str]() for name in catalogue.ENTRIES}
-    for case in cases:
+    for case in interpreted("tests/test_parity.py"):
         module = next(name for name in sorted(counts, key=len, reverse=True) if name in case.attrib["name"])
         counts[module][outcome(case)] += 1
-    return parity_table(counts)
+    resident = Counter(outcome(case) for case in interpreted("tests/test_resident.py"))
+    return parity_table(counts) + resident_line(resident)
+
+
+def interpreted(tests: str) -> list[ElementTree.Element]:
+    """The test cases of a file, run under the interpreter."""
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "cases.xml"
+        run("-m", "pytest", tests, "-q", f"--junitxml={report}", TRITON_INTERPRET="1")
+        return list(ElementTree.parse(report).iter("testcase"))
+
+
+def resident_line(counts: Counter[str]) -> str:
+    names = " and ".join(entry.name for entry in catalogue.ENTRIES.values() if entry.resident)
+    text = f"\nThe kernels of {names} that keep an image on the chip, their programs in turns drawn by chance: "
+    text += f"{counts['passed']} passed, {counts['failed']} failed: "
+    return text + "`TRITON_INTERPRET=1 pytest tests/test_resident.py`; the rest needs a GPU, or compiles.\n"
 
 
 def parity_table(counts: dict[str, Counter[str]]) -> str:
@@ -135,7 +191,8 @@ def traffic_section() -> str:
 def compiled_section() -> str:
     """By kernel and target, over every shape, dtype, layout and epilogue of `tools.compiled`."""
     found: dict[tuple[str, str], list[compiled.Compiled]] = {}
-    for c in compiled.compile_all(compiled.variants(compiled.calls(), compiled.TARGETS)):
+    calls = [*compiled.calls(), *compiled.calls(resident=True)]
+    for c in compiled.compile_all(compiled.variants(calls, compiled.TARGETS)):
         found.setdefault((c.variant.kernel, c.variant.target), []).append(c)
     rows = []
     for (kernel, target), group in sorted(found.items()):
@@ -147,6 +204,51 @@ def compiled_section() -> str:
     text = "\n## Compiled ahead of time\n\nFor each kernel the variants that its launchers choose at realistic sizes: "
     text += "`make kernels` lists them. A fault is a spill, a narrow access to a large tensor, a maximum that loses "
     return text + "NaN, or a 32-bit address.\n\n" + table(header, rows)
+
+
+def emulation_section() -> str:
+    """What the native kernels move, thread by thread on the CPU, or why nothing was emulated."""
+    text = (
+        "\n## The native CUDA kernels, emulated\n\nThe code that a GPU would run, on small devices; bytes in multiples "
+    )
+    text += "of the bytes of x, what comes from the L2 cache included: `python -m tools.emulation`, "
+    text += "`tests/test_cuda_emulation.py`.\n\n"
+    if why := emulation.why_not():
+        return text + f"Not emulated where this was written: {why}.\n"
+    rows, faults = emulation.counts()
+    return (
+        text + table(emulation.HEADER, rows) + f"\nFaults (races, reads of what was not written, ...): {len(faults)}.\n"
+    )
+
+
+def native_section() -> str:
+    """What the native kernels compile to, by kernel, variant and target, or why nothing was compiled."""
+    text = (
+        "\n## The native CUDA kernels, compiled\n\nA fault is a spill, or a map that is not moved 16 bytes at a time: "
+    )
+    text += "`python -m tools.cuda_objects`.\n\n"
+    if why := cuda_objects.why_not():
+        return text + f"Not compiled where this was written: {why}.\n"
+    return text + native_table(cuda_objects.compile_all())
+
+
+def native_table(kernels: Iterable[cuda_objects.Compiled]) -> str:
+    """Element types, layouts and accesses of a kernel in one row."""
+    found: dict[tuple[str, str, str], list[cuda_objects.Compiled]] = {}
+    for k in kernels:
+        parts = k.variant or (k.name, "", "")
+        found.setdefault((" ".join(parts[:2]).strip(), parts[-1], k.target), []).append(k)
+    rows = [
+        (
+            *key,
+            len(group),
+            max(k.registers for k in group),
+            max(k.spilled for k in group),
+            sum(len(k.faults) for k in group),
+        )
+        for key, group in sorted(found.items())
+    ]
+    return table(("kernel", "variant", "target", "variants", "most registers", "most bytes spilled", "faults"), rows)
 
 
 def run(*arguments: str, **environment: str) -> str:

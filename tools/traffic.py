@@ -24,6 +24,7 @@ from visattn_fast import catalogue
 
 from .launches import EPILOGUES, Call, Launch, Shape
 from .table import show
+from .teams import together
 
 TOLERANCE = 0.03
 SHAPE = (2, 40, 16, 20)  # several programs along each axis, the last one masked; about 2 ms a program
@@ -128,7 +129,8 @@ class Account:
 def accounts(call: Call) -> list[Account]:
     """Runs the call under the interpreter; the account of each of its two ops."""
     traffic = Traffic()
-    call.run("cpu", traffic, traffic.operation)
+    with together():
+        call.run("cpu", traffic, traffic.operation)
     x = torch.empty(call.shape, dtype=call.dtype, device="meta")
     return [
         Account(op, passes, tuple(m for m in traffic.moved if m.op == op), x, call.entry.rereads)
@@ -144,9 +146,10 @@ def calls(entry: catalogue.Entry, shape: Shape = SHAPE) -> Iterable[Call]:
         yield Call(entry, shape)
         return
     for layout in catalogue.LAYOUTS:
-        for residual, activation in EPILOGUES if entry.epilogue else EPILOGUES[:1]:
-            yield Call(entry, shape, layout, residual=residual, activation=activation)
-        yield Call(entry, shape, layout, sliced=True)
+        for resident in (False, True) if entry.resident else (False,):
+            for residual, activation in EPILOGUES if entry.epilogue else EPILOGUES[:1]:
+                yield Call(entry, shape, layout, residual=residual, activation=activation, resident=resident)
+            yield Call(entry, shape, layout, sliced=True, resident=resident)
 
 
 @contextmanager
@@ -197,8 +200,8 @@ def main() -> int:
         for call in calls(entry):
             for a in accounts(call):
                 figures = (f"{a.declared:g}", f"{a.streamed:.3f}", f"{a.small:.3f}")
-                layout = f"{call.layout}, sliced" if call.sliced else call.layout
-                rows.append((a.op, layout, call.epilogue, *figures, a.verdict))
+                kind = ", sliced" * call.sliced + ", resident" * call.resident
+                rows.append((a.op, call.layout + kind, call.epilogue, *figures, a.verdict))
                 faults += [a.fault] if a.fault else []
     show("Traffic in multiples of x", ("op", "layout", "epilogue", "declared", "moved", "small", ""), rows)
     print(*faults, sep="\n")

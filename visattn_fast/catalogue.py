@@ -31,6 +31,7 @@ class Entry:
             for the backward pass, and their sums may depend on the number of threads.
         saved: what is kept for the backward pass beside x and parameters, in multiples of the bytes of x of 64 channels
             and 576 pixels.
+        resident: whether there are Triton kernels that keep an image on the chip, too: they move one x less each way.
         ops: that its two directions are made of; without any, ``name_fwd`` and ``name_bwd``.
         cut: parameters whose gradient leaves out a part of what they do, as the original has it.
     """
@@ -47,6 +48,7 @@ class Entry:
     rereads: bool = False
     layers: bool = False
     saved: float = 0.08  # four values a pixel, or two a row and a column of a channel
+    resident: bool = False
     ops: tuple[str, ...] = ()
     cut: tuple[str, ...] = ()
 
@@ -150,8 +152,10 @@ def _shuffle_groups(channels: int) -> int:
 ENTRIES = {
     entry.name: entry
     for entry in (
-        Entry("se", modules.FastSE, reference.SE, lambda c: {"channels": c, "reduction": min(16, c)}, 3, 4),
-        Entry("eca", modules.FastECA, reference.ECA, lambda c: {"channels": c}, 3, 4),
+        Entry(
+            "se", modules.FastSE, reference.SE, lambda c: {"channels": c, "reduction": min(16, c)}, 3, 4, resident=True
+        ),
+        Entry("eca", modules.FastECA, reference.ECA, lambda c: {"channels": c}, 3, 4, resident=True),
         Entry("scse", modules.FastscSE, reference.scSE, lambda c: {"channels": c, "reduction": min(16, c)}, 3, 4),
         Entry(
             "local_attention",
