@@ -13,7 +13,8 @@ pytest.importorskip("triton")
 traffic = pytest.importorskip("tools.traffic", reason="not beside the repository's tools")
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="counts in the interpreter: needs TRITON_INTERPRET=1")
-CALLS = [call for entry in catalogue.ENTRIES.values() for call in traffic.calls(entry)]
+ENTRIES = (*catalogue.ENTRIES.values(), *catalogue.INFERENCE.values())
+CALLS = [call for entry in ENTRIES for call in traffic.calls(entry)]
 
 
 @pytest.mark.parametrize("call", CALLS, ids=str)

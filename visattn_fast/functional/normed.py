@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import ops, reference
 from ..backends import fused
-from ..reference.batch_norm import as_affine, update_running_statistics
+from ..reference.batch_norm import update_running_statistics
 from ..reference.checks import ACTIVATIONS, check_choice, check_residual
 from ..reference.gates import checked
 from ..reference.nam import check_nam
@@ -71,31 +71,18 @@ def gate_normed_channels(
         assert running_mean is not None
         assert running_var is not None
         mean, var = running_mean.to(wide), running_var.to(wide)
-        if passes:
-            return _in_passes(z, *as_affine(mean, var, weight, bias, eps, wide), gate, residual, code)
-        k, d = mean, z.to(wide) - mean[:, None, None]
-        means = d.mean((2, 3)) + mean
+        k, d = mean, z if passes else z.to(wide) - mean[:, None, None]
+        means = ops.channel_mean(z) if passes else d.mean((2, 3)) + mean
     gain = torch.rsqrt(var + eps) * weight
     pooled = ((means - mean) * gain + bias).to(z.dtype)[:, :, None, None]
     factor = checked(gate(pooled), (*z.shape[:2], 1, 1), "gate").to(wide)
+    if passes and not ops.recorded((factor,)):
+        factor = factor.flatten(1)
+        scale = gain * factor
+        # Of the scale as it is rounded, so that a mean far from zero cancels.
+        return ops.channel_affine(z, scale, torch.addcmul(bias * factor, mean, scale, value=-1), residual, code)
+    if passes:  # a gradient is wanted after all, of the gate's own parameters
+        d = z.to(wide) - mean[:, None, None]
     y = d * (gain[:, None, None] * factor) + ((k - mean) * gain + bias)[..., None, None] * factor
     dtype = z.dtype if residual is None else torch.promote_types(z.dtype, residual.dtype)
     return reference.epilogue(y, residual, activation).to(dtype)
-
-
-def _in_passes(
-    z: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    gate: Callable[[Tensor], Tensor],
-    residual: Tensor | None,
-    activation: int,
-) -> Tensor:
-    """Behind the norm ``z * scale + shift``: z is read for its mean, and again for the result."""
-    pooled = torch.addcmul(shift, ops.channel_mean(z), scale).to(z.dtype)[:, :, None, None]
-    factor = checked(gate(pooled), (*z.shape[:2], 1, 1), "gate").flatten(1).to(scale.dtype)
-    scale, shift = scale * factor, shift * factor
-    if ops.recorded((factor,)):  # by the gate's own parameters
-        y = z.to(scale.dtype) * scale[..., None, None] + shift[..., None, None]
-        return reference.epilogue(y, residual, ACTIVATIONS[activation]).to(z.dtype)
-    return ops.channel_affine(z, scale, shift, residual, activation)
