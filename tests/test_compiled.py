@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from test_flavours import BIASED
 from test_gates import KINDS
 
 import visattn_fast as vf
@@ -57,6 +58,16 @@ def test_shared_maxima():
     layouts = [Call(KINDS["even"], compiled.SHAPES[0], layout, residual=True) for layout in catalogue.LAYOUTS]
     kernels = compiled.compile_all(compiled.variants(layouts, ["sm_90"]))
     assert sum("pool" in kernel.variant.kernel for kernel in kernels) > 2, "the launches were not seen"
+    faults = [fault for kernel in kernels for fault in kernel.faults]
+    assert not faults, "\n".join(faults)
+
+
+def test_bias():
+    """CBAM whose spatial gate has a bias."""
+    calls = [Call(entry, compiled.SHAPES[0], layout) for entry in BIASED.values() for layout in catalogue.LAYOUTS]
+    kernels = compiled.compile_all(compiled.variants(calls, ["sm_90", "gfx942"]))
+    biased = {k.variant.kernel for k in kernels if {"b_ptr", "bias_parts_ptr"} & set(k.variant.parameters)}
+    assert {"_conv_gate_kernel", "_conv_weight_grad_kernel"} <= biased, "the launches were not seen"
     faults = [fault for kernel in kernels for fault in kernel.faults]
     assert not faults, "\n".join(faults)
 

@@ -1,4 +1,4 @@
-"""Variants of a gate that other libraries' modules are: activations, biases."""
+"""Variants of a gate that other libraries' modules are: activations, and biases, of which CBAM's may be a batch norm's."""
 
 from __future__ import annotations
 
@@ -43,6 +43,93 @@ def test_se(hidden, gate, layout, dtype, device, backend):
         "se", _FastSE, _SE, lambda c: {"channels": c, "hidden_activation": hidden, "gate_activation": gate}, 3, 4
     )
     check(entry, feature_map((2, 24, 7, 6), layout, dtype, device), backend)
+
+
+class _CBAM(reference.CBAM):
+    """`reference.CBAM` with a bias in its spatial gate."""
+
+    function = staticmethod(reference.cbam)
+
+    def __init__(self, channels):
+        super().__init__(channels, reduction=4)
+        self.bias = nn.Parameter(torch.tensor([0.7]))
+
+    def forward(self, x, **epilogue):
+        return self.function(x, *self.weights(), bias=self.bias, **epilogue)
+
+
+class _FastCBAM(_CBAM):
+    function = staticmethod(vf.functional.cbam)
+
+
+class _Spatial(reference.SpatialAttention):
+    """`reference.SpatialAttention` with a bias."""
+
+    function = staticmethod(reference.spatial_attention)
+
+    def __init__(self, channels):
+        super().__init__()
+        self.bias = nn.Parameter(torch.tensor([-0.4]))
+
+    def forward(self, x):
+        return self.function(x, *self.weights(), bias=self.bias)
+
+
+class _FastSpatial(_Spatial):
+    function = staticmethod(vf.functional.spatial_attention)
+
+
+BIASED = {
+    "cbam": catalogue.Entry("cbam", _FastCBAM, _CBAM, lambda c: {"channels": c}, 4, 5),
+    "spatial_attention": catalogue.Entry(
+        "spatial_attention", _FastSpatial, _Spatial, lambda c: {"channels": c}, 1, 1, epilogue=False
+    ),
+}
+biased = pytest.mark.parametrize("name", BIASED)
+
+
+@pytest.mark.parametrize(("device", "backend"), TARGETS)
+@biased
+@layouts
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)
+def test_bias(name, layout, dtype, device, backend):
+    """Values and every gradient, the bias's too, and the same bits again; one pixel, and no image at all."""
+    needs_dtype(backend, device, dtype)
+    for shape in ((3, 24, 7, 6), (2, 8, 1, 1), (0, 8, 4, 4)):
+        x = feature_map(shape, layout, dtype, device)
+        first, again = check(BIASED[name], x, backend), check(BIASED[name], x, backend)
+        assert all(torch.equal(t, again[key]) for key, t in first.items())
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the number of threads is nothing to Triton")
+@biased
+def test_bias_with_any_number_of_threads(name):
+    fast, _ = BIASED[name].pair(32)
+    x, before, results = feature_map((3, 32, 28, 29), "nchw", torch.float32), torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(torch.autograd.grad(fast(x).square().sum(), fast.bias)[0])
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+@pytest.mark.skipif(INTERPRETED, reason="hundreds of evaluations, too slow in the interpreter")
+@biased
+def test_gradcheck_of_the_bias(name):
+    fast, _ = BIASED[name].pair(4, torch.float64)
+    x = feature_map((2, 4, 3, 3), "nchw", torch.float64)
+    call = {"cbam": vf.functional.cbam, "spatial_attention": vf.functional.spatial_attention}[name]
+    epilogue = {"cbam": {"residual": x, "activation": "silu"}, "spatial_attention": {}}[name]
+
+    def biased(x, bias):
+        return call(x, *fast.weights(), bias=bias, **epilogue)
+
+    inputs = (x.clone().requires_grad_(), fast.bias.detach().requires_grad_())
+    assert torch.autograd.gradcheck(biased, inputs)
+    assert torch.autograd.gradgradcheck(biased, inputs, fast_mode=True)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="hundreds of evaluations, too slow in the interpreter")

@@ -2,36 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch import nn
 
 import visattn_fast as vf
-from cases import EPILOGUES, TARGETS, VIEWS, feature_map, needs_dtype, oracle, poisoned, run, within_budget
+from cases import (
+    EPILOGUES,
+    TARGETS,
+    VIEWS,
+    feature_map,
+    needs_dtype,
+    oracle,
+    poisoned,
+    recorded_ops,
+    run,
+    within_budget,
+)
 from visattn_fast import catalogue
 
 ENTRY = catalogue.INFERENCE["normed_gate"]
 layouts = pytest.mark.parametrize("layout", catalogue.LAYOUTS)
 targets = pytest.mark.parametrize(("device", "backend"), TARGETS)
-
-
-@contextmanager
-def recorded_ops() -> Iterator[list[str]]:
-    """The names of our ops that are called, in their order."""
-    names: list[str] = []
-
-    class Recorder(TorchDispatchMode):
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            if func.namespace == "visattn_fast":
-                names.append(func._opname)
-            return func(*args, **(kwargs or {}))
-
-    with Recorder():
-        yield names
 
 
 def hold(x: torch.Tensor, backend: str, residual: torch.Tensor | None = None, activation: str | None = None) -> Any:
@@ -79,7 +73,7 @@ def test_deterministic_and_far_from_zero():
     x = 1000 + feature_map((3, 64, 28, 29), "nchw", torch.float32)
     for module in (fast, plain):
         module.norm.running_mean += 1000
-        module.gate = torch.nn.Sigmoid()  # PyTorch's convolution is not the same with any number of threads
+        module.gate = nn.Sigmoid()  # PyTorch's convolution is not the same with any number of threads
     before, results = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 3):
@@ -109,3 +103,14 @@ def test_where_a_gradient_is_wanted():
                 y = vf.reference.epilogue(module(inputs["x"]), inputs["residual"], "silu")
             found.append((y, *torch.autograd.grad(y.square().sum(), leaf)))
         torch.testing.assert_close(*found, rtol=1e-9, atol=1e-10)
+
+
+def test_a_wider_residual():
+    """It widens the result, whose sum is PyTorch's."""
+    fast, plain = ENTRY.pair(8)
+    x, residual = feature_map((2, 8, 5, 4), "nchw", torch.bfloat16), feature_map((2, 8, 5, 4), "nchw", torch.float32)
+    with torch.no_grad(), recorded_ops() as names:
+        fast.gate = plain.gate = nn.Sigmoid()
+        y = fast(x, residual=residual)
+    assert names == []
+    torch.testing.assert_close(y, plain(x.float()) + residual, rtol=0.01, atol=0.01)

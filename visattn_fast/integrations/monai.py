@@ -74,7 +74,7 @@ class _FastBlock(SEBlock):
 
 
 class FastSEBlock(_FastBlock):
-    """MONAI's SEBlock, whose gate adds the projection and activates."""
+    """MONAI's SEBlock, whose gate adds the projection and activates; the last norm is part of it, where it may be."""
 
 
 class FastSEBottleneck(_FastBlock, SEBottleneck):

@@ -12,7 +12,7 @@ from .recipe import ACTIVATIONS, Recipe, fingerprint, is_swapped, own_class
 
 
 class FastBasicBlock(resnet.BasicBlock):
-    """timm's BasicBlock, whose gate adds the shortcut and activates."""
+    """timm's BasicBlock, whose gate adds the shortcut and activates; the last norm is part of it, where it may be."""
 
     def forward(self, x: Tensor) -> Tensor:
         block: Any = self
@@ -21,7 +21,7 @@ class FastBasicBlock(resnet.BasicBlock):
 
 
 class FastBottleneck(resnet.Bottleneck):
-    """timm's Bottleneck, whose gate adds the shortcut and activates."""
+    """timm's Bottleneck, likewise."""
 
     def forward(self, x: Tensor) -> Tensor:
         block: Any = self
