@@ -1,4 +1,4 @@
-"""Variants of a gate that other libraries' modules are: activations, and biases, of which CBAM's may be a batch norm's."""
+"""Variants of a gate that other libraries' modules are: activations, biases."""
 
 from __future__ import annotations
 
