@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_compiled_blocks import C, accelerated, spread
 from torch import nn
 
 import visattn_fast as vf
@@ -15,33 +16,11 @@ from outside import library
 from visattn_fast import catalogue
 
 layouts = pytest.mark.parametrize("layout", catalogue.LAYOUTS)
-C = 32
 pytestmark = [
     pytest.mark.skipif(INTERPRETED, reason="swaps classes; what the kernels compute is held elsewhere"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
 ]
 FOLDED = ["channel_mean", "channel_affine"]
-
-
-def block(attention: str | None, kind: str = "Bottleneck", **options: Any) -> nn.Module:
-    """timm's, or MONAI's SEBlock; in eval mode, every norm's statistics and weights spread."""
-    torch.manual_seed(0)
-    if kind == "SEBlock":
-        built = library("monai.networks.blocks").SEBlock(2, C, 8, 8, C, **options)
-    else:
-        module = getattr(library("timm.models.resnet"), kind)
-        gate = library("timm.layers").get_attn(attention)
-        built = module(C, C // module.expansion, attn_layer=gate, **options)
-    return spread(built)
-
-
-def spread(module: nn.Module) -> nn.Module:
-    for norm in module.modules():
-        if isinstance(norm, nn.BatchNorm2d):
-            for tensor in (norm.weight, norm.bias, norm.running_mean):
-                nn.init.uniform_(tensor, -1, 1)
-            nn.init.uniform_(norm.running_var, 0.5, 2)
-    return module.eval()
 
 
 def ops_of(module: nn.Module, x: torch.Tensor) -> list[str]:
@@ -81,8 +60,7 @@ def any_size(monkeypatch):
 @layouts
 def test_folded(attention, kind, options, layout, any_size):
     """The normed map is never stored, in any dtype."""
-    module = block(attention, kind, **options)
-    assert len(vf.accelerate(module).swapped) == 2
+    module = accelerated(attention, kind, **options).eval()
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
         x = feature_map((2, C, 6, 5), layout, dtype)
         assert ops_of(module.to(dtype), x) == FOLDED
@@ -90,8 +68,7 @@ def test_folded(attention, kind, options, layout, any_size):
 
 def test_not_folded(any_size):
     """In training, with hooks, where a gradient is wanted, within a chosen reference."""
-    module, x = block("se").double(), feature_map((2, C, 6, 5), "nchw", torch.float64)
-    vf.accelerate(module)
+    module, x = accelerated("se").eval(), feature_map((2, C, 6, 5), "nchw", torch.float64)
     assert ops_of(module, x) == FOLDED
     module.bn3.momentum = None  # of no concern here
     assert ops_of(module, x) == FOLDED
@@ -122,15 +99,14 @@ def test_not_folded(any_size):
 
 def test_small_maps():
     """Small maps keep norm and gate, which take fewer calls."""
-    module = block("eca", "BasicBlock")
-    vf.accelerate(module)
+    module = accelerated("eca", "BasicBlock").eval().float()
     assert ops_of(module, feature_map((2, C, 8, 8), "nchw", torch.float32)) == ["eca_fwd"]
     assert ops_of(module, feature_map((2, C, 91, 91), "nchw", torch.float32)) == FOLDED
 
 
 def cbam(**options: Any) -> nn.Module:
     torch.manual_seed(0)
-    module = spread(library("timm.layers.cbam").CbamModule(C, **options))
+    module = spread(library("timm.layers.cbam").CbamModule(C, **options)).eval()
     vf.accelerate(module)
     return module
 
@@ -148,7 +124,7 @@ def test_cbam_is_one_op(dtype, layout):
 
 
 def test_cbam_bias_of_the_convolution():
-    module = cbam().double()
+    module = cbam()
     module.spatial.conv.conv.bias = nn.Parameter(torch.tensor([0.7], dtype=torch.float64))
     module.spatial.conv.bn.affine, module.spatial.conv.bn.weight, module.spatial.conv.bn.bias = False, None, None
     assert ops_of(module, feature_map((2, C, 7, 6), "nchw", torch.float64)) == ["cbam_fwd"]
@@ -159,8 +135,8 @@ def test_cbam_in_steps():
     x = feature_map((2, C, 7, 6), "nchw", torch.float64)
     others: list[dict[str, Any]] = [{"act_layer": nn.SiLU}, {"mlp_bias": True}, {"gate_layer": "hard_sigmoid"}]
     for options in others:
-        assert ops_of(cbam(**options).double(), x) == list(STEPS)
-    module = cbam().double()
+        assert ops_of(cbam(**options), x) == list(STEPS)
+    module = cbam()
     hooked = module.spatial.conv.bn.register_forward_hook(lambda *_: None)
     assert ops_of(module, x) == list(STEPS)
     hooked.remove()
@@ -173,19 +149,16 @@ def test_cbam_in_steps():
 
 def test_cbam_in_a_block_and_compiled():
     """Compiled it is one op, too, and a block's gate adds the shortcut."""
-    built = spread(library("timm.models.resnet").BasicBlock(C, C, attn_layer=library("timm.layers").get_attn("cbam")))
-    x = feature_map((2, C, 7, 6), "nchw", torch.float32)
+    module, x = accelerated("cbam", "BasicBlock").eval(), feature_map((2, C, 7, 6), "nchw", torch.float64)
+    assert ops_of(module, x) == ["cbam_fwd"]
+    graphs: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
+        graphs.extend(str(n.target) for n in graph.graph.nodes if "visattn_fast" in str(n.target))
+        return graph.forward
+
+    torch._dynamo.reset()
     with torch.no_grad():
-        want = built(x)
-        assert len(vf.accelerate(built).swapped) == 2
-        assert ops_of(built, x) == ["cbam_fwd"]
-        graphs: list[str] = []
-
-        def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
-            graphs.extend(str(n.target) for n in graph.graph.nodes if "visattn_fast" in str(n.target))
-            return graph.forward
-
-        torch._dynamo.reset()
-        y = torch.compile(built, fullgraph=True, backend=backend)(x)
-    torch.testing.assert_close(y, want, rtol=1e-5, atol=1e-5)
+        y, want = torch.compile(module, fullgraph=True, backend=backend)(x), module(x)
+    torch.testing.assert_close(y, want, rtol=1e-10, atol=1e-10)
     assert graphs == ["visattn_fast.cbam_fwd.default"]
