@@ -15,7 +15,7 @@ from ..reference.batch_norm import batch_norm_step
 from .recipe import has_hooks
 
 # Elements of z from which on the folded form is taken in eager mode: its dozen calls for scales and shifts take longer
-# than the pass that it spares smaller maps. On CPUs as measured; elsewhere estimated of launches and bytes.
+# than the pass that it spares a smaller map. Elsewhere than on CPUs it is a guess, from launches and bytes.
 _WORTH_FOLDING = {"cpu": 1 << 19}
 _ELSEWHERE = 1 << 24
 
