@@ -116,6 +116,22 @@ def test_bias_with_any_number_of_threads(name):
     assert torch.equal(results[0], results[2])
 
 
+@pytest.mark.skipif(INTERPRETED, reason="2401 taps a pixel, too slow in the interpreter")
+def test_large_kernel_and_residual():
+    """The copy of CBAM whose spatial kernel is larger than most maps, with a bias, and x added."""
+    x = feature_map((2, 16, 9, 30), "nchw", torch.float64)
+    weights = [feature_map(s, "nchw", torch.float64, seed=1) for s in ((4, 16, 1, 1), (16, 4, 1, 1), (1, 2, 49, 49))]
+    weights[2] /= 49
+    found = []
+    for function in (vf.functional.cbam, reference.cbam):
+        inputs = [t.clone().requires_grad_() for t in (x, *weights, torch.tensor([0.3], dtype=torch.float64))]
+        epilogue = {"residual": inputs[0]} if function is vf.functional.cbam else {}
+        y = function(*inputs[:4], bias=inputs[4], **epilogue)
+        y = y if epilogue else y + inputs[0]
+        found.append((y, *torch.autograd.grad(y.square().sum(), inputs)))
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.skipif(INTERPRETED, reason="hundreds of evaluations, too slow in the interpreter")
 @biased
 def test_gradcheck_of_the_bias(name):
