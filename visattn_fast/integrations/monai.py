@@ -29,7 +29,7 @@ class FastAnyChannelSELayer(ChannelSELayer):
     """MONAI's ChannelSELayer with any activations, which run as they are; with the block's epilogue, if asked."""
 
     def channel_gate(self, mean: Tensor) -> Tensor:
-        return self.fc(mean.flatten(1)).view(mean.shape)
+        return _gate(self, mean)
 
     def forward(self, x: Tensor, residual: Tensor | None = None, activation: str | None = None) -> Tensor:
         residual = x if self.add_residual else residual
@@ -57,7 +57,7 @@ class FastAnyResidualSELayer(ResidualSELayer):
     """MONAI's ResidualSELayer with any activations, which run as they are."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return functional.gate_channels(x, lambda mean: self.fc(mean.flatten(1)).view(mean.shape), residual=x)
+        return functional.gate_channels(x, lambda mean: _gate(self, mean), residual=x)
 
 
 class _FastBlock(SEBlock):
@@ -90,6 +90,10 @@ class FastSEResNeXtBottleneck(_FastBlock, SEResNeXtBottleneck):
 
 
 _EPILOGUES = {**ACTIVATIONS, nn.Identity: None}
+
+
+def _gate(module: ChannelSELayer, mean: Tensor) -> Tensor:
+    return module.fc(mean.flatten(1)).view(mean.shape)
 
 
 def _norm_alone(block: Any) -> nn.Module | None:

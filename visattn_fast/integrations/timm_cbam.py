@@ -17,21 +17,23 @@ from torch import Tensor, nn
 
 from .. import functional, ops
 from ..backends import fused
-from ..reference.batch_norm import as_affine
 from .normed import is_evaluated
 from .pooled import is_map_conv, is_pointwise, map_logit, pointwise
 from .recipe import Recipe, has_hooks
 
 
 class FastCbamModule(CbamModule):
-    """timm's CbamModule: mean and maximum each through the layers, a batch norm in the spatial gate, ties shared."""
+    """timm's CbamModule: mean and maximum each through the layers, a batch norm in the spatial gate, ties shared.
+
+    In inference it is one op, if its layers are the paper's.
+    """
 
     def forward(self, x: Tensor, residual: Tensor | None = None, activation: str | None = None) -> Tensor:
         c, s = self.channel, self.spatial
         if _is_one_op(self, x, residual):
-            kernel = _normed_kernel(s.conv)
+            wconv, bias = _normed_kernel(s.conv)
             return functional.cbam(
-                x, c.fc1.weight, c.fc2.weight, kernel[0], bias=kernel[1], residual=residual, activation=activation
+                x, c.fc1.weight, c.fc2.weight, wconv, bias=bias, residual=residual, activation=activation
             )
 
         def channel(mean: Tensor, maximum: Tensor) -> Tensor:
@@ -95,8 +97,10 @@ def _normed_kernel(block: Any) -> tuple[Tensor, Tensor]:
     """Weights ``[1, 2, k, k]`` and bias ``[1]`` of the convolution and the evaluated norm behind it, in one."""
     conv, norm = block.conv, block.bn
     wide = torch.promote_types(conv.weight.dtype, torch.float32)
-    scale, shift = as_affine(norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps, wide)
-    return conv.weight * scale, shift if conv.bias is None else torch.addcmul(shift, conv.bias.to(wide), scale)
+    scale = torch.rsqrt(norm.running_var.to(wide) + norm.eps)
+    scale = scale if norm.weight is None else scale * norm.weight
+    bias = -norm.running_mean if conv.bias is None else conv.bias.to(wide) - norm.running_mean
+    return conv.weight * scale, bias * scale if norm.bias is None else bias * scale + norm.bias
 
 
 def _against(module: Any) -> str:
