@@ -1,4 +1,4 @@
-"""The spatial gate `sigmoid(conv(maps, w))`, maps [N, 2, H, W], w [1, 2, k, k], forward and backward."""
+"""The spatial gate `sigmoid(conv(maps, w) + b)`, maps [N, 2, H, W], w [1, 2, k, k], b [1], forward and backward."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from ._tiles import sigmoid
 
 
 @triton.jit
-def _conv_gate_kernel(maps_ptr, w_ptr, gate_ptr, H, W, K: tl.constexpr, BLOCK_P: tl.constexpr):
-    """gate [N, H, W] = sigmoid(cross-correlation of maps [N, 2, H, W] with w [2, K, K], zero padding K // 2)."""
+def _conv_gate_kernel(maps_ptr, w_ptr, b_ptr, gate_ptr, H, W, K: tl.constexpr, BLOCK_P: tl.constexpr):
+    """gate [N, H, W] = sigmoid(cross-correlation of maps [N, 2, H, W] with w [2, K, K], zero padding K // 2, + b)."""
     acc_ty = maps_ptr.dtype.element_ty
     HW = H * W
     blocks = tl.cdiv(HW, BLOCK_P)
@@ -31,6 +31,8 @@ def _conv_gate_kernel(maps_ptr, w_ptr, gate_ptr, H, W, K: tl.constexpr, BLOCK_P:
                 inside = (p < HW) & (y >= 0) & (y < H) & (x >= 0) & (x < W)
                 v = tl.load(maps_ptr + row + x, mask=inside, other=0.0)
                 acc += v * tl.load(w_ptr + (i * K + kh) * K + kw).to(acc_ty)
+    if b_ptr is not None:
+        acc += tl.load(b_ptr).to(acc_ty)
     tl.store(gate_ptr + n * HW + p, sigmoid(acc), mask=p < HW)
 
 
@@ -60,9 +62,13 @@ def _conv_maps_grad_kernel(dq_ptr, w_ptr, dmaps_ptr, H, W, K: tl.constexpr, BLOC
 
 @triton.jit
 def _conv_weight_grad_kernel(
-    dq_ptr, maps_ptr, parts_ptr, H, W, steps, K: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_P: tl.constexpr
-):
-    """parts [N, parts, 2 K K] = sum over one part of the pixels of dq [N, H, W] * shifted maps [N, 2, H, W]."""
+    dq_ptr, maps_ptr, parts_ptr, bias_parts_ptr, H, W, steps,
+    K: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """parts [N, parts, 2 K K] = sum over one part of the pixels of dq [N, H, W] * shifted maps [N, 2, H, W].
+
+    bias_parts [N, parts]: of dq alone.
+    """
     acc_ty = dq_ptr.dtype.element_ty
     TAPS: tl.constexpr = 2 * K * K
     HW = H * W
@@ -72,34 +78,44 @@ def _conv_weight_grad_kernel(
     part = tl.program_id(1)
     i, dh, dw = t // (K * K), t // K % K - K // 2, t % K - K // 2
     acc = tl.zeros([BLOCK_T, BLOCK_P], acc_ty)
+    total = tl.zeros([BLOCK_P], acc_ty)
     for step in range(steps):
         p = (part * steps + step) * BLOCK_P + tl.arange(0, BLOCK_P)
         y = (p // W)[None, :] + dh[:, None]
         x = (p % W)[None, :] + dw[:, None]
         inside = (t < TAPS)[:, None] & (p < HW)[None, :] & (y >= 0) & (y < H) & (x >= 0) & (x < W)
         v = tl.load(maps_ptr + (n * 2 + i[:, None]) * HW + y * W + x, mask=inside, other=0.0)
-        acc += v * tl.load(dq_ptr + n * HW + p, mask=p < HW, other=0.0)[None, :]
-    tl.store(parts_ptr + (n * tl.num_programs(1) + part) * TAPS + t, tl.sum(acc, 1), mask=t < TAPS)
+        dq = tl.load(dq_ptr + n * HW + p, mask=p < HW, other=0.0)
+        acc += v * dq[None, :]
+        total += dq
+    row = n * tl.num_programs(1) + part
+    tl.store(parts_ptr + row * TAPS + t, tl.sum(acc, 1), mask=t < TAPS)
+    if bias_parts_ptr is not None:
+        tl.store(bias_parts_ptr + row, tl.sum(total, 0), mask=tl.program_id(0) % blocks == 0)
 
 
-def conv_gate(maps: torch.Tensor, wconv: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+def conv_gate(
+    maps: torch.Tensor, wconv: torch.Tensor, bias: torch.Tensor | None, gate: torch.Tensor
+) -> torch.Tensor:  # fmt: skip
     """Writes gate [N, (1,) H, W] from maps [N, 2, H, W]."""
     N, _, H, W = maps.shape
     block = vector_block(H * W)
     launch(
         _conv_gate_kernel, N * cdiv(H * W, block),
-        maps, wconv.contiguous(), gate, H, W, K=wconv.shape[-1], BLOCK_P=block,
+        maps, wconv.contiguous(), bias, gate, H, W, K=wconv.shape[-1], BLOCK_P=block,
     )  # fmt: skip
     return gate
 
 
-def conv_gate_bwd(dq: torch.Tensor, wconv: torch.Tensor, maps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """From dq [N, HW], the gradient before the sigmoid: (dmaps like maps, dwconv like wconv)."""
+def conv_gate_bwd(
+    dq: torch.Tensor, wconv: torch.Tensor, bias: torch.Tensor | None, maps: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """From dq [N, HW], the gradient before the sigmoid: (dmaps like maps, dwconv like wconv, dbias [1] or empty)."""
     N, _, H, W = maps.shape
     K = wconv.shape[-1]
-    dmaps = torch.empty_like(maps)
+    dmaps, biases = torch.empty_like(maps), 0 if bias is None else 1
     if not N:
-        return dmaps, maps.new_zeros(wconv.shape)
+        return dmaps, maps.new_zeros(wconv.shape), maps.new_zeros(biases)
     block = vector_block(H * W)
     launch(
         _conv_maps_grad_kernel, N * cdiv(H * W, block),
@@ -110,8 +126,12 @@ def conv_gate_bwd(dq: torch.Tensor, wconv: torch.Tensor, maps: torch.Tensor) -> 
     blocks = cdiv(taps, block_t)
     parts, steps = splits(N * blocks, cdiv(H * W, block))
     partial = maps.new_empty((1, N * parts, taps))
+    of_bias = maps.new_empty((1, N * parts, 1)) if biases else None
     launch(
         _conv_weight_grad_kernel, N * blocks,
-        dq, maps, partial, H, W, steps, K=K, BLOCK_T=block_t, BLOCK_P=block, parts=parts,
+        dq, maps, partial, of_bias, H, W, steps, K=K, BLOCK_T=block_t, BLOCK_P=block, parts=parts,
     )  # fmt: skip
-    return dmaps, combine(partial, None, maps.new_empty(wconv.shape))
+    dbias = maps.new_empty(biases)
+    if of_bias is not None:
+        combine(of_bias, None, dbias)
+    return dmaps, combine(partial, None, maps.new_empty(wconv.shape)), dbias

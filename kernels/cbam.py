@@ -41,35 +41,37 @@ def channel_attention_bwd(
         return input_grad(x, layout, dpooled=dpooled, argmax_hw=argmax_hw), dw1, dw2
 
 
-def spatial_attention_fwd(x: torch.Tensor, wconv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """gate = sigmoid(conv([mean, max])), mean and max over C, zero padding k // 2.
+def spatial_attention_fwd(
+    x: torch.Tensor, wconv: torch.Tensor, bias: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """gate = sigmoid(conv([mean, max]) + bias), mean and max over C, zero padding k // 2.
 
-    x [N, C, H, W]; wconv [1, 2, k, k], k odd, any dtype. Returns gate [N, 1, H, W] in x's dtype, maps [N, 2, H, W],
-    argmax_c [N, H, W] (int32). Reads x once.
+    x [N, C, H, W]; wconv [1, 2, k, k], k odd, bias [1], any dtype. Returns gate [N, 1, H, W] in x's dtype, maps
+    [N, 2, H, W], argmax_c [N, H, W] (int32). Reads x once.
     """
     with device_guard(x):
         x, layout = canonical(x)
         maps, argmax_c = mean_max_c(x, None, layout)
-        gate = conv_gate(maps, wconv, x.new_empty((layout.N, 1, layout.H, layout.W)))
+        gate = conv_gate(maps, wconv, bias, x.new_empty((layout.N, 1, layout.H, layout.W)))
         return gate, maps, argmax_c
 
 
 def spatial_attention_bwd(
-    grad: torch.Tensor, x: torch.Tensor, wconv: torch.Tensor, gate: torch.Tensor, maps: torch.Tensor,
-    argmax_c: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """(dx, dwconv); dx = dmean_map / C + dmax_map at argmax_c. grad [N, 1, H, W]. Writes dx, does not read x."""
+    grad: torch.Tensor, x: torch.Tensor, wconv: torch.Tensor, bias: torch.Tensor | None, gate: torch.Tensor,
+    maps: torch.Tensor, argmax_c: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """(dx, dwconv, dbias); dx = dmean_map / C + dmax_map at argmax_c. grad [N, 1, H, W]. Writes dx, does not read x."""
     with device_guard(x):
         x, layout = canonical(x)
         parts = grad.contiguous().view(layout.N, 1, layout.HW)
         dq = combine(parts, gate, maps.new_empty((layout.N, layout.HW)))
-        dmaps, dwconv = conv_gate_bwd(dq, wconv, maps)
-        return input_grad(x, layout, dmaps=dmaps, argmax_c=argmax_c), dwconv
+        dmaps, dwconv, dbias = conv_gate_bwd(dq, wconv, bias, maps)
+        return input_grad(x, layout, dmaps=dmaps, argmax_c=argmax_c), dwconv, dbias
 
 
 def cbam_fwd(
-    x: torch.Tensor, w1: torch.Tensor, w2: torch.Tensor, wconv: torch.Tensor, residual: torch.Tensor | None,
-    activation: int,
+    x: torch.Tensor, w1: torch.Tensor, w2: torch.Tensor, wconv: torch.Tensor, bias: torch.Tensor | None,
+    residual: torch.Tensor | None, activation: int,
 ) -> tuple[torch.Tensor, ...]:  # fmt: skip
     """y = act(u * spatial_gate + residual), u = x * channel_gate; the gates as in the two halves, the spatial one of u.
 
@@ -83,18 +85,18 @@ def cbam_fwd(
         channel_gate = pooled.new_empty((layout.N, layout.C))
         hidden = mlp_gate(pooled, w1, None, w2, None, channel_gate)
         maps, argmax_c = mean_max_c(x, channel_gate, layout)
-        spatial_gate = conv_gate(maps, wconv, maps.new_empty((layout.N, layout.H, layout.W)))
+        spatial_gate = conv_gate(maps, wconv, bias, maps.new_empty((layout.N, layout.H, layout.W)))
         y = scale(x, layout, channel_gate, spatial_gate, residual, activation)
         return y, pooled, argmax_hw, hidden, channel_gate, maps, argmax_c, spatial_gate
 
 
 def cbam_bwd(
     grad: torch.Tensor, x: torch.Tensor, w1: torch.Tensor, w2: torch.Tensor, wconv: torch.Tensor,
-    residual: torch.Tensor | None, pooled: torch.Tensor, argmax_hw: torch.Tensor, hidden: torch.Tensor,
-    channel_gate: torch.Tensor, maps: torch.Tensor, argmax_c: torch.Tensor, spatial_gate: torch.Tensor,
-    activation: int,
+    bias: torch.Tensor | None, residual: torch.Tensor | None, pooled: torch.Tensor, argmax_hw: torch.Tensor,
+    hidden: torch.Tensor, channel_gate: torch.Tensor, maps: torch.Tensor, argmax_c: torch.Tensor,
+    spatial_gate: torch.Tensor, activation: int,
 ) -> tuple[torch.Tensor, ...]:  # fmt: skip
-    """(dx, dresidual, dw1, dw2, dwconv), g' = grad * act'(x * channel_gate * spatial_gate + residual),
+    """(dx, dresidual, dw1, dw2, dwconv, dbias), g' = grad * act'(x * channel_gate * spatial_gate + residual),
 
     dx = (g' * spatial_gate + dmean_map / C + dmax_map at argmax_c) * channel_gate + dmean / HW + dmax at argmax_hw.
     Moves 5 times the bytes of x: (1) read grad and x, for the sums over channels and over pixels together; (2) read x,
@@ -109,7 +111,7 @@ def cbam_bwd(
         )
         assert dspatial is not None
         dq = combine(dspatial, spatial_gate, maps.new_empty((layout.N, layout.HW)))
-        dmaps, dwconv = conv_gate_bwd(dq, wconv, maps)
+        dmaps, dwconv, dbias = conv_gate_bwd(dq, wconv, bias, maps)
         map_grads(x, layout, dmaps, argmax_c, dchannel)
         dz = combine(dchannel, channel_gate, torch.empty_like(channel_gate))
         dpooled, dw1, _, dw2, _ = mlp_gate_bwd(dz, w1, w2, pooled, hidden)
@@ -117,4 +119,4 @@ def cbam_bwd(
             x, layout, grad=g, channel_gate=channel_gate, spatial_gate=spatial_gate,
             dpooled=dpooled, argmax_hw=argmax_hw, dmaps=dmaps, argmax_c=argmax_c,
         )  # fmt: skip
-        return dx, dresidual, dw1, dw2, dwconv
+        return dx, dresidual, dw1, dw2, dwconv, dbias

@@ -123,7 +123,7 @@ def hold_cbam(call):
     assert not outcome.faults, "\n".join(outcome.faults)
     x = call.x.float()
     residual = None if call.residual is None else call.residual.float()
-    want = OPS["cbam_fwd"].reference(x, *call.weights.values(), residual, call.activation)
+    want = OPS["cbam_fwd"].reference(x, *call.weights.values(), None, residual, call.activation)
     for name, expected_one in zip(got, want, strict=True):
         found = got[name].float() if name == "y" else got[name]
         torch.testing.assert_close(found, expected_one, rtol=tolerance, atol=tolerance, equal_nan=True, msg=name)

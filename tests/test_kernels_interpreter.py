@@ -103,7 +103,7 @@ def test_first_maximum_of_all_parts(layout, shape, value, device):
     C = shape[1]
     ones = [torch.ones(s, device=device) for s in ((2, C), (C, 2), (1, 2, 3, 3))]
     _, pooled, argmax_hw, _ = cbam.channel_attention_fwd(x, *ones[:2])
-    _, maps, argmax_c = cbam.spatial_attention_fwd(x, ones[2])
+    _, maps, argmax_c = cbam.spatial_attention_fwd(x, ones[2], None)
     for got, index, exact in ((pooled[:, 1], argmax_hw, x.flatten(2).max(2)), (maps[:, 1], argmax_c, x.max(1))):
         torch.testing.assert_close(got, exact.values, rtol=0, atol=0, equal_nan=True)
         assert torch.equal(index.long(), exact.indices)
@@ -127,15 +127,15 @@ def test_empty_batch_launches_nothing(monkeypatch):
     p2, offset = torch.ones(1, 2), torch.ones(1)
     y, *small = local_attention.local_attention_fwd(x, w1, None, w2, None, w1, None, p2, offset, x, 1)
     gradients += local_attention.local_attention_bwd(y, x, w1, w2, w1, None, p2, x, *small, 1)
-    y, *small = cbam.cbam_fwd(x, w1, w2, wconv, x, 2)
-    gradients += cbam.cbam_bwd(y, x, w1, w2, wconv, x, *small, 2)
+    y, *small = cbam.cbam_fwd(x, w1, w2, wconv, offset, x, 2)
+    gradients += cbam.cbam_bwd(y, x, w1, w2, wconv, offset, x, *small, 2)
     gate = torch.ones(0, 6)
     gradients += (channel_scale.channel_scale_fwd(x, gate, x, 1), *channel_scale.channel_scale_bwd(y, x, gate, x, 1))
     gradients += (channel_scale.channel_input_grad(y, x, gate, gate),)
     gate, *small = cbam.channel_attention_fwd(x, w1, w2)
     gradients += cbam.channel_attention_bwd(gate, x, w1, w2, gate, *small)
-    gate, *small = cbam.spatial_attention_fwd(x, wconv)
-    gradients += cbam.spatial_attention_bwd(gate, x, wconv, gate, *small)
+    gate, *small = cbam.spatial_attention_fwd(x, wconv, offset)
+    gradients += cbam.spatial_attention_bwd(gate, x, wconv, offset, gate, *small)
     y, *small = simam.simam_fwd(x, x, 1, 1e-4)
     gradients += simam.simam_bwd(y, x, x, *small, 1)
     six = [torch.ones(3)] * 6

@@ -114,6 +114,11 @@ def fused(x: torch.Tensor, tiny: int = 0) -> bool:
     return select(x.device, x.dtype, asked) != "reference"
 
 
+def serving(x: torch.Tensor) -> str:
+    """The backend that serves x under the current choice. Raises as `fused` does."""
+    return select(x.device, x.dtype, _asked())
+
+
 def _known_to_hold(condition: bool) -> bool:
     """Whether it holds of all sizes that the code being compiled may meet; asking adds no guard."""
     from torch.fx.experimental.symbolic_shapes import statically_known_true

@@ -16,6 +16,7 @@ def cbam(
     w2: Tensor,
     wconv: Tensor,
     *,
+    bias: Tensor | None = None,
     residual: Tensor | None = None,
     activation: str | None = None,
 ) -> Tensor:
@@ -24,7 +25,7 @@ def cbam(
     Args:
         x: ``[N, C, H, W]``, any floating dtype, NCHW or channels_last.
         w1, w2: as in `channel_attention`.
-        wconv: as in `spatial_attention`.
+        wconv, bias: as in `spatial_attention`.
         residual, activation: as in `se`.
 
     Returns, raises: as `se`.
@@ -32,8 +33,8 @@ def cbam(
     Source: Woo et al., "CBAM: Convolutional Block Attention Module", ECCV 2018.
     """
     check_bottleneck(x, w1, None, w2, None)
-    check_spatial_kernel(wconv, x)
-    return gated(reference.cbam, ops.CBAMFunction, (x, w1, w2, wconv), residual, activation)
+    check_spatial_kernel(wconv, bias, x)
+    return gated(reference.cbam, ops.CBAMFunction, (x, w1, w2, wconv, bias), residual, activation)
 
 
 def channel_attention(x: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
@@ -54,12 +55,13 @@ def channel_attention(x: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
     return ops.run(ops.ChannelAttentionFunction, x, w1, w2)[0]
 
 
-def spatial_attention(x: Tensor, wconv: Tensor) -> Tensor:
-    """CBAM's spatial gate ``sigmoid(conv([mean(x), max(x)]))``; mean and max over C, zero padding.
+def spatial_attention(x: Tensor, wconv: Tensor, *, bias: Tensor | None = None) -> Tensor:
+    """CBAM's spatial gate ``sigmoid(conv([mean(x), max(x)]) + bias)``; mean and max over C, zero padding.
 
     Args:
         x: ``[N, C, H, W]``, any floating dtype, NCHW or channels_last.
         wconv: ``[1, 2, k, k]`` with odd k; its first input is the mean.
+        bias: ``[1]``, added to the convolution; None for none.
 
     Returns:
         ``[N, 1, H, W]`` in x's dtype.
@@ -67,7 +69,7 @@ def spatial_attention(x: Tensor, wconv: Tensor) -> Tensor:
     Raises: as `se`.
     """
     check_feature_map(x)
-    check_spatial_kernel(wconv, x)
+    check_spatial_kernel(wconv, bias, x)
     if not fused(x):
-        return ops.mixed(reference.spatial_attention, x, wconv)
-    return ops.run(ops.SpatialAttentionFunction, x, wconv)[0]
+        return ops.mixed(reference.spatial_attention, x, wconv, bias)
+    return ops.run(ops.SpatialAttentionFunction, x, wconv, bias)[0]

@@ -100,7 +100,7 @@ def conv_maps(maps: Tensor, wconv: Tensor) -> Tensor:
         TypeError: a dtype that is not floating.
     """
     check_feature_map(maps, 2)
-    check_spatial_kernel(wconv, maps)
+    check_spatial_kernel(wconv, None, maps)
     if not fused(maps):
         return ops.mixed(lambda m, w: F.conv2d(m, w, padding=w.shape[3] // 2), maps, wconv)
     wide = maps.double() if maps.dtype == torch.float64 else maps.float()

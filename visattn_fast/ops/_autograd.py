@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -22,12 +22,17 @@ def mixed(mathematics: Callable[..., Tensor], x: Tensor, *arguments: Any) -> Ten
     return mathematics(*(t.to(widest) if isinstance(t, Tensor) else t for t in (x, *arguments))).to(x.dtype)
 
 
+def recorded(arguments: Iterable[Any]) -> bool:
+    """Whether a gradient can be asked for of what is computed from these arguments."""
+    return torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in arguments)
+
+
 def run(function: type[torch.autograd.Function], *args: Any) -> tuple[Tensor, ...]:
     """The results of a fused function. An autograd node is made only where a gradient can be asked for.
 
     Where none can, of a function with an op for inference there is only the first.
     """
-    if not (torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)):
+    if not recorded(args):
         infer = getattr(function, "infer", None) if args[0].is_cpu else None
         return function.forward(*args) if infer is None else (infer(*args),)
     if torch.compiler.is_compiling():

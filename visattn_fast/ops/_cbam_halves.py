@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv2d_input, conv2d_weight
 
+from ._layout import empty_small
+
 
 def pool_pixels(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """``[N, C, H, W]`` -> (mean, max) over the pixels ``[N, 2, C]`` and the first maximum's index ``[N, C]``."""
@@ -37,9 +39,10 @@ def channel_gate_backward(
     return dhidden @ w1.flatten(1).to(a), dw1, dw2
 
 
-def spatial_gate(maps: Tensor, wconv: Tensor) -> Tensor:
+def spatial_gate(maps: Tensor, wconv: Tensor, bias: Tensor | None) -> Tensor:
     """Maps ``[N, 2, H, W]`` -> gate ``[N, H, W]``."""
-    return torch.sigmoid(F.conv2d(maps, wconv.to(maps.dtype), padding=wconv.shape[3] // 2)[:, 0])
+    bias = None if bias is None else bias.to(maps.dtype)
+    return torch.sigmoid(F.conv2d(maps, wconv.to(maps.dtype), bias, padding=wconv.shape[3] // 2)[:, 0])
 
 
 def spatial_gate_backward(dz: Tensor, maps: Tensor, wconv: Tensor) -> tuple[Tensor, Tensor]:
@@ -47,6 +50,16 @@ def spatial_gate_backward(dz: Tensor, maps: Tensor, wconv: Tensor) -> tuple[Tens
     wconv, dz, half = wconv.to(maps.dtype), dz[:, None], wconv.shape[3] // 2
     dmaps = conv2d_input(maps.shape, wconv, dz, padding=half)
     return dmaps, conv2d_weight(maps, wconv.shape, dz, padding=half).contiguous()
+
+
+def spatial_bias_gradient(dz: Tensor, bias: Tensor | None) -> Tensor:
+    """Gradient ``[N, H, W]`` before the sigmoid -> that of the bias ``[1]``; empty where there is none."""
+    return dz.new_empty(0) if bias is None else dz.sum().view(1)
+
+
+def empty_bias_gradient(x: Tensor, bias: Tensor | None) -> Tensor:
+    """The fake of `spatial_bias_gradient`."""
+    return empty_small(x, 0 if bias is None else 1)
 
 
 def unpool_pixels(dpooled: Tensor, argmax_hw: Tensor, x: Tensor) -> Tensor:

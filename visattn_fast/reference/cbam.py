@@ -41,14 +41,15 @@ def global_maximum(x: Tensor) -> Tensor:
     return x.amax((2, 3), keepdim=True) if torch.compiler.is_exporting() else F.adaptive_max_pool2d(x, 1)
 
 
-def spatial_attention(x: Tensor, wconv: Tensor) -> Tensor:
-    """The gate ``sigmoid(conv([mean(x), max(x)]))``; mean and max over C, zero padding.
+def spatial_attention(x: Tensor, wconv: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The gate ``sigmoid(conv([mean(x), max(x)]) + bias)``; mean and max over C, zero padding.
 
     The maximum sends its gradient to one channel, the first of equal ones.
 
     Args:
         x: ``[N, C, H, W]``.
         wconv: ``[1, 2, k, k]`` with odd k; its first input is the mean.
+        bias: ``[1]`` or None.
 
     Returns:
         ``[N, 1, H, W]``.
@@ -58,18 +59,18 @@ def spatial_attention(x: Tensor, wconv: Tensor) -> Tensor:
         TypeError: a dtype that is not floating.
     """
     check_feature_map(x)
-    check_spatial_kernel(wconv, x)
+    check_spatial_kernel(wconv, bias, x)
     maps = torch.cat([x.mean(1, keepdim=True), x.max(dim=1, keepdim=True).values], dim=1)
-    return torch.sigmoid(F.conv2d(maps, wconv, padding=wconv.shape[3] // 2))
+    return torch.sigmoid(F.conv2d(maps, wconv, bias, padding=wconv.shape[3] // 2))
 
 
-def cbam(x: Tensor, w1: Tensor, w2: Tensor, wconv: Tensor) -> Tensor:
+def cbam(x: Tensor, w1: Tensor, w2: Tensor, wconv: Tensor, bias: Tensor | None = None) -> Tensor:
     """``y = x * channel_attention(x)``, then ``y * spatial_attention(y)``: ``[N, C, H, W]`` -> ``[N, C, H, W]``.
 
     Arguments and errors are those of `channel_attention` and `spatial_attention`.
     """
     y = x * channel_attention(x, w1, w2)
-    return y * spatial_attention(y, wconv)
+    return y * spatial_attention(y, wconv, bias)
 
 
 class ChannelAttention(nn.Module):

@@ -138,14 +138,16 @@ def check_channel_kernel(weight: Tensor, x: Tensor) -> None:
     check_weight("weight", weight, (1, 1, weight.shape[2]), x)
 
 
-def check_spatial_kernel(wconv: Tensor, x: Tensor) -> None:
-    """Raises unless ``wconv`` is ``[1, 2, k, k]`` with odd k, on x's device."""
+def check_spatial_kernel(wconv: Tensor, bias: Tensor | None, x: Tensor) -> None:
+    """Raises unless ``wconv`` is ``[1, 2, k, k]`` with odd k and ``bias``, if there is one, ``[1]``, on x's device."""
     check_floating("wconv", wconv)
     if wconv.dim() != 4:
         raise ValueError(f"wconv must have shape [1, 2, k, k], got {list(wconv.shape)}")
     size = int(wconv.shape[3])  # torch.jit.trace has tensors as sizes
     check_odd("the kernel size of wconv", size)
     check_weight("wconv", wconv, (1, 2, size, size), x)
+    if bias is not None:
+        check_weight("bias", bias, (1,), x)
 
 
 def check_branches(
