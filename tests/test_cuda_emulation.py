@@ -109,16 +109,17 @@ def test_cbam(layout, device):
     forward, backward = hold(call)
     assert (forward.variant, forward.access) == (backward.variant, backward.access) == (variant, "wide rows")
     assert (backward.team > 1) == (device != "alone")
-    assert backward.held == (2 if variant == "cluster" else 0)
+    assert (backward.held, backward.stages) == {"teams": (2, 1), "alone": (2, 2), "semaphore": (0, 0)}[device]
     again = 0 if variant == "cluster" else 2 * call.x.nbytes
     assert forward.read + forward.written == 2 * call.x.nbytes + again
     assert backward.read + backward.written == 3 * call.x.nbytes + again
 
 
-@layouts
-def test_cbam_with_room_for_x_alone(layout):
+@pytest.mark.parametrize(("layout", "shared"), [(NCHW, 9 << 10), (NHWC, 10 << 10)], ids=["nchw", "channels_last"])
+def test_cbam_with_room_for_x_alone(layout, shared):
     """Grad is read again, or what the activation made of it."""
-    call = emulation.cbam_example((2, 64, 16, 24), layout, torch.bfloat16, device=Device(shared_bytes=9 << 10, count=16))
+    device = Device(shared_bytes=shared, count=16)
+    call = emulation.cbam_example((2, 64, 16, 24), layout, torch.bfloat16, device=device)
     for call.activation, moved in ((0, 4), (1, 6)):
         call.residual = torch.randn_like(call.x) if call.activation else None
         _, backward = hold(call)
@@ -164,12 +165,36 @@ def test_nan_stays_in_its_image():
     hold(call)
 
 
-def test_order_of_threads_changes_no_bit():
-    call = emulation.example((2, 32, 8, 12), NHWC, torch.float32)
-    first, _ = call.forward()
+def both_ways(call):
+    """What both directions return, and whether backward was one launch."""
+    out, _ = call.forward()
+    found, outcome = call.backward(torch.ones_like(call.x), emulation.kept(out))
+    assert not outcome.faults, outcome
+    return out | found, outcome.one_launch
+
+
+@pytest.mark.parametrize("build", [emulation.example, emulation.cbam_example], ids=["se", "cbam"])
+def test_order_of_threads_changes_no_bit(build):
+    call = build((2, 32, 8, 12), NHWC, torch.float32)
+    first, _ = both_ways(call)
     for seed in (11, 12):
-        again, _ = dataclasses.replace(call, seed=seed).forward()
+        again, _ = both_ways(dataclasses.replace(call, seed=seed))
         assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+@pytest.mark.parametrize("kind", ["se", "eca", "cbam"])
+def test_one_launch_or_two(kind):
+    """A device with room for half a grid takes a second launch for the weights' gradients: the same bits."""
+    build = emulation.cbam_example if kind == "cbam" else emulation.example
+    shape, window = (3, 64, 8, 16), {"window": 3} if kind == "eca" else {}
+    results = []
+    for count in (32, 1):
+        device = Device(shared_bytes=12 << 10, count=count)
+        call = build(shape, NCHW, torch.float32, **({} if kind == "cbam" else window), device=device)
+        results.append(both_ways(call))
+    (one, in_one), (two, in_two) = results
+    assert (in_one, in_two) == (True, False)
+    assert all(torch.equal(one[name], two[name]) for name in one)
 
 
 # What is left out -> on which device it matters, and what is said of it.
@@ -181,6 +206,10 @@ PLANTED = {
     "fence": ("alone", "without a fence"),
     "arrival at a semaphore": ("semaphore", "deadlock|not reset"),
 }
+# The same of CBAM's backward.
+PLANTED_BACKWARD = {name: PLANTED[name] for name in ("team barrier", "block barrier", "copy wait", "fence")} | {
+    "grid barrier": ("teams", "races with a write|before it is written")
+}
 
 
 @pytest.mark.parametrize("left_out", PLANTED)
@@ -188,4 +217,13 @@ def test_planted_faults_are_found(left_out):
     device, said = PLANTED[left_out]
     call = emulation.example(SHAPE, NCHW, torch.float32, window=3, device=DEVICES[device][0], sabotage=left_out)
     _, outcome = call.forward()
+    assert re.search(said, "\n".join(outcome.faults)), outcome
+
+
+@pytest.mark.parametrize("left_out", PLANTED_BACKWARD)
+def test_planted_faults_of_backward_are_found(left_out):
+    device, said = PLANTED_BACKWARD[left_out]
+    call = emulation.cbam_example(SHAPE, NCHW, torch.float32, device=roomy(DEVICES[device][0]))
+    out, _ = call.forward()
+    _, outcome = dataclasses.replace(call, sabotage=left_out).backward(out["y"], emulation.kept(out))
     assert re.search(said, "\n".join(outcome.faults)), outcome

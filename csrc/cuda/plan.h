@@ -205,6 +205,16 @@ inline bool fits(Plan& p, const Problem& q, int team, int held, int stages, int 
 // What each of two blocks on one multiprocessor may have; a block takes 1 KB more than it asks for.
 inline int half_of(const Device& d) { return (d.shared_bytes + 1024) / 2 - 1024; }
 
+inline const char* why_cluster(int held, bool of_two, bool half) {
+  if (held == 2) {
+    return half ? "x and grad of an image fit the shared memory of a cluster, two blocks to a multiprocessor"
+                : "x and grad of an image fit the shared memory of a cluster";
+  }
+  if (of_two) return "x of an image fits the shared memory of a cluster, grad comes again from L2";
+  return half ? "an image fits the shared memory of a cluster, two blocks to a multiprocessor"
+              : "an image fits the shared memory of a cluster";
+}
+
 // The smallest cluster whose blocks hold `held` maps of an image, two blocks to a multiprocessor if that can
 // be.
 inline bool plan_cluster(Plan& p, const Problem& q, const Device& d, int held) {
@@ -227,9 +237,7 @@ inline bool plan_cluster(Plan& p, const Problem& q, const Device& d, int held) {
       // A barrier of the whole grid, of clusters that may not find room everywhere: half of what is there.
       if (p.one_launch) p.teams = std::min(p.teams, std::max(1, resident / 2 / team));
       p.one_launch = p.one_launch && p.teams * team <= resident;
-      p.why = held == 2       ? "x and grad of an image fit the shared memory of a cluster"
-              : bytes == half ? "an image fits the shared memory of a cluster, two blocks to a multiprocessor"
-                              : "an image fits the shared memory of a cluster";
+      p.why = why_cluster(held, q.window && q.backward, bytes == half);
       return true;
     }
   }
