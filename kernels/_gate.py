@@ -28,11 +28,11 @@ def gated(x, channel_gate, spatial_gate, COMBINE: tl.constexpr):
 
 @triton.jit
 def _scale_kernel(
-    x_ptr, channel_gate_ptr, spatial_gate_ptr, residual_ptr, y_ptr, C, HW, stride_n, stride_o,
+    x_ptr, channel_gate_ptr, spatial_gate_ptr, shift_ptr, residual_ptr, y_ptr, C, HW, stride_n, stride_o,
     ACTIVATION: tl.constexpr, COMBINE: tl.constexpr, CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """y = act(x * channel_gate [* spatial_gate] [+ residual]), or with the sum of the gates."""
+    """y = act(x * channel_gate [* spatial_gate] [+ shift [N, C]] [+ residual]), or with the sum of the gates."""
     acc_ty = channel_gate_ptr.dtype.element_ty
     n, c, p = program_tile(C, HW, BLOCK_C, BLOCK_P)
     mask = tile_mask(c, p, C, HW, CHANNELS_LAST, ALIGN)
@@ -44,6 +44,8 @@ def _scale_kernel(
         v = gated(v, channel_gate, tl.load(spatial_gate_ptr + n * HW + p, mask=p < HW, other=0.0), COMBINE)
     else:
         v *= channel_gate[:, None]
+    if shift_ptr is not None:
+        v += tl.load(shift_ptr + n * C + c, mask=c < C, other=0.0)[:, None]
     if residual_ptr is not None:
         v += tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(acc_ty)
     tl.store(y_ptr + offsets, activate(v, ACTIVATION), mask=mask)
@@ -230,14 +232,14 @@ def _dx_kernel(
 
 def scale(
     x: torch.Tensor, layout: Layout, channel_gate: torch.Tensor, spatial_gate: torch.Tensor | None,
-    residual: torch.Tensor | None, activation: int, combine: tl.constexpr = PRODUCT,
+    residual: torch.Tensor | None, activation: int, combine: tl.constexpr = PRODUCT, shift: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
-    """y = act(x * gates + residual), in x's layout. Reads x (and the residual) and writes y."""
+    """y = act(x * gates [+ shift [N, C]] + residual), in x's layout. Reads x (and the residual) and writes y."""
     y = layout.empty(x)
     t = tile(layout, SCALE_TILE)
     launch(
         _scale_kernel, tiles(layout, t),
-        x, channel_gate, spatial_gate, None if residual is None else layout.dense(residual), y,
+        x, channel_gate, spatial_gate, shift, None if residual is None else layout.dense(residual), y,
         layout.C, layout.HW, layout.stride_n, layout.stride_o, ACTIVATION=activation, COMBINE=combine.value,
         **t._asdict(),
     )  # fmt: skip

@@ -65,8 +65,8 @@ def spatial_attention_bwd(
         x, layout = canonical(x)
         parts = grad.contiguous().view(layout.N, 1, layout.HW)
         dq = combine(parts, gate, maps.new_empty((layout.N, layout.HW)))
-        dmaps, *dweights = conv_gate_bwd(dq, wconv, bias, maps)
-        return input_grad(x, layout, dmaps=dmaps, argmax_c=argmax_c), *dweights
+        dmaps, dwconv, dbias = conv_gate_bwd(dq, wconv, bias, maps)
+        return input_grad(x, layout, dmaps=dmaps, argmax_c=argmax_c), dwconv, dbias
 
 
 def cbam_fwd(
@@ -111,7 +111,7 @@ def cbam_bwd(
         )
         assert dspatial is not None
         dq = combine(dspatial, spatial_gate, maps.new_empty((layout.N, layout.HW)))
-        dmaps, *dconv = conv_gate_bwd(dq, wconv, bias, maps)
+        dmaps, dwconv, dbias = conv_gate_bwd(dq, wconv, bias, maps)
         map_grads(x, layout, dmaps, argmax_c, dchannel)
         dz = combine(dchannel, channel_gate, torch.empty_like(channel_gate))
         dpooled, dw1, _, dw2, _ = mlp_gate_bwd(dz, w1, w2, pooled, hidden)
@@ -119,4 +119,4 @@ def cbam_bwd(
             x, layout, grad=g, channel_gate=channel_gate, spatial_gate=spatial_gate,
             dpooled=dpooled, argmax_hw=argmax_hw, dmaps=dmaps, argmax_c=argmax_c,
         )  # fmt: skip
-        return dx, dresidual, dw1, dw2, *dconv
+        return dx, dresidual, dw1, dw2, dwconv, dbias

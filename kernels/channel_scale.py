@@ -26,6 +26,15 @@ def channel_scale_fwd(
         return scale(x, layout, gate.contiguous(), None, residual, activation)
 
 
+def channel_affine(
+    x: torch.Tensor, scale_by: torch.Tensor, shift: torch.Tensor, residual: torch.Tensor | None, activation: int
+) -> torch.Tensor:
+    """y = act(x * scale_by + shift + residual), both [N, C]. Moves 2 times the bytes of x."""
+    with device_guard(x):
+        x, layout = canonical(x)
+        return scale(x, layout, scale_by.contiguous(), None, residual, activation, shift=shift.contiguous())
+
+
 def channel_scale_bwd(
     grad: torch.Tensor, x: torch.Tensor, gate: torch.Tensor, residual: torch.Tensor | None, activation: int
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import visattn_fast as vf
 from visattn_fast import catalogue, reference
@@ -62,6 +63,21 @@ def poisoned() -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(before)
+
+
+@contextmanager
+def recorded_ops() -> Iterator[list[str]]:
+    """The names of our ops that are called, in their order."""
+    names: list[str] = []
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func.namespace == "visattn_fast":
+                names.append(func._opname)
+            return func(*args, **(kwargs or {}))
+
+    with Recorder():
+        yield names
 
 
 def needs_dtype(backend: str, device: str, dtype: torch.dtype) -> None:

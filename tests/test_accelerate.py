@@ -233,6 +233,23 @@ def test_model(name):
     assert not any("_accelerated_from" in m.__dict__ for m in model.modules())
 
 
+def test_swin_tiny():
+    """The published size: a step of training, and what restore gives back."""
+    torch.manual_seed(0)
+    model, x = timm_model("swin_tiny_patch4_window7_224")(), feature_map((1, 3, 224, 224))
+    plain = copy.deepcopy(model)
+    assert len(vf.accelerate(model).swapped) == 12
+    want, got = step(plain, x), step(model, x)
+    assert got.keys() == want.keys()
+    for key, tensor in want.items():
+        allowed = 1e-4 * tensor.abs().max().item()
+        torch.testing.assert_close(got[key], tensor, rtol=1e-4, atol=allowed, msg=f"Swin-T: {key}")
+    assert vf.restore(model) == 12
+    model.load_state_dict(plain.state_dict())
+    with torch.no_grad():
+        assert torch.equal(model.eval()(x), plain.eval()(x))
+
+
 def small(fused: bool = False) -> AttentionResNet:
     torch.manual_seed(0)
     return AttentionResNet("se", width=8, depths=(1, 1), fused=fused).eval()

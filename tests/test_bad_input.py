@@ -186,6 +186,16 @@ BAD_WEIGHTS = [
         lambda f: f.spatial_attention(X, torch.ones(1, 2, 3, 7)),
         r"wconv must have shape \[1, 2, 7, 7\], got \[1, 2, 3, 7\]",
     ),
+    (
+        lambda f: f.spatial_attention(X, torch.ones(1, 2, 7, 7), bias=torch.ones(2)),
+        r"bias must have shape \[1\], got \[2\]",
+    ),
+    (
+        lambda f: f.cbam(
+            X, torch.ones(4, 32), torch.ones(32, 4), torch.ones(1, 2, 7, 7), bias=torch.ones(1, device="meta")
+        ),
+        r"bias must be on the device of x, cpu, got meta",
+    ),
 ]
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from test_flavours import BIASED
 from test_gates import KINDS
 
 import visattn_fast as vf
@@ -58,6 +59,15 @@ def test_shared_maxima():
     kernels = compiled.compile_all(compiled.variants(layouts, ["sm_90"]))
     assert sum("pool" in kernel.variant.kernel for kernel in kernels) > 2, "the launches were not seen"
     faults = [fault for kernel in kernels for fault in kernel.faults]
+    assert not faults, "\n".join(faults)
+
+
+def test_bias():
+    """CBAM whose spatial gate has a bias."""
+    variants = compiled.variants([Call(entry, compiled.SHAPES[0]) for entry in BIASED.values()], ["sm_90"])
+    biased = [v for v in variants if {"b_ptr", "bias_parts_ptr"} & set(v.parameters) and "_conv" in v.kernel]
+    assert {v.kernel for v in biased} == {"_conv_gate_kernel", "_conv_weight_grad_kernel"}, "the launches were not seen"
+    faults = [fault for kernel in compiled.compile_all(biased) for fault in kernel.faults]
     assert not faults, "\n".join(faults)
 
 

@@ -1,4 +1,4 @@
-"""Blocks of timm, accelerated and compiled: the compiler is shown batch norm and gate at once."""
+"""Blocks of timm and MONAI, accelerated and compiled: the compiler is shown batch norm and gate at once."""
 
 from __future__ import annotations
 
@@ -27,15 +27,22 @@ C = 32
 
 
 def block(attention: str | None, kind: str = "Bottleneck", **options: Any) -> nn.Module:
-    """In float64, its last batch norm spread over both signs."""
+    """In float64, its batch norms spread over both signs."""
     torch.manual_seed(0)
+    if kind == "SEBlock":
+        return spread(library("monai.networks.blocks").SEBlock(2, C, 8, 8, C, **options))
     module = getattr(library("timm.models.resnet"), kind)
     gate = library("timm.layers").get_attn(attention)
-    built = module(C, C // module.expansion, attn_layer=gate, **options).double()
-    norm = built.bn3 if kind == "Bottleneck" else built.bn2
-    for tensor in (norm.weight, norm.bias, norm.running_mean):
-        nn.init.uniform_(tensor, -1, 1)
-    return built
+    return spread(module(C, C // module.expansion, attn_layer=gate, **options))
+
+
+def spread(module: nn.Module) -> nn.Module:
+    for norm in module.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            for tensor in (norm.weight, norm.bias, norm.running_mean):
+                nn.init.uniform_(tensor, -1, 1)
+            nn.init.uniform_(norm.running_var, 0.5, 2)
+    return module.double()
 
 
 def accelerated(attention: str | None, *arguments: Any, **options: Any) -> nn.Module:
@@ -45,19 +52,20 @@ def accelerated(attention: str | None, *arguments: Any, **options: Any) -> nn.Mo
 
 
 @pytest.mark.parametrize(
-    ("attention", "kind", "training", "activation", "layout"),
+    ("attention", "kind", "training", "options", "layout"),
     [
-        ("se", "Bottleneck", True, nn.ReLU, "channels_last"),
-        ("se", "BasicBlock", False, nn.ReLU, "nchw"),
-        ("eca", "BasicBlock", True, nn.SiLU, "nchw"),
-        ("ceca", "BasicBlock", True, nn.ReLU, "channels_last"),
+        ("se", "Bottleneck", True, {}, "channels_last"),
+        ("se", "BasicBlock", False, {}, "nchw"),
+        ("eca", "BasicBlock", True, {"act_layer": nn.SiLU}, "nchw"),
+        ("ceca", "BasicBlock", True, {}, "channels_last"),
+        (None, "SEBlock", True, {}, "nchw"),
     ],
 )
-def test_same(attention, kind, training, activation, layout):
+def test_same(attention, kind, training, options, layout):
     """Result, gradients and running statistics are those of the untouched block in eager mode."""
     torch._dynamo.reset()
-    plain = block(attention, kind, act_layer=activation).train(training)
-    fast = accelerated(attention, kind, act_layer=activation).train(training)
+    plain = block(attention, kind, **options).train(training)
+    fast = accelerated(attention, kind, **options).train(training)
     x = 5 + feature_map((3, C, 5, 4), layout, torch.float64)
     want = run(plain, x)
     got = run(torch.compile(fast, fullgraph=True, backend="aot_eager"), x)

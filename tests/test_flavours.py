@@ -45,6 +45,109 @@ def test_se(hidden, gate, layout, dtype, device, backend):
     check(entry, feature_map((2, 24, 7, 6), layout, dtype, device), backend)
 
 
+class _CBAM(reference.CBAM):
+    """`reference.CBAM` with a bias in its spatial gate."""
+
+    function = staticmethod(reference.cbam)
+
+    def __init__(self, channels):
+        super().__init__(channels, reduction=4)
+        self.bias = nn.Parameter(torch.tensor([0.7]))
+
+    def forward(self, x, **epilogue):
+        return self.function(x, *self.weights(), bias=self.bias, **epilogue)
+
+
+class _FastCBAM(_CBAM):
+    function = staticmethod(vf.functional.cbam)
+
+
+class _Spatial(reference.SpatialAttention):
+    """`reference.SpatialAttention` with a bias."""
+
+    function = staticmethod(reference.spatial_attention)
+
+    def __init__(self, channels):
+        super().__init__()
+        self.bias = nn.Parameter(torch.tensor([-0.4]))
+
+    def forward(self, x):
+        return self.function(x, *self.weights(), bias=self.bias)
+
+
+class _FastSpatial(_Spatial):
+    function = staticmethod(vf.functional.spatial_attention)
+
+
+BIASED = {
+    "cbam": catalogue.Entry("cbam", _FastCBAM, _CBAM, lambda c: {"channels": c}, 4, 5),
+    "spatial_attention": catalogue.Entry(
+        "spatial_attention", _FastSpatial, _Spatial, lambda c: {"channels": c}, 1, 1, epilogue=False
+    ),
+}
+biased = pytest.mark.parametrize("name", BIASED)
+
+
+@pytest.mark.parametrize(("device", "backend"), TARGETS)
+@biased
+@layouts
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)
+def test_bias(name, layout, dtype, device, backend):
+    """Values and every gradient, the bias's too, and the same bits again; one pixel, and no image at all."""
+    needs_dtype(backend, device, dtype)
+    for shape in ((3, 24, 7, 6), (2, 8, 1, 1), (0, 8, 4, 4)):
+        x = feature_map(shape, layout, dtype, device)
+        first, again = check(BIASED[name], x, backend), check(BIASED[name], x, backend)
+        assert all(torch.equal(t, again[key]) for key, t in first.items())
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the number of threads is nothing to Triton")
+@biased
+def test_bias_with_any_number_of_threads(name):
+    fast, _ = BIASED[name].pair(32)
+    x, before, results = feature_map((3, 32, 28, 29), "nchw", torch.float32), torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(torch.autograd.grad(fast(x).square().sum(), fast.bias)[0])
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+@pytest.mark.skipif(INTERPRETED, reason="2401 taps a pixel, too slow in the interpreter")
+def test_large_kernel_and_residual():
+    """The copy of CBAM whose spatial kernel is larger than most maps, with a bias, and x added."""
+    x = feature_map((2, 16, 9, 30), "nchw", torch.float64)
+    weights = [feature_map(s, "nchw", torch.float64, seed=1) for s in ((4, 16, 1, 1), (16, 4, 1, 1), (1, 2, 49, 49))]
+    weights[2] /= 49
+    found = []
+    for function in (vf.functional.cbam, reference.cbam):
+        inputs = [t.clone().requires_grad_() for t in (x, *weights, torch.tensor([0.3], dtype=torch.float64))]
+        epilogue = {"residual": inputs[0]} if function is vf.functional.cbam else {}
+        y = function(*inputs[:4], bias=inputs[4], **epilogue)
+        y = y if epilogue else y + inputs[0]
+        found.append((y, *torch.autograd.grad(y.square().sum(), inputs)))
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="hundreds of evaluations, too slow in the interpreter")
+@biased
+def test_gradcheck_of_the_bias(name):
+    fast, _ = BIASED[name].pair(4, torch.float64)
+    x = feature_map((2, 4, 3, 3), "nchw", torch.float64)
+    call = {"cbam": vf.functional.cbam, "spatial_attention": vf.functional.spatial_attention}[name]
+    epilogue = {"cbam": {"residual": x, "activation": "silu"}, "spatial_attention": {}}[name]
+
+    def biased(x, bias):
+        return call(x, *fast.weights(), bias=bias, **epilogue)
+
+    inputs = (x.clone().requires_grad_(), fast.bias.detach().requires_grad_())
+    assert torch.autograd.gradcheck(biased, inputs)
+    assert torch.autograd.gradgradcheck(biased, inputs, fast_mode=True)
+
+
 @pytest.mark.skipif(INTERPRETED, reason="hundreds of evaluations, too slow in the interpreter")
 @pytest.mark.parametrize("hidden", ["relu", "silu"])
 def test_gradcheck(hidden):

@@ -284,11 +284,18 @@ def test_ops(inputs, layout):
     )
     grad, residual = (feature_map((2, 8, 5, 3), layout, torch.float32, seed=i) for i in (1, 2))
     generator = torch.Generator().manual_seed(0)
-    channel, spatial, dmaps, dpooled, w, q = (
+    channel, spatial, dmaps, dpooled, w, q, b, w1, w2 = (
         torch.randn(shape, generator=generator)
-        for shape in ((2, 8), (2, 5, 3), (2, 2, 5, 3), (2, 2, 8), (1, 2, 3, 3), (2, 1, 5, 3))
+        for shape in ((2, 8), (2, 5, 3), (2, 2, 5, 3), (2, 2, 8), (1, 2, 3, 3), (2, 1, 5, 3), (1,), (4, 8), (8, 4))
     )
     calls = [("channel_mean", (x,)), ("map_conv", (dmaps, w)), ("map_conv_bwd", (q, dmaps, w))]
+    calls += [("channel_affine", (x, channel, channel.flip(1), *rest)) for rest in ((None, 0), (residual, 2))]
+    for bias in (None, b):
+        calls += [("spatial_attention_fwd", (x, w, bias)), ("cbam_fwd", (x, w1, w2, w, bias, residual, 1))]
+        small = OPS["spatial_attention_fwd"].reference(x, w, bias)
+        calls += [("spatial_attention_bwd", (q, x, w, bias, *small))]
+        _, *small = OPS["cbam_fwd"].reference(x, w1, w2, w, bias, residual, 1)
+        calls += [("cbam_bwd", (grad, x, w1, w2, w, bias, residual, *small, 1))]
     for even in (False, True):
         pooled, at = OPS["pool_pixels"].reference(x, even)
         maps, at_c = OPS["pool_channels"].reference(x, channel, even)

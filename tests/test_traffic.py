@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+from test_flavours import BIASED
 
 from cases import INTERPRETED
 from visattn_fast import catalogue
@@ -13,7 +14,9 @@ pytest.importorskip("triton")
 traffic = pytest.importorskip("tools.traffic", reason="not beside the repository's tools")
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="counts in the interpreter: needs TRITON_INTERPRET=1")
-CALLS = [call for entry in catalogue.ENTRIES.values() for call in traffic.calls(entry)]
+ENTRIES = (*catalogue.ENTRIES.values(), *catalogue.INFERENCE.values())
+CALLS = [call for entry in ENTRIES for call in traffic.calls(entry)]
+CALLS += [traffic.Call(entry, traffic.SHAPE, layout) for entry in BIASED.values() for layout in catalogue.LAYOUTS]
 
 
 @pytest.mark.parametrize("call", CALLS, ids=str)

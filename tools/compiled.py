@@ -217,7 +217,7 @@ def calls(shapes: Sequence[Shape] = SHAPES, dtypes: Sequence[torch.dtype] = DTYP
         for shape in shapes
         for dtype in (dtypes if shape == shapes[0] else dtypes[:1])
         for layout in catalogue.LAYOUTS
-        for entry in catalogue.ENTRIES.values()
+        for entry in (*catalogue.ENTRIES.values(), *catalogue.INFERENCE.values())
         if entry.takes(shape)
         for activation in ((None, "relu") if entry.epilogue else (None,))
     ]

@@ -64,7 +64,10 @@ def on_triton(entry: catalogue.Entry) -> bool:
 
 @dataclass(frozen=True)
 class Call:
-    """A forward and a backward pass of a module of the catalogue; a sliced x is half the channels of a wider map."""
+    """A forward and a backward pass of a module of the catalogue, or of what infers, forward alone.
+
+    A sliced x is half the channels of a wider map.
+    """
 
     entry: catalogue.Entry
     shape: Shape
@@ -85,25 +88,27 @@ class Call:
         return f"{self.entry.name}-{size}-{self.layout}-{dtype}-{self.epilogue}" + "-sliced" * self.sliced
 
     def passes(self) -> dict[str, int]:
-        """What its two directions are declared to move, in multiples of x; the epilogue reads residual, writes g'."""
+        """What its directions are declared to move, in multiples of x; the epilogue reads residual, writes g'."""
         name, residual, activation = self.entry.name, self.residual, self.activation is not None
-        return {
-            f"{name}_fwd": self.entry.forward_passes + residual,
-            f"{name}_bwd": self.entry.backward_passes + activation * (residual + 1),
-        }
+        passes = {f"{name}_fwd": self.entry.forward_passes + residual}
+        if not self.entry.inference:
+            passes[f"{name}_bwd"] = self.entry.backward_passes + activation * (residual + 1)
+        return passes
 
     def run(self, device: str, observe: Observer, operation: Operation | None = None) -> None:
-        """Both passes on ``device``, which may be ``"meta"``; see `routed`."""
+        """Its passes on ``device``, which may be ``"meta"``; see `routed`."""
         module = self.entry.fast(**self.entry.arguments(self.shape[1])).to(device, self.dtype)
         module.train(self.entry.training)
         x, residual = self._map(device, self.sliced).requires_grad_(), self._map(device).requires_grad_()
         extra = {"residual": residual if self.residual else None, "activation": self.activation}
-        forward, backward = self.passes()
-        with routed(forward, observe, operation):
+        forward, *backward = self.passes()
+        with routed(forward, observe, operation), torch.set_grad_enabled(bool(backward)):
             y = module(x, **(extra if self.entry.epilogue else {}))
+        if not backward:
+            return
         inputs = [x, *module.parameters(), *([residual] if self.residual else [])]
         grad = torch.ones_like(y)
-        with routed(backward, observe, operation):
+        with routed(*backward, observe, operation):
             torch.autograd.grad(y, inputs, grad)
 
     def _map(self, device: str, sliced: bool = False) -> torch.Tensor:

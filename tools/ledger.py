@@ -31,7 +31,7 @@ TRAFFIC = """
 import json
 from tools import launches, traffic
 from visattn_fast import catalogue
-entries = filter(launches.on_triton, catalogue.ENTRIES.values())
+entries = [e for e in catalogue.ENTRIES.values() if launches.on_triton(e)] + list(catalogue.INFERENCE.values())
 accounts = [(c, a) for e in entries for c in traffic.calls(e) for a in traffic.accounts(c)]
 print(json.dumps([(a.op, c.layout, c.epilogue, a.declared, a.streamed) for c, a in accounts if not c.sliced]))
 """

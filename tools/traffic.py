@@ -126,7 +126,7 @@ class Account:
 
 
 def accounts(call: Call) -> list[Account]:
-    """Runs the call under the interpreter; the account of each of its two ops."""
+    """Runs the call under the interpreter; the account of each of its directions."""
     traffic = Traffic()
     call.run("cpu", traffic, traffic.operation)
     x = torch.empty(call.shape, dtype=call.dtype, device="meta")
@@ -193,7 +193,7 @@ def _counted(method: Callable[..., Any], add: Callable[[Any, Any], None]) -> Cal
 
 def main() -> int:
     rows, faults = [], []
-    for entry in catalogue.ENTRIES.values():
+    for entry in (*catalogue.ENTRIES.values(), *catalogue.INFERENCE.values()):
         for call in calls(entry):
             for a in accounts(call):
                 figures = (f"{a.declared:g}", f"{a.streamed:.3f}", f"{a.small:.3f}")

@@ -109,7 +109,12 @@ def fused(x: torch.Tensor, tiny: int = 0) -> bool:
     """
     if tiny and compiled_freely() and _known_to_hold(x.shape[2] * x.shape[3] <= tiny):
         return False
-    return select(x.device, x.dtype, _asked()) != "reference"
+    return serving(x) != "reference"
+
+
+def serving(x: torch.Tensor) -> str:
+    """The backend that serves x under the current choice. Raises as `fused` does."""
+    return select(x.device, x.dtype, _asked())
 
 
 def _known_to_hold(condition: bool) -> bool:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from . import modules, reference
+from .functional.normed import gate_normed_channels
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Entry:
             and 576 pixels.
         ops: that its two directions are made of; without any, ``name_fwd`` and ``name_bwd``.
         cut: parameters whose gradient leaves out a part of what they do, as the original has it.
+        inference: whether forward is all that is fused, and no gradient is asked for.
     """
 
     name: str
@@ -49,6 +51,7 @@ class Entry:
     saved: float = 0.08  # four values a pixel, or two a row and a column of a channel
     ops: tuple[str, ...] = ()
     cut: tuple[str, ...] = ()
+    inference: bool = False
 
     def pair(self, channels: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> tuple[nn.Module, nn.Module]:
         """A fast and a reference module with equal parameters, drawn from ``seed``; the caller's generator is kept.
@@ -248,6 +251,48 @@ ENTRIES = {
             ops=("shift_total", "shift_sum", "shift_dot", "shift_grad"),
         ),
         _SELF_ATTENTION,
+    )
+}
+
+
+class NormedGate(nn.Module):
+    """What a block with a gate of the channels' means ends in: a batch norm, ``x * sigmoid(conv(mean(x)))``."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(channels)
+        self.gate = nn.Sequential(nn.Conv2d(channels, channels, 1), nn.Sigmoid())
+
+    def forward(self, z: Tensor) -> Tensor:
+        return reference.gate_channels(self.norm(z), self.gate)
+
+
+class FastNormedGate(NormedGate):
+    """The same by `gate_normed_channels`."""
+
+    def forward(self, z: Tensor, residual: Tensor | None = None, activation: str | None = None) -> Tensor:
+        norm = self.norm
+        return gate_normed_channels(
+            z, norm.weight, norm.bias, norm.running_mean, norm.running_var, self.gate,
+            training=norm.training, momentum=0.1, eps=norm.eps, residual=residual, activation=activation,
+        )  # fmt: skip
+
+
+# What `accelerate` makes of parts of models where no gradient is wanted, and no module of the package is.
+INFERENCE = {
+    entry.name: entry
+    for entry in (
+        Entry(
+            "normed_gate",
+            FastNormedGate,
+            NormedGate,
+            lambda c: {"channels": c},
+            3,
+            0,
+            training=False,
+            ops=("channel_mean", "channel_affine"),
+            inference=True,
+        ),
     )
 }
 

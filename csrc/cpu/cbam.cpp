@@ -10,7 +10,8 @@ namespace visattn {
 namespace {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cbam_fwd(
-    Tensor x, Tensor w1, Tensor w2, Tensor wconv, std::optional<Tensor> residual, int64_t activation) {
+    Tensor x, Tensor w1, Tensor w2, Tensor wconv, std::optional<Tensor> bias, std::optional<Tensor> residual,
+    int64_t activation) {
   return dispatch(x, [&](auto type) {
     using T = decltype(type);
     using A = Acc<T>;
@@ -19,6 +20,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cbam_
     const bool nhwc = map.nhwc;
     const Mlp<A> mlp(w1, w2, s.C);
     const Tensor w = weight_as(wconv, kDtype<A>);
+    const A offset = value_of<A>(bias);
     const int64_t k = wconv.size(3), dense_ld = nhwc ? s.C : s.P;
     const auto res = optional_map(residual, s, nhwc);
     const PixelBlocks<T> blocks(s);
@@ -48,7 +50,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cbam_
         };
         const auto gate_block = [&](int64_t b) {
           const int64_t p0 = blocks.first_pixel(b), p1 = blocks.last_pixel(b), skip = nhwc ? p0 * s.C : p0;
-          conv_gate(framed, data<A>(w), k, blocks.begin(b), blocks.end(b), s.W, spatial.get());
+          conv_gate(framed, data<A>(w), offset, k, blocks.begin(b), blocks.end(b), s.W, spatial.get());
           std::copy(&spatial[p0], &spatial[p1], data<A>(spatial_gate) + n * s.P + p0);
           apply_gate<T>(pixels_of(in, nhwc, p0, p1), both_gates(nhwc, channel.get(), spatial.get(), p0),
                         pr ? pr + skip : nullptr, data<T>(y) + n * s.C * s.P + skip, dense_ld, activation);
@@ -112,11 +114,10 @@ struct CbamGrads {
   }
 };
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cbam_bwd(Tensor grad, Tensor x, Tensor w1, Tensor w2,
-                                                            Tensor wconv, std::optional<Tensor> residual,
-                                                            Tensor pooled, Tensor argmax_hw, Tensor hidden,
-                                                            Tensor channel_gate, Tensor maps, Tensor argmax_c,
-                                                            Tensor spatial_gate, int64_t activation) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cbam_bwd(
+    Tensor grad, Tensor x, Tensor w1, Tensor w2, Tensor wconv, std::optional<Tensor> bias,
+    std::optional<Tensor> residual, Tensor pooled, Tensor argmax_hw, Tensor hidden, Tensor channel_gate,
+    Tensor maps, Tensor argmax_c, Tensor spatial_gate, int64_t activation) {
   return dispatch(x, [&](auto type) {
     using T = decltype(type);
     using A = Acc<T>;
@@ -130,7 +131,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cbam_bwd(Tensor grad, Tensor 
     const auto res = act ? optional_map(residual, s, nhwc) : std::nullopt;
     Tensor dx = empty_map(s, nhwc, x.scalar_type()),
            dresidual = act ? empty_map(s, nhwc, x.scalar_type()) : empty({0}, x.scalar_type());
-    Buffer<A> turned = flipped(data<A>(w), k), dz(s.N * s.C), dh(2 * s.N * mlp.R), dw_images(s.N * 2 * k * k);
+    Buffer<A> turned = flipped(data<A>(w), k), dz(s.N * s.C), dh(2 * s.N * mlp.R), dw_images(s.N * 2 * k * k),
+              db_images(s.N);
     for_images(s.N, image, [&](int64_t begin, int64_t end, const Team& team) {
       CbamGrads<T> grads(s, k);
       const auto& blocks = grads.blocks;
@@ -157,6 +159,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cbam_bwd(Tensor grad, Tensor 
             },
             [&](int64_t b) { grads.maps(in, nhwc, at_c, turned.get(), k, b); });
         conv_weight_grad(grads.framed, grads.dq, k, s.H, s.W, team, &dw_images[n * 2 * k * k]);
+        conv_bias_grad(grads.dq, s.H, s.W, &db_images[n]);
         grads.direct.sum(grads.dgate.get());
         grads.through_maps.sum(grads.part.get());
         for (int64_t c = 0; c < s.C; ++c) grads.dgate[c] += grads.part[c];
@@ -174,7 +177,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cbam_bwd(Tensor grad, Tensor 
     weight_grad_of_two<A>(mlp, s.N, dz.get(), dh.get(), data<A>(pooled), data<A>(hidden), data<A>(dw1),
                           data<A>(dw2));
     batch_sum(s.N, dw_images.get(), 2 * k * k, data<A>(dw));
-    return std::make_tuple(dx, dresidual, dw1, dw2, dw);
+    return std::make_tuple(dx, dresidual, dw1, dw2, dw, bias_grad(bias, s.N, db_images.get()));
   });
 }
 

@@ -1,5 +1,5 @@
 // The passes over x of any channel gate whose mathematics stands elsewhere: the mean, y = act(x * gate +
-// residual), its gradient to the gate, and its gradient to x.
+// residual), its gradient to the gate, and its gradient to x; and y = act(x * scale + shift + residual).
 #include "channel_scale.h"
 
 #include <tuple>
@@ -30,7 +30,8 @@ Tensor mean(Tensor x) {
   });
 }
 
-Tensor scale_fwd(Tensor x, Tensor gate, std::optional<Tensor> residual, int64_t activation) {
+Tensor scaled(const Tensor& x, const Tensor& gate, const std::optional<Tensor>& shift,
+              const std::optional<Tensor>& residual, int64_t activation) {
   return dispatch(x, [&](auto type) {
     using T = decltype(type);
     using A = Acc<T>;
@@ -38,19 +39,36 @@ Tensor scale_fwd(Tensor x, Tensor gate, std::optional<Tensor> residual, int64_t 
     const FeatureMap in = feature_map(x);
     const auto res = optional_map(residual, s, in.nhwc);
     const Tensor sg = gate_as<A>(gate, s, "gate");
+    const auto st = shift ? std::optional<Tensor>(gate_as<A>(*shift, s, "shift")) : std::nullopt;
     Tensor y = empty_map(s, in.nhwc, x.scalar_type());
     for_images(s.N, s.C * s.P, [&](int64_t begin, int64_t end, const Team& team) {
-      Buffer<A> padded(s.C);
+      Buffer<A> padded(s.C), added(s.C);
       const Split parts = row_parts<T>(s, in.nhwc);
+      const int64_t dense_ld = in.nhwc ? s.C : s.P;
       for (int64_t n = begin; n < end; ++n) {
+        const auto image = matrix(in.image<T>(n), s, in.nhwc, in.ld);
+        const T* pr = static_cast<const T*>(image_or_null(res, n, sizeof(T)));
+        T* py = data<T>(y) + n * s.C * s.P;
         std::copy_n(data<A>(sg) + n * s.C, s.C, padded.get());
-        scale_image(matrix(in.image<T>(n), s, in.nhwc, in.ld), parts, team, in.nhwc, padded.get(),
-                    static_cast<const T*>(image_or_null(res, n, sizeof(T))), data<T>(y) + n * s.C * s.P,
-                    in.nhwc ? s.C : s.P, activation);
+        if (st) {
+          std::copy_n(data<A>(*st) + n * s.C, s.C, added.get());
+          affine_image<T>(image, parts, team, in.nhwc, {padded.get(), added.get()}, pr, py, dense_ld,
+                          activation);
+        } else {
+          scale_image(image, parts, team, in.nhwc, padded.get(), pr, py, dense_ld, activation);
+        }
       }
     });
     return y;
   });
+}
+
+Tensor scale_fwd(Tensor x, Tensor gate, std::optional<Tensor> residual, int64_t activation) {
+  return scaled(x, gate, std::nullopt, residual, activation);
+}
+
+Tensor affine_fwd(Tensor x, Tensor scale, Tensor shift, std::optional<Tensor> residual, int64_t activation) {
+  return scaled(x, scale, shift, residual, activation);
 }
 
 std::tuple<Tensor, Tensor> scale_bwd(Tensor grad, Tensor x, Tensor gate, std::optional<Tensor> residual,
@@ -115,5 +133,6 @@ STABLE_TORCH_LIBRARY_IMPL(visattn_fast, CPU, m) {
   m.impl("channel_mean", TORCH_BOX(&visattn::mean));
   m.impl("channel_scale_fwd", TORCH_BOX(&visattn::scale_fwd));
   m.impl("channel_scale_bwd", TORCH_BOX(&visattn::scale_bwd));
+  m.impl("channel_affine", TORCH_BOX(&visattn::affine_fwd));
   m.impl("channel_input_grad", TORCH_BOX(&visattn::input_grad));
 }

@@ -30,6 +30,17 @@ void scale_image(const Matrix<const T>& x, const Split& parts, const Team& team,
   });
 }
 
+// y = act(x * scale + shift + residual) of one image; scale and shift [C] are padded.
+template <class T>
+void affine_image(const Matrix<const T>& x, const Split& parts, const Team& team, bool nhwc,
+                  Affine<Acc<T>> by, const T* residual, T* y, int64_t dense_ld, int64_t activation) {
+  team.each(parts.count, [&](int64_t b, int64_t e) {
+    const int64_t r0 = parts.begin(b), r1 = parts.end(e - 1), skip = r0 * dense_ld, c0 = nhwc ? 0 : r0;
+    apply_affine<T>(rows_of(x, r0, r1), !nhwc, {by.scale + c0, by.shift + c0},
+                    residual ? residual + skip : nullptr, y + skip, dense_ld, activation);
+  });
+}
+
 // dots = sum over the pixels of g x of one image, where g = grad * act'(x * gate + residual); with an
 // activation, g is kept.
 template <class T>

@@ -28,14 +28,15 @@ class Framed {
   Buffer<A> values_;
 };
 
-// out[x] for x < W of row y: sum over taps of w[i, j] in(y + i - k/2, x + j - k/2), summed over `count` maps.
+// out[x] for x < W of row y: bias + sum over taps of w[i, j] in(y + i - k/2, x + j - k/2) of `count` maps.
 template <class A>
 VF_INLINE inline void conv_row(const Framed<A>* in, int count, const A* w, int64_t k, int64_t y, int64_t W,
-                               A* out) {
+                               A* out, A bias = 0) {
   constexpr int L = kLanes<A>;
   const int64_t pad = k / 2;
   for (int64_t x = 0; x < W; x += 4 * L) {
-    Vec<A> sum[4] = {};
+    Vec<A> sum[4];
+    for (auto& s : sum) s = set1<A>(bias);
     for (int m = 0; m < count; ++m) {
       for (int64_t i = 0; i < k; ++i) {
         const A *row = in[m].at(y + i - pad, x - pad), *taps = w + (m * k + i) * k;
@@ -55,11 +56,18 @@ VF_INLINE inline void conv_row(const Framed<A>* in, int count, const A* w, int64
   }
 }
 
-// Rows [begin, end) of sigmoid(conv(maps)).
+// What bias adds to every pixel.
 template <class A>
-void conv_gate(const Framed<A>* maps, const A* w, int64_t k, int64_t begin, int64_t end, int64_t W, A* gate) {
+A value_of(const std::optional<Tensor>& bias) {
+  return bias ? *data<A>(weight_as(*bias, kDtype<A>)) : A(0);
+}
+
+// Rows [begin, end) of sigmoid(conv(maps) + bias).
+template <class A>
+void conv_gate(const Framed<A>* maps, const A* w, A bias, int64_t k, int64_t begin, int64_t end, int64_t W,
+               A* gate) {
   simd([=]() VF_INLINE {
-    for (int64_t y = begin; y < end; ++y) conv_row(maps, 2, w, k, y, W, gate + y * W);
+    for (int64_t y = begin; y < end; ++y) conv_row(maps, 2, w, k, y, W, gate + y * W, bias);
   });
   sigmoid_in_place(gate + begin * W, (end - begin) * W);
 }
@@ -110,6 +118,29 @@ void conv_weight_grad(const Framed<A>* maps, const Framed<A>& dq, int64_t k, int
       }
     });
   });
+}
+
+// dbias of one image: the sum of dq.
+template <class A>
+void conv_bias_grad(const Framed<A>& dq, int64_t H, int64_t W, A* dbias) {
+  const Framed<A>* grad = &dq;
+  simd([=]() VF_INLINE {
+    Vec<A> total = set1<A>(0);
+    for (int64_t y = 0; y < H; ++y) {
+      Vec<A> part = set1<A>(0);
+      for (int64_t x = 0; x < W; x += kLanes<A>) part += load(grad->at(y, x));
+      total += part;
+    }
+    *dbias = sum_lanes<A>(total);
+  });
+}
+
+// The bias's gradient, from that of every image; empty where there is no bias.
+template <class A>
+Tensor bias_grad(const std::optional<Tensor>& bias, int64_t batch, const A* images) {
+  Tensor dbias = empty({bias ? 1 : 0}, kDtype<A>);
+  if (bias) batch_sum(batch, images, 1, data<A>(dbias));
+  return dbias;
 }
 
 }  // namespace visattn

@@ -33,6 +33,12 @@ struct Gate {
   bool sum = false;
 };
 
+// A scale and a shift for each row, or each column.
+template <class A>
+struct Affine {
+  const A *scale, *shift;
+};
+
 template <bool kRow, bool kColumn, bool kSum, class V>
 VF_INLINE inline V gated(V v, V row, V column) {
   if constexpr (kSum) return v * (row + column);
@@ -52,27 +58,33 @@ VF_INLINE inline void for_row_groups(const Matrix<T>& m, const F& f) {
   for (; r < m.rows; ++r) f(r, std::integral_constant<int, 1>{});
 }
 
-template <class T, int kAct, bool kResidual, bool kRow, bool kColumn, bool kSum>
-void apply_gate_as(Matrix<const T> x, Gate<Acc<T>> gate, const T* residual, T* y, int64_t dense_ld) {
+// A shift, with kShift, belongs to the rows or the columns, as the gate does.
+template <class T, int kAct, bool kResidual, bool kRow, bool kColumn, bool kSum, bool kShift = false>
+void apply_gate_as(Matrix<const T> x, Gate<Acc<T>> gate, const T* residual, T* y, int64_t dense_ld,
+                   const Acc<T>* shift = nullptr) {
+  static_assert(!kShift || kRow != kColumn);
   using A = Acc<T>;
   simd([=]() VF_INLINE {
     for_row_groups<kColumn>(x, [&](int64_t r0, auto group) VF_INLINE {
       constexpr int R = decltype(group)::value;
       const T *px[R], *pr[R];
       T* py[R];
-      Vec<A> row[R];
+      Vec<A> row[R], added[R];
       for (int r = 0; r < R; ++r) {
         px[r] = x.row(r0 + r);
         pr[r] = kResidual ? residual + (r0 + r) * dense_ld : nullptr;
         py[r] = y + (r0 + r) * dense_ld;
         row[r] = set1<A>(kRow ? gate.row[r0 + r] : A(1));
+        added[r] = set1<A>(kShift && kRow ? shift[r0 + r] : A(0));
       }
       cover_vectors<A>(x.cols, [&](int64_t c, auto lanes) VF_INLINE {
-        Vec<A> column = row[0];
+        Vec<A> column = row[0], along = added[0];
         if constexpr (kColumn) column = load(gate.column + c);
+        if constexpr (kShift && kColumn) along = load(shift + c);
 #pragma GCC unroll 4
         for (int r = 0; r < R; ++r) {
           Vec<A> v = gated<kRow, kColumn, kSum>(load(px[r] + c, lanes), row[r], column);
+          if constexpr (kShift) v = v + (kRow ? added[r] : along);
           if constexpr (kResidual) v = v + load(pr[r] + c, lanes);
           store(py[r] + c, activate<kAct>(v), lanes);
         }
@@ -118,23 +130,41 @@ void with_factors(Gate<A> gate, const F& f) {
   }
 }
 
+// Calls f with the activation and the presence of a residual as compile-time constants.
+template <class F>
+void with_epilogue(bool residual, int64_t activation, const F& f) {
+  const auto run = [&](auto act) { residual ? f(act, std::true_type{}) : f(act, std::false_type{}); };
+  if (activation == kRelu) return run(std::integral_constant<int, kRelu>{});
+  if (activation == kSilu) return run(std::integral_constant<int, kSilu>{});
+  run(std::integral_constant<int, kNone>{});
+}
+
 // y = act(x * gate + residual). residual (may be null) and y are dense: rows dense_ld apart.
 template <class T>
 void apply_gate(Matrix<const T> x, Gate<Acc<T>> gate, const T* residual, T* y, int64_t dense_ld,
                 int64_t activation) {
   with_factors(gate, [&](auto row, auto column, auto sum) {
-    constexpr bool kRow = decltype(row)::value, kColumn = decltype(column)::value,
-                   kSum = decltype(sum)::value;
-    const auto run = [&](auto act) {
-      if (residual) {
-        apply_gate_as<T, decltype(act)::value, true, kRow, kColumn, kSum>(x, gate, residual, y, dense_ld);
-      } else {
-        apply_gate_as<T, decltype(act)::value, false, kRow, kColumn, kSum>(x, gate, residual, y, dense_ld);
-      }
-    };
-    if (activation == kRelu) return run(std::integral_constant<int, kRelu>{});
-    if (activation == kSilu) return run(std::integral_constant<int, kSilu>{});
-    run(std::integral_constant<int, kNone>{});
+    with_epilogue(residual, activation, [&](auto act, auto added) {
+      apply_gate_as<T, decltype(act)::value, decltype(added)::value, decltype(row)::value,
+                    decltype(column)::value, decltype(sum)::value>(x, gate, residual, y, dense_ld);
+    });
+  });
+}
+
+// y = act(x * scale + shift + residual), of rows (per_row) or columns (padded); y and residual as above.
+template <class T>
+void apply_affine(Matrix<const T> x, bool per_row, Affine<Acc<T>> by, const T* residual, T* y,
+                  int64_t dense_ld, int64_t activation) {
+  with_epilogue(residual, activation, [&](auto act, auto added) {
+    constexpr int kAct = decltype(act)::value;
+    constexpr bool kAdded = decltype(added)::value;
+    if (per_row) {
+      apply_gate_as<T, kAct, kAdded, true, false, false, true>(x, {by.scale, nullptr}, residual, y, dense_ld,
+                                                               by.shift);
+    } else {
+      apply_gate_as<T, kAct, kAdded, false, true, false, true>(x, {nullptr, by.scale}, residual, y, dense_ld,
+                                                               by.shift);
+    }
   });
 }
 
@@ -156,27 +186,12 @@ void gate_grad(Matrix<const T> x, Gate<Acc<T>> gate, const T* grad, const T* res
 // out = grad * scale + shift, one scale and shift per row (kPerRow) or per column (padded).
 template <class T, bool kPerRow>
 void affine(Matrix<const T> grad, const Acc<T>* scale, const Acc<T>* shift, T* out) {
-  using A = Acc<T>;
-  simd([=]() VF_INLINE {
-    for (int64_t r = 0; r < grad.rows; ++r) {
-      const T* pg = grad.row(r);
-      T* po = out + r * grad.ld;
-      const Vec<A> a = set1<A>(kPerRow ? scale[r] : A(0)), b = set1<A>(kPerRow ? shift[r] : A(0));
-      cover_vectors<A>(grad.cols, [&](int64_t c, auto lanes) VF_INLINE {
-        const Vec<A> g = load(pg + c, lanes);
-        store(po + c, kPerRow ? g * a + b : g * load(scale + c) + load(shift + c), lanes);
-      });
-    }
-  });
+  apply_gate_as<T, kNone, false, kPerRow, !kPerRow, false, true>(
+      grad, {kPerRow ? scale : nullptr, kPerRow ? nullptr : scale}, nullptr, out, grad.ld, shift);
 }
 
 // out = (grad * row.scale + row.shift) * column.scale + column.shift, or with the column's factors inside and
 // the row's outside (kColumnInside): the inner pair belongs to pixels, the outer to channels.
-template <class A>
-struct Affine {
-  const A *scale, *shift;
-};
-
 template <class T, bool kColumnInside>
 void affine_twice(Matrix<const T> grad, Affine<Acc<T>> row, Affine<Acc<T>> column, T* out) {
   using A = Acc<T>;

@@ -1,4 +1,4 @@
-// CBAM's spatial attention: sigmoid(conv([mean_C, max_C])).
+// CBAM's spatial attention: sigmoid(conv([mean_C, max_C]) + bias).
 #include <tuple>
 
 #include "conv.h"
@@ -7,13 +7,14 @@
 namespace visattn {
 namespace {
 
-std::tuple<Tensor, Tensor, Tensor> spatial_attention_fwd(Tensor x, Tensor wconv) {
+std::tuple<Tensor, Tensor, Tensor> spatial_attention_fwd(Tensor x, Tensor wconv, std::optional<Tensor> bias) {
   return dispatch(x, [&](auto type) {
     using T = decltype(type);
     using A = Acc<T>;
     const Shape s = shape_of(x);
     const FeatureMap map = feature_map(x);
     const Tensor w = weight_as(wconv, kDtype<A>);
+    const A offset = value_of<A>(bias);
     const int64_t k = wconv.size(3);
     const PixelBlocks<T> blocks(s);
     Tensor gate = empty({s.N, 1, s.H, s.W}, x.scalar_type()), maps = empty({s.N, 2, s.H, s.W}, kDtype<A>),
@@ -34,7 +35,7 @@ std::tuple<Tensor, Tensor, Tensor> spatial_attention_fwd(Tensor x, Tensor wconv)
               framed[1].set_rows(blocks.begin(b), blocks.end(b), s.W, max);
             },
             [&](int64_t b) {
-              conv_gate(framed, data<A>(w), k, blocks.begin(b), blocks.end(b), s.W, row.get());
+              conv_gate(framed, data<A>(w), offset, k, blocks.begin(b), blocks.end(b), s.W, row.get());
               const int64_t p0 = blocks.first_pixel(b), p1 = blocks.last_pixel(b);
               std::copy(&row[p0], &row[p1], data<T>(gate) + n * s.P + p0);
             });
@@ -44,8 +45,9 @@ std::tuple<Tensor, Tensor, Tensor> spatial_attention_fwd(Tensor x, Tensor wconv)
   });
 }
 
-std::tuple<Tensor, Tensor> spatial_attention_bwd(Tensor grad, Tensor x, Tensor wconv, Tensor gate,
-                                                 Tensor maps, Tensor argmax_c) {
+std::tuple<Tensor, Tensor, Tensor> spatial_attention_bwd(Tensor grad, Tensor x, Tensor wconv,
+                                                         std::optional<Tensor> bias, Tensor gate, Tensor maps,
+                                                         Tensor argmax_c) {
   return dispatch(x, [&](auto type) {
     using T = decltype(type);
     using A = Acc<T>;
@@ -53,7 +55,7 @@ std::tuple<Tensor, Tensor> spatial_attention_bwd(Tensor grad, Tensor x, Tensor w
     const bool nhwc = is_nhwc(x);
     const int64_t k = wconv.size(3);
     const Tensor w = weight_as(wconv, kDtype<A>), g = torch::stable::contiguous(grad);
-    Buffer<A> turned = flipped(data<A>(w), k), dw_images(s.N * 2 * k * k);
+    Buffer<A> turned = flipped(data<A>(w), k), dw_images(s.N * 2 * k * k), db_images(s.N);
     const PixelBlocks<T> blocks(s);
     Tensor dx = empty_map(s, nhwc, x.scalar_type());
     for_images(s.N, s.C * s.P, [&](int64_t begin, int64_t end, const Team& team) {
@@ -68,6 +70,7 @@ std::tuple<Tensor, Tensor> spatial_attention_bwd(Tensor grad, Tensor x, Tensor w
         dq.set_rows(0, s.H, s.W, row.get());
         for (int64_t m = 0; m < 2; ++m) framed[m].set_rows(0, s.H, s.W, data<A>(maps) + (2 * n + m) * s.P);
         conv_weight_grad(framed, dq, k, s.H, s.W, team, &dw_images[n * 2 * k * k]);
+        conv_bias_grad(dq, s.H, s.W, &db_images[n]);
         const int32_t* at = data<int32_t>(argmax_c) + n * s.P;
         const auto out = matrix(data<T>(dx) + n * s.C * s.P, s, nhwc, nhwc ? s.C : s.P);
         team.each(blocks.count, [&](int64_t begin_block, int64_t end_block) {
@@ -90,7 +93,7 @@ std::tuple<Tensor, Tensor> spatial_attention_bwd(Tensor grad, Tensor x, Tensor w
     });
     Tensor dw = empty_grad(wconv, kDtype<A>);
     batch_sum(s.N, dw_images.get(), 2 * k * k, data<A>(dw));
-    return std::make_tuple(dx, dw);
+    return std::make_tuple(dx, dw, bias_grad(bias, s.N, db_images.get()));
   });
 }
 

@@ -1,4 +1,4 @@
-"""A channel gate behind a batch norm, written so that a compiler needs no pass that the norm alone does not need."""
+"""A channel gate behind a batch norm, in a form that spares compilers and inference the map between them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .. import reference
+from .. import ops, reference
+from ..backends import fused
 from ..reference.batch_norm import update_running_statistics
 from ..reference.checks import ACTIVATIONS, check_choice, check_residual
 from ..reference.gates import checked
@@ -28,12 +29,13 @@ def gate_normed_channels(
     residual: Tensor | None = None,
     activation: str | None = None,
 ) -> Tensor:
-    """``act(x * gate(mean(x)) + residual)`` for ``x = batch_norm(z)``, which is never stored: for `torch.compile`.
+    """``act(x * gate(mean(x)) + residual)`` for ``x = batch_norm(z)``, which is never stored.
 
     Norm and gate are affine in z: ``x * gate = (z - k) * scale + shift``, scale and shift per image and channel. Mean
     and variance of every image give the batch's statistics and the pooled means at once, and backward needs two sums
     per image and channel for both. So Inductor makes of it what it makes of the batch norm alone: a pass for sums and
-    one for values, in each direction. In eager mode it is slow.
+    one for values, in each direction. In eager mode it is fused where the norm is not in training and no gradient is
+    wanted, in two passes over z: its mean, and the affine form. Else it is slow there.
 
     Args:
         z: ``[N, C, H, W]``, any floating dtype: what the norm takes.
@@ -48,7 +50,10 @@ def gate_normed_channels(
     """
     check_nam(z, weight, bias, running_mean, running_var, training, eps)
     check_residual(residual, z)
-    check_choice("activation", activation, ACTIVATIONS)
+    code = check_choice("activation", activation, ACTIVATIONS)
+    # Compiled, the plain form is Inductor's to fuse. A sum that is wider than z is PyTorch's.
+    passes = not training and not torch.compiler.is_compiling() and (residual is None or residual.dtype == z.dtype)
+    passes = passes and not ops.recorded((z, weight, bias, residual)) and fused(z)
     wide = torch.float64 if z.dtype == torch.float64 else torch.float32
     weight, bias = weight.to(wide), bias.to(wide)
     if training:
@@ -66,11 +71,18 @@ def gate_normed_channels(
         assert running_mean is not None
         assert running_var is not None
         mean, var = running_mean.to(wide), running_var.to(wide)
-        k, d = mean, z.to(wide) - mean[:, None, None]
-        means = d.mean((2, 3)) + mean
+        k, d = mean, z if passes else z.to(wide) - mean[:, None, None]
+        means = ops.channel_mean(z) if passes else d.mean((2, 3)) + mean
     gain = torch.rsqrt(var + eps) * weight
     pooled = ((means - mean) * gain + bias).to(z.dtype)[:, :, None, None]
     factor = checked(gate(pooled), (*z.shape[:2], 1, 1), "gate").to(wide)
+    if passes and not ops.recorded((factor,)):
+        factor = factor.flatten(1)
+        scale = gain * factor
+        # Of the scale as it is rounded, so that a mean far from zero cancels.
+        return ops.channel_affine(z, scale, torch.addcmul(bias * factor, mean, scale, value=-1), residual, code)
+    if passes:  # a gradient is wanted after all, of the gate's own parameters
+        d = z.to(wide) - mean[:, None, None]
     y = d * (gain[:, None, None] * factor) + ((k - mean) * gain + bias)[..., None, None] * factor
     dtype = z.dtype if residual is None else torch.promote_types(z.dtype, residual.dtype)
     return reference.epilogue(y, residual, activation).to(dtype)

@@ -5,11 +5,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from monai.networks.blocks import (
+    ADN,
     ChannelSELayer,
+    Convolution,
     ResidualSELayer,
     SEBlock,
     SEBottleneck,
@@ -19,11 +20,23 @@ from monai.networks.blocks import (
 from torch import Tensor, nn
 
 from .. import functional
-from .recipe import ACTIVATIONS, Recipe, is_swapped, layers
+from .normed import gate_of_norm, is_folded
+from .recipe import ACTIVATIONS, Recipe, has_hooks, is_swapped, layers
 from .se_like import se_layers, se_like
 
 
-class FastChannelSELayer(ChannelSELayer):
+class FastAnyChannelSELayer(ChannelSELayer):
+    """MONAI's ChannelSELayer with any activations, which run as they are; with the block's epilogue, if asked."""
+
+    def channel_gate(self, mean: Tensor) -> Tensor:
+        return self.fc(mean.flatten(1)).view(mean.shape)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None, activation: str | None = None) -> Tensor:
+        residual = x if self.add_residual else residual
+        return functional.gate_channels(x, self.channel_gate, residual=residual, activation=activation)
+
+
+class FastChannelSELayer(FastAnyChannelSELayer):
     """MONAI's ChannelSELayer, fused; with the epilogue of the block around it, if asked."""
 
     def forward(self, x: Tensor, residual: Tensor | None = None, activation: str | None = None) -> Tensor:
@@ -40,29 +53,28 @@ class FastResidualSELayer(ResidualSELayer):
         return se_like(x, reduce, hidden, expand, gate, x)
 
 
-class FastAnyChannelSELayer(ChannelSELayer):
-    """MONAI's ChannelSELayer with any activations, which run as they are; with the block's epilogue, if asked."""
-
-    def forward(self, x: Tensor, residual: Tensor | None = None, activation: str | None = None) -> Tensor:
-        residual = x if self.add_residual else residual
-        return functional.gate_channels(x, _gate(self), residual=residual, activation=activation)
-
-
 class FastAnyResidualSELayer(ResidualSELayer):
     """MONAI's ResidualSELayer with any activations, which run as they are."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return functional.gate_channels(x, _gate(self), residual=x)
+        return functional.gate_channels(x, lambda mean: self.fc(mean.flatten(1)).view(mean.shape), residual=x)
 
 
 class _FastBlock(SEBlock):
     def forward(self, x: Tensor) -> Tensor:
-        residual = self.project(x)
-        return self.se_layer(self.conv3(self.conv2(self.conv1(x))), residual, _EPILOGUES[type(self.act)])
+        residual, out, activation = self.project(x), self.conv2(self.conv1(x)), _EPILOGUES[type(self.act)]
+        last: Any = self.conv3
+        norm = _norm_alone(last)
+        if norm is None:
+            return self.se_layer(last(out), residual, activation)
+        out = last.conv(out)
+        if is_folded(out, norm, self.se_layer, residual):
+            return gate_of_norm(out, norm, self.se_layer, residual, activation)
+        return self.se_layer(norm(out), residual, activation)
 
 
 class FastSEBlock(_FastBlock):
-    """MONAI's SEBlock, whose gate adds the projection and activates."""
+    """MONAI's SEBlock, whose gate adds the projection and activates; the last norm is part of it, where it may be."""
 
 
 class FastSEBottleneck(_FastBlock, SEBottleneck):
@@ -80,13 +92,17 @@ class FastSEResNeXtBottleneck(_FastBlock, SEResNeXtBottleneck):
 _EPILOGUES = {**ACTIVATIONS, nn.Identity: None}
 
 
-def _gate(module: ChannelSELayer) -> Callable[[Tensor], Tensor]:
-    return lambda mean: module.fc(mean.flatten(1)).view(mean.shape)
+def _norm_alone(block: Any) -> nn.Module | None:
+    """What follows the convolution in MONAI's ``Convolution``, where it is a norm and nothing else."""
+    adn = block._modules.get("adn")
+    if type(block) is not Convolution or type(adn) is not ADN or has_hooks(block) or has_hooks(adn):
+        return None
+    return adn._modules["N"] if list(adn._modules) == ["N"] else None
 
 
 def _against_block(block: Any) -> str:
     gate = block.se_layer
-    if not (is_swapped(gate) and isinstance(gate, (FastChannelSELayer, FastAnyChannelSELayer))):
+    if not (is_swapped(gate) and isinstance(gate, FastAnyChannelSELayer)):
         return "its gate was not swapped"
     return "its gate adds its own input" if gate.add_residual else layers({"act": tuple(_EPILOGUES)})(block)
 

@@ -1,31 +1,55 @@
-"""Blocks that end in a batch norm and a gate, as they are compiled: the compiler is shown both at once."""
+"""Blocks that end in a batch norm and a gate of the channels' means, as one affine form of what the norm takes."""
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from ..backends import compiled_freely
+from ..backends import compiled_freely, serving
 from ..functional.normed import gate_normed_channels
+from ..ops import recorded
 from ..reference.batch_norm import batch_norm_step
 from .recipe import has_hooks
 
+# Elements of z from which on the folded form is taken in eager mode: its dozen calls for scales and shifts take longer
+# than the pass that it spares a smaller map. Elsewhere than on CPUs it is a guess, from launches and bytes.
+_WORTH_FOLDING = {"cpu": 1 << 19}
+_ELSEWHERE = 1 << 24
 
-def in_view(norm: nn.Module, gate: nn.Module) -> bool:
-    """Whether `gate_of_norm` takes the place of ``gate(norm(z))``: under `torch.compile`, where no backend was chosen.
 
-    An op would keep Inductor from fusing the norm into what follows it, and so cost a map that it would not store.
+def is_evaluated(norm: Any) -> bool:
+    """Whether the norm goes by its running statistics, and so is affine, and changes none."""
+    return not norm.training and norm.running_mean is not None
+
+
+def is_folded(z: Tensor, norm: Any, gate: nn.Module, residual: Tensor) -> bool:
+    """Whether `gate_of_norm` takes the place of ``gate(norm(z), residual, ...)``.
+
+    - Under `torch.compile`, where no backend was chosen: an op would keep Inductor from fusing the norm into what
+      follows it, and so cost a map that it would not store.
+    - In eager mode where the norm is evaluated and no gradient is wanted: the norm is then part of the gate's passes
+      over z, unless z is small.
     """
-    if not compiled_freely():
+    if not (torch.compiler.is_compiling() or is_evaluated(norm)) or not _is_known(norm, gate):
         return False
-    if type(norm) is not nn.BatchNorm2d or not hasattr(gate, "channel_gate"):
+    if torch.compiler.is_compiling():
+        return compiled_freely() and norm.momentum is not None  # a cumulative average's momentum is no constant
+    if z.numel() < _WORTH_FOLDING.get(z.device.type, _ELSEWHERE) or residual.dtype != z.dtype:
         return False
-    known = norm.affine and norm.momentum is not None  # a cumulative average's momentum is no constant
-    return known and not has_hooks(norm) and not has_hooks(gate)
+    if recorded(chain((z, residual), norm.parameters(), gate.parameters())):
+        return False
+    return serving(z) in ("triton", "cpp")  # native CUDA has whole gates alone
 
 
-def gate_of_norm(z: Tensor, norm: Any, gate: Any, residual: Tensor, activation: str) -> Tensor:
+def _is_known(norm: nn.Module, gate: nn.Module) -> bool:
+    plain = type(norm) is nn.BatchNorm2d and norm.affine and not has_hooks(norm)
+    return plain and hasattr(gate, "channel_gate") and not has_hooks(gate)
+
+
+def gate_of_norm(z: Tensor, norm: Any, gate: Any, residual: Tensor, activation: str | None) -> Tensor:
     """``gate(norm(z), residual, activation)``, for a gate whose ``channel_gate`` is its part on pooled values."""
     training, momentum = batch_norm_step(norm)
     return gate_normed_channels(

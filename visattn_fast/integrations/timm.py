@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from timm.layers import CecaModule, EcaModule, EffectiveSEModule, GatherExcite, GlobalContext, SEModule
 from timm.layers.activations import HardSwish, Sigmoid
@@ -83,6 +84,8 @@ class FastEcaModule(FastAnyEcaModule):
     """timm's EcaModule, fused; with the epilogue of the block around it, if asked."""
 
     def channel_gate(self, mean: Tensor) -> Tensor:
+        if not torch.compiler.is_compiling():
+            return super().channel_gate(mean)
         # Shifted sums, which Inductor fuses; a convolution it calls, and its backward, too.
         weights, channels = self.conv.weight.flatten().unbind(), mean.shape[1]
         padded = F.pad(mean.flatten(1), (len(weights) // 2, len(weights) // 2))

@@ -7,12 +7,12 @@ from typing import Any
 from timm.models import resnet
 from torch import Tensor, nn
 
-from .normed import gate_of_norm, in_view
+from .normed import gate_of_norm, is_folded
 from .recipe import ACTIVATIONS, Recipe, fingerprint, is_swapped, own_class
 
 
 class FastBasicBlock(resnet.BasicBlock):
-    """timm's BasicBlock, whose gate adds the shortcut and activates."""
+    """timm's BasicBlock, whose gate adds the shortcut and activates; the last norm is part of it, where it may be."""
 
     def forward(self, x: Tensor) -> Tensor:
         block: Any = self
@@ -21,7 +21,7 @@ class FastBasicBlock(resnet.BasicBlock):
 
 
 class FastBottleneck(resnet.Bottleneck):
-    """timm's Bottleneck, whose gate adds the shortcut and activates."""
+    """timm's Bottleneck, likewise."""
 
     def forward(self, x: Tensor) -> Tensor:
         block: Any = self
@@ -38,7 +38,7 @@ def _finish(block: Any, out: Tensor, norm: nn.Module, shortcut: Tensor, activati
     if block.downsample is not None:
         shortcut = block.downsample(shortcut)
     name = ACTIVATIONS[type(activation)]
-    if in_view(norm, block.se):
+    if is_folded(out, norm, block.se, shortcut):
         return gate_of_norm(out, norm, block.se, shortcut, name)
     return block.se(norm(out), residual=shortcut, activation=name)
 

@@ -1,17 +1,26 @@
-"""timm's two CBAMs. Source: timm 1.0 (Apache-2.0). Their own layers run on pooled values and maps, as they are."""
+"""timm's two CBAMs. Source: timm 1.0 (Apache-2.0). Their own layers run on pooled values and maps, as they are,
+
+but where all of a CbamModule is one op.
+"""
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Any
 
 import torch
+from timm.layers.activations import Sigmoid
 from timm.layers.cbam import CbamModule, LightCbamModule
 from timm.layers.conv_bn_act import ConvNormAct
-from torch import Tensor
+from timm.layers.norm_act import BatchNormAct2d
+from torch import Tensor, nn
 
-from .. import functional
-from .pooled import map_logit, pointwise
-from .recipe import Recipe
+from .. import functional, ops
+from ..backends import fused
+from ..reference.batch_norm import as_affine
+from .normed import is_evaluated
+from .pooled import is_map_conv, is_pointwise, map_logit, pointwise
+from .recipe import Recipe, has_hooks
 
 
 class FastCbamModule(CbamModule):
@@ -19,6 +28,11 @@ class FastCbamModule(CbamModule):
 
     def forward(self, x: Tensor, residual: Tensor | None = None, activation: str | None = None) -> Tensor:
         c, s = self.channel, self.spatial
+        if _is_one_op(self, x, residual):
+            kernel = _normed_kernel(s.conv)
+            return functional.cbam(
+                x, c.fc1.weight, c.fc2.weight, kernel[0], bias=kernel[1], residual=residual, activation=activation
+            )
 
         def channel(mean: Tensor, maximum: Tensor) -> Tensor:
             both = pointwise(c.fc2, c.act(pointwise(c.fc1, torch.cat([mean, maximum]))))
@@ -49,6 +63,40 @@ def _norm(block: ConvNormAct, logit: Tensor) -> Tensor:
     """What follows the convolution in timm's ``ConvNormAct``."""
     logit = block.bn(logit)
     return logit if block.aa is None else block.aa(logit)
+
+
+def _is_one_op(module: Any, x: Tensor, residual: Tensor | None) -> bool:
+    """Whether `functional.cbam` is all of the module: the norm is evaluated, and its other layers are the paper's.
+
+    Where a gradient is wanted it is not, for the op gives it to the first of equal maxima.
+    """
+    channel, spatial = module.channel, module.spatial
+    conv, norm = spatial.conv.conv, spatial.conv.bn
+    if not is_evaluated(norm) or ops.recorded(chain((x, residual), module.parameters())) or not fused(x):
+        return False
+    known = _exactly(norm, nn.BatchNorm2d) or (
+        _exactly(norm, BatchNormAct2d) and _exactly(norm.drop, nn.Identity) and _exactly(norm.act, nn.Identity)
+    )
+    return (
+        known
+        and spatial.conv.aa is None
+        and is_map_conv(conv)
+        and all(is_pointwise(layer) and layer.bias is None for layer in (channel.fc1, channel.fc2))
+        and _exactly(channel.act, nn.ReLU)
+        and all(_exactly(gate, nn.Sigmoid, Sigmoid) for gate in (channel.gate, spatial.gate))
+    )
+
+
+def _exactly(layer: nn.Module, *kinds: type[nn.Module]) -> bool:
+    return type(layer) in kinds and not has_hooks(layer)
+
+
+def _normed_kernel(block: Any) -> tuple[Tensor, Tensor]:
+    """Weights ``[1, 2, k, k]`` and bias ``[1]`` of the convolution and the evaluated norm behind it, in one."""
+    conv, norm = block.conv, block.bn
+    wide = torch.promote_types(conv.weight.dtype, torch.float32)
+    scale, shift = as_affine(norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps, wide)
+    return conv.weight * scale, shift if conv.bias is None else torch.addcmul(shift, conv.bias.to(wide), scale)
 
 
 def _against(module: Any) -> str:

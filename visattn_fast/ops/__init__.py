@@ -1,12 +1,13 @@
 """One file per op family: schema, reference implementation, fake, autograd.Function."""
 
-from ._autograd import mixed, run
+from ._autograd import mixed, recorded, run
 from ._library import register_cuda, register_triton
 from .additive_score import AdditiveScoreFunction, fits_a_block
 from .attention2d import Attention2dFunction, attention_mean
 from .cbam import CBAMFunction
 from .channel_attention import ChannelAttentionFunction
 from .channel_mlp import ChannelMLPFunction
+from .channel_scale import channel_affine, channel_mean
 from .coord_att import CoordAttFunction
 from .criss_cross import CrissCrossFunction
 from .eca import ECAFunction
@@ -55,10 +56,13 @@ __all__ = [
     "TwofoldScale",
     "WindowAttentionFunction",
     "attention_mean",
+    "channel_affine",
+    "channel_mean",
     "fits_a_block",
     "in_format_of",
     "linear",
     "mixed",
+    "recorded",
     "register_cuda",
     "register_triton",
     "run",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -22,9 +22,14 @@ def mixed(mathematics: Callable[..., Tensor], x: Tensor, *arguments: Any) -> Ten
     return mathematics(*(t.to(widest) if isinstance(t, Tensor) else t for t in (x, *arguments))).to(x.dtype)
 
 
+def recorded(arguments: Iterable[Any]) -> bool:
+    """Whether a gradient can be asked for of what is computed from these arguments."""
+    return torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in arguments)
+
+
 def run(function: type[torch.autograd.Function], *args: Any) -> tuple[Tensor, ...]:
     """The results of a fused function. An autograd node is made only where a gradient can be asked for."""
-    if not (torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)):
+    if not recorded(args):
         return function.forward(*args)
     if torch.compiler.is_compiling():
         # Dynamo refuses one tensor in two places, as x is where it is the residual, too.

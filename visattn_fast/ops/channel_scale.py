@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from ..reference import epilogue
+from ..reference.checks import ACTIVATIONS
 from ._epilogue import empty_residual_gradient, finish, residual_gradient, start_backward
 from ._layout import accumulation_dtype, empty_map, empty_small, to_map
 from ._library import define
@@ -15,6 +17,12 @@ def _channel_scale_fwd_reference(x, gate, residual, activation):
     return finish(x, gate[:, :, None, None], residual, activation)
 
 
+def _channel_affine_reference(x, scale, shift, residual, activation):
+    a = accumulation_dtype(x)
+    moved = x * scale[:, :, None, None].to(a) + shift[:, :, None, None].to(a)
+    return to_map(epilogue(moved, residual, ACTIVATIONS[activation]), x)
+
+
 def _channel_scale_bwd_reference(grad, x, gate, residual, activation):
     grad = start_backward(grad, x, gate[:, :, None, None], residual, activation)
     return (grad * x).sum((2, 3)), residual_gradient(grad, x, activation)
@@ -25,10 +33,6 @@ def _channel_input_grad_reference(grad, x, gate, dmean):
     if dmean is not None:
         dx = dx + dmean[:, :, None, None] / (x.shape[2] * x.shape[3])
     return to_map(dx, x)
-
-
-def _channel_scale_fwd_fake(x, gate, residual, activation):
-    return empty_map(x)
 
 
 def _channel_scale_bwd_fake(grad, x, gate, residual, activation):
@@ -50,7 +54,14 @@ channel_scale_fwd = define(
     "channel_scale_fwd(Tensor x, Tensor gate, Tensor? residual, int activation) -> Tensor y",
     "channel_scale",
     _channel_scale_fwd_reference,
-    _channel_scale_fwd_fake,
+    lambda x, gate, residual, activation: empty_map(x),
+)
+# y = act(x * scale + shift + residual); scale and shift [N, C] in the accumulation dtype. For inference: no gradient.
+channel_affine = define(
+    "channel_affine(Tensor x, Tensor scale, Tensor shift, Tensor? residual, int activation) -> Tensor y",
+    "channel_scale",
+    _channel_affine_reference,
+    lambda x, scale, shift, residual, activation: empty_map(x),
 )
 # dgate = sum over the pixels of g' x, g' = grad * act'(x * gate + residual); dresidual = g', empty if it is grad.
 channel_scale_bwd = define(

@@ -1,0 +1,164 @@
+"""What accelerate makes of modules where no gradient is wanted: norms in eval mode are part of the gates by them."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from test_compiled_blocks import C, accelerated, spread
+from torch import nn
+
+import visattn_fast as vf
+from cases import INTERPRETED, feature_map, recorded_ops
+from outside import library
+from visattn_fast import catalogue
+
+layouts = pytest.mark.parametrize("layout", catalogue.LAYOUTS)
+pytestmark = [
+    pytest.mark.skipif(INTERPRETED, reason="swaps classes; what the kernels compute is held elsewhere"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+]
+FOLDED = ["channel_mean", "channel_affine"]
+
+
+def ops_of(module: nn.Module, x: torch.Tensor) -> list[str]:
+    """What an accelerated module calls where no gradient is wanted; its result is the original's."""
+    plain = copy.deepcopy(module)
+    vf.restore(plain)
+    with torch.no_grad():
+        with recorded_ops() as names:
+            y = module(x)
+        want = plain(x)
+    assert y.stride() == want.stride()
+    tolerance = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 0.05}[x.dtype]
+    torch.testing.assert_close(y, want, rtol=tolerance, atol=tolerance)
+    return names
+
+
+@pytest.fixture
+def any_size(monkeypatch):
+    """Blocks are folded however small they are."""
+    normed = __import__("visattn_fast.integrations.normed", fromlist=["normed"])
+    monkeypatch.setitem(normed._WORTH_FOLDING, "cpu", 0)
+
+
+@pytest.mark.parametrize(
+    ("attention", "kind", "options"),
+    [
+        ("se", "Bottleneck", {}),
+        ("se", "BasicBlock", {"act_layer": nn.SiLU}),
+        ("eca", "Bottleneck", {}),
+        ("ceca", "BasicBlock", {}),
+        ("ese", "BasicBlock", {}),
+        (None, "SEBlock", {}),
+        (None, "SEBlock", {"acti_type_final": None, "acti_type_1": "elu"}),
+    ],
+    ids=lambda p: "-".join(map(str, p)) if isinstance(p, dict) else p,
+)
+@layouts
+def test_folded(attention, kind, options, layout, any_size):
+    """The normed map is never stored, in any dtype."""
+    module = accelerated(attention, kind, **options).eval()
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        x = feature_map((2, C, 6, 5), layout, dtype)
+        assert ops_of(module.to(dtype), x) == FOLDED
+
+
+def test_not_folded(any_size):
+    """In training, with hooks, where a gradient is wanted, within a chosen reference."""
+    module, x = accelerated("se").eval(), feature_map((2, C, 6, 5), "nchw", torch.float64)
+    assert ops_of(module, x) == FOLDED
+    module.bn3.momentum = None  # of no concern here
+    assert ops_of(module, x) == FOLDED
+    hooked: list[str] = []
+    for inner in ("bn3", "se"):
+        hook = module.get_submodule(inner).register_forward_hook(lambda *_: hooked.append("ran"))
+        assert ops_of(module, x) == ["se_fwd"]
+        assert len(hooked) == 2  # with the original's
+        hook.remove()
+        hooked.clear()
+    with vf.use_backend("reference"):
+        assert ops_of(module, x) == []
+    module.requires_grad_(False)
+    for wanted in (module.bn3.weight, module.se.fc1.weight, x):
+        wanted.requires_grad_()
+        with recorded_ops() as names:
+            module(x)
+        assert names == ["se_fwd"]
+        wanted.requires_grad_(False)
+    with recorded_ops() as names:
+        module(x)
+    assert names == FOLDED
+    module.bn3.train()
+    with recorded_ops() as names:
+        module(x)
+    assert names == ["se_fwd"]
+
+
+def test_small_maps():
+    """Small maps keep norm and gate, which take fewer calls."""
+    module = accelerated("eca", "BasicBlock").eval().float()
+    assert ops_of(module, feature_map((2, C, 8, 8), "nchw", torch.float32)) == ["eca_fwd"]
+    assert ops_of(module, feature_map((2, C, 91, 91), "nchw", torch.float32)) == FOLDED
+
+
+def cbam(**options: Any) -> nn.Module:
+    torch.manual_seed(0)
+    module = spread(library("timm.layers.cbam").CbamModule(C, **options)).eval()
+    vf.accelerate(module)
+    return module
+
+
+STEPS = ("pool_pixels", "pool_channels", "map_conv", "twofold_scale")
+
+
+@layouts
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_cbam_is_one_op(dtype, layout):
+    """timm's norm is part of the convolution; maxima that are equal, too."""
+    for x in (feature_map((2, C, 7, 6), layout, dtype), feature_map((2, C, 7, 6), layout, dtype).relu().round()):
+        x = x.contiguous(memory_format=catalogue.LAYOUTS[layout])
+        assert ops_of(cbam(spatial_kernel_size=3).to(dtype), x) == ["cbam_fwd"]
+
+
+def test_cbam_bias_of_the_convolution():
+    module = cbam()
+    module.spatial.conv.conv.bias = nn.Parameter(torch.tensor([0.7], dtype=torch.float64))
+    module.spatial.conv.bn.affine, module.spatial.conv.bn.weight, module.spatial.conv.bn.bias = False, None, None
+    assert ops_of(module, feature_map((2, C, 7, 6), "nchw", torch.float64)) == ["cbam_fwd"]
+
+
+def test_cbam_in_steps():
+    """Where the norm is in training, other layers stand inside, hooks wait, or a gradient is wanted."""
+    x = feature_map((2, C, 7, 6), "nchw", torch.float64)
+    others: list[dict[str, Any]] = [{"act_layer": nn.SiLU}, {"mlp_bias": True}, {"gate_layer": "hard_sigmoid"}]
+    for options in others:
+        assert ops_of(cbam(**options), x) == list(STEPS)
+    module = cbam()
+    hooked = module.spatial.conv.bn.register_forward_hook(lambda *_: None)
+    assert ops_of(module, x) == list(STEPS)
+    hooked.remove()
+    with recorded_ops() as names:
+        module(x)  # its parameters want one
+    assert names == list(STEPS)
+    module.spatial.conv.bn.train()
+    assert ops_of(module, x) == list(STEPS)
+
+
+def test_cbam_in_a_block_and_compiled():
+    """Compiled it is one op, too, and a block's gate adds the shortcut."""
+    module, x = accelerated("cbam", "BasicBlock").eval(), feature_map((2, C, 7, 6), "nchw", torch.float64)
+    assert ops_of(module, x) == ["cbam_fwd"]
+    graphs: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
+        graphs.extend(str(n.target) for n in graph.graph.nodes if "visattn_fast" in str(n.target))
+        return graph.forward
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        y, want = torch.compile(module, fullgraph=True, backend=backend)(x), module(x)
+    torch.testing.assert_close(y, want, rtol=1e-10, atol=1e-10)
+    assert graphs == ["visattn_fast.cbam_fwd.default"]
