@@ -23,7 +23,7 @@ layouts = pytest.mark.parametrize("layout", [NCHW, NHWC], ids=["nchw", "channels
 # Small devices, and what they make of SHAPE: the variant, and how many slabs a block holds.
 DEVICES = {
     "teams": (Device(shared_bytes=6 << 10, count=16, threads=96), "cluster", 1),
-    "alone": (Device(shared_bytes=150 << 10, count=1), "cluster", 2),
+    "alone": (Device(shared_bytes=220 << 10, count=1), "cluster", 2),
     "semaphore": (Device(sm=80, count=8, l2_bytes=100 << 10), "semaphore", 0),
 }
 SHAPE = (5, 32, 16, 12)  # of float32: 24 KB an image

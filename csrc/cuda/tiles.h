@@ -24,6 +24,12 @@ VF_DEVICE void for_tiles(Exec& ex, const Tiling& t, int rows, int cols, const Be
   }
 }
 
+// One of each for the V columns of a lane.
+template <class U, int V>
+struct Lanes {
+  U v[V];
+};
+
 // Of columns `V` wide: what begin gave, and the sums down them.
 template <class Data, int V>
 struct Columns {
