@@ -54,8 +54,9 @@ def test_plans_keep_what_the_device_has(dtype):
         for n, c, side, nhwc in itertools.product((1, 32, 4096), channels, sides, (False, True)):
             p = cuda_plan.plan((n, c, side, side), kernel, dtype, nhwc, device)
             if p.variant == "refused":  # more pixels than a block, or so few blocks, have room for
-                large = side == 512 and (c == 2048 or not kernel.backward) or side >= 113 and c <= 3
-                assert kernel.window and large, (device, kernel, n, c, side)
+                large = side == 512 and (c == 2048 or not kernel.backward)
+                assert kernel.window, (device, kernel, n, c, side)
+                assert large or (side >= 113 and c <= 3), (device, kernel, n, c, side)
                 continue
             assert p.shared_bytes <= device.shared_bytes
             assert p.team <= 16 or p.variant == "semaphore"

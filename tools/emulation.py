@@ -25,14 +25,15 @@ from .table import show
 
 CUDA = Path(__file__).parents[1] / "csrc" / "cuda"
 # What the emulated thread can leave out, so that tests see it found.
-SABOTAGE = ("", "team barrier", "block barrier", "second exchange", "copy wait", "fence", "arrival at a semaphore",
-            "grid barrier")
+SABOTAGE = ("", "team barrier", "block barrier", "second exchange", "copy wait", "fence")
+SABOTAGE += ("arrival at a semaphore", "grid barrier")
 VARIANTS, ACCESSES = ("cluster", "semaphore", "refused"), ("wide rows", "ragged", "narrow")
 # The fields of csrc/cuda/emulation/call.cpp.
 _NUMBERS = """N C P R stride_n dtype nhwc backward window activation hidden_activation gate_activation
     sm count shared_bytes l2_bytes threads seed sabotage W maps_window"""
 _TENSORS = """x grad residual w1 b1 w2 b2 wconv bias y dresidual mean hidden gate argmax_hw
     maps argmax_c spatial_gate dz dhidden dconv dw1 db1 dw2 db2 dwconv dbias"""
+_REPORTED = "variant access team teams held stages one_launch read written"
 _DTYPES = {torch.float32: 0, torch.bfloat16: 2}
 
 
@@ -43,9 +44,7 @@ class _Request(ctypes.Structure):
 
 
 class _Report(ctypes.Structure):
-    _fields_ = [
-        (name, ctypes.c_int64) for name in "variant access team teams held stages one_launch read written".split()
-    ] + [("faults", ctypes.c_char * 4000)]
+    _fields_ = [(name, ctypes.c_int64) for name in _REPORTED.split()] + [("faults", ctypes.c_char * 4000)]
 
 
 @dataclass(frozen=True)

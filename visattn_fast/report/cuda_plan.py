@@ -43,22 +43,21 @@ class Plan(NamedTuple):
     stages: int
     threads: int
     shared_bytes: int
-    one_launch: int
+    one_launch: bool
     why: str
 
 
+# The fields of csrc/cpu/cuda_plan.cpp.
+_ASKED = "N C P R element nhwc backward W window sm count shared_bytes l2_bytes"
+_ANSWERED = "variant access team teams held stages threads shared_bytes one_launch"
+
+
 class _Question(ctypes.Structure):
-    _fields_ = [
-        (n, ctypes.c_int64)
-        for n in "N C P R element nhwc backward W window sm count shared_bytes l2_bytes".split()
-    ]
+    _fields_ = [(name, ctypes.c_int64) for name in _ASKED.split()]
 
 
 class _Answer(ctypes.Structure):
-    _fields_ = [
-        (n, ctypes.c_int64)
-        for n in "variant access team teams held stages threads shared_bytes one_launch".split()
-    ] + [("why", ctypes.c_char_p)]
+    _fields_ = [(name, ctypes.c_int64) for name in _ANSWERED.split()] + [("why", ctypes.c_char_p)]
 
 
 class Kernel(NamedTuple):
@@ -91,8 +90,9 @@ def plan(shape: tuple[int, ...], kernel: Kernel, dtype: torch.dtype, channels_la
     sizes = (n, c, h * w, hidden, dtype.itemsize, channels_last, kernel.backward, w, kernel.window)
     question, answer = _Question(*sizes, *device[1:]), _Answer()
     ctypes.CDLL(str(native.LIBRARY)).visattn_fast_cuda_plan(ctypes.byref(question), ctypes.byref(answer))
-    numbers = (getattr(answer, name) for name in Plan._fields[2:-1])
-    return Plan(_VARIANTS[answer.variant], _ACCESSES[answer.access], *numbers, answer.why.decode())
+    numbers = (answer.team, answer.teams, answer.held, answer.stages, answer.threads, answer.shared_bytes)
+    names = (_VARIANTS[answer.variant], _ACCESSES[answer.access])
+    return Plan(*names, *numbers, bool(answer.one_launch), answer.why.decode())
 
 
 def devices() -> tuple[Device, ...]:
