@@ -151,9 +151,13 @@ def test_cbam_ties_and_nan(layout, device):
     hold(call)
 
 
-def test_slices_of_a_batch():
+builds = pytest.mark.parametrize("build", [emulation.example, emulation.cbam_example], ids=["se", "cbam"])
+
+
+@builds
+def test_slices_of_a_batch(build):
     """Images that are dense, with something between them."""
-    call = emulation.example((3, 16, 8, 8), NCHW, torch.float32, seed=4)
+    call = build((3, 16, 8, 8), NCHW, torch.float32, seed=4)
     call.x = torch.cat([call.x, call.x], 1)[:, :16]
     assert call.x.stride(0) == 2 * 16 * 64
     hold(call)
@@ -173,7 +177,7 @@ def both_ways(call):
     return out | found, outcome.one_launch
 
 
-@pytest.mark.parametrize("build", [emulation.example, emulation.cbam_example], ids=["se", "cbam"])
+@builds
 def test_order_of_threads_changes_no_bit(build):
     call = build((2, 32, 8, 12), NHWC, torch.float32)
     first, _ = both_ways(call)
@@ -186,12 +190,11 @@ def test_order_of_threads_changes_no_bit(build):
 def test_one_launch_or_two(kind):
     """A device with room for half a grid takes a second launch for the weights' gradients: the same bits."""
     build = emulation.cbam_example if kind == "cbam" else emulation.example
-    shape, window = (3, 64, 8, 16), {"window": 3} if kind == "eca" else {}
+    options = {"window": 3} if kind == "eca" else {}
     results = []
     for count in (32, 1):
         device = Device(shared_bytes=12 << 10, count=count)
-        call = build(shape, NCHW, torch.float32, **({} if kind == "cbam" else window), device=device)
-        results.append(both_ways(call))
+        results.append(both_ways(build((3, 64, 8, 16), NCHW, torch.float32, device=device, **options)))
     (one, in_one), (two, in_two) = results
     assert (in_one, in_two) == (True, False)
     assert all(torch.equal(one[name], two[name]) for name in one)

@@ -87,8 +87,8 @@ struct Plan {
   int64_t workspace_words() const { return variant == kSemaphore ? exchange_floats() + teams : 0; }
 };
 
-// Two blocks share the registers of a multiprocessor: 64 a thread, in which SE's backward and CBAM
-// do not fit.
+// Two blocks share the registers of a multiprocessor: 64 a thread, in which SE's backward and CBAM do not
+// fit.
 constexpr int kThreads = 512, kFewThreads = 256;
 constexpr int kHeader = 128, kMostStages = 2, kLargestCluster = 16;
 
@@ -288,6 +288,10 @@ inline Plan plan(const Problem& q, const Device& d) {
     return p;
   }
   p.blocks = p.teams * p.geometry.team;
+  if (p.exchange_floats() > kMost) {
+    p.variant = kRefused;
+    p.why = "what the blocks exchange is too large for 32-bit indices";
+  }
   return p;
 }
 

@@ -6,9 +6,9 @@
 
 namespace visattn::cuda {
 
-// visit(row, column, columns' data) for each pack of the slab, in all lanes of a warp together, with column
-// -1 where there is none; begin(column) gives the data of V columns, finish(group, column, data) takes it
-// back. A warp's lane is in place `lane` of those that share a row.
+// visit(row, column, chunk, data) for each pack of the slab, by all lanes of a warp together, with column -1
+// in those that have none. begin(column) gives the data of a pack's columns, once for all rows of a group;
+// finish(group, column, data) takes it back.
 template <int V, class Exec, class Begin, class Visit, class Finish>
 VF_DEVICE void for_tiles(Exec& ex, const Tiling& t, int rows, int cols, const Begin& begin,
                          const Visit& visit, const Finish& finish) {
