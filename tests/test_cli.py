@@ -34,28 +34,38 @@ def test_info_of_a_shape(capsys, monkeypatch):
     monkeypatch.setattr(cuda_plan, "devices", lambda: cuda_plan.DEVICES)
     assert cli.main(["info", "--shape", "64x256x56x56"]) == 0
     text = capsys.readouterr().out
-    assert "native CUDA kernel of SE for 64x256x56x56 in bfloat16" in text
-    assert text.count("an image fits the shared memory of a cluster") == 4
-    assert text.count("no clusters before sm_90") == 2
+    assert "native CUDA kernels of SE (ECA takes the same) and CBAM for 64x256x56x56 in bfloat16" in text
+    assert text.count("an image fits the shared memory of a cluster") == 12
+    assert text.count("x and grad of an image fit the shared memory of a cluster") == 4
+    assert text.count("no clusters before sm_90") == 8
+    assert text.count("a second launch sums the weights' gradients") == 12
+    assert cli.main(["info", "--shape", "4x256x14x14"]) == 0
+    assert capsys.readouterr().out.count("the same launch sums the weights' gradients") == 12
     assert cli.main(["info", "--shape", "64x256"]) == 2
     assert "--shape must be like 64x256x56x56, got '64x256'" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("dtype", "threads"), [(torch.bfloat16, 512), (torch.float32, 512)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.skipif(not vf.backends("cpu")["cpp"].available, reason="asks the native library")
-def test_plans_keep_what_the_device_has(dtype, threads):
+def test_plans_keep_what_the_device_has(dtype):
     """Shared memory, clusters, and blocks that all have to be resident, from one pixel to more than a cluster holds."""
     sides, channels = (1, 7, 14, 56, 113, 512), (1, 3, 64, 256, 2048)
-    for device in cuda_plan.DEVICES:
+    for device, kernel in itertools.product(cuda_plan.DEVICES, cuda_plan.KERNELS):
         for n, c, side, nhwc in itertools.product((1, 32, 4096), channels, sides, (False, True)):
-            p = cuda_plan.plan((n, c, side, side), max(c // 16, 1), dtype, nhwc, device)
-            assert p.variant != "refused", (device, n, c, side)
+            p = cuda_plan.plan((n, c, side, side), kernel, dtype, nhwc, device)
+            if p.variant == "refused":  # more pixels than a block, or so few blocks, have room for
+                large = side == 512 and (c == 2048 or not kernel.backward)
+                assert kernel.window, (device, kernel, n, c, side)
+                assert large or (side >= 113 and c <= 3), (device, kernel, n, c, side)
+                continue
             assert p.shared_bytes <= device.shared_bytes
             assert p.team <= 16 or p.variant == "semaphore"
             assert p.variant == "semaphore" or device.sm >= 90
             a_multiprocessor = 2 if 2 * p.shared_bytes + 2048 <= device.shared_bytes + 1024 else 1
             assert p.variant == "cluster" or p.team * p.teams <= a_multiprocessor * device.multiprocessors
-            assert p.threads == threads
+            assert p.threads == (512 if kernel.name == "SE forward" else 256)
+            assert not p.one_launch or (kernel.backward and n * c * side * side * dtype.itemsize <= 1 << 20)
+            assert not p.one_launch or p.team * p.teams <= a_multiprocessor * device.multiprocessors
 
 
 def test_module_and_version():

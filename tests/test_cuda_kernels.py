@@ -80,6 +80,51 @@ def test_repeats_on_two_streams(entry, layout):
 
 @entries
 @layouts
+@pytest.mark.parametrize("shape", [(3, 64, 7, 8), (8, 64, 14, 14), (8, 64, 56, 56)], ids=str)
+def test_gradients_repeat(entry, layout, shape):
+    """The same bits of every gradient, whether one launch sums them or a second one does."""
+    fast, x = entry.pair(64, torch.float16)[0].cuda(), feature_map(shape, layout, torch.float16, "cuda")
+    with vf.use_backend("cuda"):
+        first = run(fast, x)
+        for _ in range(20):
+            again = run(fast, x)
+            assert all(torch.equal(t, again[name]) for name, t in first.items())
+
+
+@entries
+@layouts
+@pytest.mark.parametrize(("shape", "launches"), [((8, 64, 14, 14), 2), ((8, 64, 56, 56), 3)], ids=["small", "large"])
+def test_launches(entry, layout, shape, launches):
+    """Small maps: one a direction; larger ones take another for the weights' gradients. No memory is cleared."""
+    fast, x = entry.pair(64, torch.float16)[0].cuda(), feature_map(shape, layout, torch.float16, "cuda")
+    with vf.use_backend("cuda"):
+        run(fast, x)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            run(fast, x)
+            torch.cuda.synchronize()
+    names = [event.name for event in profile.events()]
+    assert sum("visattn" in name for name in names) == launches, names
+
+
+@layouts
+@pytest.mark.parametrize("shape", [(3, 24, 7, 7), (2, 64, 16, 16), (8, 64, 56, 56)], ids=str)
+def test_cbam_with_bias(layout, shape):
+    """The convolution's bias, and its gradient."""
+    generator, c = torch.Generator().manual_seed(3), shape[1]
+    sizes = ((4, c), (c, 4), (1, 2, 7, 7), (1,))
+    weights = [(0.3 * torch.randn(size, generator=generator)).cuda().requires_grad_() for size in sizes]
+    x = feature_map(shape, layout, torch.float32, "cuda").requires_grad_()
+    results = []
+    for backend in ("cuda", "reference"):
+        with vf.use_backend(backend):
+            y = vf.functional.cbam(x, *weights[:3], bias=weights[3], activation="relu")
+            results.append((y, *torch.autograd.grad((y * x).sum(), [x, *weights])))
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4 * max(1.0, want.abs().max().item()))
+
+
+@entries
+@layouts
 @pytest.mark.parametrize("shape", [(8, 64, 56, 56), (1, 2048, 150, 150)], ids=str)
 def test_graph(entry, layout, shape):
     """A captured step replays on new values, of a cluster's kernels and of those with semaphores."""

@@ -25,9 +25,9 @@ def test_spills_are_seen():
 @pytest.mark.skipif(INTERPRETED, reason="once is enough")
 @pytest.mark.skipif(bool(cuda_objects.why_not()), reason=str(cuda_objects.why_not()))
 def test_objects():
-    """One element type, one target, images whose rows are aligned: no spills, wide accesses."""
+    """One element type, images whose rows are aligned, each target: no spills, wide accesses."""
     chosen = [s for s in cuda_objects.SOURCES if s.stem.endswith("bfloat16")]
-    kernels = [k for source in chosen for k in cuda_objects.compile_source(source, "sm_90", "-DVISATTN_FEW_KERNELS")]
-    assert sum(k.variant is not None for k in kernels) == 12
+    kernels = cuda_objects.compile_all(chosen, cuda_objects.TARGETS, "-DVISATTN_FEW_KERNELS")
+    assert sum(k.variant is not None for k in kernels) == 16 * len(cuda_objects.TARGETS)
     faults = [fault for kernel in kernels for fault in kernel.faults]
     assert not faults, "\n".join(faults)

@@ -8,6 +8,7 @@ cuobjdump that comes with triton.
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import re
 import shutil
@@ -15,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,9 @@ from .table import show
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
-TARGETS = ("sm_80", "sm_90", "sm_100")
+# sm_90a is Hopper with the instructions that no other chip has. The kernels use none of them, so that its code is
+# that of sm_90, which setup.py builds by default: compiled for sm_90a here, it is known to serve both names.
+TARGETS = ("sm_80", "sm_90a", "sm_100")
 FLAGS = ["-std=c++20", "-O3", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000", "-Xptxas", "-v"]
 FLAGS += ["--expt-relaxed-constexpr", "--extended-lambda", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
 _ACCESSES = {0: "wide rows", 1: "ragged", 2: "narrow"}  # csrc/cuda/plan.h
@@ -64,7 +67,7 @@ class Compiled:
 
     @property
     def empty(self) -> bool:
-        """Clusters before sm_90: never launched."""
+        """Clusters before sm_90: never launched, and nothing but a trap."""
         return "cluster" in (self.variant or ()) and self.target == "sm_80"
 
     @property
@@ -89,13 +92,13 @@ def nvcc() -> str | None:
 
 
 def compile_source(source: Path, target: str, *flags: str) -> list[Compiled]:
-    """Every kernel of a source for one target."""
+    """Every kernel of a source for one target, and no code of the host's."""
     with tempfile.TemporaryDirectory() as folder:
-        made = Path(folder) / "object.o"
+        made = Path(folder) / "kernels.cubin"
         number = target.removeprefix("sm_")
         command = [str(nvcc()), *FLAGS, *flags, "-gencode", f"arch=compute_{number},code={target}"]
         command += [f"-I{path}" for path in include_paths()]
-        done = subprocess.run([*command, "-c", str(source), "-o", str(made)], capture_output=True, text=True)
+        done = subprocess.run([*command, "-cubin", str(source), "-o", str(made)], capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"nvcc cannot compile {source.name} for {target}:\n{done.stderr}")
         machine_code = dict(instructions(made))
@@ -103,6 +106,15 @@ def compile_source(source: Path, target: str, *flags: str) -> list[Compiled]:
         Compiled(symbol, target, registers, spilled, machine_code.get(symbol, Counter()))
         for symbol, registers, spilled in ptxas_report(done.stderr)
     ]
+
+
+def compile_all(sources: Iterable[Path] = SOURCES, targets: Sequence[str] = TARGETS, *flags: str) -> list[Compiled]:
+    """Every kernel of some sources that is launched, for some targets, by name and target; on all cores."""
+    pairs = itertools.product(sources, targets)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        parts = pool.map(lambda pair: compile_source(*pair, *flags), pairs)
+        kernels = [kernel for part in parts for kernel in part if not kernel.empty]
+    return sorted(kernels, key=lambda k: (k.name, k.target))
 
 
 def ptxas_report(text: str) -> Iterator[tuple[str, int, int]]:
@@ -116,20 +128,12 @@ def ptxas_report(text: str) -> Iterator[tuple[str, int, int]]:
 
 
 def instructions(made: Path) -> Iterator[tuple[str, Counter[str]]]:
-    """(symbol, how often LDG.128, STG.128, UBLKCP, ... occur) of each kernel in an object."""
+    """(symbol, how often LDG.128, STG.128, UBLKCP, ... occur) of each kernel in a cubin."""
     tool = Path(triton.backends.__file__).parent / "nvidia" / "bin" / "cuobjdump"
     text = subprocess.run([tool, "-sass", str(made)], capture_output=True, text=True, check=True).stdout
     for part in text.split("Function : ")[1:]:
         found = re.findall(r"\b(LDG|STG|LDS|STS|UBLKCP|LDL|STL)((?:\.\w+)*) ", part)
         yield part.split()[0], Counter(f"{name}.128" if ".128" in rest else name for name, rest in found)
-
-
-def compile_all(targets: Sequence[str] = TARGETS) -> list[Compiled]:
-    """Every kernel that is launched, by name and target."""
-    pairs = [(source, target) for source in SOURCES for target in targets]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        kernels = [k for found in pool.map(lambda pair: compile_source(*pair), pairs) for k in found if not k.empty]
-    return sorted(kernels, key=lambda k: (k.name, k.target))
 
 
 def main() -> int:
@@ -139,7 +143,7 @@ def main() -> int:
     if why := why_not():
         print(f"cuda_objects: {why}", file=sys.stderr)
         return 0
-    kernels = compile_all(options.targets)
+    kernels = compile_all(SOURCES, options.targets)
     rows = [
         (k.name, k.target, k.registers, k.spilled, *(k.instructions[i] for i in ("LDG.128", "STG.128", "UBLKCP")))
         for k in kernels

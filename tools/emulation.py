@@ -27,13 +27,15 @@ from .table import show
 
 CUDA = Path(__file__).parents[1] / "csrc" / "cuda"
 # What the emulated thread can leave out, so that tests see it found.
-SABOTAGE = ("", "team barrier", "block barrier", "second exchange", "copy wait", "fence", "arrival at a semaphore")
+SABOTAGE = ("", "team barrier", "block barrier", "second exchange", "copy wait", "fence")
+SABOTAGE += ("arrival at a semaphore", "grid barrier")
 VARIANTS, ACCESSES = ("cluster", "semaphore", "refused"), ("wide rows", "ragged", "narrow")
-# The fields of csrc/cuda/emulation/channel.cpp.
+# The fields of csrc/cuda/emulation/call.cpp.
 _NUMBERS = """N C P R stride_n dtype nhwc backward window activation hidden_activation gate_activation
     sm count shared_bytes l2_bytes threads seed sabotage W maps_window"""
-_TENSORS = """x grad residual w1 b1 w2 b2 y dresidual mean hidden gate dz dhidden
-    wconv argmax_hw maps argmax_c spatial_gate"""
+_TENSORS = """x grad residual w1 b1 w2 b2 wconv bias y dresidual mean hidden gate argmax_hw
+    maps argmax_c spatial_gate dz dhidden dconv dw1 db1 dw2 db2 dwconv dbias"""
+_REPORTED = "variant access team teams held stages one_launch read written"
 _DTYPES = {torch.float32: 0, torch.bfloat16: 2}
 
 
@@ -44,9 +46,7 @@ class _Request(ctypes.Structure):
 
 
 class _Report(ctypes.Structure):
-    _fields_ = [
-        (name, ctypes.c_int64) for name in ["variant", "access", "team", "teams", "stages", "read", "written"]
-    ] + [("faults", ctypes.c_char * 4000)]
+    _fields_ = [(name, ctypes.c_int64) for name in _REPORTED.split()] + [("faults", ctypes.c_char * 4000)]
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,9 @@ class Outcome:
     access: str
     team: int
     teams: int
+    held: int
     stages: int
+    one_launch: bool
     read: int
     written: int
     faults: list[str]
@@ -93,37 +95,40 @@ class Call:
     def hidden(self) -> int:
         return 0 if self.window else self.weights["w1"].shape[0]
 
+    @property
+    def cbam(self) -> bool:
+        return "wconv" in self.weights
+
     def forward(self) -> tuple[dict[str, Tensor], Outcome]:
-        """y, mean, hidden, gate, as the op returns them."""
-        n, c = self.x.shape[:2]
-        out = {"y": torch.empty_like(self.x), "mean": torch.empty(n, c), "gate": torch.empty(n, c)}
-        if not self.window:
-            out["hidden"] = torch.empty(n, self.hidden)
+        """What the op returns, by name and in its order."""
+        n, c, h, w = self.x.shape
+        y, gate = torch.empty_like(self.x), torch.empty(n, c)
+        if self.cbam:
+            indices = torch.empty(n, c, dtype=torch.int32), torch.empty(n, h, w, dtype=torch.int32)
+            out = {
+                "y": y, "mean": torch.empty(n, 2, c), "argmax_hw": indices[0], "hidden": torch.empty(n, 2, self.hidden),
+                "gate": gate, "maps": torch.empty(n, 2, h, w), "argmax_c": indices[1],
+                "spatial_gate": torch.empty(n, h, w),
+            }  # fmt: skip
+        else:
+            out = {"y": y, "mean": torch.empty(n, c), "hidden": torch.empty(n, self.hidden), "gate": gate}
+        out = {name: t for name, t in out.items() if t.numel()}
         return out, self._run({"x": self.x, "residual": self.residual, **out}, backward=0)
 
-    def cbam(self) -> tuple[dict[str, Tensor], Outcome]:
-        """What the op cbam_fwd returns, by name and in its order."""
-        n, c, h, w = self.x.shape
-        out = {
-            "y": torch.empty_like(self.x), "pooled": torch.empty(n, 2, c),
-            "argmax_hw": torch.empty(n, c, dtype=torch.int32), "hidden": torch.empty(n, 2, self.hidden),
-            "channel_gate": torch.empty(n, c), "maps": torch.empty(n, 2, h, w),
-            "argmax_c": torch.empty(n, h, w, dtype=torch.int32), "spatial_gate": torch.empty(n, h, w),
-        }  # fmt: skip
-        renamed = {{"pooled": "mean", "channel_gate": "gate"}.get(name, name): t for name, t in out.items()}
-        return out, self._run({"x": self.x, "residual": self.residual, **renamed}, backward=0)
-
     def backward(self, grad: Tensor, small: dict[str, Tensor]) -> tuple[dict[str, Tensor], Outcome]:
-        """dx, dresidual, and dz and dhidden, the gradients before both activations."""
+        """What the op returns, by name and in its order: dx, dresidual with an activation, the weights' gradients."""
         n, c = self.x.shape[:2]
-        out = {"y": torch.empty_like(grad), "dz": torch.empty(n, c)}
+        out = {"dx": torch.empty_like(grad)}
         if self.activation:
             out["dresidual"] = torch.empty_like(grad)
-        if not self.window:
-            out["dhidden"] = torch.empty(n, self.hidden)
+        out |= {f"d{name}": torch.empty(w.shape) for name, w in self.weights.items()}
+        branches = 2 if self.cbam else 1
+        scratch = {"dz": torch.empty(n, c), "dhidden": torch.empty(n, branches, self.hidden)}
+        if self.cbam:
+            scratch["dconv"] = torch.empty(n, self.weights["wconv"].numel() + 1)
         given = {"grad": grad, "x": self.x, "residual": self.residual if self.activation else None}
-        outcome = self._run({**given, **small, **out}, backward=1)
-        return {"dx": out.pop("y"), **out}, outcome
+        renamed = {"y" if name == "dx" else name: t for name, t in (out | scratch).items() if t.numel()}
+        return out, self._run({**given, **small, **renamed}, backward=1)
 
     def _run(self, tensors: dict[str, Tensor | None], backward: int) -> Outcome:
         x, d = self.x, self.device
@@ -139,10 +144,11 @@ class Call:
         }  # fmt: skip
         pointers = {k: t.data_ptr() for k, t in {**self.weights, **tensors}.items() if t is not None}
         report = _Report()
-        library().emulate_channel_scale(ctypes.byref(_Request(**numbers, **pointers)), ctypes.byref(report))
-        plan = (report.team, report.teams, report.stages, report.read, report.written)
+        library().emulate_call(ctypes.byref(_Request(**numbers, **pointers)), ctypes.byref(report))
+        plan = (report.team, report.teams, report.held, report.stages, bool(report.one_launch))
         faults = report.faults.decode().splitlines()
-        return Outcome(VARIANTS[report.variant], ACCESSES[report.access], *plan, faults)
+        moved = (report.read, report.written)
+        return Outcome(VARIANTS[report.variant], ACCESSES[report.access], *plan, *moved, faults)
 
 
 def why_not() -> str | None:
@@ -186,14 +192,21 @@ def example(shape: tuple[int, ...], layout: torch.memory_format, dtype: torch.dt
 def cbam_example(
     shape: tuple[int, ...], layout: torch.memory_format, dtype: torch.dtype, window: int = 3, **options
 ) -> Call:
-    """The same of CBAM, whose convolution has a window of its own."""
+    """The same of CBAM, whose convolution has a window of its own, and a bias."""
     call = example(shape, layout, dtype, **options)
-    wconv = torch.randn(1, 2, window, window, generator=torch.Generator().manual_seed(5))
-    return dataclasses.replace(call, weights={name: call.weights[name] for name in ("w1", "w2")} | {"wconv": wconv})
+    generator = torch.Generator().manual_seed(5)
+    wconv, bias = torch.randn(1, 2, window, window, generator=generator), torch.randn(1, generator=generator)
+    weights = {"w1": call.weights["w1"], "w2": call.weights["w2"], "wconv": wconv, "bias": bias}
+    return dataclasses.replace(call, weights=weights)
+
+
+def kept(out: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What backward needs of what forward returns."""
+    return {name: t for name, t in out.items() if name != "y"}
 
 
 SHAPE = (3, 32, 8, 12)  # of what is counted, in bfloat16
-HEADER = ("kernel", "layout", "target", "shared", "variant", "team", "teams", "stages", "moved / x")
+HEADER = ("kernel", "layout", "target", "shared", "variant", "team", "teams", "held", "stages", "moved / x")
 
 
 def counts(
@@ -206,19 +219,17 @@ def counts(
         for name, layout in (("nchw", torch.contiguous_format), ("channels_last", torch.channels_last)):
             for kernel, o in _every_kernel(layout, Device(sm=sm, shared_bytes=shared)):
                 moved = f"{(o.read + o.written) / (2 * math.prod(SHAPE)):.2f}"
-                rows.append((kernel, name, f"sm_{sm}", shared, o.variant, o.team, o.teams, o.stages, moved))
+                rows.append((kernel, name, f"sm_{sm}", shared, o.variant, o.team, o.teams, o.held, o.stages, moved))
                 faults += o.faults
     return rows, faults
 
 
 def _every_kernel(layout: torch.memory_format, device: Device) -> Iterator[tuple[str, Outcome]]:
-    for name, window in (("SE", 0), ("ECA", 3)):
-        call = example(SHAPE, layout, torch.bfloat16, device=device, window=window)
+    for name, build, options in (("SE", example, {}), ("ECA", example, {"window": 3}), ("CBAM", cbam_example, {})):
+        call = build(SHAPE, layout, torch.bfloat16, device=device, **options)
         out, forward = call.forward()
         yield f"{name} forward", forward
-        small = {key: out[key] for key in ("hidden", "gate") if key in out}
-        yield f"{name} backward", call.backward(torch.randn_like(call.x), small)[1]
-    yield "CBAM forward", cbam_example(SHAPE, layout, torch.bfloat16, device=device).cbam()[1]
+        yield f"{name} backward", call.backward(torch.randn_like(call.x), kept(out))[1]
 
 
 def main() -> int:

@@ -4,11 +4,11 @@
 namespace visattn::cuda {
 
 struct PlanQuestion {
-  int64_t N, C, P, R, element, nhwc, sm, count, shared_bytes, l2_bytes;
+  int64_t N, C, P, R, element, nhwc, backward, W, window, sm, count, shared_bytes, l2_bytes;
 };
 
 struct PlanAnswer {
-  int64_t variant, access, team, teams, stages, threads, shared_bytes;
+  int64_t variant, access, team, teams, held, stages, threads, shared_bytes, one_launch;
   const char* why;
 };
 
@@ -16,9 +16,12 @@ extern "C" __attribute__((visibility("default"))) void visattn_fast_cuda_plan(co
                                                                               PlanAnswer* out) {
   const Device d{static_cast<int>(q->sm), static_cast<int>(q->count), static_cast<int>(q->shared_bytes),
                  q->l2_bytes};
-  const Plan p =
-      plan(q->N, q->C, q->P, q->R, q->C * q->P, static_cast<int>(q->element), q->nhwc != 0, true, d);
-  *out = {p.variant, p.access, p.geometry.team, p.teams, p.geometry.stages, p.threads, p.shared_bytes, p.why};
+  const Plan p = plan({q->N, q->C, q->P, q->R, q->C * q->P, static_cast<int>(q->element), q->nhwc != 0, true,
+                       q->backward != 0, static_cast<int>(q->W), static_cast<int>(q->window)},
+                      d);
+  const Geometry& g = p.geometry;
+  *out = {p.variant, p.access,  g.team,         p.teams,      g.held,
+          g.stages,  p.threads, p.shared_bytes, p.one_launch, p.why};
 }
 
 }  // namespace visattn::cuda

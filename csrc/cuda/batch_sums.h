@@ -1,4 +1,6 @@
-// Gradients of weights: sums over the batch of what the images leave behind, n ascending.
+// Gradients of weights: sums over the batch of what the images leave behind, n ascending, whichever blocks do
+// it. Small maps sum them in the launch that makes them, after a barrier of the whole grid; others in a
+// second one, whose blocks are as many as the weights need.
 #pragma once
 
 #include "launch.h"
@@ -6,31 +8,134 @@
 
 namespace visattn::cuda {
 
-// out [rows, cols] = sum over n of a[n, row] * f(b[n, col]); b null: out [rows] = sum of a. f is the
-// activation.
+// out [rows, cols] = sum over i < count of a[i >> shift, row] * f(b[i, col]); b null: out [rows] = sum of a.
+// f is the activation; rows of a are `stride` apart.
+template <class Memory>
 struct OuterSum {
-  const float *a, *b;
-  float* out;
-  int rows, cols, activation;
+  template <class U>
+  using Global = typename Memory::template Global<U>;
+  Global<const float> a, b;
+  Global<float> out;
+  int64_t count;
+  int shift, stride, rows, cols, activation;
 };
 
-constexpr int kMostSums = 4;
-
-struct OuterSums {
-  OuterSum sums[kMostSums];
-  int64_t batch;
-};
-
-void launch_outer_sums(const char* name, const OuterSums& sums, int count, const Call& call);
-
-// dweight[j] = sum over n and c of dz[n, c] mean[n, c + j - window / 2].
+// out[j] = sum over i < batch and c of dz[i, c] mean[i, c + j - window / 2]; window 0 if there is none.
+template <class Memory>
 struct WindowSum {
-  const float *dz, *mean;
-  float* out;
+  template <class U>
+  using Global = typename Memory::template Global<U>;
+  Global<const float> dz, mean;
+  Global<float> out;
   int64_t batch;
   int channels, window;
 };
 
-void launch_window_sum(const char* name, const WindowSum& sum, const Call& call);
+constexpr int kMostSums = 4;
+
+template <class Memory>
+struct BatchSums {
+  OuterSum<Memory> outer[kMostSums];
+  WindowSum<Memory> windowed;
+  int count;  // of the outer sums
+
+  VF_DEVICE bool any() const { return count || windowed.window; }
+};
+
+template <class Memory>
+using In = typename Memory::template Global<const float>;
+template <class Memory>
+using Out = typename Memory::template Global<float>;
+
+// Of SE: from dz [N, C] and dhidden [N, R], and what forward kept.
+template <class Memory>
+BatchSums<Memory> se_sums(int64_t N, int C, int R, int hidden_activation, In<Memory> dz, In<Memory> dhidden,
+                          In<Memory> mean, In<Memory> hidden, Out<Memory> dw1, Out<Memory> db1,
+                          Out<Memory> dw2, Out<Memory> db2) {
+  const int taken = hidden_activation == kRelu ? kNone : hidden_activation;  // ReLU's is kept after it
+  return {{{dhidden, mean, dw1, N, 0, R, R, C, kNone},
+           {dz, hidden, dw2, N, 0, C, C, R, taken},
+           {dhidden, {}, db1, N, 0, R, R, 1, kNone},
+           {dz, {}, db2, N, 0, C, C, 1, kNone}},
+          {},
+          4};
+}
+
+template <class Memory>
+BatchSums<Memory> eca_sums(int64_t N, int C, int window, In<Memory> dz, In<Memory> mean,
+                           Out<Memory> dweight) {
+  return {{}, {dz, mean, dweight, N, C, window}, 0};
+}
+
+// Of CBAM: both branches' dhidden and pooled are [N, 2, R] and [N, 2, C]. dbias may be null.
+template <class Memory>
+BatchSums<Memory> cbam_sums(int64_t N, int C, int R, int window, In<Memory> dz, In<Memory> dhidden,
+                            In<Memory> dconv, In<Memory> pooled, In<Memory> hidden, Out<Memory> dw1,
+                            Out<Memory> dw2, Out<Memory> dwconv, Out<Memory> dbias) {
+  const int taps = 2 * window * window;
+  return {{{dhidden, pooled, dw1, 2 * N, 0, R, R, C, kNone},
+           {dz, hidden, dw2, 2 * N, 1, C, C, R, kNone},
+           {dconv, {}, dwconv, N, 0, taps + 1, taps, 1, kNone},
+           {dconv + taps, {}, dbias, N, 0, taps + 1, 1, 1, kNone}},
+          {},
+          dbias ? 4 : 3};
+}
+
+template <class Exec, class Memory>
+VF_DEVICE void outer_sum(Exec& ex, int block, int blocks, const OuterSum<Memory>& s) {
+  const int64_t total = int64_t{s.rows} * s.cols, threads = ex.threads();
+  for (int64_t i = block * threads + ex.thread(); i < total; i += blocks * threads) {
+    const int row = static_cast<int>(i / s.cols), col = static_cast<int>(i % s.cols);
+    float sum = 0;
+#pragma unroll 4
+    for (int64_t n = 0; n < s.count; ++n) {
+      const float v = s.b ? activate(get(s.b, n * s.cols + col), s.activation) : 1.0f;
+      sum += get(s.a, (n >> s.shift) * s.stride + row) * v;
+    }
+    put(s.out, i, sum);
+  }
+}
+
+// A block for each element of the window: a thread's terms, then the threads' sums, in a fixed order.
+template <class Exec, class Memory, class Partial>
+VF_DEVICE void window_sum(Exec& ex, int block, int blocks, const WindowSum<Memory>& s, Partial partial) {
+  for (int j = block; j < s.window; j += blocks) {
+    const int shift = j - s.window / 2;
+    float sum = 0;
+#pragma unroll 4
+    for (int64_t i = ex.thread(); i < s.batch * s.channels; i += ex.threads()) {
+      const int from = static_cast<int>(i % s.channels) + shift;
+      if (from >= 0 && from < s.channels) sum += get(s.dz, i) * get(s.mean, i + shift);
+    }
+    sum = ex.warp_sum(sum);
+    if (ex.thread() % kWarp == 0) put(partial, ex.thread() / kWarp, sum);
+    ex.sync_block();
+    if (ex.thread() == 0) {
+      for (int warp = 1; warp < ex.threads() / kWarp; ++warp) sum += get(partial, warp);
+      put(s.out, j, sum);
+    }
+    ex.sync_block();
+  }
+}
+
+// What block `block` of `blocks` does of it; partial: a float of its own for each warp.
+template <class Exec, class Memory, class Partial>
+VF_DEVICE void batch_sums(Exec& ex, int block, int blocks, const BatchSums<Memory>& all, Partial partial) {
+#pragma unroll 1
+  for (int k = 0; k < all.count; ++k) outer_sum(ex, block, blocks, all.outer[k]);
+  if (all.windowed.window) window_sum(ex, block, blocks, all.windowed, partial);
+}
+
+// The same at the end of the launch that the sums are of.
+template <class Exec>
+VF_DEVICE void sums_of_grid(Exec& ex, const BatchSums<typename Exec::Memory>& all) {
+  ex.sync_grid();
+  batch_sums(ex, ex.team() * ex.team_size() + ex.rank(), ex.teams() * ex.team_size(), all,
+             ex.template shared<float>(kHeader));
+}
+
+using Sums = BatchSums<PlainMemory>;
+
+void launch_batch_sums(const char* name, const Sums& sums, const Call& call);
 
 }  // namespace visattn::cuda

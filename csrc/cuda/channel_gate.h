@@ -23,7 +23,7 @@ struct Floats {
   Exchange sums, mean_part, hidden_part, gate_part;
 
   VF_DEVICE Floats(Exec& ex, const Geometry& g, const Scratch& s, int turn)
-      : partial(ex.template shared<float>(kHeader + g.stages * g.stage_bytes)),
+      : partial(ex.template shared<float>(kHeader + g.slab_bytes())),
         mean(partial + s.mean),
         hidden(partial + s.hidden),
         gate(partial + s.gate),

@@ -1,23 +1,23 @@
 // SE and ECA on CUDA: the ops' checks, results and launches. The ops of this namespace are declared in
 // Python, with the schemas of visattn_fast, and chosen there.
-#include "batch_sums.h"
 #include "channel_scale.h"
 #include "tensors.h"
 
 namespace visattn::cuda {
 
 template <class T, class Args>
-void launch_channel_scale(const char* name, Args& a, const Plan& p, bool nhwc, const Call& call);
+void launch_channel_scale(const char* name, Args& a, const Plan& p, bool nhwc, float* workspace,
+                          const Call& call);
 
 namespace {
 
 using Guard = torch::stable::accelerator::DeviceGuard;
 using Weights = GateWeights<PlainMemory>;
 
-Plan plan_of(const Map& x, int64_t hidden, int64_t stride_n, bool aligned, const Call& call, int threads) {
+Plan plan_of(const Map& x, int64_t hidden, int64_t stride_n, bool aligned, bool backward, const Call& call) {
   const int element = static_cast<int>(x.tensor.element_size());
-  return plan(x.s.N, x.s.C, x.s.P, hidden, stride_n, element, x.nhwc, aligned, device_of(call.device),
-              threads);
+  return plan({x.s.N, x.s.C, x.s.P, hidden, stride_n, element, x.nhwc, aligned, backward},
+              device_of(call.device));
 }
 
 struct Forward {
@@ -40,30 +40,30 @@ Forward forward(const char* name, const Tensor& given, const Weights& weights, i
     a.activation = static_cast<int>(activation);
     a.x = in<T>(x.tensor), a.residual = in<T>(res), a.y = data<T>(out.y);
     a.mean = data<float>(out.mean), a.hidden = data<float>(out.hidden), a.gate = data<float>(out.gate);
-    const Plan p = plan_of(x, hidden_units, x.stride_n, is_aligned({a.x, a.residual, a.y}), call, kThreads);
-    launch_channel_scale<T>(name, a, p, x.nhwc, call);
+    const Plan p = plan_of(x, hidden_units, x.stride_n, is_aligned({a.x, a.residual, a.y}), false, call);
+    Scratchpad scratch(x.tensor, p.workspace_words());
+    launch_channel_scale<T>(name, a, p, x.nhwc, scratch.take(p.workspace_words()), call);
   });
   return out;
 }
 
 struct Backward {
-  Tensor dx, dresidual, dz, dhidden;
+  Tensor dx, dresidual;
 };
 
-// `small` starts with the tensors that the kernel reads of those that forward kept: hidden (empty in ECA) and
-// gate.
+// hidden (empty in ECA) and gate are those that forward kept. sums_of(N, dz, dhidden) are the weights'.
+template <class SumsOf>
 Backward backward(const char* name, const Tensor& grad, const Tensor& given, const Weights& weights,
                   const std::optional<Tensor>& residual, const Tensor& hidden, const Tensor& gate,
-                  int64_t hidden_units, int64_t activation) {
+                  int64_t hidden_units, int64_t activation, const SumsOf& sums_of) {
   const Map x = map_of(given);
   const Tensor g = dense(grad, x.nhwc);
   const bool act = activation != kNone;
   const auto res = act ? dense_residual(residual, x) : std::nullopt;
-  Backward out{empty_map(x), act ? empty_map(x) : empty_on(x.tensor, {0}, {1}, x.tensor.scalar_type()),
-               empty_small(x.tensor, {x.s.N, x.s.C}), empty_small(x.tensor, {x.s.N, hidden_units})};
-  if (x.tensor.numel() == 0) return out;
+  Backward out{empty_map(x), act ? empty_map(x) : empty_on(x.tensor, {0}, {1}, x.tensor.scalar_type())};
   const int64_t sizes[] = {x.s.N, x.s.C, x.s.H, x.s.W};
   const Call call = call_on(x.tensor, sizes);
+  if (x.tensor.numel() == 0) return launch_batch_sums(name, sums_of(0, nullptr, nullptr), call), out;
   dispatch_cuda(x.tensor, [&](auto type) {
     using T = decltype(type);
     ChannelBackward<PlainMemory, T> a{};
@@ -73,11 +73,16 @@ Backward backward(const char* name, const Tensor& grad, const Tensor& given, con
     a.grad = in<T>(g), a.x = in<T>(x.tensor), a.residual = in<T>(res);
     a.dx = data<T>(out.dx), a.dresidual = act ? data<T>(out.dresidual) : nullptr;
     a.hidden = in<float>(hidden), a.gate = in<float>(gate);
-    a.dz = data<float>(out.dz), a.dhidden = data<float>(out.dhidden);
     const bool x_images = x.stride_n * static_cast<int64_t>(sizeof(T)) % 16 == 0;
     const bool aligned = is_aligned({a.grad, a.x, a.residual, a.dx, a.dresidual}) && x_images;
-    const Plan p = plan_of(x, hidden_units, x.s.C * x.s.P, aligned, call, kFewThreads);
-    launch_channel_scale<T>(name, a, p, x.nhwc, call);
+    const Plan p = plan_of(x, hidden_units, x.s.C * x.s.P, aligned, true, call);
+    const int64_t dz = x.s.N * x.s.C, dhidden = x.s.N * hidden_units;
+    Scratchpad scratch(x.tensor, dz + dhidden + p.workspace_words());
+    a.dz = scratch.take(dz), a.dhidden = scratch.take(dhidden);
+    const Sums sums = sums_of(x.s.N, a.dz, a.dhidden);
+    if (p.one_launch) a.sums = sums;
+    launch_channel_scale<T>(name, a, p, x.nhwc, scratch.take(p.workspace_words()), call);
+    if (!p.one_launch) launch_batch_sums(name, sums, call);
   });
   return out;
 }
@@ -121,21 +126,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> se_bwd(
   std::vector<Tensor> keep;
   const Weights w = se_weights(x, w1, {}, w2, {}, hidden_activation, gate_activation, keep);
   const int64_t C = x.size(1), R = w1.size(0);
-  const Backward out = backward("se_bwd", grad, x, w, residual, hidden, gate, R, activation);
-  const auto empty_as = [&](const Tensor& t) {
-    return empty_small(x, std::vector<int64_t>(t.sizes().begin(), t.sizes().end()));
-  };
-  Tensor dw1 = empty_as(w1), db1 = empty_small(x, {R}), dw2 = empty_as(w2), db2 = empty_small(x, {C});
-  const float *dz = in<float>(out.dz), *dh = in<float>(out.dhidden);
-  const int c = static_cast<int>(C), r = static_cast<int>(R);
-  const int taken = hidden_activation == kRelu ? kNone : static_cast<int>(hidden_activation);
-  const OuterSums sums{{{dh, in<float>(mean), data<float>(dw1), r, c, kNone},
-                        {dz, in<float>(hidden), data<float>(dw2), c, r, taken},
-                        {dh, nullptr, data<float>(db1), r, 1, kNone},
-                        {dz, nullptr, data<float>(db2), c, 1, kNone}},
-                       x.size(0)};
-  const int64_t sizes[] = {x.size(0), C, x.size(2), x.size(3)};
-  launch_outer_sums("se_bwd", sums, 4, call_on(x, sizes));
+  Tensor dw1 = empty_as(x, w1), db1 = empty_small(x, {R}), dw2 = empty_as(x, w2), db2 = empty_small(x, {C});
+  const Backward out = backward(
+      "se_bwd", grad, x, w, residual, hidden, gate, R, activation, [&](int64_t N, float* dz, float* dhidden) {
+        return se_sums<PlainMemory>(N, static_cast<int>(C), static_cast<int>(R),
+                                    static_cast<int>(hidden_activation), dz, dhidden, in<float>(mean),
+                                    in<float>(hidden), data<float>(dw1), data<float>(db1), data<float>(dw2),
+                                    data<float>(db2));
+      });
   return {out.dx, out.dresidual, dw1, db1, dw2, db2};
 }
 
@@ -153,13 +151,12 @@ std::tuple<Tensor, Tensor, Tensor> eca_bwd(Tensor grad, Tensor x, Tensor weight,
   const Guard guard(x.get_device_index());
   std::vector<Tensor> keep;
   const Weights w = eca_weights(weight, keep);
-  const Backward out = backward("eca_bwd", grad, x, w, residual, gate, gate, 0, activation);
-  Tensor dweight = empty_small(x, std::vector<int64_t>(weight.sizes().begin(), weight.sizes().end()));
-  const int64_t sizes[] = {x.size(0), x.size(1), x.size(2), x.size(3)};
-  const WindowSum sum{in<float>(out.dz),           in<float>(mean),
-                      data<float>(dweight),        x.size(0),
-                      static_cast<int>(x.size(1)), static_cast<int>(weight.numel())};
-  launch_window_sum("eca_bwd", sum, call_on(x, sizes));
+  Tensor dweight = empty_as(x, weight);
+  const Backward out =
+      backward("eca_bwd", grad, x, w, residual, gate, gate, 0, activation, [&](int64_t N, float* dz, float*) {
+        return eca_sums<PlainMemory>(N, static_cast<int>(x.size(1)), w.window, dz, in<float>(mean),
+                                     data<float>(dweight));
+      });
   return {out.dx, out.dresidual, dweight};
 }
 

@@ -10,8 +10,11 @@ namespace visattn::cuda {
 template <class T, class Args>
 constexpr bool kIsForward = std::is_same_v<Args, ChannelForward<PlainMemory, T>>;
 
+template <class T, class Args>
+constexpr int kThreadsOf = kIsForward<T, Args> ? kThreads : kFewThreads;
+
 template <class T, bool kNhwc, int kAccess, bool kInCluster, class Args>
-__global__ void __launch_bounds__(kIsForward<T, Args> ? kThreads : kFewThreads, 2)
+__global__ void __launch_bounds__(kThreadsOf<T, Args>, 2)
     channel_scale_kernel(const __grid_constant__ Args a, const Workspace workspace) {
   extern __shared__ __align__(128) unsigned char memory[];
   const auto run = [&](auto& ex) {
@@ -24,13 +27,13 @@ __global__ void __launch_bounds__(kIsForward<T, Args> ? kThreads : kFewThreads, 
   };
   if constexpr (kInCluster) {
 #if __CUDA_ARCH__ >= 900
-    ClusterExec ex(memory);
+    ClusterExec<kThreadsOf<T, Args>> ex(memory);
     run(ex);
 #else
     __trap();  // the host refuses to launch it
 #endif
   } else {
-    SemaphoreExec ex(memory, workspace, a.geometry.team, a.scratch.shared);
+    SemaphoreExec<kThreadsOf<T, Args>> ex(memory, workspace, a.geometry.team, a.scratch);
     run(ex);
   }
 }
@@ -44,7 +47,8 @@ Kernel channel_scale_variant(const Plan& p) {
 }
 
 template <class T, class Args>
-void launch_channel_scale(const char* name, Args& a, const Plan& p, bool nhwc, const Call& call) {
+void launch_channel_scale(const char* name, Args& a, const Plan& p, bool nhwc, float* workspace,
+                          const Call& call) {
   const auto find = [&](auto layout) -> Kernel {
     constexpr bool kNhwc = decltype(layout)::value;
     if constexpr (kEveryAccess) {
@@ -55,7 +59,7 @@ void launch_channel_scale(const char* name, Args& a, const Plan& p, bool nhwc, c
   };
   a.geometry = p.geometry;
   a.scratch = p.scratch;
-  launch(name, nhwc ? find(std::true_type{}) : find(std::false_type{}), &a, p, call);
+  launch(name, nhwc ? find(std::true_type{}) : find(std::false_type{}), &a, p, workspace, call);
 }
 
 }  // namespace visattn::cuda

@@ -4,6 +4,7 @@
 // the device and for the emulation.
 #pragma once
 
+#include "batch_sums.h"
 #include "channel_gate.h"
 
 namespace visattn::cuda {
@@ -34,6 +35,7 @@ struct ChannelBackward {
   Global<T> dx, dresidual;            // dresidual is null without an activation
   Global<const float> hidden, gate;
   Global<float> dz, dhidden;  // [N, C], [N, R]: the gradients before both activations
+  BatchSums<Memory> sums;     // of the same launch, or none
 };
 
 template <int kAccess, class T>
@@ -46,7 +48,7 @@ template <bool kNhwc, int kAccess, class T, class Exec>
 VF_DEVICE void channel_forward(Exec& ex, const ChannelForward<typename Exec::Memory, T>& a) {
   constexpr int V = kPack<kAccess, T>, S = kSumPack<kAccess, T>;
   const Geometry& g = a.geometry;
-  Slabs<Exec, T> slabs(ex, a.x, g);
+  Slabs<Exec, T> slabs(ex, a.x, g, g.stride_n);
   const float area = static_cast<float>(g.P);
   int turn = 0;
   for (int64_t n = ex.team(); n < g.N; n += ex.teams(), ++turn) {
@@ -85,16 +87,16 @@ VF_DEVICE void channel_forward(Exec& ex, const ChannelForward<typename Exec::Mem
   }
 }
 
-// grad * act'(x * gate + residual) of V elements, as T holds it.
-template <int V, bool kNhwc, int kAccess, class T, class Args, class Gate>
-VF_DEVICE Pack<T, V> through_activation(const Args& a, Pack<T, V> grad, const Pack<T, V>& x, int64_t at,
-                                        int offset, int row0, Gate gate) {
+// grad * act'(x * gate + residual) of V elements, as T holds it; gated [V] is x * gate. at: in the maps.
+template <int V, class T, class Args>
+VF_DEVICE Pack<T, V> through_activation(const Args& a, Pack<T, V> grad, const float (&gated)[V], int64_t at) {
   Pack<T, V> more = {};
-  if (a.residual) more = get_pack<V>(a.residual, at + offset);
-  for_channels<V, kNhwc, kAccess>(offset, row0, a.geometry.cols, [&](int j, int c) {
-    const float v = static_cast<float>(x.v[j]) * get(gate, c) + static_cast<float>(more.v[j]);
+  if (a.residual) more = get_pack<V>(a.residual, at);
+  VF_UNROLL
+  for (int j = 0; j < V; ++j) {
+    const float v = gated[j] + static_cast<float>(more.v[j]);
     grad.v[j] = static_cast<T>(activate_grad(static_cast<float>(grad.v[j]), v, a.activation));
-  });
+  }
   return grad;
 }
 
@@ -103,7 +105,7 @@ VF_DEVICE void channel_backward(Exec& ex, const ChannelBackward<typename Exec::M
   constexpr int V = kPack<kAccess, T>, S = kSumPack<kAccess, T>;
   const Geometry& g = a.geometry;
   const int row0 = ex.rank() * g.slab, first_channel = ex.rank() * g.channels;
-  Slabs<Exec, T> slabs(ex, a.grad, g);
+  Slabs<Exec, T> slabs(ex, a.grad, g, g.stride_n);
   int turn = 0;
   for (int64_t n = ex.team(); n < g.N; n += ex.teams(), ++turn) {
     const Floats<Exec> f(ex, g, a.scratch, turn);
@@ -114,8 +116,10 @@ VF_DEVICE void channel_backward(Exec& ex, const ChannelBackward<typename Exec::M
     const auto apply = [&](int i,
                            const auto& x) {  // grad * act' of a pack, which it leaves where upstream looks
       constexpr int W = sizeof(x) / sizeof(T);
-      const auto through =
-          through_activation<W, kNhwc, kAccess, T>(a, get_pack<W>(slab, i), x, at, i, row0, f.gate);
+      float gated[W];
+      for_channels<W, kNhwc, kAccess>(
+          i, row0, g.cols, [&](int j, int c) { gated[j] = static_cast<float>(x.v[j]) * get(f.gate, c); });
+      const auto through = through_activation<W, T>(a, get_pack<W>(slab, i), gated, at + i);
       if constexpr (Exec::kResident) put_pack(slab, i, through);
       put_map<false>(a.dresidual, at + i, through);
       return through;
@@ -163,6 +167,7 @@ VF_DEVICE void channel_backward(Exec& ex, const ChannelBackward<typename Exec::M
     }
     slabs.release(turn);
   }
+  if (a.sums.any()) sums_of_grid(ex, a.sums);
 }
 
 }  // namespace visattn::cuda

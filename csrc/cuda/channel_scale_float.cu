@@ -3,8 +3,8 @@
 namespace visattn::cuda {
 
 template void launch_channel_scale<float>(const char*, ChannelForward<PlainMemory, float>&, const Plan&, bool,
-                                          const Call&);
+                                          float*, const Call&);
 template void launch_channel_scale<float>(const char*, ChannelBackward<PlainMemory, float>&, const Plan&,
-                                          bool, const Call&);
+                                          bool, float*, const Call&);
 
 }  // namespace visattn::cuda

@@ -3,8 +3,8 @@
 namespace visattn::cuda {
 
 template void launch_channel_scale<Half>(const char*, ChannelForward<PlainMemory, Half>&, const Plan&, bool,
-                                         const Call&);
+                                         float*, const Call&);
 template void launch_channel_scale<Half>(const char*, ChannelBackward<PlainMemory, Half>&, const Plan&, bool,
-                                         const Call&);
+                                         float*, const Call&);
 
 }  // namespace visattn::cuda

@@ -9,19 +9,22 @@
 namespace visattn::cuda {
 
 // Memory that the other blocks of a team read, past the L1 caches, which do not see each other's writes.
+// All of it begins where the kernel was told, and 32 bits say where in it: 64 for each part cost registers.
 struct InL2 {
   float* p;
-  __device__ InL2 operator+(int64_t i) const { return {p + i}; }
+  int at;
+  __device__ InL2 operator+(int i) const { return {p, at + i}; }
 };
-VF_DEVICE float get(InL2 m, int64_t i) { return __ldcg(m.p + i); }
-VF_DEVICE void put(InL2 m, int64_t i, float v) { __stcg(m.p + i, v); }
+VF_DEVICE float get(InL2 m, int i) { return __ldcg(m.p + (m.at + i)); }
+VF_DEVICE void put(InL2 m, int i, float v) { __stcg(m.p + (m.at + i), v); }
 
 struct Workspace {
-  float* exchange;       // [blocks, 2, Scratch::shared]; null in a cluster
-  unsigned* semaphores;  // [teams], whose lower 31 bits are zero
+  float* exchange;       // [blocks, Scratch::copies, Scratch::shared]; null in a cluster
+  unsigned* semaphores;  // [teams], which the kernel clears
 };
 
-// What is the same in both.
+// What is the same in both; as many threads as the kernel is compiled for, which saves registers.
+template <int kCount>
 struct DeviceThread {
   using Memory = PlainMemory;
   template <class T>
@@ -30,13 +33,17 @@ struct DeviceThread {
   unsigned char* memory;
 
   VF_DEVICE int thread() const { return static_cast<int>(threadIdx.x); }
-  VF_DEVICE int threads() const { return static_cast<int>(blockDim.x); }
+  VF_DEVICE static constexpr int threads() { return kCount; }
   VF_DEVICE void sync_block() const { __syncthreads(); }
-  VF_DEVICE float warp_sum(float v) const {
+  VF_DEVICE float warp_sum(float v, int lanes = kWarp) const {
     VF_UNROLL
-    for (int lanes = 1; lanes < kWarp; lanes *= 2) v += __shfl_xor_sync(0xffffffffu, v, lanes);
+    for (int step = 1; step < kWarp; step *= 2) {
+      const float other = __shfl_xor_sync(0xffffffffu, v, step);
+      if (step < lanes) v += other;
+    }
     return v;
   }
+  VF_DEVICE void sync_grid() const { cooperative_groups::this_grid().sync(); }  // of a cooperative launch
   VF_DEVICE Peak warp_peak(Peak p) const {
     VF_UNROLL
     for (int lanes = 1; lanes < kWarp; lanes *= 2) {
@@ -52,15 +59,19 @@ struct DeviceThread {
   }
 };
 
-struct SemaphoreExec : DeviceThread {
+template <int kCount>
+struct SemaphoreExec : DeviceThread<kCount> {
   static constexpr bool kResident = false;
   using Exchange = InL2;
 
   Workspace workspace;
   int size, distance;  // of the team; of two blocks' floats
 
-  VF_DEVICE SemaphoreExec(unsigned char* shared_memory, Workspace w, int team_size, int floats)
-      : DeviceThread{shared_memory}, workspace(w), size(team_size), distance(2 * floats) {}
+  VF_DEVICE SemaphoreExec(unsigned char* shared_memory, Workspace w, int team_size, const Scratch& s)
+      : DeviceThread<kCount>{shared_memory}, workspace(w), size(team_size), distance(s.copies * s.shared) {
+    if (threadIdx.x == 0 && rank() == 0) workspace.semaphores[team()] = 0;
+    this->sync_grid();
+  }
 
   VF_DEVICE int rank() const { return static_cast<int>(blockIdx.x) % size; }
   VF_DEVICE int team() const { return static_cast<int>(blockIdx.x) / size; }
@@ -68,9 +79,9 @@ struct SemaphoreExec : DeviceThread {
   VF_DEVICE int teams() const { return static_cast<int>(gridDim.x) / size; }
 
   VF_DEVICE InL2 exchange(float*, int floats, int which) const {
-    return {workspace.exchange + int64_t{blockIdx.x} * distance + which * floats};
+    return {workspace.exchange, static_cast<int>(blockIdx.x) * distance + which * floats};
   }
-  VF_DEVICE InL2 peer(InL2 mine, int r) const { return mine + int64_t{r - rank()} * distance; }
+  VF_DEVICE InL2 peer(InL2 mine, int r) const { return mine + (r - rank()) * distance; }
 
   // Every thread's writes come before the block's arrival, and its reads after that of all others.
   VF_DEVICE void sync_team() {
@@ -95,11 +106,12 @@ struct SemaphoreExec : DeviceThread {
 };
 
 #if __CUDA_ARCH__ >= 900
-struct ClusterExec : DeviceThread {
+template <int kCount>
+struct ClusterExec : DeviceThread<kCount> {
   static constexpr bool kResident = true;
   using Exchange = float*;
 
-  VF_DEVICE explicit ClusterExec(unsigned char* shared_memory) : DeviceThread{shared_memory} {}
+  VF_DEVICE explicit ClusterExec(unsigned char* shared_memory) : DeviceThread<kCount>{shared_memory} {}
 
   VF_DEVICE static auto cluster() { return cooperative_groups::this_cluster(); }
   VF_DEVICE int rank() const { return static_cast<int>(cluster().block_rank()); }
@@ -114,11 +126,11 @@ struct ClusterExec : DeviceThread {
 
   // Stage s is done when the bytes announced at the barrier at memory + 8 s have come.
   VF_DEVICE unsigned barrier(int stage) const {
-    return static_cast<unsigned>(__cvta_generic_to_shared(memory + 8 * stage));
+    return static_cast<unsigned>(__cvta_generic_to_shared(this->memory + 8 * stage));
   }
-  VF_DEVICE void copy_init(int stages) const {
+  VF_DEVICE void copy_init(int first, int stages) const {
     if (threadIdx.x == 0) {
-      for (int s = 0; s < stages; ++s) {
+      for (int s = first; s < first + stages; ++s) {
         asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barrier(s)) : "memory");
       }
       asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");

@@ -24,9 +24,10 @@ struct Call {
   const int64_t* sizes;  // [4], of x, for messages
 };
 
-// Launches kernel(*args, workspace) as planned. Raises with the name, the shape and CUDA's reason if it
-// cannot.
-void launch(const char* name, Kernel kernel, void* args, const Plan& plan, const Call& call);
+// Launches kernel(*args, Workspace) as planned, whose workspace is plan.workspace_words() long and holds
+// anything. Raises with the name, the shape and CUDA's reason if it cannot.
+void launch(const char* name, Kernel kernel, void* args, const Plan& plan, float* workspace,
+            const Call& call);
 
 // What `plan` asks of the device, once for each.
 const Device& device_of(int index);

@@ -12,13 +12,25 @@ namespace visattn::cuda {
 // What a kernel is told of the maps. An image is a matrix [rows, cols]: [C, P] in nchw, [P, C] in nhwc. A
 // team of `team` thread blocks works on one image at a time; block k has its rows [k * slab, (k + 1) * slab).
 struct Geometry {
-  int64_t N = 0, stride_n = 0;  // of x; every other map is dense
+  int64_t N = 0, stride_n = 0;  // of the first map that is held; of two, x
   int C = 0, P = 0, R = 0;      // R: hidden units of the gate, 0 if it has none
   int rows = 0, cols = 0, slab = 0, team = 1;
   int W = 0, window = 0;            // of the convolution of the maps; 0 if there is none
   int pixels = 0;                   // how many of P a block computes the gates of
   int channels = 0, hidden = 0;     // how many of C and of R a block computes
-  int stages = 0, stage_bytes = 0;  // resident slabs, and their distance in shared memory
+  int stages = 0, stage_bytes = 0;  // resident slabs of each map, and their distance in shared memory
+  int held = 1;                     // how many maps have resident slabs
+
+  constexpr int slab_bytes() const { return held * stages * stage_bytes; }
+};
+
+// What is asked for. aligned: every map starts at a multiple of 16 bytes, and so does each of its images.
+struct Problem {
+  int64_t N, C, P, R, stride_n;
+  int element;  // bytes
+  bool nhwc, aligned, backward;
+  int W = 0, window = 0;  // of CBAM: 0 for SE and ECA
+  int threads = 0;        // 0: as many as the kernels are compiled for
 };
 
 // Elements are accessed 16 bytes at a time, of which none straddles two rows (kWideRows) or some do
@@ -36,9 +48,19 @@ struct Scratch {
   // Of the convolution: its maps and gates, and what pools into them.
   int maximum = 0, halo = 0, spatial = 0, max_part = 0, map_part = 0, spatial_part = 0, pixel_stats = 0;
 
+  // Of its backward: sums, indices and gradients of the block's rows, and what the maps get.
+  int direct = 0, at_channel = 0, at_pixel = 0, map_grad = 0, grad_part = 0, conv_part = 0;
+
   // With maps there are enough barriers between two uses of the exchange, and it is there once.
-  int copies() const { return map_part ? 1 : 2; }
-  int floats(bool resident) const { return own + (resident ? copies() * shared : 0); }
+  int copies = 2;
+  int floats(bool resident) const { return own + (resident ? copies * shared : 0); }
+};
+
+// How the warps of a block share its rows in `cross_sums`: a warp's lanes lie over `lanes` packs of a row,
+// and over several rows where those are short; `chunks` of them make up a row, and `groups` of lanes take
+// turns down the rows.
+struct Tiling {
+  int lanes = 1, chunks = 1, groups = 1;
 };
 
 struct Device {
@@ -55,21 +77,56 @@ struct Plan {
   Scratch scratch;
   int threads = 0, blocks = 0, teams = 0;
   int shared_bytes = 0;
+  bool one_launch = false;  // backward sums the weights' gradients over the batch in the same launch
   const char* why = "";
+
+  // Floats that the blocks of semaphore teams exchange in global memory, and their semaphores.
+  int64_t exchange_floats() const {
+    return variant == kSemaphore ? int64_t{scratch.copies} * blocks * scratch.shared : 0;
+  }
+  int64_t workspace_words() const { return variant == kSemaphore ? exchange_floats() + teams : 0; }
 };
 
-// Two blocks share the registers of a multiprocessor: 64 a thread, in which SE's backward and CBAM
-// do not fit.
+// Two blocks share the registers of a multiprocessor: 64 a thread, in which SE's backward and CBAM do not
+// fit.
 constexpr int kThreads = 512, kFewThreads = 256;
 constexpr int kHeader = 128, kMostStages = 2, kLargestCluster = 16;
 
+// Bytes of x up to which backward is a matter of launches more than of memory.
+constexpr int64_t kSmallMaps = 1 << 20;
+
 constexpr int ceil_div(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }
 constexpr int round_up(int64_t a, int64_t b) { return ceil_div(a, b) * static_cast<int>(b); }
+
+constexpr Tiling tiling_of(int cols, int pack, int threads) {
+  Tiling t;
+  const int packs = cols / pack, warps = threads / 32;
+  while (t.lanes < packs && t.lanes < 32) t.lanes *= 2;
+  t.chunks = packs > t.lanes ? ceil_div(packs, t.lanes) : 1;
+  t.groups = (warps > t.chunks ? warps / t.chunks : 1) * (32 / t.lanes);
+  return t;
+}
 
 // Partial statistics of a block: three of each row, or of each group of threads and column.
 inline int stats_of(const Geometry& g, int threads, int pack) {
   const int groups = threads / std::max(g.cols / pack, 1);
   return 3 * std::max({g.slab, threads / 32, groups > 1 ? groups * g.cols : 0});
+}
+
+template <class Take>
+void add_map_gradients(Scratch& s, const Geometry& g, bool nhwc, const Take& take) {
+  const int rows = std::min(g.P / g.W, ceil_div(g.pixels, g.W) + g.window);
+  s.maximum = take(s.own, g.C);
+  s.halo = take(s.own, rows * g.W);
+  s.spatial = take(s.own, nhwc ? g.slab : 0);
+  s.direct = take(s.own, nhwc ? 0 : g.slab);
+  s.at_channel = take(s.own, g.C);
+  s.at_pixel = take(s.own, nhwc ? g.slab : 0);
+  s.map_grad = take(s.own, nhwc ? 2 * g.slab : 0);
+  s.max_part = take(s.shared, nhwc ? g.channels : 0);
+  s.map_part = take(s.shared, g.pixels);
+  s.grad_part = take(s.shared, nhwc ? 0 : 2 * g.pixels);
+  s.conv_part = take(s.shared, 2 * g.window * g.window + 1);
 }
 
 template <class Take>
@@ -84,23 +141,35 @@ void add_maps(Scratch& s, const Geometry& g, bool nhwc, const Take& take) {
   s.pixel_stats = take(s.shared, nhwc ? 0 : 3 * g.P);
 }
 
-inline Scratch scratch_of(const Geometry& g, bool nhwc, int threads, int pack) {
+// Floats that sums over rows and columns of a slab pass through, none of which needs another's.
+inline int partial_of(const Geometry& g, const Problem& q, int threads, int pack) {
+  const int products = std::max({threads, g.channels, g.hidden});  // with transposed weights, by groups
+  if (g.window && q.backward) {
+    const Tiling t = tiling_of(g.cols, pack, threads);
+    return std::max(products, g.slab * t.chunks + (t.groups > 1 ? t.groups * g.cols : 0));
+  }
+  const int groups = std::max(threads / std::max(g.cols / pack, 1), 1);
+  return std::max({products, q.nhwc ? groups * g.cols : g.slab, g.window ? stats_of(g, threads, pack) : 0});
+}
+
+inline Scratch scratch_of(const Geometry& g, const Problem& q, int threads, int pack) {
   Scratch s;
-  const int parts = nhwc ? std::max(threads / std::max(g.cols / pack, 1), 1) * g.cols : g.slab;
+  const int branches = g.window && q.backward ? 2 : 1;
   const auto take = [](int& total, int count) {
     return total += round_up(count, 4), total - round_up(count, 4);
   };
-  // Products with transposed weights sum over groups of threads, too.
-  s.partial = take(
-      s.own, std::max({parts, threads, g.channels, g.hidden, g.window ? stats_of(g, threads, pack) : 0}));
+  s.partial = take(s.own, partial_of(g, q, threads, pack));
   s.mean = take(s.own, g.C);
-  s.hidden = take(s.own, g.R);
+  s.hidden = take(s.own, branches * g.R);
   s.gate = take(s.own, g.C);
-  s.sums = take(s.shared, nhwc ? (g.window ? 3 : 1) * g.C : 0);
+  s.sums = take(s.shared, q.nhwc ? (g.window && !q.backward ? 3 : 1) * g.C : branches == 2 ? g.P : 0);
   s.mean_part = take(s.shared, g.channels);
-  s.hidden_part = take(s.shared, g.hidden);
+  s.hidden_part = take(s.shared, branches * g.hidden);
   s.gate_part = take(s.shared, g.channels);
-  if (g.window) add_maps(s, g, nhwc, take);
+  if (g.window) {
+    s.copies = 1;
+    q.backward ? add_map_gradients(s, g, q.nhwc, take) : add_maps(s, g, q.nhwc, take);
+  }
   return s;
 }
 
@@ -112,49 +181,63 @@ inline int row_unit(const Plan& p, int element) {
 }
 
 // Gives each of `team` blocks its rows; the last ones may get fewer, or none.
-inline void divide(Plan& p, int team, int element, bool nhwc, int stages) {
+inline void divide(Plan& p, const Problem& q, int team, int held, int stages) {
   Geometry& g = p.geometry;
   g.team = team;
-  g.slab = round_up(ceil_div(g.rows, team), row_unit(p, element));
-  g.channels = nhwc ? ceil_div(g.C, team) : g.slab;
+  g.slab = round_up(ceil_div(g.rows, team), row_unit(p, q.element));
+  g.channels = q.nhwc ? ceil_div(g.C, team) : g.slab;
   g.hidden = ceil_div(g.R, team);
-  g.pixels = nhwc ? g.slab : ceil_div(g.P, team);
+  g.pixels = q.nhwc ? g.slab : ceil_div(g.P, team);
+  g.held = held;
   g.stages = stages;
-  g.stage_bytes = stages ? round_up(int64_t{g.slab} * g.cols * element, 128) : 0;
-  p.scratch = scratch_of(g, nhwc, p.threads, p.access == kWideRows ? 16 / element : 1);
-  p.shared_bytes = kHeader + stages * g.stage_bytes + 4 * p.scratch.floats(stages > 0);
+  g.stage_bytes = stages ? round_up(int64_t{g.slab} * g.cols * q.element, 128) : 0;
+  p.scratch = scratch_of(g, q, p.threads, p.access == kWideRows ? 16 / q.element : 1);
+  p.shared_bytes = kHeader + g.slab_bytes() + 4 * p.scratch.floats(stages > 0);
 }
 
-inline bool fits(Plan& p, int team, int element, bool nhwc, int stages, int bytes) {
-  const int64_t slab = int64_t{ceil_div(p.geometry.rows, team)} * p.geometry.cols * element;
-  if (slab * stages > bytes) return false;
-  divide(p, team, element, nhwc, stages);
+inline bool fits(Plan& p, const Problem& q, int team, int held, int stages, int bytes) {
+  const int64_t slab = int64_t{ceil_div(p.geometry.rows, team)} * p.geometry.cols * q.element;
+  if (slab * held * stages > bytes) return false;
+  divide(p, q, team, held, stages);
   return p.shared_bytes <= bytes;
 }
 
 // What each of two blocks on one multiprocessor may have; a block takes 1 KB more than it asks for.
 inline int half_of(const Device& d) { return (d.shared_bytes + 1024) / 2 - 1024; }
 
-// The smallest cluster whose blocks hold the image, two blocks to a multiprocessor if that can be.
-inline bool plan_cluster(Plan& p, int element, bool nhwc, const Device& d) {
+inline const char* why_cluster(int held, bool of_two, bool half) {
+  if (held == 2) {
+    return half ? "x and grad of an image fit the shared memory of a cluster, two blocks to a multiprocessor"
+                : "x and grad of an image fit the shared memory of a cluster";
+  }
+  if (of_two) return "x of an image fits the shared memory of a cluster, grad comes again from L2";
+  return half ? "an image fits the shared memory of a cluster, two blocks to a multiprocessor"
+              : "an image fits the shared memory of a cluster";
+}
+
+// The smallest cluster whose blocks hold `held` maps of an image, two blocks to a multiprocessor if that can
+// be.
+inline bool plan_cluster(Plan& p, const Problem& q, const Device& d, int held) {
   const Geometry& g = p.geometry;
   const int half = half_of(d);
   for (const int bytes : {half, d.shared_bytes}) {
     for (int team = 1; team <= kLargestCluster; team *= 2) {
-      if (!fits(p, team, element, nhwc, 1, bytes)) continue;
-      const int64_t image = int64_t{g.rows} * g.cols * element;
+      if (!fits(p, q, team, held, 1, bytes)) continue;
+      const int64_t image = int64_t{g.rows} * g.cols * q.element;
       // Few images: more blocks an image, while a block's part is worth a copy.
       while (team < kLargestCluster && g.N * team < d.count && image / (2 * team) >= 4096 &&
-             2 * team * row_unit(p, element) <= g.rows) {
+             2 * team * row_unit(p, q.element) <= g.rows) {
         team *= 2;
       }
       const bool twice = g.N * team > 2 * d.count;
-      if (!(twice && fits(p, team, element, nhwc, 2, bytes))) divide(p, team, element, nhwc, 1);
+      if (!(twice && fits(p, q, team, held, 2, bytes))) divide(p, q, team, held, 1);
+      const int resident = (bytes == half ? 2 : 1) * d.count;
       p.variant = kCluster;
-      p.teams =
-          static_cast<int>(std::min<int64_t>(g.N, std::max(1, (bytes == half ? 2 : 1) * d.count / team)));
-      p.why = bytes == half ? "an image fits the shared memory of a cluster, two blocks to a multiprocessor"
-                            : "an image fits the shared memory of a cluster";
+      p.teams = static_cast<int>(std::min<int64_t>(g.N, std::max(1, resident / team)));
+      // A barrier of the whole grid, of clusters that may not find room everywhere: half of what is there.
+      if (p.one_launch) p.teams = std::min(p.teams, std::max(1, resident / 2 / team));
+      p.one_launch = p.one_launch && p.teams * team <= resident;
+      p.why = why_cluster(held, q.window && q.backward, bytes == half);
       return true;
     }
   }
@@ -162,13 +245,13 @@ inline bool plan_cluster(Plan& p, int element, bool nhwc, const Device& d) {
 }
 
 // Every resident block works at once; as many images are under way as half of the L2 cache holds.
-inline bool plan_semaphore(Plan& p, int element, bool nhwc, const Device& d, int to_a_multiprocessor = 2) {
-  const int64_t image = int64_t{p.geometry.rows} * p.geometry.cols * element;
+inline bool plan_semaphore(Plan& p, const Problem& q, const Device& d, int to_a_multiprocessor = 2) {
+  const int64_t image = int64_t{p.geometry.rows} * p.geometry.cols * q.element;
   const int resident = to_a_multiprocessor * d.count;
   const int64_t in_cache = std::max<int64_t>(1, d.l2_bytes / 2 / std::max<int64_t>(image, 1));
   p.teams = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>({p.geometry.N, in_cache, resident})));
   const int wanted = std::max(1, ceil_div(image, 1 << 14));
-  divide(p, std::max(1, std::min({resident / p.teams, wanted, p.geometry.rows})), element, nhwc, 0);
+  divide(p, q, std::max(1, std::min({resident / p.teams, wanted, p.geometry.rows})), 0, 0);
   p.variant = kSemaphore;
   p.why = p.access == kNarrow ? "images do not begin at multiples of 16 bytes: teams of blocks meet at "
                                 "semaphores, images stay in L2"
@@ -176,33 +259,39 @@ inline bool plan_semaphore(Plan& p, int element, bool nhwc, const Device& d, int
               ? "no clusters before sm_90: teams of blocks meet at semaphores, images stay in L2"
               : "an image does not fit a cluster: teams of blocks meet at semaphores, images stay in L2";
   if (to_a_multiprocessor == 1) return p.shared_bytes <= d.shared_bytes;
-  return p.shared_bytes <= half_of(d) || plan_semaphore(p, element, nhwc, d, 1);
+  return p.shared_bytes <= half_of(d) || plan_semaphore(p, q, d, 1);
 }
 
-// element: bytes. aligned: x and every other map start at a multiple of 16 bytes, and so does each image.
-inline Plan plan(int64_t N, int64_t C, int64_t P, int64_t R, int64_t stride_n, int element, bool nhwc,
-                 bool aligned, const Device& d, int threads = kThreads, int W = 0, int window = 0) {
+inline Plan plan(const Problem& q, const Device& d) {
   Plan p;
   constexpr int64_t kMost = (int64_t{1} << 31) - (1 << 16);  // indices may go one turn of all threads too far
-  if (C * P > kMost || C * R > kMost || (window && P >= (1 << 24))) {
+  if (q.C * q.P > kMost || q.C * q.R > kMost || (q.window && q.P >= (1 << 24))) {
     p.why = "an image, a map or a weight is too large for 32-bit indices";
     return p;
   }
   Geometry& g = p.geometry;
-  g.N = N, g.stride_n = stride_n;
-  g.C = static_cast<int>(C), g.P = static_cast<int>(P), g.R = static_cast<int>(R);
-  g.rows = nhwc ? g.P : g.C, g.cols = nhwc ? g.C : g.P;
-  g.W = W, g.window = window;
-  p.threads = threads;
-  const bool whole = aligned && C * P * element % 16 == 0 && stride_n * element % 16 == 0;
-  p.access = !whole ? kNarrow : g.cols * int64_t{element} % 16 == 0 ? kWideRows : kRagged;
-  const bool copies = d.sm >= 90 && whole;  // in bulk, of 16 bytes and multiples
-  if (!(copies && plan_cluster(p, element, nhwc, d)) && !plan_semaphore(p, element, nhwc, d)) {
+  g.N = q.N, g.stride_n = q.stride_n;
+  g.C = static_cast<int>(q.C), g.P = static_cast<int>(q.P), g.R = static_cast<int>(q.R);
+  g.rows = q.nhwc ? g.P : g.C, g.cols = q.nhwc ? g.C : g.P;
+  g.W = q.W, g.window = q.window;
+  p.threads = q.threads ? q.threads : q.backward || q.window ? kFewThreads : kThreads;
+  const int64_t image = q.C * q.P * q.element;
+  const bool whole = q.aligned && image % 16 == 0 && q.stride_n * q.element % 16 == 0;
+  p.access = !whole ? kNarrow : g.cols * int64_t{q.element} % 16 == 0 ? kWideRows : kRagged;
+  const bool copies = d.sm >= 90 && whole;   // in bulk, of 16 bytes and multiples
+  const bool both = q.window && q.backward;  // which comes back to x, and then to grad
+  p.one_launch = q.backward && q.N * image <= kSmallMaps;
+  if (!(copies && ((both && plan_cluster(p, q, d, 2)) || plan_cluster(p, q, d, 1))) &&
+      !plan_semaphore(p, q, d)) {
     p.variant = kRefused;
     p.why = "the gates of a map of this size do not fit the shared memory of a thread block";
     return p;
   }
   p.blocks = p.teams * p.geometry.team;
+  if (p.exchange_floats() > kMost) {
+    p.variant = kRefused;
+    p.why = "what the blocks exchange is too large for 32-bit indices";
+  }
   return p;
 }
 

@@ -111,6 +111,15 @@ VF_DEVICE const U* cast(const char* p) {
 }
 #endif  // __CUDACC__
 
+// v, of which the compiler does not know that it is the same in every turn of a loop: what follows from it
+// (a divisor's reciprocal, say) is not kept in registers over all turns.
+VF_DEVICE int opaque(int v) {
+#ifdef __CUDA_ARCH__
+  asm volatile("" : "+r"(v));
+#endif
+  return v;
+}
+
 // How pointers into global memory look: plain here, checked in the emulation.
 struct PlainMemory {
   template <class T>

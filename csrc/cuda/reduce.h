@@ -35,6 +35,7 @@ VF_DEVICE int row_sums(Exec& ex, int rows, int cols, Partial partial, const Valu
 template <int V, int kUnroll, class Exec, class Partial, class Values>
 VF_DEVICE int column_sums(Exec& ex, int rows, int cols, Partial partial, const Values& values) {
   const int packs = cols / V, groups = packs < 1 || packs >= ex.threads() ? 1 : ex.threads() / packs;
+#pragma unroll 1
   for (int unit = ex.thread(); unit < packs * groups; unit += ex.threads()) {
     const int group = unit / packs, column = unit % packs * V;
     float total[V] = {};
@@ -82,6 +83,7 @@ VF_DEVICE void product_transposed(Exec& ex, const W& w, int begin, int end, int 
     const int i = offset / width, o = begin + offset % width;
     v[0] = get(w, int64_t{i} * outputs + o) * get(x, i);
   });
+#pragma unroll 1
   for (int o = ex.thread(); o < width; o += ex.threads()) finish(begin + o, down(partial, groups, width, o));
 }
 
@@ -104,6 +106,15 @@ VF_DEVICE void for_channels(int offset, int row0, int cols, const F& f) {
       }
     }
   }
+}
+
+// The same with each element's pixel, as the block counts them: of the image in nchw, of its slab in nhwc.
+template <int V, bool kNhwc, int kAccess, class F>
+VF_DEVICE void for_elements(int offset, int row0, int cols, const F& f) {
+  const int line = offset / cols;
+  for_channels<V, kNhwc, kAccess>(offset, row0, cols, [&](int j, int c) {
+    f(j, c, !kNhwc ? offset + j - (c - row0) * cols : kAccess == kRagged ? (offset + j) / cols : line);
+  });
 }
 
 }  // namespace visattn::cuda

@@ -4,8 +4,8 @@
 // A kernel is written over an Exec, which stands for one thread: ClusterExec and SemaphoreExec on the device
 // (device.cuh), and the emulation's own. An Exec offers
 //   thread, threads, rank, team_size, team, teams   where this thread is
-//   sync_block, sync_team                           barriers
-//   warp_sum, warp_peak                             over the warp, the same for all of its lanes
+//   sync_block, sync_team, sync_grid                barriers
+//   warp_sum(v, lanes), warp_peak                   over the warp, or `lanes` of it: the same for all of them
 //   shared<T>(bytes), exchange(floats), peer(p, r)  memory of the block, of it for its team, and of block r
 //   copy_init, copy_async, copy_wait, fence_async   copies into the slabs, and their end (kResident)
 #pragma once
@@ -27,24 +27,33 @@ VF_DEVICE void meet(Exec& ex, Counter counter, bool first, unsigned expected) {
 // The part of each block, `part` values long, one after the other: out [total], of this block alone.
 template <class Exec, class Out>
 VF_DEVICE void gather(Exec& ex, typename Exec::Exchange from, int part, int total, Out out) {
+#pragma unroll 1
   for (int i = ex.thread(); i < total; i += ex.threads()) put(out, i, get(ex.peer(from, i / part), i % part));
   ex.sync_block();
 }
 
 // The block's rows of the images that its team works on, one image after the other: in shared memory, where
-// the next copy is under way while one is in use, or in global memory as they are.
+// the next copy is under way while one is in use, or in global memory as they are. `number`: of the map, if
+// there are two; those from g.held on stay in global memory.
 template <class Exec, class T>
 class Slabs {
   template <class U>
   using Global = typename Exec::Memory::template Global<U>;
 
  public:
-  VF_DEVICE Slabs(Exec& ex, Global<const T> x, const Geometry& g)
-      : ex_(ex), x_(x), g_(g), first_(ex.rank() * g.slab * int64_t{g.cols}) {
+  VF_DEVICE Slabs(Exec& ex, Global<const T> x, const Geometry& g, int64_t stride_n, int number = 0)
+      : ex_(ex),
+        x_(x),
+        g_(g),
+        stride_n_(stride_n),
+        first_(ex.rank() * g.slab * int64_t{g.cols}),
+        stage_(number * g.stages),
+        held_(Exec::kResident && number < g.held) {
     const int rows = g.rows - ex.rank() * g.slab;
     count_ = (rows < 0 ? 0 : rows < g.slab ? rows : g.slab) * g.cols;
     if constexpr (Exec::kResident) {
-      ex.copy_init(g.stages);
+      if (!held_) return;
+      ex.copy_init(stage_, g.stages);
       for (int ahead = 0; ahead < g.stages; ++ahead) issue(ahead);
     }
   }
@@ -52,40 +61,58 @@ class Slabs {
   VF_DEVICE int count() const { return count_; }      // elements
   VF_DEVICE int64_t first() const { return first_; }  // where they begin in the image
 
-  // The slab of the team's image number `turn`.
+  VF_DEVICE bool held() const { return held_; }
+
+  // The slab of the team's image number `turn`, which is held in shared memory if any is.
   VF_DEVICE auto acquire(int turn) {
     if constexpr (!Exec::kResident) {
       return x_ + source(turn);
     } else {
-      const auto slab = ex_.template shared<T>(kHeader + turn % g_.stages * g_.stage_bytes);
-      if (count_) ex_.copy_wait(turn % g_.stages, turn / g_.stages & 1);
-      return slab;
+      if (count_) ex_.copy_wait(stage(turn), turn / g_.stages & 1);
+      return slab(turn);
     }
   }
 
+  // The same where the plan decides whether it is.
+  VF_DEVICE Global<const T> find(int turn) {
+    if constexpr (Exec::kResident) {
+      if (held_) return acquire(turn);
+    }
+    return x_ + source(turn);
+  }
+
+  // In shared memory, to be written.
+  VF_DEVICE auto slab(int turn) { return ex_.template shared<T>(kHeader + stage(turn) * g_.stage_bytes); }
+
   // Nobody needs the slab of `turn` any more.
   VF_DEVICE void release(int turn) {
-    if constexpr (Exec::kResident) ex_.fence_async();
+    if constexpr (Exec::kResident) {
+      if (held_) ex_.fence_async();
+    }
     ex_.sync_block();
-    if constexpr (Exec::kResident) issue(turn + g_.stages);
+    if constexpr (Exec::kResident) {
+      if (held_) issue(turn + g_.stages);
+    }
   }
 
  private:
+  VF_DEVICE int stage(int turn) const { return stage_ + turn % g_.stages; }
+
   VF_DEVICE int64_t source(int turn) const {
-    return (ex_.team() + int64_t{turn} * ex_.teams()) * g_.stride_n + first_;
+    return (ex_.team() + int64_t{turn} * ex_.teams()) * stride_n_ + first_;
   }
 
   VF_DEVICE void issue(int turn) {
     if (count_ == 0 || ex_.team() + int64_t{turn} * ex_.teams() >= g_.N) return;
-    const auto slab = ex_.template shared<T>(kHeader + turn % g_.stages * g_.stage_bytes);
-    ex_.copy_async(turn % g_.stages, slab, x_ + source(turn), count_);
+    ex_.copy_async(stage(turn), slab(turn), x_ + source(turn), count_);
   }
 
   Exec& ex_;
   Global<const T> x_;
   const Geometry& g_;
-  int64_t first_;
-  int count_;
+  int64_t stride_n_, first_;
+  int stage_, count_;
+  bool held_;
 };
 
 }  // namespace visattn::cuda

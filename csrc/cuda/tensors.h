@@ -59,6 +59,10 @@ inline Tensor empty_small(const Tensor& x, const std::vector<int64_t>& sizes,
   return empty_on(x, sizes, strides, dtype);
 }
 
+inline Tensor empty_as(const Tensor& x, const Tensor& like) {
+  return empty_small(x, std::vector<int64_t>(like.sizes().begin(), like.sizes().end()));
+}
+
 inline Tensor empty_map(const Map& x) {
   const Shape& s = x.s;
   const std::vector<int64_t> nhwc = {s.C * s.P, 1, s.W * s.C, s.C}, nchw = {s.C * s.P, s.P, s.W, 1};
@@ -73,6 +77,20 @@ template <class T>
 const T* in(const std::optional<Tensor>& t) {
   return t ? in<T>(*t) : nullptr;
 }
+
+// What a call needs beside its results: one allocation, or none. Memory of torch's allocator on the current
+// stream may be given back once the launches are in line, for it is reused in stream order.
+class Scratchpad {
+ public:
+  Scratchpad(const Tensor& x, int64_t floats) {
+    if (floats) memory_ = empty_small(x, {floats}), next_ = data<float>(*memory_);
+  }
+  float* take(int64_t floats) { return floats ? (next_ += floats) - floats : nullptr; }
+
+ private:
+  std::optional<Tensor> memory_;
+  float* next_ = nullptr;
+};
 
 inline WeightType weight_type(const Tensor& w) {
   switch (w.scalar_type()) {

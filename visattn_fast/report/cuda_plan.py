@@ -39,25 +39,45 @@ class Plan(NamedTuple):
     access: str
     team: int
     teams: int
+    held: int
     stages: int
     threads: int
     shared_bytes: int
+    one_launch: bool
     why: str
 
 
+# The fields of csrc/cpu/cuda_plan.cpp.
+_ASKED = "N C P R element nhwc backward W window sm count shared_bytes l2_bytes"
+_ANSWERED = "variant access team teams held stages threads shared_bytes one_launch"
+
+
 class _Question(ctypes.Structure):
-    _fields_ = [
-        (n, ctypes.c_int64) for n in ["N", "C", "P", "R", "element", "nhwc", "sm", "count", "shared_bytes", "l2_bytes"]
-    ]
+    _fields_ = [(name, ctypes.c_int64) for name in _ASKED.split()]
 
 
 class _Answer(ctypes.Structure):
-    _fields_ = [
-        (n, ctypes.c_int64) for n in ["variant", "access", "team", "teams", "stages", "threads", "shared_bytes"]
-    ] + [("why", ctypes.c_char_p)]
+    _fields_ = [(name, ctypes.c_int64) for name in _ANSWERED.split()] + [("why", ctypes.c_char_p)]
 
 
-def plan(shape: tuple[int, ...], hidden: int, dtype: torch.dtype, channels_last: bool, device: Device) -> Plan:
+class Kernel(NamedTuple):
+    """A kernel, as far as its plan depends on it; ``window`` is CBAM's, 0 without one."""
+
+    name: str
+    reduction: int
+    backward: bool
+    window: int = 0
+
+
+KERNELS = (
+    Kernel("SE forward", 16, False),
+    Kernel("SE backward", 16, True),
+    Kernel("CBAM forward", 8, False, 7),
+    Kernel("CBAM backward", 8, True, 7),
+)
+
+
+def plan(shape: tuple[int, ...], kernel: Kernel, dtype: torch.dtype, channels_last: bool, device: Device) -> Plan:
     """The plan of a dense map ``[N, C, H, W]``.
 
     Raises:
@@ -66,10 +86,13 @@ def plan(shape: tuple[int, ...], hidden: int, dtype: torch.dtype, channels_last:
     if absent := native.load():
         raise RuntimeError(absent)
     n, c, h, w = shape
-    question, answer = _Question(n, c, h * w, hidden, dtype.itemsize, channels_last, *device[1:]), _Answer()
+    hidden = max(c // kernel.reduction, 1)
+    sizes = (n, c, h * w, hidden, dtype.itemsize, channels_last, kernel.backward, w, kernel.window)
+    question, answer = _Question(*sizes, *device[1:]), _Answer()
     ctypes.CDLL(str(native.LIBRARY)).visattn_fast_cuda_plan(ctypes.byref(question), ctypes.byref(answer))
-    numbers = (answer.team, answer.teams, answer.stages, answer.threads, answer.shared_bytes)
-    return Plan(_VARIANTS[answer.variant], _ACCESSES[answer.access], *numbers, answer.why.decode())
+    numbers = (answer.team, answer.teams, answer.held, answer.stages, answer.threads, answer.shared_bytes)
+    names = (_VARIANTS[answer.variant], _ACCESSES[answer.access])
+    return Plan(*names, *numbers, bool(answer.one_launch), answer.why.decode())
 
 
 def devices() -> tuple[Device, ...]:
@@ -85,13 +108,21 @@ def _capacities(properties: Any) -> tuple[int, int]:
 
 
 def lines(shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[str]:
-    """What SE with C // 16 hidden units takes on each device, in both layouts."""
+    """What SE (and ECA) and CBAM take on each device, in both layouts: their modules' own sizes."""
     size, kind = "x".join(map(str, shape)), str(dtype).removeprefix("torch.")
-    yield f"native CUDA kernel of SE for {size} in {kind}"
+    yield f"native CUDA kernels of SE (ECA takes the same) and CBAM for {size} in {kind}"
     for device in devices():
         for channels_last in (False, True):
-            p = plan(shape, max(shape[1] // 16, 1), dtype, channels_last, device)
-            layout = "channels_last" if channels_last else "nchw"
-            blocks = f"{p.variant}: {p.teams} teams of {p.team} blocks of {p.threads} threads"
-            memory = f"{p.shared_bytes / 1024:.1f} KB of shared memory each, resident slabs: {p.stages}, {p.access}"
-            yield f"  {device.name:<6} {layout:<13}  {blocks}; {memory}; {p.why}"
+            yield f"{device.name} {'channels_last' if channels_last else 'nchw'}"
+            for kernel in KERNELS:
+                yield f"  {kernel.name:<13}  {_line(plan(shape, kernel, dtype, channels_last, device), kernel)}"
+
+
+def _line(p: Plan, kernel: Kernel) -> str:
+    if p.variant == "refused":
+        return f"refused: {p.why}"
+    blocks = f"{p.variant}: {p.teams} teams of {p.team} blocks of {p.threads} threads"
+    slabs = f"{p.held} x {p.stages}" if p.stages else "none"
+    memory = f"{p.shared_bytes / 1024:.1f} KB of shared memory each, resident slabs: {slabs}, {p.access}"
+    sums = "the same launch sums" if p.one_launch else "a second launch sums"
+    return "; ".join((blocks, memory, p.why, *([f"{sums} the weights' gradients"] if kernel.backward else [])))

@@ -20,6 +20,7 @@ enum Sabotage : int {
   kNoCopyWait,
   kNoFence,
   kMiscounted,  // one arrival too few at a semaphore
+  kNoGridBarrier,
 };
 
 struct Warp {
@@ -42,12 +43,13 @@ struct Block {
 struct Team {
   std::vector<Block> blocks;
   Barrier barrier;
-  unsigned semaphore = 0;
+  unsigned semaphore = 0xdeadbeef;  // until the kernel clears it
 };
 
 struct Grid {
   Scheduler scheduler;
   std::vector<Team> teams;
+  Barrier barrier;
   int threads;
   Sabotage sabotage;
   int64_t exchange_floats;
@@ -59,10 +61,11 @@ struct Grid {
         teams(p.teams),
         threads(p.threads),
         sabotage(left_out),
-        exchange_floats(2 * p.scratch.shared),
+        exchange_floats(p.scratch.copies * p.scratch.shared),
         exchange_data(std::max<int64_t>(1, p.blocks * exchange_floats)),
         exchange("the exchange", exchange_data.data(), 4 * static_cast<int64_t>(exchange_data.size()),
                  false) {
+    barrier.expected = p.blocks * threads;
     for (int t = 0; t < p.teams; ++t) {
       teams[t].blocks.resize(p.geometry.team);
       teams[t].barrier.expected = p.geometry.team * threads;
@@ -73,7 +76,8 @@ struct Grid {
   // What is left behind, and whether it may be.
   void check_end() {
     for (Team& t : teams) {
-      if (t.semaphore & 0x7fffffffu) scheduler.faults.push_back("a semaphore was not reset");
+      if (t.semaphore != 0xdeadbeef && (t.semaphore & 0x7fffffffu))
+        scheduler.faults.push_back("a semaphore was not reset");
       for (Block& b : t.blocks) {
         for (int s = 0; s < kStages; ++s) {
           if (b.issued[s] != b.completed[s]) scheduler.faults.push_back("a copy was not waited for");
@@ -91,7 +95,8 @@ struct Grid {
     b.memory->shared = true;
     b.memory->gone = &b.gone;
     b.memory->stage_begin = kHeader;
-    b.memory->stage_bytes = p.geometry.stage_bytes, b.memory->stages = p.geometry.stages;
+    b.memory->stage_bytes = p.geometry.stage_bytes;
+    b.memory->stages = p.geometry.held * p.geometry.stages;
     b.barrier.expected = b.left = threads;
     b.warps.resize(threads / kWarp);
     for (Warp& w : b.warps) w.barrier.expected = kWarp;
@@ -130,17 +135,17 @@ struct EmulatedExec {
     ++f.epochs.warp, ++f.epochs.block;
   }
 
-  float warp_sum(float v) {
+  float warp_sum(float v, int of = kWarp) {
     Warp& w = block().warps[f.thread / kWarp];
     auto values = &w.values[shuffles++ & 1];
     (*values)[f.thread % kWarp] = v;
     grid.scheduler.meet(w.barrier);
     ++f.epochs.warp;
     std::array<float, kWarp> sums = *values;
-    for (int lanes = 1; lanes < kWarp; lanes *= 2) {
+    for (int lanes = 1; lanes < of; lanes *= 2) {
       for (int i = 0; i < kWarp; i += 2 * lanes) sums[i] += sums[i + lanes];
     }
-    return sums[0];
+    return sums[f.thread % kWarp / of * of];
   }
 
   Peak warp_peak(Peak p) {
@@ -183,6 +188,19 @@ struct EmulatedExec {
     }
     ++f.epochs.warp, ++f.epochs.block, ++f.epochs.team;
   }
+
+  void sync_grid() {
+    if (grid.sabotage == kNoGridBarrier) return pause();
+    grid.scheduler.meet(grid.barrier);
+    ++f.epochs.warp, ++f.epochs.block, ++f.epochs.team, ++f.epochs.grid;
+  }
+
+  void start() {
+    if constexpr (kInCluster) return;
+    if (f.thread == 0 && f.rank == 0) my_team().semaphore = 0;
+    grid.scheduler.meet(grid.barrier);
+  }
+
   unsigned add_release(unsigned* p, unsigned v) {
     pause();
     const unsigned before = *p;
@@ -191,7 +209,7 @@ struct EmulatedExec {
   }
   unsigned load_acquire(unsigned* p) { return *p; }
 
-  void copy_init(int) { sync_block(); }
+  void copy_init(int, int) { sync_block(); }
 
   template <class T>
   void copy_async(int stage, Checked<T> to, Checked<const T> from, int count) {
@@ -243,6 +261,7 @@ template <bool kInCluster, class Body>
 void launch(Grid& grid, const Body& kernel) {
   grid.scheduler.run([&](Fiber& f) {
     EmulatedExec<kInCluster> ex{grid, f};
+    ex.start();
     kernel(ex);
     ex.finish();
   });

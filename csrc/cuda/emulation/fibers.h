@@ -17,7 +17,7 @@ constexpr int kStages = 4;
 // How many barriers a thread has passed, of each kind; those of a wider kind count for the narrower ones,
 // too.
 struct Epochs {
-  int32_t warp = 0, block = 0, team = 0;
+  int32_t warp = 0, block = 0, team = 0, grid = 0;
 };
 
 struct Fiber {

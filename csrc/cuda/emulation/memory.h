@@ -48,7 +48,7 @@ struct Region {
 inline bool ordered(const Touch& before, const Fiber& now) {
   if (!before.by || before.by == &now) return true;
   const Fiber& f = *before.by;
-  if (f.team != now.team) return false;
+  if (f.team != now.team) return now.epochs.grid > before.at.grid;
   if (f.rank != now.rank) return now.epochs.team > before.at.team;
   if (f.thread / kWarp != now.thread / kWarp) return now.epochs.block > before.at.block;
   return now.epochs.warp > before.at.warp;

@@ -2,6 +2,7 @@
 // stored.
 #pragma once
 
+#include "cbam_conv.h"
 #include "channel_scale.h"
 #include "stats.h"
 
@@ -14,29 +15,13 @@ struct CbamForward {
   Geometry geometry;
   Scratch scratch;
   GateWeights<Memory> weights;  // without biases
-  Weight<Memory> wconv;         // [2, window, window]
+  Weight<Memory> wconv, bias;   // [2, window, window], [1] or null
   int activation;
   Global<const T> x, residual;  // residual may be null
   Global<T> y;
   Global<float> pooled, hidden, channel_gate, maps,
       spatial_gate;                 // [N, 2, C], [N, 2, R], [N, C], [N, 2, P], [N, P]
   Global<int> argmax_hw, argmax_c;  // [N, C], [N, P]
-};
-
-template <class Exec>
-struct CbamFloats : Floats<Exec> {
-  typename Floats<Exec>::Shared maximum, halo, spatial;
-  typename Floats<Exec>::Exchange max_part, map_part, spatial_part, pixel_stats;
-
-  VF_DEVICE CbamFloats(Exec& ex, const Geometry& g, const Scratch& s)
-      : Floats<Exec>(ex, g, s, 0),
-        maximum(this->partial + s.maximum),
-        halo(this->partial + s.halo),
-        spatial(this->partial + s.spatial),
-        max_part(this->sums + s.max_part),
-        map_part(this->sums + s.map_part),
-        spatial_part(this->sums + s.spatial_part),
-        pixel_stats(this->sums + s.pixel_stats) {}
 };
 
 // Both branches' hidden units of the block's part, from the pooled values in f.mean and f.maximum.
@@ -54,54 +39,18 @@ VF_DEVICE void hidden_of_two(Exec& ex, const Geometry& g, const CbamFloats<Exec>
   });
 }
 
-// The rows of both maps that the windows around the block's pixels reach: f.halo [2, span], from pixel
-// `first` on.
-struct Halo {
-  int first, span;
-  VF_DEVICE Halo(const Part& part, const Geometry& g) {
-    const int half = g.window / 2, rows = g.P / g.W;
-    const int top = part.begin / g.W - half, bottom = (part.end - 1) / g.W + half + 1;
-    first = (top < 0 ? 0 : top) * g.W;
-    span = part.end > part.begin ? (bottom > rows ? rows : bottom) * g.W - first : 0;
-  }
-};
-
-template <class Exec, class W>
-VF_DEVICE float convolve(const Geometry& g, const CbamFloats<Exec>& f, const Halo& halo, const W& wconv,
-                         int pixel) {
-  const int half = g.window / 2, y = pixel / g.W, x = pixel % g.W, rows = g.P / g.W;
-  float total = 0;
-#pragma unroll 1
-  for (int m = 0; m < 2; ++m) {
-#pragma unroll 1
-    for (int i = 0; i < g.window; ++i) {
-      const int row = y + i - half;
-      if (row < 0 || row >= rows) continue;
-      for (int j = 0; j < g.window; ++j) {
-        const int column = x + j - half;
-        if (column < 0 || column >= g.W) continue;
-        total += get(wconv, (m * g.window + i) * g.window + j) *
-                 get(f.halo, m * halo.span + row * g.W + column - halo.first);
-      }
-    }
-  }
-  return total;
-}
-
 // f.map_part of every block -> f.spatial: the gates of the block's own pixels in nhwc, else of all.
 template <bool kNhwc, class Exec, class W, class Keep>
 VF_DEVICE void spatial_forward(Exec& ex, const Geometry& g, const CbamFloats<Exec>& f, const W& wconv,
-                               const Keep& keep) {
+                               const W& bias, const Keep& keep) {
   const Part part(ex.rank(), g.pixels, g.P);
   const Halo halo(part, g);
+  const float start = bias.p ? get(bias, 0) : 0.0f;
   ex.sync_team();
-  for (int i = ex.thread(); i < 2 * halo.span; i += ex.threads()) {
-    const int pixel = halo.first + i % halo.span, map = i / halo.span;
-    put(f.halo, i, get(ex.peer(f.map_part, pixel / g.pixels), map * g.pixels + pixel % g.pixels));
-  }
-  ex.sync_block();
+  gather_halo(ex, g, halo, 2, f.map_part, f.halo);
   for (int p = part.begin + ex.thread(); p < part.end; p += ex.threads()) {
-    const float gate = sigmoid(convolve(g, f, halo, wconv, p));
+    const float mean = convolve<1>(g, halo, f.halo, wconv, 0, p, start);
+    const float gate = sigmoid(convolve<1>(g, halo, f.halo + halo.span, wconv, 1, p, mean));
     keep(p, gate);
     if constexpr (kNhwc) {
       put(f.spatial, p - part.begin, gate);
@@ -121,7 +70,7 @@ template <bool kNhwc, int kAccess, class T, class Exec>
 VF_DEVICE void cbam_forward(Exec& ex, const CbamForward<typename Exec::Memory, T>& a) {
   constexpr int V = kPack<kAccess, T>, S = kSumPack<kAccess, T>;
   const Geometry& g = a.geometry;
-  Slabs<Exec, T> slabs(ex, a.x, g);
+  Slabs<Exec, T> slabs(ex, a.x, g, g.stride_n);
   const CbamFloats<Exec> f(ex, g, a.scratch);
   const Part channels(ex.rank(), g.channels, g.C), pixels(ex.rank(), g.pixels, g.P);
   const int row0 = ex.rank() * g.slab, rows = slabs.count() / g.cols;
@@ -170,7 +119,8 @@ VF_DEVICE void cbam_forward(Exec& ex, const CbamForward<typename Exec::Memory, T
     } else {
       column_stats<S>(ex, rows, g.cols, row0, pixels, f.partial, f.pixel_stats, gated, mapped);
     }
-    spatial_forward<kNhwc>(ex, g, f, a.wconv, [&](int p, float v) { put(a.spatial_gate, n * g.P + p, v); });
+    spatial_forward<kNhwc>(ex, g, f, a.wconv, a.bias,
+                           [&](int p, float v) { put(a.spatial_gate, n * g.P + p, v); });
     const int64_t at = n * g.C * g.P + slabs.first();
 #pragma unroll 1
     for (int i = ex.thread() * V; i < slabs.count(); i += ex.threads() * V) {
@@ -178,9 +128,7 @@ VF_DEVICE void cbam_forward(Exec& ex, const CbamForward<typename Exec::Memory, T
       Pack<T, V> more = {};
       if (a.residual) more = get_pack<V>(a.residual, at + i);
       Pack<T, V> y;
-      const int line = i / g.cols;
-      for_channels<V, kNhwc, kAccess>(i, row0, g.cols, [&](int j, int c) {
-        const int pixel = !kNhwc ? i + j - (c - row0) * g.cols : kAccess == kRagged ? (i + j) / g.cols : line;
+      for_elements<V, kNhwc, kAccess>(i, row0, g.cols, [&](int j, int c, int pixel) {
         float v = static_cast<float>(x.v[j]) * get(f.gate, c) * get(f.spatial, pixel);
         if (a.residual) v += static_cast<float>(more.v[j]);
         y.v[j] = static_cast<T>(activate(v, a.activation));

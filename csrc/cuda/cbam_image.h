@@ -1,0 +1,197 @@
+// What CBAM's backward knows of one image, and what it does there without a pass over the maps: the
+// convolution's gradients and the perceptron's.
+#pragma once
+
+#include "cbam_conv.h"
+#include "channel_scale.h"
+#include "stats.h"
+#include "tiles.h"
+
+namespace visattn::cuda {
+
+template <class Memory, class T>
+struct CbamBackward {
+  template <class U>
+  using Global = typename Memory::template Global<U>;
+  Geometry geometry;  // stride_n is that of x; the rest is dense
+  Scratch scratch;
+  GateWeights<Memory> weights;  // without biases
+  Weight<Memory> wconv;
+  int activation;
+  Global<const T> grad, x, residual;  // residual may be null, and is without an activation
+  Global<T> dx, dresidual;            // dresidual is null without an activation
+  Global<const float> hidden, channel_gate, maps, spatial_gate;  // as forward left them
+  Global<const int> argmax_hw, argmax_c;
+  Global<float> dz, dhidden, dconv;  // [N, C], [N, 2, R], [N, 2 window^2 + 1]: the last is dq's sum
+  BatchSums<Memory> sums;            // of the same launch, or none
+};
+
+// What a pixel gives dx of all its channels, or a channel of all its pixels: the gate, the gradients of the
+// mean and of the maximum, and where that was.
+struct Side {
+  float gate, mean, peak;
+  int at;
+};
+
+VF_DEVICE float input_grad(float g, const Side& pixel, const Side& channel, int p, int c) {
+  const float du = g * pixel.gate + pixel.mean + (pixel.at == c ? pixel.peak : 0.0f);
+  return du * channel.gate + channel.mean + (channel.at == p ? channel.peak : 0.0f);
+}
+
+// One thread's view of one image: the rows' data are in shared memory, those of columns come from where they
+// are once for all rows.
+template <bool kNhwc, int kAccess, class T, class Exec>
+struct CbamImage {
+  static constexpr int V = kPack<kAccess, T>, S = kSumPack<kAccess, T>;
+  using Args = CbamBackward<typename Exec::Memory, T>;
+  template <class U>
+  using Global = typename Exec::Memory::template Global<U>;
+
+  Exec& ex;
+  const Args& a;
+  const CbamFloats<Exec>& f;
+  const Geometry g;
+  int row0, rows;
+  int64_t n, at;  // the image; where the block's part of it begins in the dense maps
+  Part channels, pixels;
+
+  VF_DEVICE CbamImage(Exec& exec, const Args& args, const CbamFloats<Exec>& floats, int64_t image, int count,
+                      int64_t first)
+      : ex(exec),
+        a(args),
+        f(floats),
+        g(of_one_image(args.geometry)),
+        row0(exec.rank() * g.slab),
+        rows(count / g.cols),
+        n(image),
+        at(image * g.C * g.P + first),
+        channels(exec.rank(), g.channels, g.C),
+        pixels(exec.rank(), g.pixels, g.P) {}
+
+  VF_DEVICE int channel_of(int row, int column) const { return kNhwc ? column : row0 + row; }
+  VF_DEVICE int pixel_of(int row, int column) const { return kNhwc ? row0 + row : column; }
+
+  // The gates, and where the maxima were.
+  VF_DEVICE void load() const {
+#pragma unroll 1
+    for (int c = ex.thread(); c < g.C; c += ex.threads()) {
+      put(f.gate, c, get(a.channel_gate, n * g.C + c));
+      put(f.at_channel, c, bits_of(get(a.argmax_hw, n * g.C + c)));
+    }
+    if constexpr (kNhwc) {
+#pragma unroll 1
+      for (int p = ex.thread(); p < rows; p += ex.threads()) {
+        put(f.spatial, p, get(a.spatial_gate, n * g.P + row0 + p));
+        put(f.at_pixel, p, bits_of(get(a.argmax_c, n * g.P + row0 + p)));
+      }
+    }
+  }
+
+  VF_DEVICE float pixel_gate(int p) const {
+    return kNhwc ? get(f.spatial, p - row0) : get(a.spatial_gate, n * g.P + p);
+  }
+  // Of a pixel's maps: the gradient of the mean, and of the maximum.
+  VF_DEVICE float map_grad(int which, int p) const {
+    if constexpr (kNhwc) {
+      return get(f.map_grad, which * g.slab + p - row0);
+    } else {
+      return get(ex.peer(f.grad_part, p / g.pixels), which * g.pixels + p % g.pixels);
+    }
+  }
+  VF_DEVICE Side pixel(int p) const {
+    const int at = kNhwc ? index_of(get(f.at_pixel, p - row0)) : get(a.argmax_c, n * g.P + p);
+    return {pixel_gate(p), map_grad(0, p), map_grad(1, p), at};
+  }
+  VF_DEVICE Side channel(int c) const {
+    return {get(f.gate, c), get(f.mean, c), get(f.maximum, c), index_of(get(f.at_channel, c))};
+  }
+
+  VF_DEVICE float over_team(typename Exec::Exchange part, int i) const {
+    float total = get(ex.peer(part, 0), i);
+#pragma unroll 1
+    for (int r = 1; r < ex.team_size(); ++r) total += get(ex.peer(part, r), i);
+    return total;
+  }
+
+  // The maps' gradients, in f.map_grad of the block in nhwc and f.grad_part of every block in nchw, and the
+  // block's share of the weight's in f.conv_part.
+  VF_DEVICE void convolution() const {
+    const Halo halo(pixels, g);
+    ex.sync_team();
+    gather_halo(ex, g, halo, 1, f.map_part, f.halo);
+    conv_weight_grads(ex, g, pixels, halo, f.halo, a.maps + 2 * n * g.P,
+                      [&](int e, float sum) { put(f.conv_part, e, sum); });
+    const float channels_of = static_cast<float>(g.C);
+#pragma unroll 1
+    for (int p = pixels.begin + ex.thread(); p < pixels.end; p += ex.threads()) {
+      const int i = p - pixels.begin;
+      const float mean = convolve<-1>(g, halo, f.halo, a.wconv, 0, p, 0.0f) / channels_of;
+      const float peak = convolve<-1>(g, halo, f.halo, a.wconv, 1, p, 0.0f);
+      if constexpr (kNhwc) {
+        put(f.map_grad, i, mean);
+        put(f.map_grad, g.slab + i, peak);
+      } else {
+        put(f.grad_part, i, mean);
+        put(f.grad_part, g.pixels + i, peak);
+      }
+    }
+    if constexpr (kNhwc) {
+      ex.sync_block();
+    } else {
+      ex.sync_team();
+    }
+  }
+
+  // f.mean_part of every block -> f.mean and f.maximum: the gradients of the pooled values that dx needs.
+  VF_DEVICE void perceptron() const {
+    const Part units(ex.rank(), g.hidden, g.R);
+    const float area = static_cast<float>(g.P);
+    ex.sync_team();
+    const int elements = 2 * g.window * g.window + 1;
+#pragma unroll 1
+    for (int e = ex.rank() * ex.threads() + ex.thread(); e < elements; e += ex.team_size() * ex.threads()) {
+      put(a.dconv, n * elements + e, over_team(f.conv_part, e));
+    }
+    gather(ex, f.mean_part, g.channels, g.C, f.mean);
+    product_transposed(ex, a.weights.w2, units.begin, units.end, g.C, g.R, f.mean, f.partial,
+                       [&](int r, float sum) {
+                         for (int branch = 0; branch < 2; ++branch) {
+                           const int64_t i = (2 * n + branch) * g.R + r;
+                           const float d = activate_grad(sum, get(a.hidden, i), kRelu);
+                           put(a.dhidden, i, d);
+                           put(f.hidden_part, branch * g.hidden + r - units.begin, d);
+                         }
+                       });
+    ex.sync_team();
+    for (int branch = 0; branch < 2; ++branch) {
+      gather(ex, f.hidden_part + branch * g.hidden, g.hidden, g.R, f.hidden + branch * g.R);
+    }
+#pragma unroll 1
+    for (int branch = 0; branch < 2; ++branch) {
+      product_transposed(ex, a.weights.w1, channels.begin, channels.end, g.R, g.C, f.hidden + branch * g.R,
+                         f.partial, [&](int c, float sum) {
+                           const float d = branch ? sum : sum / area;
+                           if constexpr (kNhwc) {
+                             put(branch ? f.max_part : f.gate_part, c - channels.begin, d);
+                           } else {
+                             put(branch ? f.maximum : f.mean, c, d);
+                           }
+                         });
+      ex.sync_block();
+    }
+    if constexpr (kNhwc) {
+      ex.sync_team();
+      gather(ex, f.gate_part, g.channels, g.C, f.mean);
+      gather(ex, f.max_part, g.channels, g.C, f.maximum);
+    }
+  }
+
+ private:
+  VF_DEVICE static Geometry of_one_image(Geometry g) {
+    g.cols = opaque(g.cols), g.W = opaque(g.W), g.window = opaque(g.window), g.pixels = opaque(g.pixels);
+    g.slab = opaque(g.slab), g.R = opaque(g.R), g.hidden = opaque(g.hidden), g.channels = opaque(g.channels);
+    return g;
+  }
+};
+
+}  // namespace visattn::cuda
