@@ -52,6 +52,14 @@ def test_other_dtypes(dtype, target):
     hold(compiled.SHAPES[0], dtype, target)
 
 
+def test_large_windows():
+    """Window attention that meets its keys block by block, where registers are scarcest."""
+    kernels = compiled.compile_all(compiled.variants(compiled.window_calls([12], [6]), ["sm_80"]))
+    assert len(kernels) == 4, "the launches were not seen"
+    faults = [fault for kernel in kernels for fault in kernel.faults]
+    assert not faults, "\n".join(faults)
+
+
 def test_shared_maxima():
     """The passes around a caller's gates, whose maxima share their gradient."""
     layouts = [Call(KINDS["even"], compiled.SHAPES[0], layout, residual=True) for layout in catalogue.LAYOUTS]

@@ -11,7 +11,7 @@ import itertools
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from threading import Lock
 from typing import Any
@@ -41,6 +41,7 @@ SHAPES = ((64, 256, 56, 56), (64, 64, 112, 112), (32, 512, 28, 28), (32, 2048, 7
 # More than 2^31 elements: in many images, in one image, and between the rows of a slice.
 HUGE = ((4096, 256, 56, 56), (1, 2048, 1100, 1100), (2, 3, 32000, 32000))
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+WINDOWS = (8, 12, 16)  # of window attention, beside the catalogue's, with heads of 32 and of 64
 WIDE = 16  # bytes of the widest load of one thread that every target has
 
 
@@ -229,13 +230,36 @@ def calls(
     ]
 
 
+def window_calls(windows: Sequence[int] = WINDOWS, heads: Sequence[int] = (6, 3)) -> list[Call]:
+    """Window attention on Swin's second stage, in the first dtype."""
+    entry = catalogue.ENTRIES["window_attention"]
+    return [
+        Call(
+            replace(
+                entry,
+                name=f"{entry.name}_{window}_{count}",
+                arguments=lambda c, w=window, h=count: {"channels": c, "window": w, "heads": h, "shift": w // 2},
+            ),
+            (4, 192, 4 * window, 4 * window),
+            "channels_last",
+        )
+        for window in windows
+        for count in heads
+    ]
+
+
+def every_call(shapes: Sequence[Shape] = SHAPES) -> list[Call]:
+    """All of them."""
+    return [*calls(shapes), *calls(shapes, resident=True), *window_calls()]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--shapes", nargs="+", type=lambda s: tuple(map(int, s.split("x"))), default=SHAPES)
     parser.add_argument("--kernels", default="", help="those alone whose name holds this")
     options = parser.parse_args()
-    found = variants([*calls(options.shapes), *calls(options.shapes, resident=True)], options.targets)
+    found = variants(every_call(options.shapes), options.targets)
     done = compile_all(v for v in found if options.kernels in v.kernel)
     done.sort(key=lambda c: (c.variant.kernel, c.variant.label, c.variant.dtype, c.variant.target))
     faults, rows = [], []

@@ -191,8 +191,7 @@ def traffic_section() -> str:
 def compiled_section() -> str:
     """By kernel and target, over every shape, dtype, layout and epilogue of `tools.compiled`."""
     found: dict[tuple[str, str], list[compiled.Compiled]] = {}
-    calls = [*compiled.calls(), *compiled.calls(resident=True)]
-    for c in compiled.compile_all(compiled.variants(calls, compiled.TARGETS)):
+    for c in compiled.compile_all(compiled.variants(compiled.every_call(), compiled.TARGETS)):
         found.setdefault((c.variant.kernel, c.variant.target), []).append(c)
     rows = []
     for (kernel, target), group in sorted(found.items()):

@@ -65,7 +65,7 @@ window_attention_fwd = define(
 window_attention_bwd = define(
     f"window_attention_bwd(Tensor grad, Tensor qkv, Tensor? bias, Tensor table, {_GEOMETRY})"
     " -> (Tensor dqkv, Tensor dbias, Tensor dtable)",
-    "window_attention",
+    "window_attention_bwd",
     _window_attention_bwd_reference,
     _window_attention_bwd_fake,
 )
