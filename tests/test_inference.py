@@ -75,7 +75,7 @@ def test_not_folded(any_size):
     hooked: list[str] = []
     for inner in ("bn3", "se"):
         hook = module.get_submodule(inner).register_forward_hook(lambda *_: hooked.append("ran"))
-        assert ops_of(module, x) == ["se_fwd"]
+        assert ops_of(module, x) == ["se_infer"]
         assert len(hooked) == 2  # with the original's
         hook.remove()
         hooked.clear()
@@ -94,14 +94,24 @@ def test_not_folded(any_size):
     module.bn3.train()
     with recorded_ops() as names:
         module(x)
-    assert names == ["se_fwd"]
+    assert names == ["se_infer"]
 
 
 def test_small_maps():
     """Small maps keep norm and gate, which take fewer calls."""
     module = accelerated("eca", "BasicBlock").eval().float()
-    assert ops_of(module, feature_map((2, C, 8, 8), "nchw", torch.float32)) == ["eca_fwd"]
+    assert ops_of(module, feature_map((2, C, 8, 8), "nchw", torch.float32)) == ["eca_infer"]
     assert ops_of(module, feature_map((2, C, 91, 91), "nchw", torch.float32)) == FOLDED
+
+
+@pytest.mark.parametrize("gate", [vf.FastSE(C), vf.FastECA(C), vf.FastCBAM(C)], ids=lambda g: type(g).__name__)
+def test_gates_compiled(gate):
+    """In one graph, as in eager mode."""
+    x = feature_map((2, C, 7, 6), "nchw", torch.float32)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        y = torch.compile(gate, fullgraph=True, backend="eager")(x)
+        torch.testing.assert_close(y, gate(x), rtol=1e-6, atol=1e-6)
 
 
 def cbam(**options: Any) -> nn.Module:

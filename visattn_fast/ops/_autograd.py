@@ -33,7 +33,8 @@ def run(function: type[torch.autograd.Function], *args: Any) -> tuple[Tensor, ..
     Where none can, of a function with an op for inference there is only the first.
     """
     if not recorded(args):
-        infer = getattr(function, "infer", None) if args[0].is_cpu else None
+        # Dynamo cannot ask a Function whether it has an attribute.
+        infer = None if torch.compiler.is_compiling() or not args[0].is_cpu else getattr(function, "infer", None)
         return function.forward(*args) if infer is None else (infer(*args),)
     if torch.compiler.is_compiling():
         # Dynamo refuses one tensor in two places, as x is where it is the residual, too.
