@@ -19,6 +19,7 @@ from setuptools.command.build_ext import build_ext
 
 CHOICE = os.environ.get("VISATTN_BUILD_EXT", "")
 CUDA_CHOICE = os.environ.get("VISATTN_BUILD_CUDA", "0")
+# 9.0a would be the same code; and PTX of 9.0, where that is asked for, also serves later chips.
 ARCHITECTURES = os.environ.get("TORCH_CUDA_ARCH_LIST") or "8.0;9.0;10.0+PTX"
 FLAGS = [
     "-std=c++20",

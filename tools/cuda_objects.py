@@ -29,8 +29,8 @@ from .table import show
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
-# sm_90a is Hopper with the instructions that no other chip has. The kernels use none of them, so that its code is
-# that of sm_90, which setup.py builds by default: compiled for sm_90a here, it is known to serve both names.
+# sm_90a is Hopper with the instructions that no other chip has. The kernels use none of them: compared instruction by
+# instruction, its code is that of sm_90, which setup.py builds by default.
 TARGETS = ("sm_80", "sm_90a", "sm_100")
 FLAGS = ["-std=c++20", "-O3", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000", "-Xptxas", "-v"]
 FLAGS += ["--expt-relaxed-constexpr", "--extended-lambda", "-Xcompiler", "-fPIC,-fvisibility=hidden"]

@@ -83,8 +83,9 @@ BatchSums<Memory> cbam_sums(int64_t N, int C, int R, int window, In<Memory> dz, 
 
 template <class Exec, class Memory>
 VF_DEVICE void outer_sum(Exec& ex, int block, int blocks, const OuterSum<Memory>& s) {
-  const int64_t total = int64_t{s.rows} * s.cols, threads = ex.threads();
-  for (int64_t i = block * threads + ex.thread(); i < total; i += blocks * threads) {
+  // Weights' indices have 32 bits (plan.h), and the one after the last may have one more.
+  const unsigned total = static_cast<unsigned>(s.rows) * s.cols, threads = ex.threads();
+  for (unsigned i = block * threads + ex.thread(); i < total; i += blocks * threads) {
     const int row = static_cast<int>(i / s.cols), col = static_cast<int>(i % s.cols);
     float sum = 0;
 #pragma unroll 4
@@ -100,12 +101,15 @@ VF_DEVICE void outer_sum(Exec& ex, int block, int blocks, const OuterSum<Memory>
 template <class Exec, class Memory, class Partial>
 VF_DEVICE void window_sum(Exec& ex, int block, int blocks, const WindowSum<Memory>& s, Partial partial) {
   for (int j = block; j < s.window; j += blocks) {
-    const int shift = j - s.window / 2;
+    const int shift = j - s.window / 2, step = ex.threads() % s.channels;
+    int c = ex.thread() % s.channels;
     float sum = 0;
 #pragma unroll 4
     for (int64_t i = ex.thread(); i < s.batch * s.channels; i += ex.threads()) {
-      const int from = static_cast<int>(i % s.channels) + shift;
+      const int from = c + shift;
       if (from >= 0 && from < s.channels) sum += get(s.dz, i) * get(s.mean, i + shift);
+      c += step;
+      if (c >= s.channels) c -= s.channels;
     }
     sum = ex.warp_sum(sum);
     if (ex.thread() % kWarp == 0) put(partial, ex.thread() / kWarp, sum);
