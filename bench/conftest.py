@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import pytest
 
@@ -12,6 +12,12 @@ from visattn_fast.report.steps import DEFAULT_MODES, MODES
 
 from .clock import DEVICE
 
+
+def _own(names: Iterable[str]) -> tuple[str, ...]:
+    """Without other libraries' modules: there are none for gates."""
+    return tuple(name for name in names if not CONTENDERS[name].library)
+
+
 DEFAULT_SHAPES = (SHAPES[1], SHAPES[3])
 # Maps of 49 to 4096 positions, for attention over all of them.
 SIZES = ((7, 7), (8, 8), (14, 14), (1, 197), (16, 16), (32, 32), (64, 64))
@@ -20,7 +26,7 @@ DEFAULT_DTYPE = "float32" if DEVICE.type == "cpu" else "bfloat16"
 # Option: the argument of a benchmark, what there is of it, what is chosen.
 OPTIONS: dict[str, tuple[str, Sequence[str], Sequence[str]]] = {
     "--modes": ("mode", tuple(MODES), DEFAULT_MODES),
-    "--contenders": ("gate_contender", tuple(CONTENDERS), DEFAULT_CONTENDERS),
+    "--contenders": ("gate_contender", _own(CONTENDERS), _own(DEFAULT_CONTENDERS)),
     "--dtypes": ("dtype", DTYPES, (DEFAULT_DTYPE,)),
 }
 

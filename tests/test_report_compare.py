@@ -34,6 +34,7 @@ def row(op: str, contender: str, ms: float, **more) -> Row:
 def report(names=DEFAULT_CONTENDERS, **fused) -> Report:
     """Two modules by some contenders; ``fused`` changes the rows of ours of the second."""
     times = {"copy": 1.0, "eager": 8.0, "compile": 4.0, "compile-max-autotune": 3.0, "fused": 2.0, "fused-compile": 2.0}
+    times |= {"timm": 9.0, "timm-compile": 5.0}
     rows = [row("se", name, times[name], peak_bytes=7680) for name in ("copy", *names)]
     rows += [row("eca", name, times[name], peak_bytes=7680) for name in ("copy", *names) if name != "fused"]
     rows.append(row("eca", "fused", **{"ms": 2.0, "peak_bytes": 7680, **fused}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from cases import INTERPRETED
+from outside import library
 from visattn_fast.catalogue import ENTRIES
 from visattn_fast.report.cases import CONTENDERS, Case, choose, matrix
 from visattn_fast.report.counts import dispatched, generated_calls
@@ -42,7 +44,9 @@ def test_mode(op, mode):
 def test_every_contender():
     """Compiled ones too, for real, at a tiny size."""
     rows = {r.contender: r for r in measure(Case("simam", SHAPE), CPU, ONCE, tuple(CONTENDERS)).rows}
-    for name, contender in CONTENDERS.items():
+    own = {name: contender for name, contender in CONTENDERS.items() if not contender.library}
+    assert rows.keys() == {"copy", *own}
+    for name, contender in own.items():
         row = rows[name]
         assert not row.failure, row.failure
         assert row.kernels >= 1
@@ -50,6 +54,19 @@ def test_every_contender():
         assert (row.compile_s is not None) == (contender.compiled is not None)
     assert rows["fused"].kernels == rows["fused-compile"].kernels == 1
     assert rows["compile"].kernels < rows["eager"].kernels
+
+
+@pytest.mark.parametrize("op", ["window_attention", "self_attention"])
+def test_timm(op, monkeypatch):
+    """Its modules, with our parameters, give our results and gradients; without timm they take no part."""
+    library("timm.models.swin_transformer")
+    case = Case(op, (1, 64, 14, 7), mode="both")
+    rows = {r.contender: r for r in measure(case, CPU, ONCE, ("timm", "fused")).rows}
+    assert not any(r.failure for r in rows.values())
+    assert rows["timm"].error < 1e-5
+    for name in ("timm.models.swin_transformer", "timm.layers"):
+        monkeypatch.setitem(sys.modules, name, None)
+    assert not Subject(case, CPU).has("timm")
 
 
 def test_inference_is_eval():

@@ -34,6 +34,7 @@ class Entry:
             and 576 pixels.
         resident: whether there are Triton kernels that keep an image on the chip, too: they move one x less each way.
         ops: that its two directions are made of; without any, ``name_fwd`` and ``name_bwd``.
+        shapes: that the report measures it at; without any, the catalogue's.
         cut: parameters whose gradient leaves out a part of what they do, as the original has it.
         inference: whether forward is all that is fused, and no gradient is asked for.
     """
@@ -52,6 +53,7 @@ class Entry:
     saved: float = 0.08  # four values a pixel, or two a row and a column of a channel
     resident: bool = False
     ops: tuple[str, ...] = ()
+    shapes: tuple[tuple[int, int, int, int], ...] = ()
     cut: tuple[str, ...] = ()
     inference: bool = False
 
@@ -125,6 +127,10 @@ _GAM = Entry(
     ops=("channel_mlp_fwd", "channel_mlp_bwd", "norm_gate_fwd", "norm_gate_bwd"),
 )
 
+# Swin-T's stages at 224 x 224, and a vision transformer's positions at 112 to 256.
+SWIN = ((4, 96, 56, 56), (4, 192, 28, 28), (4, 384, 14, 14), (4, 768, 7, 7))
+_POSITIONS = ((4, 384, 7, 7), (4, 384, 14, 14), (4, 384, 16, 16))
+
 # Attention over all positions, whose weights grow with their square; few channels have two small heads. Queries, keys
 # and values are three maps; backward has a pass for queries and one for keys and values.
 _SELF_ATTENTION = Entry(
@@ -139,6 +145,7 @@ _SELF_ATTENTION = Entry(
     rereads=True,
     layers=True,
     ops=("attention_fwd", "attention_bwd"),
+    shapes=_POSITIONS,
 )
 
 
@@ -242,6 +249,7 @@ ENTRIES = {
             7,
             epilogue=False,
             layers=True,
+            shapes=SWIN,
         ),
         Entry(
             "split_attention",

@@ -19,12 +19,14 @@ class Contender:
         fused: whether it is ours; else it is a rival.
         compiled: the mode of torch.compile; None without it.
         asked: whether it runs only where it is asked for.
+        library: whose module it is, by `rivals`; it takes part where there is one.
     """
 
     about: str
     fused: bool = False
     compiled: str | None = None
     asked: bool = False
+    library: str = ""
 
 
 # On a GPU the clock is that of the device, where a CUDA graph shows as a copy of its inputs and as nothing else.
@@ -34,6 +36,8 @@ CONTENDERS = {
     "compile-max-autotune": Contender(
         "torch.compile of it, mode max-autotune, no CUDA graphs", compiled="max-autotune-no-cudagraphs", asked=True
     ),
+    "timm": Contender("timm's module", library="timm"),
+    "timm-compile": Contender("torch.compile of timm's module", compiled="default", library="timm"),
     "fused": Contender("visattn_fast", fused=True),
     "fused-compile": Contender("torch.compile of visattn_fast", fused=True, compiled="default", asked=True),
 }

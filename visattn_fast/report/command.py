@@ -181,12 +181,15 @@ def _prepare(args: argparse.Namespace) -> Effort:
 
 def _plan(args: argparse.Namespace, dtypes: list[str]) -> list[Case]:
     """What is to be measured; of a quick run the largest sizes last, for which time may not be left."""
-    shapes = tuple(sorted(SHAPES, key=math.prod)) if args.quick else SHAPES
-    if args.shapes:
-        shapes = tuple(parse_shape(text) for text in args.shapes.split(","))
+    given = tuple(parse_shape(text) for text in args.shapes.split(",")) if args.shapes else ()
     layouts, modes = choose(args.layouts, tuple(LAYOUTS)), choose(args.modes, tuple(MODES))
     modules = choose(args.modules, tuple(ENTRIES)) if args.modules else QUICK_MODULES if args.quick else MODULES
-    return [c for c in matrix(modules, shapes, layouts, modes, dtypes) if ENTRIES[c.op].takes(c.shape)]
+    sizes = {name: given or ENTRIES[name].shapes or SHAPES for name in modules}
+    every = list(dict.fromkeys(shape for own in sizes.values() for shape in own))
+    if args.quick and not given:
+        every.sort(key=math.prod)
+    cases = matrix(modules, every, layouts, modes, dtypes)
+    return [c for c in cases if c.shape in sizes[c.op] and ENTRIES[c.op].takes(c.shape)]
 
 
 def _measure(

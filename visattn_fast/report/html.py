@@ -10,11 +10,13 @@ from .tables import Table
 _STYLE = """
 :root { color-scheme: light dark; --font: system-ui, -apple-system, "Segoe UI", Roboto, sans-serif;
   --paper: #fcfcfb; --card: #f1f2f0; --ink: #1d2126; --quiet: #5d646d; --rule: #c9cdd1; --spread: #1d2126;
-  --eager: #858e98; --compile: #3f7cc9; --compile-max-autotune: #8a5fc4; --fused: #d96f14; --fused-compile: #b5386b;
+  --eager: #858e98; --compile: #3f7cc9; --compile-max-autotune: #8a5fc4;
+  --timm: #3d8f5f; --timm-compile: #1f8f96; --fused: #d96f14; --fused-compile: #b5386b;
   --win: #13713a; --loss: #b3261e; --even: #7a5d00; --link: #1f5fae; }
 @media (prefers-color-scheme: dark) { :root {
   --paper: #14171a; --card: #1e2226; --ink: #e8eaec; --quiet: #a0a8b0; --rule: #3b4249; --spread: #e8eaec;
-  --eager: #8b949e; --compile: #5f97dc; --compile-max-autotune: #a987e0; --fused: #f0923c; --fused-compile: #e0709c;
+  --eager: #8b949e; --compile: #5f97dc; --compile-max-autotune: #a987e0;
+  --timm: #62b586; --timm-compile: #45b6bd; --fused: #f0923c; --fused-compile: #e0709c;
   --win: #6fd394; --loss: #ff8a80; --even: #e3c35a; --link: #8ab8f0; } }
 * { box-sizing: border-box; }
 body { margin: 0 auto; max-width: 76rem; padding: 1.5rem 1rem 4rem; background: var(--paper); color: var(--ink);

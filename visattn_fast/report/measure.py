@@ -104,6 +104,7 @@ def measure(
     """Measures the contenders of a case. One that fails, or whose results are wrong, gets a row that says so.
 
     Args:
+        contenders: those of another library only where it is there and has such a module.
         cold: compile without on-disk caches.
     """
     with use_backend(backend):
@@ -112,7 +113,7 @@ def measure(
         found: dict[str, dict[str, Any]] = {"copy": {}}
         oracle = subject.oracle()
         eager = subject.errors(subject.run("eager")(), oracle)
-        for name in contenders:
+        for name in filter(subject.has, contenders):
             try:
                 run = subject.run(name)
                 alone = not any(CONTENDERS[other].compiled for other in runs if other in CONTENDERS)

@@ -20,6 +20,8 @@ PAIRS = {
     "vs eager": ("fused", "eager"),
     "vs compile": ("fused", "compile"),
     "vs max-autotune": ("fused", "compile-max-autotune"),
+    "vs timm": ("fused", "timm"),
+    "vs timm compile": ("fused", "timm-compile"),
     "compiled, vs compile": ("fused-compile", "compile"),
     "compiled, vs max-autotune": ("fused-compile", "compile-max-autotune"),
 }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from collections.abc import Callable
 
 import torch
@@ -10,6 +12,7 @@ from torch import nn
 from ..catalogue import ENTRIES, feature_map
 from .cases import CONTENDERS, Case
 from .memory import peak_bytes, saved_bytes
+from .rivals import of_timm
 from .steps import TRAINING, Results, step
 from .timing import ready
 
@@ -50,10 +53,28 @@ class Subject:
             torch.compiler.reset()
             self._forgotten = True
         function = torch.compile(module, mode=mode) if mode else module
-        return step(self.case.mode, function, (self.x,), (self.x, *module.parameters()), self.grad)
+        return step(self.case.mode, function, (self.x,), (self.x, *self._parameters(module)), self.grad)
+
+    def has(self, contender: str) -> bool:
+        """Whether it takes part: a library's module where there is one for the case, or where its import fails."""
+        with contextlib.suppress(Exception):  # which then is that contender's failure
+            return not CONTENDERS[contender].library or self._timm is not None
+        return True
+
+    @functools.cached_property
+    def _timm(self) -> nn.Module | None:
+        return of_timm(self.plain, self.case.shape)
 
     def _module(self, contender: str) -> nn.Module:
-        return self.fast if CONTENDERS[contender].fused else self.plain
+        rival = self._timm if CONTENDERS[contender].library else self.plain
+        if rival is None:
+            raise ValueError(f"no {CONTENDERS[contender].about} for {self.case}")
+        return self.fast if CONTENDERS[contender].fused else rival
+
+    def _parameters(self, module: nn.Module) -> list[nn.Parameter]:
+        """In the order of `names`."""
+        own = dict(getattr(module, "owner", module).named_parameters())
+        return [own[name] for name, _ in self.plain.named_parameters()]
 
     def oracle(self) -> Results:
         """The results of the reference in float64."""

@@ -42,9 +42,9 @@ _DETAILS = ("GB/s", "kernels", "compile s", "error")
 def notes(report: Report) -> list[str]:
     """How to read the figures."""
     return [
-        "Times are medians. vs eager, vs compile, vs max-autotune: the rival's time over that of fused; compiled, vs"
-        f" ...: over that of fused-compile. Above 1 ours is faster; {SLOWER} marks where it is slower, ~ where the 20th"
-        " to 80th percentiles of the two overlap.",
+        "Times are medians. vs eager, vs compile, vs max-autotune, vs timm: the rival's time over that of fused;"
+        f" compiled, vs ...: over that of fused-compile. Above 1 ours is faster; {SLOWER} marks where it is slower, ~"
+        " where the 20th to 80th percentiles of the two overlap.",
         f"Figures with a slash are of {' / '.join(report.contenders)}: "
         + "; ".join(f"{name} is {CONTENDERS[name].about}" for name in report.contenders)
         + ".",
