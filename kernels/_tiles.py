@@ -52,7 +52,7 @@ def sigmoid(v):
 def gate_grad(s, GATE: tl.constexpr):
     """The derivative of the sigmoid, or of the hard sigmoid, from its value."""
     if GATE == HARD_SIGMOID:
-        return tl.where((s <= 0) | (s >= 1), 0.0, 1 / 6)
+        return tl.where((s <= 0) | (s >= 1), 0.0, tl.full([], 1 / 6, s.dtype))  # a plain number would be float32
     return s * (1 - s)
 
 

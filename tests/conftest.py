@@ -1,14 +1,18 @@
-"""What cuBLAS needs to be deterministic; Triton's interpreter, without what takes most of its time."""
+"""Exact and deterministic products on GPUs; Triton's interpreter, without what takes most of its time."""
 
 from __future__ import annotations
 
 import functools
 import os
 
+import torch
+
 from cases import INTERPRETED
 
 # Asked of by torch.use_deterministic_algorithms, before the first product on a GPU.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+# Convolutions round as products do: by TF32 one algorithm is a hundred times as far off as another.
+torch.backends.cudnn.allow_tf32 = False
 
 if INTERPRETED:
     from triton import language

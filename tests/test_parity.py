@@ -51,7 +51,10 @@ def test_shapes(entry, layout, shape, dtype, device, backend):
     needs_dtype(backend, device, dtype)
     x = feature_map(shape, layout, dtype, device)
     fused = check(entry, x, backend)
-    for name in (("y", "x") if entry.epilogue else ("x",)) if x.numel() else ():
+    ours = ("y",) * entry.epilogue + ("x",) * (
+        device == "cpu" or not entry.layers
+    )  # cuDNN chooses convolutions' layout
+    for name in ours if x.numel() else ():
         assert fused[name].is_contiguous(memory_format=catalogue.LAYOUTS[layout])
 
 

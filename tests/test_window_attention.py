@@ -148,7 +148,7 @@ def test_op(dtype, device, backend):
             tuples = [r if isinstance(r, tuple) else (r,) for r in (got, OPS[op._opname].reference(*arguments))]
             for found, plain in zip(*tuples, strict=True):
                 assert (found.dtype, found.stride()) == (plain.dtype, plain.stride())
-                tolerance = 1e-5 if found.dtype == torch.float32 else 2e-2
+                tolerance = 1e-5 if dtype == torch.float32 else 2e-2
                 torch.testing.assert_close(found, plain, rtol=tolerance, atol=tolerance)
 
 
