@@ -286,7 +286,7 @@ def window_attention_bwd(
     grad: torch.Tensor, qkv: torch.Tensor, bias: torch.Tensor | None, table: torch.Tensor, heads: int, window_h: int,
     window_w: int, shift_h: int, shift_w: int, scale: float, pad_first: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """See `visattn_fast.ops.window_attention`. Windows of up to 64 tokens: reads grad and qkv once, writes dqkv once.
+    """See `visattn_fast.ops.window_attention`. Where one kernel does all, reads grad and qkv once, writes dqkv once.
 
     Raises:
         ValueError: windows of more than 256 tokens.
@@ -298,6 +298,7 @@ def window_attention_bwd(
         whole = together or (x.wide and x.tokens <= WHOLE)
         programs, tensors = groups * heads, (grad.contiguous(), x.qkv, x.bias, x.table)
         dqkv = torch.empty_like(x.qkv)
+        # Of the smallest tiles; where a kernel has larger ones, zeros are left.
         dbias = x.table.new_zeros((1 if together else cdiv(x.tokens, 32), groups, heads, scalars[0], 2, x.meta["D"]))
         rows = (None, None) if together else x.table.new_empty((2, heads, *qkv.shape[:3])).unbind()
         if whole:
@@ -309,9 +310,9 @@ def window_attention_bwd(
             launch(_queries_kernel, programs, *tensors, dqkv, *rows, dbias, *scalars, **meta, parts=parts)
             meta, parts = _tiles(x, _of_pairs(x))
             parts *= cdiv(x.tokens, meta["STEP"])
-            more, fewer = x.shared(parts)
-            dtable = x.table.new_empty((parts * more, *x.table.shape))
-            launch(_table_kernel, more * heads, *tensors, *rows, dtable, *fewer, **meta, ROWS=16, parts=parts)
+            groups, of_pairs = x.shared(parts)
+            dtable = x.table.new_empty((parts * groups, *x.table.shape))
+            launch(_table_kernel, groups * heads, *tensors, *rows, dtable, *of_pairs, **meta, ROWS=16, parts=parts)
         if not together:
             meta, parts = _tiles(x, _of_keys(x))
             launch(_keys_kernel, programs, *tensors, dqkv, *rows, dbias, *scalars, **meta, parts=parts)
