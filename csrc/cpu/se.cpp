@@ -73,8 +73,8 @@ Tensor se_infer(Tensor x, Tensor w1, std::optional<Tensor> b1, Tensor w2, std::o
     const Mlp<A> mlp(w1, w2, s.C);
     Buffer<A> small(s.N * (2 * s.C + mlp.R));
     A *mean = small.get(), *gate = mean + s.N * s.C, *hidden = gate + s.N * s.C;
-    return forward<T>(x, s, mlp, b1, b2, residual, activation, hidden_activation, gate_activation, mean, hidden,
-                      gate);
+    return forward<T>(x, s, mlp, b1, b2, residual, activation, hidden_activation, gate_activation, mean,
+                      hidden, gate);
   });
 }
 
