@@ -29,8 +29,10 @@ kernels: $(VENV)/installed
 	$(BIN)/python -m tools.cuda_objects
 
 # The native CUDA kernels, where nvcc and a CUDA torch are: with that machine's own torch, and nothing to download.
+# pip hides what compilers say, so that it only installs the Python code.
 ext-cuda:
-	VISATTN_BUILD_CUDA=1 $(PYTHON) -m pip install --no-build-isolation --no-deps --editable .
+	VISATTN_BUILD_EXT=0 $(PYTHON) -m pip install --quiet --no-build-isolation --no-deps --editable .
+	VISATTN_BUILD_CUDA=only $(PYTHON) setup.py build_ext --inplace --force
 	$(PYTHON) -c "from visattn_fast import native; raise SystemExit(native.load(native.CUDA_LIBRARY))"
 
 # What is proven of each kernel, and where: docs/evidence.md.

@@ -2,6 +2,7 @@
 
 VISATTN_BUILD_EXT=1 makes a failed build an error, VISATTN_BUILD_EXT=0 skips it. VISATTN_BUILD_CUDA=1 builds the CUDA
 library as well, with nvcc of CUDA_HOME or of the path, for TORCH_CUDA_ARCH_LIST; if that fails, the rest is there.
+VISATTN_BUILD_CUDA=only builds nothing else, and a failure is an error.
 """
 
 from __future__ import annotations
@@ -34,32 +35,34 @@ FLAGS = [
 ]
 NVCC_FLAGS = [flag for flag in FLAGS if flag.startswith(("-std", "-O"))]
 NVCC_FLAGS += ["--expt-relaxed-constexpr", "--extended-lambda", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+NVCC_FLAGS += ["--diag-suppress=128"]  # loops that some instances of a template have no turn of
 STABLE_ABI = ("TORCH_TARGET_VERSION", "0x020b000000000000")  # PyTorch 2.11: one library serves it and all later ones
 
 
 def give_up(why: str, library: str = "native") -> None:
     """Says why there is no native library, or stops if one is demanded."""
-    if CHOICE == "1" and library == "native":
-        raise RuntimeError(f"VISATTN_BUILD_EXT=1, but {why}")
+    if CUDA_CHOICE == "only" or (CHOICE == "1" and library == "native"):
+        raise RuntimeError(f"the {library} library was asked for, but {why}")
     print(f"visattn_fast: installing without the {library} library: {why}", file=sys.stderr)
 
 
 def extensions() -> list[Extension]:
     """The native library: plain shared code that torch.ops.load_library loads, not a Python module."""
-    if CHOICE == "0":
+    if CHOICE == "0" and CUDA_CHOICE != "only":
         return []
     if find_spec("torch") is None:
         give_up("torch is not installed here (pip install --no-build-isolation uses the installed one)")
         return []
-    sources, headers = sorted(glob("csrc/cpu/*.cpp")), [*sorted(glob("csrc/cpu/*.h")), "csrc/cuda/plan.h"]
-    found = [Extension("visattn_fast._C", sources, depends=headers, language="c++", extra_compile_args=FLAGS)]
-    if CUDA_CHOICE == "1":
-        sources = sorted([*glob("csrc/cuda/*.cu"), *glob("csrc/cuda/*.cpp")])
-        headers += sorted([*glob("csrc/cuda/*.cuh"), *glob("csrc/cuda/*.h")])
-        found.append(
-            Extension("visattn_fast._CUDA", sources, depends=headers, language="c++", extra_compile_args=FLAGS)
-        )
-    return found
+    headers = [*sorted(glob("csrc/cpu/*.h")), "csrc/cuda/plan.h"]
+    found = {"_C": (sorted(glob("csrc/cpu/*.cpp")), headers)}
+    if CUDA_CHOICE in ("1", "only"):
+        sources = sorted(glob("csrc/cuda/*.cu")) + sorted(glob("csrc/cuda/*.cpp"))  # what takes longest comes first
+        found["_CUDA"] = sources, headers + sorted([*glob("csrc/cuda/*.cuh"), *glob("csrc/cuda/*.h")])
+    return [
+        Extension(f"visattn_fast.{name}", sources, depends=depends, language="c++", extra_compile_args=FLAGS)
+        for name, (sources, depends) in found.items()
+        if name == "_CUDA" or CUDA_CHOICE != "only"
+    ]
 
 
 def gencode(architectures: str) -> list[str]:
@@ -79,7 +82,8 @@ def use_cuda(extension: Extension) -> str:
     if torch.version.cuda is None:
         raise RuntimeError("the CUDA library needs a torch that is built with CUDA")
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    nvcc = shutil.which("nvcc", path=os.path.join(home, "bin") if home else None)
+    places = [os.path.join(home, "bin")] if home else [None, "/usr/local/cuda/bin"]  # None: the path
+    nvcc = next(filter(None, (shutil.which("nvcc", path=place) for place in places)), None)
     if nvcc is None:
         raise RuntimeError("the CUDA library needs nvcc: set CUDA_HOME")
     homes = [home] if home else [os.path.dirname(os.path.dirname(os.path.realpath(nvcc))), "/usr/local/cuda"]

@@ -10,7 +10,7 @@ LIBRARY = Path(__file__).with_name("_C.so")
 CUDA_LIBRARY = Path(__file__).with_name("_CUDA.so")
 _HOW = {
     LIBRARY: "pip install --no-build-isolation with a C++ compiler builds it",
-    CUDA_LIBRARY: "make ext-cuda, or VISATTN_BUILD_CUDA=1 pip install --no-build-isolation with nvcc builds it",
+    CUDA_LIBRARY: "make ext-cuda, or VISATTN_BUILD_CUDA=1 pip install -v --no-build-isolation with nvcc builds it",
 }
 _lock = threading.Lock()
 

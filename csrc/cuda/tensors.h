@@ -46,9 +46,9 @@ inline Tensor empty_on(const Tensor& x, const std::vector<int64_t>& sizes,
                        const std::vector<int64_t>& strides, ScalarType dtype) {
   AtenTensorHandle handle = nullptr;
   const int32_t code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
-                                                         strides.data(), code, aoti_torch_device_type_cuda(),
-                                                         x.get_device_index(), &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
+                                                  strides.data(), code, aoti_torch_device_type_cuda(),
+                                                  x.get_device_index(), &handle));
   return Tensor(handle);
 }
 
@@ -116,7 +116,7 @@ inline Weight<PlainMemory> weight(const std::optional<Tensor>& w, std::vector<Te
 inline Call call_on(const Tensor& x, const int64_t* sizes) {
   const int device = x.get_device_index();
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
   return {device, stream, sizes};
 }
 
