@@ -28,6 +28,6 @@ def test_objects():
     """One element type, images whose rows are aligned, each target: no spills, wide accesses."""
     chosen = [s for s in cuda_objects.SOURCES if s.stem.endswith("bfloat16")]
     kernels = cuda_objects.compile_all(chosen, cuda_objects.TARGETS, "-DVISATTN_FEW_KERNELS")
-    assert sum(k.variant is not None for k in kernels) == 16 * len(cuda_objects.TARGETS)
+    assert sum(k.variant is not None for k in kernels) == 16 * len(cuda_objects.TARGETS) - 8  # no clusters on sm_80
     faults = [fault for kernel in kernels for fault in kernel.faults]
     assert not faults, "\n".join(faults)

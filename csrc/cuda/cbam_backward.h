@@ -169,14 +169,18 @@ VF_DEVICE void cbam_backward(Exec& ex, const CbamBackward<typename Exec::Memory,
       ex.sync_block();
     }
     sum_both_ways(image, x, [&](int i, const Pack<T, S>& pack, float row_gate, const float (&gates)[S]) {
-      if (S != V || !act) return get_pack<S>(upstream, i);
-      float gated[S];
-      VF_UNROLL
-      for (int j = 0; j < S; ++j) {
-        gated[j] =
-            static_cast<float>(pack.v[j]) * (kNhwc ? gates[j] : row_gate) * (kNhwc ? row_gate : gates[j]);
+      if constexpr (S == V) {
+        if (act) {
+          float gated[S];
+          VF_UNROLL
+          for (int j = 0; j < S; ++j) {
+            gated[j] =
+                static_cast<float>(pack.v[j]) * (kNhwc ? gates[j] : row_gate) * (kNhwc ? row_gate : gates[j]);
+          }
+          return apply(i, gated);
+        }
       }
-      return apply(i, gated);
+      return get_pack<S>(upstream, i);
     });
     image.convolution();
     sum_through_maps(image, x);
