@@ -85,6 +85,7 @@ inline FeatureMap dense_map(const Tensor& t, const Shape& s, bool nhwc) {
 inline Tensor empty_strided(int64_t dims, const int64_t* sizes, const int64_t* strides, ScalarType dtype) {
   AtenTensorHandle handle = nullptr;
   const int32_t code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  // Not STABLE_TORCH_ERROR_CODE_CHECK, which PyTorch 2.11 does not have yet.
   TORCH_ERROR_CODE_CHECK(
       aoti_torch_empty_strided(dims, sizes, strides, code, aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
