@@ -1,7 +1,8 @@
 """Small maps, where what is timed is the host: microseconds a call, blocks of eager and fused calls in turn.
 
 ``python -m bench.small_maps`` prints a table for SE, ECA and CBAM at [1, 64, 7, 7], on one thread and on two.
-``--ops``, ``--shape`` and ``--threads`` choose others; ``--least`` is for a machine that is not quiet.
+``--ops``, ``--shape`` and ``--threads`` choose others; ``--least`` is for a machine that is not quiet. With ``--device
+cuda`` the clock is the host's, too, and stops when the device has done a block; ``--backend`` serves the fused modules.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Callable
 
 import torch
 
+from visattn_fast.backends import use_backend
 from visattn_fast.report.cases import Case, parse_shape
 from visattn_fast.report.steps import DEFAULT_MODES
 from visattn_fast.report.subject import Subject
@@ -29,7 +31,8 @@ def least(seconds: list[float]) -> float:
 
 
 def block(subject: Subject, contender: str) -> Run:
-    """``CALLS`` calls. A model enters ``no_grad`` once, not for each of its modules, and so does a block."""
+    """``CALLS`` calls, done. A model enters ``no_grad`` once, not for each of its modules, and so does a block."""
+    done = torch.cuda.synchronize if subject.device.type == "cuda" else int
     run: Run = subject.run(contender)
     if subject.case.mode == "forward":
         run = functools.partial(subject.fast if contender == "fused" else subject.plain, subject.x)
@@ -38,25 +41,28 @@ def block(subject: Subject, contender: str) -> Run:
         with torch.set_grad_enabled(subject.case.mode == "both"):
             for _ in range(CALLS):
                 run()
+        done()
 
     return calls
 
 
-def microseconds(case: Case, seconds: float, summary: Summary) -> dict[str, float]:
-    """What a call of each contender takes."""
-    subject = Subject(case, torch.device("cpu"))
+def microseconds(case: Case, seconds: float, summary: Summary, device: str = "cpu") -> dict[str, float]:
+    """What a call of each contender takes, by the host's clock."""
+    subject = Subject(case, torch.device(device))
     runs = {name: block(subject, name) for name in CONTENDERS}
     times = interleaved(runs, torch.device("cpu"), Effort(seconds, fewest=50, most=100_000))
     return {name: 1e6 * summary(found) / CALLS for name, found in times.items()}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Microseconds a call on small maps, on this CPU.")
+    parser = argparse.ArgumentParser(description="Microseconds a call on small maps.")
     parser.add_argument("--ops", default="se,eca,cbam", help="modules of the catalogue (default %(default)s)")
     parser.add_argument("--shape", type=parse_shape, default="1x64x7x7", help="N x C x H x W (default %(default)s)")
     parser.add_argument("--threads", default="1,2", help="numbers of threads (default %(default)s)")
     parser.add_argument("--seconds", type=float, default=2.0, help="for each row (default %(default)s)")
     parser.add_argument("--least", action="store_true", help="5th percentiles, for a busy machine, not medians")
+    parser.add_argument("--device", default="cpu", help="default %(default)s")
+    parser.add_argument("--backend", default="auto", help="of the fused modules (default %(default)s)")
     args = parser.parse_args()
     summary: Summary = least if args.least else statistics.median
     print("| module | threads | mode | eager us | fused us | fused / eager |\n|---|---|---|---|---|---|")
@@ -64,7 +70,8 @@ def main() -> None:
         torch.set_num_threads(threads)
         for op in args.ops.split(","):
             for mode in DEFAULT_MODES:
-                found = microseconds(Case(op, args.shape, mode=mode), args.seconds, summary)
+                with use_backend(args.backend):
+                    found = microseconds(Case(op, args.shape, mode=mode), args.seconds, summary, args.device)
                 eager, fused = (found[name] for name in CONTENDERS)
                 print(f"| {op} | {threads} | {mode} | {eager:.1f} | {fused:.1f} | {fused / eager:.2f} |", flush=True)
 

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._heuristics import cdiv, splits, vector_block
+from ._heuristics import cdiv, next_power_of_2, splits, vector_block
 from ._launch import launch
 from ._pool import combine
 from ._tiles import sigmoid
@@ -65,33 +65,33 @@ def _conv_weight_grad_kernel(
     dq_ptr, maps_ptr, parts_ptr, bias_parts_ptr, H, W, steps,
     K: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """parts [N, parts, 2 K K] = sum over one part of the pixels of dq [N, H, W] * shifted maps [N, 2, H, W].
+    """parts [N, parts, 2, K, K] = sum over one part of the pixels of dq [N, H, W] * shifted maps [N, 2, H, W].
 
-    bias_parts [N, parts]: of dq alone.
+    A program has one row of taps. bias_parts [N, parts]: of dq alone.
     """
     acc_ty = dq_ptr.dtype.element_ty
-    TAPS: tl.constexpr = 2 * K * K
     HW = H * W
-    blocks = tl.cdiv(TAPS, BLOCK_T)
-    t = tl.program_id(0) % blocks * BLOCK_T + tl.arange(0, BLOCK_T)
-    n = (tl.program_id(0) // blocks).to(tl.int64)
+    row = tl.program_id(0) % (2 * K)
+    n = (tl.program_id(0) // (2 * K)).to(tl.int64)
     part = tl.program_id(1)
-    i, dh, dw = t // (K * K), t // K % K - K // 2, t % K - K // 2
+    dh = row % K - K // 2
+    t = tl.arange(0, BLOCK_T)
+    maps_ptr += (n * 2 + row // K) * HW + dh * W
     acc = tl.zeros([BLOCK_T, BLOCK_P], acc_ty)
     total = tl.zeros([BLOCK_P], acc_ty)
     for step in range(steps):
         p = (part * steps + step) * BLOCK_P + tl.arange(0, BLOCK_P)
-        y = (p // W)[None, :] + dh[:, None]
-        x = (p % W)[None, :] + dw[:, None]
-        inside = (t < TAPS)[:, None] & (p < HW)[None, :] & (y >= 0) & (y < H) & (x >= 0) & (x < W)
-        v = tl.load(maps_ptr + (n * 2 + i[:, None]) * HW + y * W + x, mask=inside, other=0.0)
+        y = p // W + dh
+        x = (p % W)[None, :] + t[:, None] - K // 2
+        inside = ((p < HW) & (y >= 0) & (y < H))[None, :] & (t < K)[:, None] & (x >= 0) & (x < W)
+        v = tl.load(maps_ptr + p[None, :] + t[:, None] - K // 2, mask=inside, other=0.0)
         dq = tl.load(dq_ptr + n * HW + p, mask=p < HW, other=0.0)
         acc += v * dq[None, :]
         total += dq
-    row = n * tl.num_programs(1) + part
-    tl.store(parts_ptr + row * TAPS + t, tl.sum(acc, 1), mask=t < TAPS)
+    out = n * tl.num_programs(1) + part
+    tl.store(parts_ptr + (out * 2 * K + row) * K + t, tl.sum(acc, 1), mask=t < K)
     if bias_parts_ptr is not None:
-        tl.store(bias_parts_ptr + row, tl.sum(total, 0), mask=tl.program_id(0) % blocks == 0)
+        tl.store(bias_parts_ptr + out, tl.sum(total, 0), mask=row == 0)
 
 
 def conv_gate(
@@ -121,15 +121,13 @@ def conv_gate_bwd(
         _conv_maps_grad_kernel, N * cdiv(H * W, block),
         dq, wconv.contiguous(), dmaps, H, W, K=K, BLOCK_P=block,
     )  # fmt: skip
-    taps = 2 * K * K
-    block_t, block = 16, vector_block(H * W, 128)
-    blocks = cdiv(taps, block_t)
-    parts, steps = splits(N * blocks, cdiv(H * W, block))
-    partial = maps.new_empty((1, N * parts, taps))
+    rows, block = 2 * K, vector_block(H * W, 512)
+    parts, steps = splits(N * rows, cdiv(H * W, block))
+    partial = maps.new_empty((1, N * parts, rows * K))
     of_bias = maps.new_empty((1, N * parts, 1)) if biases else None
     launch(
-        _conv_weight_grad_kernel, N * blocks,
-        dq, maps, partial, of_bias, H, W, steps, K=K, BLOCK_T=block_t, BLOCK_P=block, parts=parts,
+        _conv_weight_grad_kernel, N * rows,
+        dq, maps, partial, of_bias, H, W, steps, K=K, BLOCK_T=next_power_of_2(K), BLOCK_P=block, parts=parts,
     )  # fmt: skip
     dbias = maps.new_empty(biases)
     if of_bias is not None:

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._heuristics import SCALE_TILE, Reduction, reduction, tile, tiles
+from ._heuristics import Reduction, grain, reduction, tile, tiles
 from ._launch import launch
 from ._layout import Layout
 from ._tiles import NONE, activate, activation_grad, program_tile, tile_mask, tile_offsets
@@ -236,7 +236,7 @@ def scale(
 ) -> torch.Tensor:  # fmt: skip
     """y = act(x * gates [+ shift [N, C]] + residual), in x's layout. Reads x (and the residual) and writes y."""
     y = layout.empty(x)
-    t = tile(layout, SCALE_TILE)
+    t = tile(layout, *grain("scale", layout))
     launch(
         _scale_kernel, tiles(layout, t),
         x, channel_gate, spatial_gate, shift, None if residual is None else layout.dense(residual), y,
@@ -258,7 +258,8 @@ def gate_grads(
     - parts [N, S, HW] of the sum over channels of g' x * channel_gate, where there is a spatial gate.
     """
     N, C, HW = layout.N, layout.C, layout.HW
-    t, blocks, parts, steps = reduction(layout, over_c=not layout.channels_last)
+    name = "gate gradient" if spatial_gate is None else "gate gradients"
+    t, blocks, parts, steps = reduction(layout, not layout.channels_last, *grain(name, layout))
     slots_c, slots_p = (parts, blocks) if layout.channels_last else (blocks, parts)
     dchannel = channel_gate.new_empty((N, slots_c + more_slots, C))
     dspatial = None if spatial_gate is None else channel_gate.new_empty((N, slots_p, HW))
@@ -279,7 +280,7 @@ def gate_sums(x: torch.Tensor, layout: Layout, weight: torch.Tensor) -> tuple[to
     weight is [N, C].
     """
     N, C, HW = layout.N, layout.C, layout.HW
-    t, blocks, parts, steps = reduction(layout, over_c=not layout.channels_last)
+    t, blocks, parts, steps = reduction(layout, not layout.channels_last, *grain("gate gradients", layout))
     slots_c, slots_p = (parts, blocks) if layout.channels_last else (blocks, parts)
     sums, weighted = weight.new_empty((N, slots_c, C)), weight.new_empty((N, slots_p, HW))
     launch(
@@ -291,8 +292,8 @@ def gate_sums(x: torch.Tensor, layout: Layout, weight: torch.Tensor) -> tuple[to
 
 
 def map_grads_reduction(layout: Layout) -> Reduction:
-    """map_grads fills a slot for each part. Tiles are large: each block of channels reads the maps again."""
-    return reduction(layout, over_c=False, elements=SCALE_TILE)
+    """map_grads fills a slot for each part. Each block of channels reads the maps again."""
+    return reduction(layout, False, *grain("map gradients", layout))
 
 
 def map_grads(
@@ -323,7 +324,7 @@ def input_grad(
     With pooled and maps the argmaxima may count equals, and tiles of x are read where one does; else none are.
     """
     dx = layout.empty(x)
-    t = tile(layout, SCALE_TILE)
+    t = tile(layout, *grain("input gradient" if dmaps is None else "input gradient, maps", layout))
     launch(
         _dx_kernel, tiles(layout, t),
         grad, channel_gate, spatial_gate, dpooled, argmax_hw, dmaps, argmax_c, ws, dz,

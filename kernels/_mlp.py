@@ -64,7 +64,7 @@ def _weight_grad_kernel(
     dw2 = tl.zeros([BLOCK_C, BLOCK_R], acc_ty)
     db1 = tl.zeros([BLOCK_R], acc_ty)
     db2 = tl.zeros([BLOCK_C], acc_ty)
-    for n in tl.range(0, N, loop_unroll_factor=4):
+    for n in tl.range(0, N, loop_unroll_factor=8):
         dz = tl.load(dz_ptr + tl.cast(n, tl.int64) * C + c, mask=c < C, other=0.0)
         db2 += dz
         for branch in tl.static_range(BRANCHES):

@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._heuristics import SCALE_TILE, TILE, cdiv, next_power_of_2, reduction, vector_block
+from ._heuristics import TILE, cdiv, grain, next_power_of_2, reduction, vector_block
 from ._launch import launch
 from ._layout import Layout, accumulation_dtype
 from ._tiles import INDEX_MAX, NONE, SIGMOID, activate, gate_grad, max_first, tile_mask, tile_offsets
@@ -160,8 +160,8 @@ def _pool(
     x: torch.Tensor, gate: torch.Tensor | None, layout: Layout, with_max: bool, over_c: bool, even: bool = False
 ) -> tuple[torch.Tensor, Any]:
     N, C, HW = layout.N, layout.C, layout.HW
-    # With the channels inside, one tile is nearly the whole reduction over them: make it worth a program.
-    t, blocks, parts, steps = reduction(layout, over_c, SCALE_TILE if over_c and layout.channels_last else TILE)
+    name = "maps" if over_c else "mean and maximum" if with_max else "mean"
+    t, blocks, parts, steps = reduction(layout, over_c, *grain(name, layout))
     kept, reduced = (HW, C) if over_c else (C, HW)
 
     def allocate(rows: int) -> tuple[torch.Tensor, torch.Tensor | None]:

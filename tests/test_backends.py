@@ -69,11 +69,14 @@ def test_unknown_backend():
 
 
 def test_gpu_paths_are_opt_in(monkeypatch):
-    """Kernels that no such device has run yet are not chosen by themselves."""
-    triton = vf.backends("cuda")["triton"]
-    assert triton.opt_in
-    assert select("cuda", torch.float32, "auto") == "reference"
+    """Kernels that no such device has run yet, or that are slower, are not chosen by themselves."""
     module = sys.modules["visattn_fast.backends"]  # the name is that of a function, too
+    for proven, chosen in (((), "reference"), (("cuda",), "triton")):
+        monkeypatch.setattr(module, "_TRITON_PROVEN", proven)
+        module._probe.cache_clear()
+        assert bool(vf.backends("cuda")["triton"].opt_in) == (not proven)
+        assert module._select.__wrapped__("cuda", torch.float32, "auto") == chosen
+    module._probe.cache_clear()
     monkeypatch.setattr(module, "_why_no_cuda", lambda device_type: ())
     native = module._probe.__wrapped__("cuda", "cuda")
     assert native.available

@@ -21,9 +21,9 @@ _DTYPES = {
     "triton": (torch.float32, torch.float64, torch.float16, torch.bfloat16),
 }
 _TRITON_KEYS = {"cuda": "CUDA", "xpu": "XPU", "cpu": "CPU"}  # the last under the interpreter alone
-_TRITON_PROVEN = ()  # device types on which the Triton kernels have passed their tests; others are opt-in
-
-_CUDA_PROVEN = ()  # the same of the native CUDA kernels
+# Device types on which the Triton kernels have passed their tests; others are opt-in. AMD's go by the same name.
+_TRITON_PROVEN = ("cuda",) if torch.version.cuda else ()
+_CUDA_FASTER = ()  # those on which the native CUDA kernels are right, and faster than Triton's
 
 _preference = "auto"
 
@@ -182,7 +182,7 @@ def _probe(name: str, device_type: str) -> Backend:
     if name == "cuda":
         missing = _why_no_cuda(device_type)
         opt_in = (
-            "" if missing or device_type in _CUDA_PROVEN else "not yet run on a GPU: opt-in; serves SE, ECA and CBAM"
+            "" if missing or device_type in _CUDA_FASTER else "slower than Triton's: opt-in; serves SE, ECA and CBAM"
         )
         return Backend(name, device_type, _DTYPES[name], missing, opt_in)
     if name == "cpp":
