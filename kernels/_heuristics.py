@@ -72,8 +72,9 @@ GRAINS = {
 
 
 def grain(name: str, layout: Layout) -> Grain:
-    """That of a pass over x."""
-    return GRAINS[name][layout.channels_last]
+    """That of a pass over x. AMD's warps have twice the threads, which keep 16 bytes each."""
+    found = GRAINS[name][layout.channels_last]
+    return found._replace(a_thread=max(found.a_thread, 16)) if amd() else found
 
 
 def _per_warp(layout: Layout, a_thread: int = 16) -> int:
