@@ -33,23 +33,18 @@ def hold(shape, dtype, target):
 
 
 @pytest.mark.parametrize("target", compiled.TARGETS)
-@pytest.mark.parametrize("shape", [compiled.SHAPES[0], compiled.SHAPES[3]], ids=size)
-def test_every_target(shape, target):
-    hold(shape, torch.bfloat16, target)
+def test_every_target(target):
+    hold(compiled.SHAPES[0], torch.bfloat16, target)
 
 
-@pytest.mark.parametrize("shape", [*compiled.SHAPES[1:3], compiled.SHAPES[4]], ids=size)
+@pytest.mark.parametrize("shape", compiled.SHAPES[1:], ids=size)
 def test_other_shapes(shape):
     hold(shape, torch.bfloat16, "sm_90")
 
 
-@pytest.mark.parametrize(
-    ("dtype", "target"),
-    [(torch.float16, "sm_90"), (torch.float32, "sm_90"), (torch.float32, "gfx942")],
-    ids=lambda p: str(p).removeprefix("torch."),
-)
-def test_other_dtypes(dtype, target):
-    hold(compiled.SHAPES[0], dtype, target)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_other_dtypes(dtype):
+    hold(compiled.SHAPES[0], dtype, "sm_90")
 
 
 def test_large_windows():
