@@ -99,9 +99,9 @@ class Reduction(NamedTuple):
     steps: int
 
 
-def reduction(layout: Layout, over_c: bool, elements: int = TILE) -> Reduction:
+def reduction(layout: Layout, over_c: bool, elements: int = TILE, inner_block: int = INNER_BLOCK) -> Reduction:
     """Over the channels of each pixel, or over the pixels of each channel."""
-    t = tile(layout, elements)
+    t = tile(layout, elements, inner_block)
     blocks_c, blocks_p = cdiv(layout.C, t.BLOCK_C), cdiv(layout.HW, t.BLOCK_P)
     kept, reduced = (blocks_p, blocks_c) if over_c else (blocks_c, blocks_p)
     return Reduction(t, kept, *splits(layout.N * kept, reduced))

@@ -19,7 +19,9 @@ from ._heuristics import (
     PLANE_TILE,
     SCALE_TILE,
     TILE,
+    Reduction,
     Tile,
+    amd,
     cdiv,
     next_power_of_2,
     plane_tile,
@@ -68,7 +70,7 @@ def _exchanges(layout: Layout, gate: Gate) -> bool:
 
 def _for_halves(t: Tile, layout: Layout, gate: Gate) -> Tile:
     """Half as many threads where tiles are made of halves, so that each still has a whole 16 bytes of a half."""
-    return t._replace(num_warps=max(t.num_warps // 2, 1)) if _exchanges(layout, gate) else t
+    return t._replace(num_warps=max(t.num_warps // 2, 1)) if amd() and _exchanges(layout, gate) else t
 
 
 def _plane_tile(layout: Layout, gate: Gate, backward: bool = False) -> Tile | None:
@@ -76,7 +78,18 @@ def _plane_tile(layout: Layout, gate: Gate, backward: bool = False) -> Tile | No
     # has enough for the largest tiles.
     half = backward or _exchanges(layout, gate)
     t = None if gate.shared else plane_tile(layout, PLANE_TILE // 2 if half else PLANE_TILE)
-    return t and _for_halves(t, layout, gate)
+    if t is None:
+        return None
+    if layout.align >= 8 and not amd():
+        t = t._replace(
+            num_warps=max(t.num_warps // 2, 1)
+        )  # addresses and channels' values serve twice as many elements
+    return _for_halves(t, layout, gate)
+
+
+def _reduction(layout: Layout) -> Reduction:
+    # Where all lanes of a warp lie along the channels, its warps' sums fall into one bank of shared memory.
+    return reduction(layout, over_c=False, inner_block=64) if layout.channels_last else reduction(layout, over_c=False)
 
 
 def self_gate(
@@ -101,7 +114,7 @@ def self_gate(
 
 def statistics(x: torch.Tensor, layout: Layout, gate: Gate) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and scale [G, C]. Reads x once."""
-    t, blocks, parts, steps = reduction(layout, over_c=False)
+    t, blocks, parts, steps = _reduction(layout)
     groups, images = gate.groups(layout)
     partial = x.new_empty((layout.N, parts, 2, layout.C), dtype=accumulation_dtype(x))
     mean = partial.new_empty((groups, layout.C))
@@ -143,7 +156,7 @@ def self_gate_bwd(
     residual: torch.Tensor | None, activation: int, fixed: bool = False, z: torch.Tensor | None = None,
     dz: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:  # fmt: skip
-    """(dx, dresidual, sums): sums [G, 2 or 3, C] are of r, r d (and r d^2), None where no parameter needs them.
+    """(dx, dresidual, sums): sums [G, 2, C] are of r and r d, None where no parameter needs them.
 
     Reads x and grad once if planes fit in a tile, or if the statistics are `fixed`, else twice. With an activation, g'
     is written once more and returned as dresidual (else empty: it is grad), and a residual is read once. z, which may
@@ -167,9 +180,9 @@ def self_gate_bwd(
         return dx, dresidual, sums
     stats_n = 0 if gate.shared else C
     groups, images = gate.groups(layout)
-    t, blocks, parts, steps = reduction(layout, over_c=False)
+    t, blocks, parts, steps = _reduction(layout)
     t = _for_halves(t, layout, gate)
-    partial = mean.new_empty((layout.N, parts, 3, C))
+    partial = mean.new_empty((layout.N, parts, 2, C))
     launch(
         _sums_kernel, layout.N * blocks,
         grad, x, z, residual, mean, scale, *gate.parameters, dresidual, dx if fixed else None, dz if fixed else None,
@@ -177,8 +190,8 @@ def self_gate_bwd(
         C, HW, gate.width, layout.stride_n, layout.stride_o, stats_n, steps,
         KIND=gate.kind.value, ACTIVATION=activation, **t._asdict(), parts=parts,
     )  # fmt: skip
-    sums = mean.new_empty((groups, 3, C))
-    combine(partial.view(groups, images * parts, 3 * C), None, sums)
+    sums = mean.new_empty((groups, 2, C))
+    combine(partial.view(groups, images * parts, 2 * C), None, sums)
     if not fixed:
         t = _for_halves(tile(layout, SCALE_TILE), layout, gate)
         launch(

@@ -109,20 +109,31 @@ def deviation_and_gate(x, mean, scale, a, b, k, spatial, KIND: tl.constexpr):
         t = tl.where(spatial, a * scale, 0.0)[:, None] * d + tl.where(spatial, b, b + k * mean)[:, None]
     else:
         t = (a * scale)[:, None] * d + b[:, None]
-    return d, sigmoid(t)
+    return d, sigmoid(t, POSITIVE=KIND == SIMAM)
 
 
 @triton.jit
-def dx_tile(base, r, d, mean, scale, a, k, spatial, sum_r, sum_rd, sum_rdd, count, KIND: tl.constexpr):
-    """base + r (2 q d + a) + u d + v; sums over the `count` values behind a statistic."""
+def summands(r, d, KIND: tl.constexpr):
+    """The two tiles whose sums over pixels `dx_tile` needs: r d and r d^2 of SimAM, r and r d of the others."""
+    rd = r * d
     if KIND == SIMAM:
-        u = -8 * scale * scale * sum_rdd / tl.maximum(count - 1, 1)
-        v = -2 * scale * sum_rd / count
+        first, second = rd, rd * d
+    else:
+        first, second = r, rd
+    return first, second
+
+
+@triton.jit
+def dx_tile(base, r, d, mean, scale, a, k, spatial, first, second, count, KIND: tl.constexpr):
+    """base + r (2 q d + a) + u d + v; sums of `summands` over the `count` values behind a statistic."""
+    if KIND == SIMAM:
+        u = -8 * scale * scale * second / tl.maximum(count - 1, 1)
+        v = -2 * scale * first / count
         dx = base + (2 * scale[:, None] * r + u[:, None]) * d + v[:, None]
     else:
         slope = a * scale
-        u = -slope * scale * scale * sum_rd / count
-        mean_r = sum_r / count
+        u = -slope * scale * scale * second / count
+        mean_r = first / count
         v = tl.zeros_like(mean_r)
         if KIND == SHUFFLE:
             slope, u = tl.where(spatial, slope, 0.0), tl.where(spatial, u, 0.0)
