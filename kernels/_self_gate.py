@@ -16,7 +16,9 @@ from typing import Any, NamedTuple
 import torch
 
 from ._heuristics import (
+    INNER_BLOCK,
     PLANE_TILE,
+    PROGRAMS,
     SCALE_TILE,
     TILE,
     Reduction,
@@ -68,9 +70,14 @@ def _exchanges(layout: Layout, gate: Gate) -> bool:
     return gate.kind == SHUFFLE and layout.channels_last
 
 
-def _for_halves(t: Tile, layout: Layout, gate: Gate) -> Tile:
-    """Half as many threads where tiles are made of halves, so that each still has a whole 16 bytes of a half."""
-    return t._replace(num_warps=max(t.num_warps // 2, 1)) if amd() and _exchanges(layout, gate) else t
+def _halved(t: Tile) -> Tile:
+    return t._replace(num_warps=max(t.num_warps // 2, 1))
+
+
+def _tile(t: Tile, layout: Layout, gate: Gate) -> Tile:
+    """Half as many threads: what each computes of a channel serves more elements, and a half of a tile is 16 bytes."""
+    # AMD's warps have twice the threads, and half the instructions per element of them.
+    return _halved(t) if _exchanges(layout, gate) or (layout.align >= 8 and not amd()) else t
 
 
 def _plane_tile(layout: Layout, gate: Gate, backward: bool = False) -> Tile | None:
@@ -78,18 +85,16 @@ def _plane_tile(layout: Layout, gate: Gate, backward: bool = False) -> Tile | No
     # has enough for the largest tiles.
     half = backward or _exchanges(layout, gate)
     t = None if gate.shared else plane_tile(layout, PLANE_TILE // 2 if half else PLANE_TILE)
-    if t is None:
-        return None
-    if layout.align >= 8 and not amd():
-        t = t._replace(
-            num_warps=max(t.num_warps // 2, 1)
-        )  # addresses and channels' values serve twice as many elements
-    return _for_halves(t, layout, gate)
+    return t and _tile(t, layout, gate)
 
 
-def _reduction(layout: Layout) -> Reduction:
-    # Where all lanes of a warp lie along the channels, its warps' sums fall into one bank of shared memory.
-    return reduction(layout, over_c=False, inner_block=64) if layout.channels_last else reduction(layout, over_c=False)
+def _reduction(layout: Layout, gate: Gate | None = None) -> Reduction:
+    # Were all lanes of a warp along the channels, the sums of its warps would meet in one bank of shared memory.
+    exchanges = gate is not None and _exchanges(layout, gate)
+    inner_block = (128 if exchanges else 64) if layout.channels_last else INNER_BLOCK
+    # Backward, registers let a chip run less than PROGRAMS at once; of more, the last ones are a smaller share.
+    r = reduction(layout, over_c=False, inner_block=inner_block, programs=4 * PROGRAMS if gate else PROGRAMS)
+    return r._replace(tile=_halved(r.tile)) if exchanges and amd() else r
 
 
 def self_gate(
@@ -141,7 +146,7 @@ def apply_gate(
 ) -> torch.Tensor:  # fmt: skip
     """y from statistics [G, C]. Reads x once; z, which may be scaled instead, is dense as y is."""
     y = layout.empty(x)
-    t = _for_halves(tile(layout, SCALE_TILE), layout, gate)
+    t = _tile(tile(layout, SCALE_TILE), layout, gate)
     launch(
         _gate_kernel, tiles(layout, t),
         x, z, None if residual is None else layout.dense(residual), y, mean, scale, *gate.parameters,
@@ -180,8 +185,7 @@ def self_gate_bwd(
         return dx, dresidual, sums
     stats_n = 0 if gate.shared else C
     groups, images = gate.groups(layout)
-    t, blocks, parts, steps = _reduction(layout)
-    t = _for_halves(t, layout, gate)
+    t, blocks, parts, steps = _reduction(layout, gate)
     partial = mean.new_empty((layout.N, parts, 2, C))
     launch(
         _sums_kernel, layout.N * blocks,
@@ -193,7 +197,7 @@ def self_gate_bwd(
     sums = mean.new_empty((groups, 2, C))
     combine(partial.view(groups, images * parts, 2 * C), None, sums)
     if not fixed:
-        t = _for_halves(tile(layout, SCALE_TILE), layout, gate)
+        t = _tile(tile(layout, SCALE_TILE), layout, gate)
         launch(
             _self_gate_dx_kernel, tiles(layout, t),
             dresidual if activation else grad, x, z, mean, scale, sums, *gate.parameters, dx, dz,

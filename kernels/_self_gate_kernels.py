@@ -183,7 +183,8 @@ def _sums_kernel(
 ):  # fmt: skip
     """parts [N, parts, 2, C]: sums of `summands` over parts of the pixels; g' where there is an activation.
 
-    Each lane has sums of its own until the end: across warps they meet in shared memory, too slow for every step. With dx, statistics are given and do not depend on x: dx = g s + r a; the first term is dz if there is a z.
+    Each lane has sums of its own until the end: across warps they meet in shared memory, too slow for every step.
+    With dx, statistics are given and do not depend on x: dx = g s + r a; the first term is dz if there is a z.
     """
     acc_ty = mean_ptr.dtype.element_ty
     blocks = tl.cdiv(C, BLOCK_C)
@@ -195,8 +196,10 @@ def _sums_kernel(
     mean = tl.load(mean_ptr + n * stats_n + cx, mask=c < C, other=0.0)
     scale = tl.load(scale_ptr + n * stats_n + cx, mask=c < C, other=0.0)
     a, b, k, spatial = parameters(p0, p1, p2, p3, p4, p5, cx, C, K, acc_ty, KIND)
-    firsts = tl.zeros([BLOCK_C, BLOCK_P], acc_ty)
-    seconds = tl.zeros([BLOCK_C, BLOCK_P], acc_ty)
+    # With the channels inside, a thread has more than one pixel of a tile, and these are in its two halves.
+    HALVES: tl.constexpr = 2 if CHANNELS_LAST and BLOCK_P > 1 else 1
+    firsts = tl.zeros([BLOCK_C, BLOCK_P // HALVES], acc_ty)
+    seconds = tl.zeros([BLOCK_C, BLOCK_P // HALVES], acc_ty)
     for step in range(steps):
         p = (part * steps + step) * BLOCK_P + tl.arange(0, BLOCK_P)
         mask = tile_mask(c, p, C, HW, CHANNELS_LAST, ALIGN)
@@ -216,8 +219,8 @@ def _sums_kernel(
         base = g * s
         r = base * z * (1 - s)
         first, second = summands(r, d, KIND)
-        firsts += first
-        seconds += second
+        firsts += tl.sum(tl.reshape(first, [BLOCK_C, HALVES, BLOCK_P // HALVES]), 1)
+        seconds += tl.sum(tl.reshape(second, [BLOCK_C, HALVES, BLOCK_P // HALVES]), 1)
         if dx_ptr is not None:
             dx = r * (a * scale)[:, None]
             if z_ptr is None:

@@ -105,7 +105,10 @@ def deviation_and_gate(x, mean, scale, a, b, k, spatial, KIND: tl.constexpr):
     if KIND == SIMAM:
         t = scale[:, None] * d * d + 0.5
     elif KIND == SHUFFLE:
-        d = tl.where(spatial[:, None], d, 0.0)
+        # Threads hand each other this mean with `spatial` in it, where they would else divide each channel by K again.
+        # Where a spatial mean is NaN, its scale is, and the gate with it.
+        centre = tl.where(spatial, mean, float("nan"))[:, None]
+        d = tl.where(centre == centre, x - centre, 0.0)
         t = tl.where(spatial, a * scale, 0.0)[:, None] * d + tl.where(spatial, b, b + k * mean)[:, None]
     else:
         t = (a * scale)[:, None] * d + b[:, None]
