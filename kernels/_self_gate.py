@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from . import _heuristics
 from ._heuristics import (
     INNER_BLOCK,
     PLANE_TILE,
@@ -23,7 +24,6 @@ from ._heuristics import (
     TILE,
     Reduction,
     Tile,
-    amd,
     cdiv,
     next_power_of_2,
     plane_tile,
@@ -77,15 +77,17 @@ def _halved(t: Tile) -> Tile:
 def _tile(t: Tile, layout: Layout, gate: Gate) -> Tile:
     """Half as many threads: what each computes of a channel serves more elements, and a half of a tile is 16 bytes."""
     # AMD's warps have twice the threads, and half the instructions per element of them.
-    return _halved(t) if _exchanges(layout, gate) or (layout.align >= 8 and not amd()) else t
+    return _halved(t) if _exchanges(layout, gate) or (layout.align >= 8 and not _heuristics.amd()) else t
 
 
 def _plane_tile(layout: Layout, gate: Gate, backward: bool = False) -> Tile | None:
     # Backward keeps x and grad in registers. Halves of a shuffled tile meet in shared memory, of which not every chip
     # has enough for the largest tiles.
-    half = backward or _exchanges(layout, gate)
-    t = None if gate.shared else plane_tile(layout, PLANE_TILE // 2 if half else PLANE_TILE)
-    return t and _tile(t, layout, gate)
+    exchanges = _exchanges(layout, gate)
+    t = None if gate.shared else plane_tile(layout, PLANE_TILE // 2 if backward or exchanges else PLANE_TILE)
+    if t is None or (backward and exchanges and not _heuristics.amd()):
+        return t  # x in its two orders, and grad: twice as much a thread would be more registers than there are
+    return _tile(t, layout, gate)
 
 
 def _reduction(layout: Layout, gate: Gate | None = None) -> Reduction:
@@ -94,7 +96,7 @@ def _reduction(layout: Layout, gate: Gate | None = None) -> Reduction:
     inner_block = (128 if exchanges else 64) if layout.channels_last else INNER_BLOCK
     # Backward, registers let a chip run less than PROGRAMS at once; of more, the last ones are a smaller share.
     r = reduction(layout, over_c=False, inner_block=inner_block, programs=4 * PROGRAMS if gate else PROGRAMS)
-    return r._replace(tile=_halved(r.tile)) if exchanges and amd() else r
+    return r._replace(tile=_halved(r.tile)) if exchanges and _heuristics.amd() else r
 
 
 def self_gate(
@@ -161,7 +163,7 @@ def self_gate_bwd(
     residual: torch.Tensor | None, activation: int, fixed: bool = False, z: torch.Tensor | None = None,
     dz: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:  # fmt: skip
-    """(dx, dresidual, sums): sums [G, 2, C] are of r and r d, None where no parameter needs them.
+    """(dx, dresidual, sums): sums [G, 2, C] are of r and r d in the order of y, None where not needed.
 
     Reads x and grad once if planes fit in a tile, or if the statistics are `fixed`, else twice. With an activation, g'
     is written once more and returned as dresidual (else empty: it is grad), and a residual is read once. z, which may

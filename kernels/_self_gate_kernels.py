@@ -76,8 +76,8 @@ def _plane_bwd_kernel(
     first, second = summands(r, d, KIND)
     first, second = tl.split(tl.sum(tl.join(first, second), 1))  # both at once: their warps meet once
     if KIND != SIMAM:
-        tl.store(sums_ptr + n * 2 * C + cx, first, mask=c < C)
-        tl.store(sums_ptr + (n * 2 + 1) * C + cx, second, mask=c < C)
+        tl.store(sums_ptr + n * 2 * C + c, first, mask=c < C)
+        tl.store(sums_ptr + (n * 2 + 1) * C + c, second, mask=c < C)
     dx = dx_tile(base, r, d, mean, scale, a, k, spatial, first, second, HW, KIND)
     store_dx(dx_ptr + n * C * HW, dx, c0, c, p, C, HW, KIND, CHANNELS_LAST, ALIGN, BLOCK_C)
 
@@ -229,8 +229,8 @@ def _sums_kernel(
                 tl.store(dz_ptr + offsets, base, mask=mask)
             store_dx(dx_ptr + n * C * HW, dx, c0, c, p, C, HW, KIND, CHANNELS_LAST, ALIGN, BLOCK_C)
     row = (n * tl.num_programs(1) + part) * 2 * C
-    tl.store(parts_ptr + row + cx, tl.sum(firsts, 1), mask=c < C)
-    tl.store(parts_ptr + row + C + cx, tl.sum(seconds, 1), mask=c < C)
+    tl.store(parts_ptr + row + c, tl.sum(firsts, 1), mask=c < C)
+    tl.store(parts_ptr + row + C + c, tl.sum(seconds, 1), mask=c < C)
 
 
 @triton.jit
@@ -249,7 +249,7 @@ def _self_gate_dx_kernel(
     cx = x_channel(c, C, KIND)
     mean = tl.load(mean_ptr + n * stats_n + cx, mask=c < C, other=0.0)
     scale = tl.load(scale_ptr + n * stats_n + cx, mask=c < C, other=0.0)
-    sums = sums_ptr + n * stats_n * 2 + cx
+    sums = sums_ptr + n * stats_n * 2 + c
     first = tl.load(sums, mask=c < C, other=0.0)
     second = tl.load(sums + C, mask=c < C, other=0.0)
     a, b, k, spatial = parameters(p0, p1, p2, p3, p4, p5, cx, C, K, acc_ty, KIND)

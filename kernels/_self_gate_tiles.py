@@ -19,6 +19,12 @@ def x_channel(c, C, KIND: tl.constexpr):
 
 
 @triton.jit
+def y_channel(c, C):
+    """The channel of a shuffled y that channel c of x becomes: the inverse of `x_channel`."""
+    return c % (C // 2) * 2 + c // (C // 2)
+
+
+@triton.jit
 def load_x(
     x_ptr, c0, c, p, C, HW, stride_o, KIND: tl.constexpr, CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr,
     BLOCK_C: tl.constexpr,
