@@ -90,13 +90,11 @@ def _plane_tile(layout: Layout, gate: Gate, backward: bool = False) -> Tile | No
     return _tile(t, layout, gate)
 
 
-def _reduction(layout: Layout, gate: Gate | None = None) -> Reduction:
+def _reduction(layout: Layout, channels: int = 64, programs: int = PROGRAMS) -> Reduction:
     # Were all lanes of a warp along the channels, the sums of its warps would meet in one bank of shared memory.
-    exchanges = gate is not None and _exchanges(layout, gate)
-    inner_block = (128 if exchanges else 64) if layout.channels_last else INNER_BLOCK
-    # Backward, registers let a chip run less than PROGRAMS at once; of more, the last ones are a smaller share.
-    r = reduction(layout, over_c=False, inner_block=inner_block, programs=4 * PROGRAMS if gate else PROGRAMS)
-    return r._replace(tile=_halved(r.tile)) if exchanges and _heuristics.amd() else r
+    return reduction(
+        layout, over_c=False, inner_block=channels if layout.channels_last else INNER_BLOCK, programs=programs
+    )
 
 
 def self_gate(
@@ -187,7 +185,12 @@ def self_gate_bwd(
         return dx, dresidual, sums
     stats_n = 0 if gate.shared else C
     groups, images = gate.groups(layout)
-    t, blocks, parts, steps = _reduction(layout, gate)
+    # Registers let a chip run less than PROGRAMS at once: of more programs, the last ones are a smaller share.
+    exchanges = _exchanges(layout, gate)
+    channels = 256 // x.element_size() if exchanges else 64  # 128 bytes of each half
+    t, blocks, parts, steps = _reduction(layout, channels, 4 * PROGRAMS)
+    if exchanges and _heuristics.amd():
+        t = _halved(t)
     partial = mean.new_empty((layout.N, parts, 2, C))
     launch(
         _sums_kernel, layout.N * blocks,
