@@ -112,9 +112,9 @@ def tiles(layout: Layout, t: Tile) -> int:
     return layout.N * cdiv(layout.C, t.BLOCK_C) * cdiv(layout.HW, t.BLOCK_P)
 
 
-def splits(programs: int, tiles: int) -> tuple[int, int]:
+def splits(programs: int, tiles: int, all_programs: int = PROGRAMS) -> tuple[int, int]:
     """(parts, steps): how many programs share a reduction over `tiles` tiles, and how many tiles each one takes."""
-    wanted = cdiv(PROGRAMS, max(programs, 1))
+    wanted = cdiv(all_programs, max(programs, 1))
     steps = min(max(cdiv(tiles, wanted), MIN_STEPS), tiles)
     return cdiv(tiles, steps), steps
 
@@ -129,13 +129,14 @@ class Reduction(NamedTuple):
 
 
 def reduction(
-    layout: Layout, over_c: bool, elements: int = TILE, inner_block: int = INNER_BLOCK, a_thread: int = 16
-) -> Reduction:
+    layout: Layout, over_c: bool, elements: int = TILE, inner_block: int = INNER_BLOCK, a_thread: int = 16,
+    programs: int = PROGRAMS,
+) -> Reduction:  # fmt: skip
     """Over the channels of each pixel, or over the pixels of each channel."""
     t = tile(layout, elements, inner_block, a_thread)
     blocks_c, blocks_p = cdiv(layout.C, t.BLOCK_C), cdiv(layout.HW, t.BLOCK_P)
     kept, reduced = (blocks_p, blocks_c) if over_c else (blocks_c, blocks_p)
-    return Reduction(t, kept, *splits(layout.N * kept, reduced))
+    return Reduction(t, kept, *splits(layout.N * kept, reduced, programs))
 
 
 class Team(NamedTuple):

@@ -15,10 +15,14 @@ from typing import Any, NamedTuple
 
 import torch
 
+from . import _heuristics
 from ._heuristics import (
+    INNER_BLOCK,
     PLANE_TILE,
+    PROGRAMS,
     SCALE_TILE,
     TILE,
+    Reduction,
     Tile,
     cdiv,
     next_power_of_2,
@@ -66,17 +70,31 @@ def _exchanges(layout: Layout, gate: Gate) -> bool:
     return gate.kind == SHUFFLE and layout.channels_last
 
 
-def _for_halves(t: Tile, layout: Layout, gate: Gate) -> Tile:
-    """Half as many threads where tiles are made of halves, so that each still has a whole 16 bytes of a half."""
-    return t._replace(num_warps=max(t.num_warps // 2, 1)) if _exchanges(layout, gate) else t
+def _halved(t: Tile) -> Tile:
+    return t._replace(num_warps=max(t.num_warps // 2, 1))
+
+
+def _tile(t: Tile, layout: Layout, gate: Gate) -> Tile:
+    """Half as many threads: what each computes of a channel serves more elements, and a half of a tile is 16 bytes."""
+    # AMD's warps have twice the threads, and half the instructions per element of them.
+    return _halved(t) if _exchanges(layout, gate) or (layout.align >= 8 and not _heuristics.amd()) else t
 
 
 def _plane_tile(layout: Layout, gate: Gate, backward: bool = False) -> Tile | None:
     # Backward keeps x and grad in registers. Halves of a shuffled tile meet in shared memory, of which not every chip
     # has enough for the largest tiles.
-    half = backward or _exchanges(layout, gate)
-    t = None if gate.shared else plane_tile(layout, PLANE_TILE // 2 if half else PLANE_TILE)
-    return t and _for_halves(t, layout, gate)
+    exchanges = _exchanges(layout, gate)
+    t = None if gate.shared else plane_tile(layout, PLANE_TILE // 2 if backward or exchanges else PLANE_TILE)
+    if t is None or (backward and exchanges and not _heuristics.amd()):
+        return t  # x in its two orders, and grad: twice as much a thread would be more registers than there are
+    return _tile(t, layout, gate)
+
+
+def _reduction(layout: Layout, channels: int = 64, programs: int = PROGRAMS) -> Reduction:
+    # Were all lanes of a warp along the channels, the sums of its warps would meet in one bank of shared memory.
+    return reduction(
+        layout, over_c=False, inner_block=channels if layout.channels_last else INNER_BLOCK, programs=programs
+    )
 
 
 def self_gate(
@@ -101,7 +119,7 @@ def self_gate(
 
 def statistics(x: torch.Tensor, layout: Layout, gate: Gate) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and scale [G, C]. Reads x once."""
-    t, blocks, parts, steps = reduction(layout, over_c=False)
+    t, blocks, parts, steps = _reduction(layout)
     groups, images = gate.groups(layout)
     partial = x.new_empty((layout.N, parts, 2, layout.C), dtype=accumulation_dtype(x))
     mean = partial.new_empty((groups, layout.C))
@@ -128,7 +146,7 @@ def apply_gate(
 ) -> torch.Tensor:  # fmt: skip
     """y from statistics [G, C]. Reads x once; z, which may be scaled instead, is dense as y is."""
     y = layout.empty(x)
-    t = _for_halves(tile(layout, SCALE_TILE), layout, gate)
+    t = _tile(tile(layout, SCALE_TILE), layout, gate)
     launch(
         _gate_kernel, tiles(layout, t),
         x, z, None if residual is None else layout.dense(residual), y, mean, scale, *gate.parameters,
@@ -143,7 +161,7 @@ def self_gate_bwd(
     residual: torch.Tensor | None, activation: int, fixed: bool = False, z: torch.Tensor | None = None,
     dz: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:  # fmt: skip
-    """(dx, dresidual, sums): sums [G, 2 or 3, C] are of r, r d (and r d^2), None where no parameter needs them.
+    """(dx, dresidual, sums): sums [G, 2, C] are of r and r d in the order of y, None where not needed.
 
     Reads x and grad once if planes fit in a tile, or if the statistics are `fixed`, else twice. With an activation, g'
     is written once more and returned as dresidual (else empty: it is grad), and a residual is read once. z, which may
@@ -167,9 +185,13 @@ def self_gate_bwd(
         return dx, dresidual, sums
     stats_n = 0 if gate.shared else C
     groups, images = gate.groups(layout)
-    t, blocks, parts, steps = reduction(layout, over_c=False)
-    t = _for_halves(t, layout, gate)
-    partial = mean.new_empty((layout.N, parts, 3, C))
+    # Registers let a chip run less than PROGRAMS at once: of more programs, the last ones are a smaller share.
+    exchanges = _exchanges(layout, gate)
+    channels = 256 // x.element_size() if exchanges else 64  # 128 bytes of each half
+    t, blocks, parts, steps = _reduction(layout, channels, 4 * PROGRAMS)
+    if exchanges and _heuristics.amd():
+        t = _halved(t)
+    partial = mean.new_empty((layout.N, parts, 2, C))
     launch(
         _sums_kernel, layout.N * blocks,
         grad, x, z, residual, mean, scale, *gate.parameters, dresidual, dx if fixed else None, dz if fixed else None,
@@ -177,10 +199,10 @@ def self_gate_bwd(
         C, HW, gate.width, layout.stride_n, layout.stride_o, stats_n, steps,
         KIND=gate.kind.value, ACTIVATION=activation, **t._asdict(), parts=parts,
     )  # fmt: skip
-    sums = mean.new_empty((groups, 3, C))
-    combine(partial.view(groups, images * parts, 3 * C), None, sums)
+    sums = mean.new_empty((groups, 2, C))
+    combine(partial.view(groups, images * parts, 2 * C), None, sums)
     if not fixed:
-        t = _for_halves(tile(layout, SCALE_TILE), layout, gate)
+        t = _tile(tile(layout, SCALE_TILE), layout, gate)
         launch(
             _self_gate_dx_kernel, tiles(layout, t),
             dresidual if activation else grad, x, z, mean, scale, sums, *gate.parameters, dx, dz,

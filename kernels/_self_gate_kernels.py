@@ -14,6 +14,7 @@ from ._self_gate_tiles import (
     parameters,
     scale_of,
     store_dx,
+    summands,
     x_channel,
 )
 from ._tiles import NONE, activate, activation_grad, tile_mask, tile_offsets
@@ -30,13 +31,13 @@ def _plane_fwd_kernel(
     n, c0, c, p = channel_tile(C, HW, BLOCK_C, BLOCK_P)
     mask = tile_mask(c, p, C, HW, CHANNELS_LAST, ALIGN)
     x = load_x(x_ptr + n * stride_n, c0, c, p, C, HW, stride_o, KIND, CHANNELS_LAST, ALIGN, BLOCK_C).to(acc_ty)
+    cx = x_channel(c, C, KIND)
+    a, b, k, spatial = parameters(p0, p1, p2, p3, p4, p5, cx, C, K, acc_ty, KIND)  # before x is waited for
     mean = tl.sum(x, 1) / HW
     d = tl.where(mask, x - mean[:, None], 0.0)
     scale = scale_of(tl.sum(d * d, 1), HW, EPS, KIND)
-    cx = x_channel(c, C, KIND)
     tl.store(mean_ptr + n * C + cx, mean, mask=c < C)
     tl.store(scale_ptr + n * C + cx, scale, mask=c < C)
-    a, b, k, spatial = parameters(p0, p1, p2, p3, p4, p5, cx, C, K, acc_ty, KIND)
     _, s = deviation_and_gate(x, mean, scale, a, b, k, spatial, KIND)
     offsets = n * C * HW + tile_offsets(c, p, C if CHANNELS_LAST else HW, CHANNELS_LAST, ALIGN)
     v = x * s
@@ -70,12 +71,14 @@ def _plane_bwd_kernel(
             z += tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(acc_ty)
         g = activation_grad(g, z, ACTIVATION)
         tl.store(dresidual_ptr + offsets, g, mask=mask)
-    r = g * x * s * (1 - s)
-    sum_r, sum_rd, sum_rdd = tl.sum(r, 1), tl.sum(r * d, 1), tl.sum(r * d * d, 1)
+    base = g * s
+    r = base * x * (1 - s)
+    first, second = summands(r, d, KIND)
+    first, second = tl.split(tl.sum(tl.join(first, second), 1))  # both at once: their warps meet once
     if KIND != SIMAM:
-        tl.store(sums_ptr + n * 2 * C + cx, sum_r, mask=c < C)
-        tl.store(sums_ptr + (n * 2 + 1) * C + cx, sum_rd, mask=c < C)
-    dx = dx_tile(g * s, r, d, mean, scale, a, k, spatial, sum_r, sum_rd, sum_rdd, HW, KIND)
+        tl.store(sums_ptr + n * 2 * C + c, first, mask=c < C)
+        tl.store(sums_ptr + (n * 2 + 1) * C + c, second, mask=c < C)
+    dx = dx_tile(base, r, d, mean, scale, a, k, spatial, first, second, HW, KIND)
     store_dx(dx_ptr + n * C * HW, dx, c0, c, p, C, HW, KIND, CHANNELS_LAST, ALIGN, BLOCK_C)
 
 
@@ -99,7 +102,7 @@ def _moments_kernel(
         offsets = n * stride_n + tile_offsets(c, ps, stride_o, CHANNELS_LAST, ALIGN)
         x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(acc_ty)
         d = tl.where(mask, x - mean, 0.0)
-        mean += d / (step + 1)
+        mean += d * (tl.full([], 1.0, acc_ty) / (step + 1))
         second += tl.where(mask, d * (x - mean), 0.0)
     seen = tl.minimum(tl.maximum((HW - p + BLOCK_P - 1) // BLOCK_P, 0), steps).to(acc_ty)[None, :]
     total = tl.sum(seen * mean, 1) / tl.sum(seen, 1)
@@ -178,8 +181,9 @@ def _sums_kernel(
     KIND: tl.constexpr, ACTIVATION: tl.constexpr, CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """parts [N, parts, 3, C]: sums of r, r d, r d^2 over parts of the pixels; g' where there is an activation.
+    """parts [N, parts, 2, C]: sums of `summands` over parts of the pixels; g' where there is an activation.
 
+    Each lane has sums of its own until the end: across warps they meet in shared memory, too slow for every step.
     With dx, statistics are given and do not depend on x: dx = g s + r a; the first term is dz if there is a z.
     """
     acc_ty = mean_ptr.dtype.element_ty
@@ -192,9 +196,10 @@ def _sums_kernel(
     mean = tl.load(mean_ptr + n * stats_n + cx, mask=c < C, other=0.0)
     scale = tl.load(scale_ptr + n * stats_n + cx, mask=c < C, other=0.0)
     a, b, k, spatial = parameters(p0, p1, p2, p3, p4, p5, cx, C, K, acc_ty, KIND)
-    sum_r = tl.zeros([BLOCK_C], acc_ty)
-    sum_rd = tl.zeros([BLOCK_C], acc_ty)
-    sum_rdd = tl.zeros([BLOCK_C], acc_ty)
+    # With the channels inside, a thread has more than one pixel of a tile, and these are in its two halves.
+    HALVES: tl.constexpr = 2 if CHANNELS_LAST and BLOCK_P > 1 else 1
+    firsts = tl.zeros([BLOCK_C, BLOCK_P // HALVES], acc_ty)
+    seconds = tl.zeros([BLOCK_C, BLOCK_P // HALVES], acc_ty)
     for step in range(steps):
         p = (part * steps + step) * BLOCK_P + tl.arange(0, BLOCK_P)
         mask = tile_mask(c, p, C, HW, CHANNELS_LAST, ALIGN)
@@ -211,21 +216,21 @@ def _sums_kernel(
                 pre += tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(acc_ty)
             g = activation_grad(g, pre, ACTIVATION)
             tl.store(dresidual_ptr + offsets, g, mask=mask)
-        r = g * z * s * (1 - s)
-        sum_r += tl.sum(r, 1)
-        sum_rd += tl.sum(r * d, 1)
-        sum_rdd += tl.sum(r * d * d, 1)
+        base = g * s
+        r = base * z * (1 - s)
+        first, second = summands(r, d, KIND)
+        firsts += tl.sum(tl.reshape(first, [BLOCK_C, HALVES, BLOCK_P // HALVES]), 1)
+        seconds += tl.sum(tl.reshape(second, [BLOCK_C, HALVES, BLOCK_P // HALVES]), 1)
         if dx_ptr is not None:
             dx = r * (a * scale)[:, None]
             if z_ptr is None:
-                dx += g * s
+                dx += base
             else:
-                tl.store(dz_ptr + offsets, g * s, mask=mask)
+                tl.store(dz_ptr + offsets, base, mask=mask)
             store_dx(dx_ptr + n * C * HW, dx, c0, c, p, C, HW, KIND, CHANNELS_LAST, ALIGN, BLOCK_C)
-    row = (n * tl.num_programs(1) + part) * 3 * C
-    tl.store(parts_ptr + row + cx, sum_r, mask=c < C)
-    tl.store(parts_ptr + row + C + cx, sum_rd, mask=c < C)
-    tl.store(parts_ptr + row + 2 * C + cx, sum_rdd, mask=c < C)
+    row = (n * tl.num_programs(1) + part) * 2 * C
+    tl.store(parts_ptr + row + c, tl.sum(firsts, 1), mask=c < C)
+    tl.store(parts_ptr + row + C + c, tl.sum(seconds, 1), mask=c < C)
 
 
 @triton.jit
@@ -234,7 +239,7 @@ def _self_gate_dx_kernel(
     C, HW, K, stride_n, stride_o, stats_n, count,
     KIND: tl.constexpr, CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """dx, and dz if there is a z, from g' and the sums [G, 3, C]."""
+    """dx, and dz if there is a z, from g' and the sums [G, 2, C]."""
     acc_ty = mean_ptr.dtype.element_ty
     n, c0, c, p = channel_tile(C, HW, BLOCK_C, BLOCK_P)
     mask = tile_mask(c, p, C, HW, CHANNELS_LAST, ALIGN)
@@ -244,10 +249,9 @@ def _self_gate_dx_kernel(
     cx = x_channel(c, C, KIND)
     mean = tl.load(mean_ptr + n * stats_n + cx, mask=c < C, other=0.0)
     scale = tl.load(scale_ptr + n * stats_n + cx, mask=c < C, other=0.0)
-    sums = sums_ptr + n * stats_n * 3 + cx
-    sum_r = tl.load(sums, mask=c < C, other=0.0)
-    sum_rd = tl.load(sums + C, mask=c < C, other=0.0)
-    sum_rdd = tl.load(sums + 2 * C, mask=c < C, other=0.0)
+    sums = sums_ptr + n * stats_n * 2 + c
+    first = tl.load(sums, mask=c < C, other=0.0)
+    second = tl.load(sums + C, mask=c < C, other=0.0)
     a, b, k, spatial = parameters(p0, p1, p2, p3, p4, p5, cx, C, K, acc_ty, KIND)
     d, s = deviation_and_gate(x, mean, scale, a, b, k, spatial, KIND)
     z = x
@@ -258,5 +262,5 @@ def _self_gate_dx_kernel(
     if z_ptr is not None:
         tl.store(dz_ptr + offsets, base, mask=mask)
         base = tl.zeros_like(base)
-    dx = dx_tile(base, r, d, mean, scale, a, k, spatial, sum_r, sum_rd, sum_rdd, count, KIND)
+    dx = dx_tile(base, r, d, mean, scale, a, k, spatial, first, second, count, KIND)
     store_dx(dx_ptr + n * C * HW, dx, c0, c, p, C, HW, KIND, CHANNELS_LAST, ALIGN, BLOCK_C)

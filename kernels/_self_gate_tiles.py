@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._tiles import program_tile, sigmoid, tile_mask, tile_offsets
+from ._tiles import program_tile, tile_mask, tile_offsets
 
 SIMAM, SHUFFLE, AFFINE = map(tl.constexpr, range(3))
 
@@ -16,6 +16,12 @@ def x_channel(c, C, KIND: tl.constexpr):
     if KIND == SHUFFLE:
         c = c % 2 * (C // 2) + c // 2
     return c
+
+
+@triton.jit
+def y_channel(c, C):
+    """The channel of a shuffled y that channel c of x becomes: the inverse of `x_channel`."""
+    return c % (C // 2) * 2 + c // (C // 2)
 
 
 @triton.jit
@@ -99,30 +105,60 @@ def parameters(p0, p1, p2, p3, p4, p5, cx, C, K, acc_ty: tl.constexpr, KIND: tl.
 
 
 @triton.jit
+def element_gate(t, POSITIVE: tl.constexpr):
+    """`sigmoid` of every element, where its instructions are what a pass over the maps takes; NaN stays NaN.
+
+    A division takes seven of them, the square of a reciprocal root and a step of Newton's method four, and exp keeps
+    subnormal numbers at three more than exp2. A POSITIVE t needs no choice between two forms.
+    """
+    e = tl.exp2((t if POSITIVE else tl.abs(t)) * -1.4426950408889634)  # -log2(e)
+    root = tl.rsqrt(1 + e)
+    s = root * root
+    s += s * (1 - (1 + e) * s)  # from what is left of 1: of t = 0 it is 0.5 itself
+    if not POSITIVE:
+        s *= tl.where(t < 0, e, 1.0)
+    return s
+
+
+@triton.jit
 def deviation_and_gate(x, mean, scale, a, b, k, spatial, KIND: tl.constexpr):
     """d and the sigmoid, tiles, from what each channel has."""
     d = x - mean[:, None]
     if KIND == SIMAM:
         t = scale[:, None] * d * d + 0.5
     elif KIND == SHUFFLE:
-        d = tl.where(spatial[:, None], d, 0.0)
+        # Threads hand each other this mean with `spatial` in it, where they would else divide each channel by K again.
+        # Where a spatial mean is NaN, its scale is, and the gate with it.
+        centre = tl.where(spatial, mean, float("nan"))[:, None]
+        d = tl.where(centre == centre, x - centre, 0.0)
         t = tl.where(spatial, a * scale, 0.0)[:, None] * d + tl.where(spatial, b, b + k * mean)[:, None]
     else:
         t = (a * scale)[:, None] * d + b[:, None]
-    return d, sigmoid(t)
+    return d, element_gate(t, POSITIVE=KIND == SIMAM)
 
 
 @triton.jit
-def dx_tile(base, r, d, mean, scale, a, k, spatial, sum_r, sum_rd, sum_rdd, count, KIND: tl.constexpr):
-    """base + r (2 q d + a) + u d + v; sums over the `count` values behind a statistic."""
+def summands(r, d, KIND: tl.constexpr):
+    """The two tiles whose sums over pixels `dx_tile` needs: r d and r d^2 of SimAM, r and r d of the others."""
+    rd = r * d
     if KIND == SIMAM:
-        u = -8 * scale * scale * sum_rdd / tl.maximum(count - 1, 1)
-        v = -2 * scale * sum_rd / count
+        first, second = rd, rd * d
+    else:
+        first, second = r, rd
+    return first, second
+
+
+@triton.jit
+def dx_tile(base, r, d, mean, scale, a, k, spatial, first, second, count, KIND: tl.constexpr):
+    """base + r (2 q d + a) + u d + v; sums of `summands` over the `count` values behind a statistic."""
+    if KIND == SIMAM:
+        u = -8 * scale * scale * second / tl.maximum(count - 1, 1)
+        v = -2 * scale * first / count
         dx = base + (2 * scale[:, None] * r + u[:, None]) * d + v[:, None]
     else:
         slope = a * scale
-        u = -slope * scale * scale * sum_rd / count
-        mean_r = sum_r / count
+        u = -slope * scale * scale * second / count
+        mean_r = first / count
         v = tl.zeros_like(mean_r)
         if KIND == SHUFFLE:
             slope, u = tl.where(spatial, slope, 0.0), tl.where(spatial, u, 0.0)

@@ -6,19 +6,19 @@ import torch
 import triton
 import triton.language as tl
 
-from ._heuristics import cdiv, next_power_of_2, vector_block
+from ._heuristics import TILE, cdiv, next_power_of_2, vector_block
 from ._launch import device_guard, launch
 from ._layout import canonical
 from ._self_gate import Gate, self_gate, self_gate_bwd
-from ._self_gate_tiles import SHUFFLE
+from ._self_gate_tiles import SHUFFLE, y_channel
 
 
 @triton.jit
 def _weight_grads_kernel(
     sums_ptr, mean_ptr, rstd_ptr, sweight_ptr, gn_weight_ptr, gn_bias_ptr, d0, d1, d2, d3, d4, d5,
-    C, K, rows, groups, row_sums, BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr,
+    C, K, rows, groups, BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """d0 to d5, the weights' gradients [K], over `rows` = N groups, from the sums of r and r d [N, row_sums, C]."""
+    """d0 to d5, the weights' gradients [K], over `rows` = N groups, from the sums of r and r d [N, 2, C], y's order."""
     acc_ty = mean_ptr.dtype.element_ty
     j = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     dcweight = tl.zeros([BLOCK_S, BLOCK_K], acc_ty)
@@ -30,12 +30,13 @@ def _weight_grads_kernel(
         mask = (i < rows)[:, None] & (j < K)[None, :]
         n = (i // groups).to(tl.int64)[:, None]
         c = (i % groups * 2 * K)[:, None] + j[None, :]
-        sums = sums_ptr + n * row_sums * C + c
-        r = tl.load(sums, mask=mask, other=0.0)
+        pooled = sums_ptr + n * 2 * C + y_channel(c, C)
+        spatial = sums_ptr + n * 2 * C + y_channel(c + K, C)
+        r = tl.load(pooled, mask=mask, other=0.0)
         dcbias += r
         dcweight += r * tl.load(mean_ptr + n * C + c, mask=mask, other=0.0)
-        total += tl.load(sums + K, mask=mask, other=0.0)
-        rd = tl.load(sums + C + K, mask=mask, other=0.0)
+        total += tl.load(spatial, mask=mask, other=0.0)
+        rd = tl.load(spatial + C, mask=mask, other=0.0)
         normed += rd * tl.load(rstd_ptr + n * C + c + K, mask=mask, other=0.0)
     inside = j < K
     sweight = tl.load(sweight_ptr + j, mask=inside, other=0.0).to(acc_ty)
@@ -89,7 +90,7 @@ def shuffle_attention_bwd(
         launch(
             _weight_grads_kernel, cdiv(K, block),
             sums, mean, rstd, gate.parameters[2], gate.parameters[4], gate.parameters[5], *dweights,
-            layout.C, K, layout.N * groups, groups, sums.shape[1],
-            BLOCK_S=min(next_power_of_2(layout.N * groups), 16), BLOCK_K=block,
+            layout.C, K, layout.N * groups, groups,
+            BLOCK_S=min(next_power_of_2(layout.N * groups), TILE // block), BLOCK_K=block,
         )  # fmt: skip
         return dx, dresidual, *dweights
