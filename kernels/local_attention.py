@@ -221,6 +221,17 @@ def _grads_tile(layout: Layout, itemsize: int) -> Tile:
     return Tile(layout.channels_last, layout.align, block_c, block_p, min(max(block_c * block_p // per_warp, 1), 8))
 
 
+def _registers(x: torch.Tensor, t: Tile, activation: int) -> dict[str, int]:
+    """A limit of registers a thread, where the compiler would take a few more than a second program leaves room for.
+
+    Two on a multiprocessor hide each other's sums, and all programs run at once. Elsewhere the limit would spill.
+    """
+    few = x.element_size() == 2 and t.ALIGN >= 8 and t.num_warps == 8 and not activation
+    if not (few and x.is_cuda and torch.version.cuda) or torch.cuda.get_device_capability(x.device) != (9, 0):
+        return {}
+    return {"maxnreg": 128}
+
+
 def _hidden_gate(
     x: torch.Tensor, layout: Layout, p1: torch.Tensor, q1: torch.Tensor | None, p2: torch.Tensor,
     q2: torch.Tensor | None, like: torch.Tensor,
@@ -291,7 +302,7 @@ def _hidden_grads(
             grad, x, None if residual is None else layout.dense(residual), channel_gate, spatial_gate, signs,
             dresidual if activation else None, dchannel, sums, counts, dz_s, N * blocks, C, HW, S,
             layout.stride_n, layout.stride_o, steps, ACTIVATION=activation, COMBINE=PRODUCT.value, **product(x, p1),
-            BLOCK_S=_units(S, HELD), **t._asdict(),
+            BLOCK_S=_units(S, HELD), **t._asdict(), **_registers(x, t, activation),
         )  # fmt: skip
         g, dz_c = dresidual if activation else grad, combine(dchannel, channel_gate, torch.empty_like(channel_gate))
     sums, counts = combine(sums, None, dz_s.new_empty((1, S * C))), combine(counts, None, dz_s.new_empty((1, S)))
