@@ -18,8 +18,11 @@ from ._launch import device_guard, launch
 from ._layout import Layout, accumulation_dtype, canonical
 from ._tiles import NONE, activate, activation_grad
 
-TILE = 2048  # elements of a tile that sums, along the dense axis and across it
-MIN_ROWS = 8  # image rows that are worth a partial result
+# A tile is one warp's, where its loads are wide: no sum over an axis waits for other warps, and a plane's addresses and
+# end, as long as its elements with four warps, are paid for once.
+TILE = 1024  # elements
+TILES = 4 * PROGRAMS  # programs of so many elements that are enough, as each is small
+MIN_ROWS, MIN_PLANE_ROWS = 8, 64  # image rows that are worth a partial result: with the channels inside, and in a plane
 WIDEST = 512  # elements of a group in one tile
 
 
@@ -50,25 +53,25 @@ class Plan(NamedTuple):
         return max(self.blocks_j, self.parts * self.tile.G)
 
 
-def plan(layout: Layout, itemsize: int) -> Plan:
+def plan(layout: Layout, itemsize: int, elements: int = TILE) -> Plan:
     align = min(layout.align, 16 // itemsize)
     G = 1
     while not layout.channels_last and layout.W * G % align:
         G *= 2
     J, groups = layout.W * G, layout.H // G
     if layout.channels_last:
-        block_c = min(next_power_of_2(layout.C), 128)
-        block_j = min(next_power_of_2(J), TILE // block_c)
-        block_r = min(next_power_of_2(groups), TILE // (block_c * block_j))
+        block_c = min(next_power_of_2(layout.C), elements // 16)
+        block_j = min(next_power_of_2(J), elements // block_c)
+        block_r = min(next_power_of_2(groups), elements // (block_c * block_j))
     else:
         block_j = min(next_power_of_2(J), WIDEST)
-        block_r = min(next_power_of_2(groups), TILE // block_j)
-        block_c = min(next_power_of_2(layout.C), TILE // (block_j * block_r))
-    num_warps = max(block_c * block_j * block_r // (512 if align * itemsize >= 16 else 256), 1)
+        block_r = min(next_power_of_2(groups), elements // block_j)
+        block_c = min(next_power_of_2(layout.C), elements // (block_j * block_r))
+    num_warps = max(block_c * block_j * block_r // (TILE if align * itemsize >= 16 else 256), 1)
     blocks_j, tiles = cdiv(J, block_j), cdiv(groups, block_r)
     programs = layout.N * cdiv(layout.C, block_c) * blocks_j
-    least = cdiv(MIN_ROWS, block_r * G) if layout.channels_last else tiles
-    steps = min(max(cdiv(tiles, cdiv(PROGRAMS, max(programs, 1))), least), tiles)
+    least = cdiv(MIN_ROWS if layout.channels_last else MIN_PLANE_ROWS, block_r * G)
+    steps = min(max(cdiv(tiles, cdiv(TILES * TILE, max(programs * elements, 1))), least), tiles)
     tile = AxisTile(layout.channels_last, align, G, block_c, block_r, block_j, num_warps)
     return Plan(tile, programs, cdiv(tiles, steps), steps, blocks_j)
 
@@ -80,11 +83,10 @@ def _group(W, CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr, G: tl.constexpr)
 
 
 @triton.jit
-def _program(C, J, BLOCK_C: tl.constexpr, BLOCK_J: tl.constexpr):
-    """This program's image (int64), block of a group's elements, channels [BLOCK_C] and elements [BLOCK_J]."""
+def _program(pid, C, J, BLOCK_C: tl.constexpr, BLOCK_J: tl.constexpr):
+    """A program's image (int64), block of a group's elements, channels [BLOCK_C] and elements [BLOCK_J]."""
     blocks_j = tl.cdiv(J, BLOCK_J)
     blocks_c = tl.cdiv(C, BLOCK_C)
-    pid = tl.program_id(0)
     block = pid % blocks_j
     c = (pid // blocks_j % blocks_c) * BLOCK_C + tl.arange(0, BLOCK_C)
     return (pid // blocks_j // blocks_c).to(tl.int64), block, c, block * BLOCK_J + tl.arange(0, BLOCK_J)
@@ -147,7 +149,7 @@ def _sums_kernel(
     acc_ty = out_ptr.dtype.element_ty
     J = _group(W, CHANNELS_LAST, ALIGN, G)
     groups = H // G
-    n, block, c, j = _program(C, J, BLOCK_C, BLOCK_J)
+    n, block, c, j = _program(tl.program_id(0), C, J, BLOCK_C, BLOCK_J)
     part = tl.program_id(1)
     if grad_ptr is not None:
         lines = gates_ptr + n * C * (H + W)
@@ -203,7 +205,7 @@ def _combine_lines_kernel(
     blocks = tl.cdiv(size, BLOCK)
     n = (tl.program_id(0) // blocks).to(tl.int64)
     i = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
-    is_row = (i // C if CHANNELS_LAST else i % (H + W)) < H
+    is_row = i < H * C if CHANNELS_LAST else i % (H + W) < H
     total = tl.zeros([BLOCK], out_ptr.dtype.element_ty)
     for slot in range(slots):
         mask = (i < size) & (slot < tl.where(is_row, row_slots, column_slots))
@@ -218,17 +220,21 @@ def _axis_map_kernel(
     ACTIVATION: tl.constexpr, CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr, G: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_J: tl.constexpr,
 ):  # fmt: skip
-    """out = act(v * row gate * column gate [+ residual] [+ dmeans of the row / W + dmeans of the column / H])."""
+    """out = act(v * row gate * column gate [+ residual] [+ dmeans of the row / W + dmeans of the column / H]).
+
+    What the sums read last comes first: it may still be in the L2 cache.
+    """
     acc_ty = gates_ptr.dtype.element_ty
     J = _group(W, CHANNELS_LAST, ALIGN, G)
     groups = H // G
-    n, _, c, j = _program(C, J, BLOCK_C, BLOCK_J)
+    n, _, c, j = _program(tl.num_programs(0) - 1 - tl.program_id(0), C, J, BLOCK_C, BLOCK_J)
+    part = tl.num_programs(1) - 1 - tl.program_id(1)
     lines = n * C * (H + W)
     columns = _columns(gates_ptr + lines, c, j, C, H, W, J, CHANNELS_LAST, G)
     if dmeans_ptr is not None:
         dcolumns = _columns(dmeans_ptr + lines, c, j, C, H, W, J, CHANNELS_LAST, G) / H
     for step in range(steps):
-        r = (tl.program_id(1) * steps + step) * BLOCK_R + tl.arange(0, BLOCK_R)
+        r = (part * steps + step) * BLOCK_R + tl.arange(0, BLOCK_R)
         mask = _mask(c, r, j, C, groups, J, CHANNELS_LAST, ALIGN)
         offsets = n * C * (groups * J) + _offsets(c, r, j, J, C if CHANNELS_LAST else groups * J, CHANNELS_LAST, ALIGN)
         v_offsets = n * stride_n + _offsets(c, r, j, J, stride_o, CHANNELS_LAST, ALIGN)
@@ -266,7 +272,8 @@ def _sums(
     residual: torch.Tensor | None, dresidual: torch.Tensor | None, activation: int, divisors: tuple[int, int],
 ) -> torch.Tensor:  # fmt: skip
     """Lines of the sums of `_sums_kernel`, divided. Reads x, and grad and the residual, once."""
-    p = plan(layout, x.element_size())
+    # With the channels inside, a tile's columns take as many registers as the tile, and so do their sums.
+    p = plan(layout, x.element_size(), TILE // 2 if layout.channels_last and grad is not None else TILE)
     slots, (C, H, W) = p.slots, (layout.C, layout.H, layout.W)
     out = _empty_lines(x, layout, layout.N)
     parts = out if slots == 1 else x.new_empty((layout.N * slots, C * (H + W)), dtype=out.dtype)
@@ -277,8 +284,8 @@ def _sums(
     )  # fmt: skip
     if slots > 1:
         launch(
-            _combine_lines_kernel, layout.N * cdiv(C * (H + W), 256), parts, out, C, H, W,
-            slots, p.blocks_j, p.parts * p.tile.G, *divisors, CHANNELS_LAST=layout.channels_last, BLOCK=256,
+            _combine_lines_kernel, layout.N * cdiv(C * (H + W), TILE), parts, out, C, H, W,
+            slots, p.blocks_j, p.parts * p.tile.G, *divisors, CHANNELS_LAST=layout.channels_last, BLOCK=TILE,
         )  # fmt: skip
     return out
 

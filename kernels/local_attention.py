@@ -184,6 +184,9 @@ def _hidden_dx_kernel(
     n = (pid // blocks_c // blocks_p).to(tl.int64)
     c = pid % blocks_c * BLOCK_C + tl.arange(0, BLOCK_C)
     p = pid // blocks_c % blocks_p * BLOCK_P + tl.arange(0, BLOCK_P)
+    mask = tile_mask(c, p, C, HW, CHANNELS_LAST, ALIGN)
+    offsets = n * C * HW + tile_offsets(c, p, C if CHANNELS_LAST else HW, CHANNELS_LAST, ALIGN)
+    grad = tl.load(grad_ptr + offsets, mask=mask, other=0.0)  # under way while the product waits for its operands
     dz = tl.load(dz_ptr + n * HW + p, mask=p < HW, other=0.0)
     through = tl.zeros([BLOCK_P, BLOCK_C], acc_ty)
     for start in range(0, S, BLOCK_S):
@@ -191,9 +194,7 @@ def _hidden_dx_kernel(
         w = tl.load(weight_ptr + s[:, None] * C + c[None, :], mask=(s < S)[:, None] & (c < C)[None, :], other=0.0)
         masked = _masked(dz, signs_ptr, n, s, p, S, HW)
         through = dot(masked, w, through, DOT, PRECISION)
-    mask = tile_mask(c, p, C, HW, CHANNELS_LAST, ALIGN)
-    offsets = n * C * HW + tile_offsets(c, p, C if CHANNELS_LAST else HW, CHANNELS_LAST, ALIGN)
-    g = tl.load(grad_ptr + offsets, mask=mask, other=0.0).to(acc_ty)
+    g = grad.to(acc_ty)
     g *= tl.load(channel_gate_ptr + n * C + c, mask=c < C, other=0.0)[:, None]
     g *= tl.load(spatial_gate_ptr + n * HW + p, mask=p < HW, other=0.0)[None, :]
     g += (tl.load(dmean_ptr + n * C + c, mask=c < C, other=0.0) / HW)[:, None]
@@ -205,10 +206,10 @@ def _units(S: int, limit: int) -> int:
     return min(max(next_power_of_2(S), 16), limit)
 
 
-def _tile(layout: Layout, itemsize: int, channels: int, pixels: int) -> Tile:
+def _tile(layout: Layout, itemsize: int, channels: int, pixels: int, per_warp: int = 1024) -> Tile:
     """Of at most so many channels and pixels; 16 bytes or more per thread of a warp of 64."""
     block_c, block_p = _units(layout.C, channels), _units(layout.HW, pixels)
-    num_warps = min(max(block_c * block_p * itemsize // 1024, 1), 8)
+    num_warps = min(max(block_c * block_p * itemsize // per_warp, 1), 8)
     return Tile(layout.channels_last, layout.align, block_c, block_p, num_warps)
 
 
@@ -220,6 +221,17 @@ def _grads_tile(layout: Layout, itemsize: int) -> Tile:
     return Tile(layout.channels_last, layout.align, block_c, block_p, min(max(block_c * block_p // per_warp, 1), 8))
 
 
+def _registers(x: torch.Tensor, t: Tile, activation: int) -> dict[str, int]:
+    """A limit of registers a thread, where the compiler would take a few more than a second program leaves room for.
+
+    Two on a multiprocessor hide each other's sums, and all programs run at once. Elsewhere the limit would spill.
+    """
+    few = x.element_size() == 2 and t.ALIGN >= 8 and t.num_warps == 8 and not activation
+    if not (few and x.is_cuda and torch.version.cuda) or torch.cuda.get_device_capability(x.device) != (9, 0):
+        return {}
+    return {"maxnreg": 128}
+
+
 def _hidden_gate(
     x: torch.Tensor, layout: Layout, p1: torch.Tensor, q1: torch.Tensor | None, p2: torch.Tensor,
     q2: torch.Tensor | None, like: torch.Tensor,
@@ -227,7 +239,8 @@ def _hidden_gate(
     """Channel means [N, C], gate [N, H, W] and signs [N, words, H, W]; reads x once. ``like``: the small dtype."""
     N, C, HW, S = layout.N, layout.C, layout.HW, p1.shape[0]
     block_s = _units(S, 256)
-    t = _tile(layout, x.element_size(), *((32, 64) if block_s <= 64 else (64, 32)))
+    # Whole cache lines of channels, too, and few steps along them: each sums them up, and stores the sums.
+    t = _tile(layout, x.element_size(), *((128 // x.element_size(), 64, 2048) if block_s <= 64 else (64, 32)))
     blocks = cdiv(HW, t.BLOCK_P)
     sums, gate = like.new_empty((N, blocks, C)), like.new_empty((N, layout.H, layout.W))
     signs = x.new_empty((N, cdiv(S, WORD.value), layout.H, layout.W), dtype=torch.int32)
@@ -289,7 +302,7 @@ def _hidden_grads(
             grad, x, None if residual is None else layout.dense(residual), channel_gate, spatial_gate, signs,
             dresidual if activation else None, dchannel, sums, counts, dz_s, N * blocks, C, HW, S,
             layout.stride_n, layout.stride_o, steps, ACTIVATION=activation, COMBINE=PRODUCT.value, **product(x, p1),
-            BLOCK_S=_units(S, HELD), **t._asdict(),
+            BLOCK_S=_units(S, HELD), **t._asdict(), **_registers(x, t, activation),
         )  # fmt: skip
         g, dz_c = dresidual if activation else grad, combine(dchannel, channel_gate, torch.empty_like(channel_gate))
     sums, counts = combine(sums, None, dz_s.new_empty((1, S * C))), combine(counts, None, dz_s.new_empty((1, S)))
@@ -302,11 +315,12 @@ def _hidden_dx(
 ) -> torch.Tensor:  # fmt: skip
     C, HW, S = layout.C, layout.HW, p1.shape[0]
     dx = layout.empty(x)
-    t = _tile(layout, x.element_size(), 64, 128 // x.element_size())
+    # Of few warps: each pays for addresses and for the product's operands. One step has nothing to fetch ahead.
+    t, block_s = _tile(layout, x.element_size(), 64, 128 // x.element_size(), 2048), _units(S, 32)
     launch(
         _hidden_dx_kernel, layout.N * cdiv(C, t.BLOCK_C) * cdiv(HW, t.BLOCK_P),
         grad, channel_gate, spatial_gate, dmean, weight, dz, signs, dx, C, HW, S,
-        **product(x, p1), BLOCK_S=_units(S, 32), **t._asdict(),
+        **product(x, p1), BLOCK_S=block_s, **t._asdict(), num_stages=1 if block_s >= S else 2,
     )  # fmt: skip
     return dx
 

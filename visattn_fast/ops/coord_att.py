@@ -38,8 +38,10 @@ def _forward(x, w1, b1, bn_weight, bn_bias, mean, var, w_h, b_h, w_w, b_w, resid
     z = F.linear(means.mT, w1, b1)
     statistics: tuple[Tensor, ...] = ()
     if mean is None:
-        # Of equal values var_mean finds exactly their value, and zero. It warns of an empty batch.
-        var, mean = torch.var_mean(z, (0, 1), correction=0) if x.shape[0] else (z.sum((0, 1)), z.sum((0, 1)))
+        # Of equal values var_mean finds exactly their value, and zero. It warns of an empty batch. Along memory it has
+        # enough for every thread of a GPU to do: there are only M results.
+        units = z.flatten(0, 1).t().contiguous()
+        var, mean = torch.var_mean(units, 1, correction=0) if x.shape[0] else (units.sum(1), units.sum(1))
         statistics = (mean, var)
     z = z - mean.to(a)
     inverse = torch.rsqrt(var.to(a) + eps)
@@ -82,7 +84,9 @@ def _gradients(grad, tensors, small, options):
     dx = axis_input_grad(upstream, x, gates, dmeans)
 
     dnorm = (None if bn_weight is None else dweight, None if bn_bias is None else dbias)
-    db_h, db_w = (None if b is None else d.sum((0, 2)) for b, d in ((b_h, drows), (b_w, dcolumns)))
+    # [C, L] first: the images lie behind each other, whereas the lines of a channel have gaps between them.
+    images = dlines.sum(0)
+    db_h, db_w = (None if b is None else d.sum(1) for b, d in ((b_h, images[:, :height]), (b_w, images[:, height:])))
     return dx, dw1, None if b1 is None else db1, *dnorm, None, None, dw_h, db_h, dw_w, db_w, dresidual
 
 
