@@ -105,17 +105,20 @@ def parameters(p0, p1, p2, p3, p4, p5, cx, C, K, acc_ty: tl.constexpr, KIND: tl.
 
 
 @triton.jit
-def element_gate(t, POSITIVE: tl.constexpr):
+def element_gate(t, KIND: tl.constexpr):
     """`sigmoid` of every element, where its instructions are what a pass over the maps takes; NaN stays NaN.
 
     A division takes seven of them, the square of a reciprocal root and a step of Newton's method four, and exp keeps
-    subnormal numbers at three more than exp2. A POSITIVE t needs no choice between two forms.
+    subnormal numbers at three more than exp2. SimAM's t is positive, which needs no choice between two forms.
     """
-    e = tl.exp2((t if POSITIVE else tl.abs(t)) * -1.4426950408889634)  # -log2(e)
+    e = tl.exp2((t if KIND == SIMAM else tl.abs(t)) * -1.4426950408889634)  # -log2(e)
     root = tl.rsqrt(1 + e)
     s = root * root
-    s += s * (1 - (1 + e) * s)  # from what is left of 1: of t = 0 it is 0.5 itself
-    if not POSITIVE:
+    if KIND == AFFINE:
+        s += s * (1 - (1 + e) * s)  # of t = 0, equal values behind a batch norm, 0.5 itself
+    else:
+        s *= 2 - (1 + e) * s  # in fewer registers
+    if KIND != SIMAM:
         s *= tl.where(t < 0, e, 1.0)
     return s
 
@@ -134,7 +137,7 @@ def deviation_and_gate(x, mean, scale, a, b, k, spatial, KIND: tl.constexpr):
         t = tl.where(spatial, a * scale, 0.0)[:, None] * d + tl.where(spatial, b, b + k * mean)[:, None]
     else:
         t = (a * scale)[:, None] * d + b[:, None]
-    return d, element_gate(t, POSITIVE=KIND == SIMAM)
+    return d, element_gate(t, KIND)
 
 
 @triton.jit
