@@ -18,8 +18,8 @@ TILE = 2048  # elements of a tile that accumulates
 SCALE_TILE = 4096  # elements of a tile that is read and written once
 PLANE_TILE = 16384  # elements of a tile of whole planes, kept in registers between two uses
 
-# Whether SE and ECA keep an image in the registers of the programs that share it, where `resident` finds a way. No GPU
-# has run it: streaming serves until one has shown this to be faster. Read at each call, so that tools and tests set it.
+# Whether SE and ECA keep an image in the registers of the programs that share it, where `resident` finds a way. Streaming
+# serves until a GPU shows this to be faster: an H200 did not. Read at each call, so that tools and tests set it.
 RESIDENT = False
 RESIDENT_TILE = 16384  # elements that a program keeps: 64 a thread, which leaves registers for a second program
 
@@ -56,8 +56,8 @@ class Grain(NamedTuple):
     a_thread: int = 16
 
 
-# The passes over x, in nchw and in channels_last: the fastest grains of 18 each that an H200 was given, with
-# [64, 256, 56, 56] in bfloat16, of which a copy takes 53 us. Behind each, us with the grain above and with this one.
+# The passes over x, in nchw and in channels_last: the fastest grains of 22 each that an H200 was given, with
+# [64, 256, 56, 56] in bfloat16, of which a copy takes 53 us. Behind each, us with the usual grain and with this one.
 GRAINS = {
     "mean": (Grain(a_thread=32), Grain()),  # 45 -> 39; 47
     "mean and maximum": (Grain(a_thread=8), Grain(1024, a_thread=32)),  # 60 -> 51; 106 -> 62

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from cases import TARGETS, check, feature_map
+from cases import INTERPRETED, TARGETS, check, feature_map
 from visattn_fast import catalogue
 
 pytest.importorskip("triton")
@@ -147,3 +147,16 @@ def test_empty_batch_launches_nothing(monkeypatch):
     y, *small = norm_gate.norm_gate_fwd(x, x, c, c, None, None, x, 1, 1e-5)
     gradients += norm_gate.norm_gate_bwd(y, x, x, c, c, x, *small, 1, 1e-5, False)
     assert all(not g.any() for g in gradients)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="runs what a GPU times")
+def test_timed_passes():
+    """Each pass that has a grain runs, at this grain and at another."""
+    times = pytest.importorskip("tools.gpu_times", reason="not beside the repository's tools")
+    for layout in catalogue.LAYOUTS:
+        found = times.passes((1, 8, 6, 5), layout, "cpu", torch.float32)
+        assert found.keys() == times._heuristics.GRAINS.keys()
+        for name, run in found.items():
+            with times.chosen(name, times._heuristics.Grain(1024, 64, 8)):
+                run()
+            run()

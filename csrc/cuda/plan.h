@@ -1,6 +1,6 @@
 // How a call is cut into thread blocks, and why: the one place that decides. Plain C++, so that it is tested,
 // and printed by `visattn-fast info --shape`, where there is no GPU. The figures are capacities and
-// alignments; no rule here rests on a measurement yet.
+// alignments; no rule here rests on a measurement.
 #pragma once
 
 #include <algorithm>
