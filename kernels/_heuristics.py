@@ -18,8 +18,8 @@ TILE = 2048  # elements of a tile that accumulates
 SCALE_TILE = 4096  # elements of a tile that is read and written once
 PLANE_TILE = 16384  # elements of a tile of whole planes, kept in registers between two uses
 
-# Whether SE and ECA keep an image in the registers of the programs that share it, where `resident` finds a way. Streaming
-# serves until a GPU shows this to be faster: an H200 did not. Read at each call, so that tools and tests set it.
+# Whether SE and ECA keep an image in the registers of the programs that share it, where `resident` finds a way.
+# Streaming serves until a GPU shows this to be faster: an H200 did not. Read at each call: tools and tests set it.
 RESIDENT = False
 RESIDENT_TILE = 16384  # elements that a program keeps: 64 a thread, which leaves registers for a second program
 

@@ -1,9 +1,9 @@
 """Where a GPU's time goes, kernel by kernel and pass by pass: what `tools.gpu_check` measures as a whole.
 
 ``python -m tools.gpu_times kernels --modules se,cbam`` prints the device time of each kernel of a training step.
-``python -m tools.gpu_times grains`` times the passes over x at the grains of `kernels/_heuristics.py` and at others. Both
-start from a cold L2, with [64, 256, 56, 56] in bfloat16 if no ``--shape`` is given. Kernels are compiled as they come,
-about a second each: run it twice, and read the second table.
+``python -m tools.gpu_times grains`` times the passes over x at the grains of `kernels/_heuristics.py` and at others.
+Both start from a cold L2, with [64, 256, 56, 56] in bfloat16 if no ``--shape`` is given. Kernels are compiled as they
+come, about a second each.
 """
 
 from __future__ import annotations
