@@ -90,11 +90,10 @@ def _plane_tile(layout: Layout, gate: Gate, backward: bool = False) -> Tile | No
     return _tile(t, layout, gate)
 
 
-def _reduction(layout: Layout, channels: int = 64, programs: int = PROGRAMS) -> Reduction:
+def _reduction(layout: Layout, channels: int = 64, programs: int = PROGRAMS, a_thread: int = 16) -> Reduction:
     # Were all lanes of a warp along the channels, the sums of its warps would meet in one bank of shared memory.
-    return reduction(
-        layout, over_c=False, inner_block=channels if layout.channels_last else INNER_BLOCK, programs=programs
-    )
+    inner_block = channels if layout.channels_last else INNER_BLOCK
+    return reduction(layout, over_c=False, inner_block=inner_block, a_thread=a_thread, programs=programs)
 
 
 def self_gate(
@@ -188,7 +187,9 @@ def self_gate_bwd(
     # Registers let a chip run less than PROGRAMS at once: of more programs, the last ones are a smaller share.
     exchanges = _exchanges(layout, gate)
     channels = 256 // x.element_size() if exchanges else 64  # 128 bytes of each half
-    t, blocks, parts, steps = _reduction(layout, channels, 4 * PROGRAMS)
+    # With 16 elements a thread some variants spill, by a little: ptxas would rather have more warps at once.
+    a_thread = 16 if layout.channels_last or _heuristics.amd() else 8
+    t, blocks, parts, steps = _reduction(layout, channels, 4 * PROGRAMS, a_thread)
     if exchanges and _heuristics.amd():
         t = _halved(t)
     partial = mean.new_empty((layout.N, parts, 2, C))
