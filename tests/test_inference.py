@@ -14,6 +14,8 @@ import visattn_fast as vf
 from cases import INTERPRETED, feature_map, recorded_ops
 from outside import library
 from visattn_fast import catalogue
+from visattn_fast.ops._library import OPS
+from visattn_fast.reference.batch_norm import Norm
 
 layouts = pytest.mark.parametrize("layout", catalogue.LAYOUTS)
 pytestmark = [
@@ -61,17 +63,19 @@ def any_size(monkeypatch):
 def test_folded(attention, kind, options, layout, any_size):
     """The normed map is never stored, in any dtype."""
     module = accelerated(attention, kind, **options).eval()
+    whole = {"se": "se_normed", "eca": "eca_normed", None: "" if options else "se_normed"}.get(attention)
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
-        x = feature_map((2, C, 6, 5), layout, dtype)
-        assert ops_of(module.to(dtype), x) == FOLDED
+        for shape in ((2, C, 6, 5), (3, C, 61, 33)):
+            x = feature_map(shape, layout, dtype)
+            assert ops_of(module.to(dtype), x) == ([whole] if whole else FOLDED)
 
 
 def test_not_folded(any_size):
     """In training, with hooks, where a gradient is wanted, within a chosen reference."""
     module, x = accelerated("se").eval(), feature_map((2, C, 6, 5), "nchw", torch.float64)
-    assert ops_of(module, x) == FOLDED
+    assert ops_of(module, x) == ["se_normed"]
     module.bn3.momentum = None  # of no concern here
-    assert ops_of(module, x) == FOLDED
+    assert ops_of(module, x) == ["se_normed"]
     hooked: list[str] = []
     for inner in ("bn3", "se"):
         hook = module.get_submodule(inner).register_forward_hook(lambda *_: hooked.append("ran"))
@@ -90,7 +94,7 @@ def test_not_folded(any_size):
         wanted.requires_grad_(False)
     with recorded_ops() as names:
         module(x)
-    assert names == FOLDED
+    assert names == ["se_normed"]
     module.bn3.train()
     with recorded_ops() as names:
         module(x)
@@ -98,10 +102,41 @@ def test_not_folded(any_size):
 
 
 def test_small_maps():
-    """Small maps keep norm and gate, which take fewer calls."""
-    module = accelerated("eca", "BasicBlock").eval().float()
-    assert ops_of(module, feature_map((2, C, 8, 8), "nchw", torch.float32)) == ["eca_infer"]
+    """Small maps keep norm and gate, which take fewer calls, where there is no op of both."""
+    module = accelerated("ceca", "BasicBlock").eval().float()
+    assert ops_of(module, feature_map((2, C, 8, 8), "nchw", torch.float32)) == ["channel_mean", "channel_scale_fwd"]
     assert ops_of(module, feature_map((2, C, 91, 91), "nchw", torch.float32)) == FOLDED
+
+
+def norms() -> tuple[Norm, torch.Tensor]:
+    """A norm whose mean is far from zero, and a map of such values."""
+    torch.manual_seed(0)
+    weight, bias, mean, var = torch.randn(C), torch.randn(C), 30 + torch.randn(C), 0.5 + torch.rand(C)
+    return Norm(weight, bias, mean, var, 1e-5), 30 + feature_map((2, C, 9, 7), "nchw", torch.float32)
+
+
+@pytest.mark.parametrize("gate", [vf.FastSE(C, 4), vf.FastECA(C)], ids=lambda g: type(g).__name__)
+def test_norm_before_a_gate(gate):
+    """`functional.se` and `functional.eca` take the norm: in one op, or in PyTorch where a gradient is wanted."""
+    norm, x = norms()
+    function = vf.functional.se if isinstance(gate, vf.FastSE) else vf.functional.eca
+    weights = [None if w is None else w.detach() for w in gate.weights()]
+    want = function(norm.apply(x), *weights, residual=x, activation="relu")
+    with recorded_ops() as names:
+        y = function(x, *weights, residual=x, activation="relu", norm=norm)
+    assert names == [f"{function.__name__}_normed"]
+    torch.testing.assert_close(y, want, rtol=1e-4, atol=1e-4)
+    op = getattr(torch.ops.visattn_fast, f"{function.__name__}_normed").default
+    codes = (2, 1, 0) if function is vf.functional.se else (2,)
+    torch.library.opcheck(op, (x, *norm, *weights, x, *codes), test_utils=("test_schema", "test_faketensor"))
+    plain = OPS[op._opname].reference(x, *norm, *weights, x, *codes)
+    torch.testing.assert_close(op(x, *norm, *weights, x, *codes), plain, rtol=1e-4, atol=1e-4)
+    leaf = x.clone().requires_grad_()
+    (fused,) = torch.autograd.grad(function(leaf, *weights, norm=norm).sum(), leaf)
+    (exact,) = torch.autograd.grad(function(norm.apply(leaf), *weights).sum(), leaf)
+    torch.testing.assert_close(fused, exact)
+    with pytest.raises(ValueError, match=r"running_mean must have shape \[32\], got \[3\]"):
+        function(x, *weights, norm=norm._replace(running_mean=torch.zeros(3)))
 
 
 @pytest.mark.parametrize("gate", [vf.FastSE(C), vf.FastECA(C), vf.FastCBAM(C)], ids=lambda g: type(g).__name__)

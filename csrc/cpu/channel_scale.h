@@ -80,27 +80,62 @@ void input_grad_image(const Matrix<const T>& grad, const Split& parts, const Tea
   });
 }
 
-// gate_of(n, mean [C], gate [C]) fills the gate of image n. mean and gate are [N, C].
+// A batch norm by its running statistics: (z - mean) * gain + bias.
+template <class A>
+struct Norm {
+  Buffer<A> gain, bias, mean;
+
+  Norm(int64_t C, const Tensor& weight, const Tensor& offset, const Tensor& running_mean,
+       const Tensor& running_var, double eps)
+      : gain(C), bias(C), mean(C) {
+    STD_TORCH_CHECK(
+        weight.numel() == C && offset.numel() == C && running_mean.numel() == C && running_var.numel() == C,
+        "the norm must have a value for each of ", C, " channels");
+    const Tensor w = weight_as(weight, kDtype<A>), b = weight_as(offset, kDtype<A>),
+                 m = weight_as(running_mean, kDtype<A>), v = weight_as(running_var, kDtype<A>);
+    for (int64_t c = 0; c < C; ++c) {
+      gain[c] = data<A>(w)[c] / std::sqrt(data<A>(v)[c] + static_cast<A>(eps));
+    }
+    std::copy_n(data<A>(b), C, bias.get());
+    std::copy_n(data<A>(m), C, mean.get());
+  }
+};
+
+// gate_of(n, mean [C], gate [C]) fills the gate of image n. mean and gate are [N, C]. With a norm, x stands
+// for what the norm makes of it.
 template <class T, class GateOf>
 Tensor channel_scale_fwd(const FeatureMap& x, const Shape& s, const std::optional<Tensor>& residual,
-                         int64_t activation, Acc<T>* mean, Acc<T>* gate, const GateOf& gate_of) {
+                         int64_t activation, Acc<T>* mean, Acc<T>* gate, const GateOf& gate_of,
+                         const Norm<Acc<T>>* norm = nullptr) {
   using A = Acc<T>;
   const auto res = optional_map(residual, s, x.nhwc);
   Tensor y = empty_map(s, x.nhwc, x.tensor.scalar_type());
   T* py = data<T>(y);
   const int64_t dense_ld = x.nhwc ? s.C : s.P;
+  const A *gain = norm ? norm->gain.get() : nullptr, *bias = norm ? norm->bias.get() : nullptr,
+          *middle = norm ? norm->mean.get() : nullptr;
   for_images(s.N, s.C * s.P, [&](int64_t begin, int64_t end, const Team& team) {
     ChannelPool<T, false> pool(s, x.nhwc);
-    Buffer<A> padded(s.C);
+    Buffer<A> padded(s.C), shift(norm ? s.C : 0);
     const Split parts = row_parts<T>(s, x.nhwc);
     for (int64_t n = begin; n < end; ++n) {
       const auto in = matrix(x.image<T>(n), s, x.nhwc, x.ld);
-      pool.run(in, team, mean + n * s.C);
-      gate_of(n, mean + n * s.C, gate + n * s.C);
-      std::copy_n(gate + n * s.C, s.C, padded.get());
-      scale_image(in, parts, team, x.nhwc, padded.get(),
-                  static_cast<const T*>(image_or_null(res, n, sizeof(T))), py + n * s.C * s.P, dense_ld,
-                  activation);
+      A *mu = mean + n * s.C, *factor = gate + n * s.C;
+      const T* pr = static_cast<const T*>(image_or_null(res, n, sizeof(T)));
+      pool.run(in, team, mu);
+      for (int64_t c = 0; norm && c < s.C; ++c) mu[c] = (mu[c] - middle[c]) * gain[c] + bias[c];
+      gate_of(n, mu, factor);
+      std::copy_n(factor, s.C, padded.get());
+      if (!norm) {
+        scale_image(in, parts, team, x.nhwc, padded.get(), pr, py + n * s.C * s.P, dense_ld, activation);
+        continue;
+      }
+      for (int64_t c = 0; c < s.C; ++c) {
+        padded[c] *= gain[c];  // as it is rounded, so that a mean far from zero cancels
+        shift[c] = bias[c] * factor[c] - middle[c] * padded[c];
+      }
+      affine_image<T>(in, parts, team, x.nhwc, {padded.get(), shift.get()}, pr, py + n * s.C * s.P, dense_ld,
+                      activation);
     }
   });
   return y;

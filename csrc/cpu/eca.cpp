@@ -16,7 +16,7 @@ struct Tap {
 // y; mean and gate [N, C] are written where they are to be kept.
 template <class T>
 Tensor forward(const Tensor& x, const Shape& s, const Tensor& weight, const std::optional<Tensor>& residual,
-               int64_t activation, Acc<T>* mean, Acc<T>* gate) {
+               int64_t activation, Acc<T>* mean, Acc<T>* gate, const Norm<Acc<T>>* norm = nullptr) {
   using A = Acc<T>;
   const Tensor w = weight_as(weight, kDtype<A>);
   const int64_t k = w.numel();
@@ -28,7 +28,7 @@ Tensor forward(const Tensor& x, const Shape& s, const Tensor& weight, const std:
     }
     sigmoid_in_place(out, s.C);
   };
-  return channel_scale_fwd<T>(feature_map(x), s, residual, activation, mean, gate, gate_of);
+  return channel_scale_fwd<T>(feature_map(x), s, residual, activation, mean, gate, gate_of, norm);
 }
 
 std::tuple<Tensor, Tensor, Tensor> eca_fwd(Tensor x, Tensor weight, std::optional<Tensor> residual,
@@ -43,12 +43,25 @@ std::tuple<Tensor, Tensor, Tensor> eca_fwd(Tensor x, Tensor weight, std::optiona
   });
 }
 
+// y alone.
+template <class T>
+Tensor inferred(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& residual,
+                int64_t activation, const Norm<Acc<T>>* norm = nullptr) {
+  const Shape s = shape_of(x);
+  Buffer<Acc<T>> small(2 * s.N * s.C);
+  return forward<T>(x, s, weight, residual, activation, small.get(), small.get() + s.N * s.C, norm);
+}
+
 Tensor eca_infer(Tensor x, Tensor weight, std::optional<Tensor> residual, int64_t activation) {
-  return dispatch(x, [&](auto type) {
+  return dispatch(x, [&](auto type) { return inferred<decltype(type)>(x, weight, residual, activation); });
+}
+
+Tensor eca_normed(Tensor z, Tensor norm_weight, Tensor bias, Tensor mean, Tensor var, double eps,
+                  Tensor weight, std::optional<Tensor> residual, int64_t activation) {
+  return dispatch(z, [&](auto type) {
     using T = decltype(type);
-    const Shape s = shape_of(x);
-    Buffer<Acc<T>> small(2 * s.N * s.C);
-    return forward<T>(x, s, weight, residual, activation, small.get(), small.get() + s.N * s.C);
+    const Norm<Acc<T>> norm(z.size(1), norm_weight, bias, mean, var, eps);
+    return inferred<T>(z, weight, residual, activation, &norm);
   });
 }
 
@@ -90,5 +103,6 @@ std::tuple<Tensor, Tensor, Tensor> eca_bwd(Tensor grad, Tensor x, Tensor weight,
 STABLE_TORCH_LIBRARY_IMPL(visattn_fast, CPU, m) {
   m.impl("eca_fwd", TORCH_BOX(&visattn::eca_fwd));
   m.impl("eca_infer", TORCH_BOX(&visattn::eca_infer));
+  m.impl("eca_normed", TORCH_BOX(&visattn::eca_normed));
   m.impl("eca_bwd", TORCH_BOX(&visattn::eca_bwd));
 }

@@ -31,8 +31,8 @@ void activated_grad(const A* hidden, int64_t count, int64_t activation, A* dh) {
 template <class T>
 Tensor forward(const Tensor& x, const Shape& s, const Mlp<Acc<T>>& mlp, const std::optional<Tensor>& b1,
                const std::optional<Tensor>& b2, const std::optional<Tensor>& residual, int64_t activation,
-               int64_t hidden_activation, int64_t gate_activation, Acc<T>* mean, Acc<T>* hidden,
-               Acc<T>* gate) {
+               int64_t hidden_activation, int64_t gate_activation, Acc<T>* mean, Acc<T>* hidden, Acc<T>* gate,
+               const Norm<Acc<T>>* norm = nullptr) {
   using A = Acc<T>;
   const auto bias1 = bias_as<A>(b1), bias2 = bias_as<A>(b2);
   const auto gate_of = [&](int64_t n, const A* mu, A* out) {
@@ -43,7 +43,7 @@ Tensor forward(const Tensor& x, const Shape& s, const Mlp<Acc<T>>& mlp, const st
     mlp.excite(activated(h, mlp.R, hidden_activation, buffer.get()), data_or_null<A>(bias2), out);
     gate_activation == kSigmoid ? sigmoid_in_place(out, s.C) : hard_sigmoid_in_place(out, s.C);
   };
-  return channel_scale_fwd<T>(feature_map(x), s, residual, activation, mean, gate, gate_of);
+  return channel_scale_fwd<T>(feature_map(x), s, residual, activation, mean, gate, gate_of, norm);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> se_fwd(Tensor x, Tensor w1, std::optional<Tensor> b1, Tensor w2,
@@ -63,18 +63,37 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> se_fwd(Tensor x, Tensor w1, std::opti
   });
 }
 
+// y alone.
+template <class T>
+Tensor inferred(const Tensor& x, const Tensor& w1, const std::optional<Tensor>& b1, const Tensor& w2,
+                const std::optional<Tensor>& b2, const std::optional<Tensor>& residual, int64_t activation,
+                int64_t hidden_activation, int64_t gate_activation, const Norm<Acc<T>>* norm = nullptr) {
+  using A = Acc<T>;
+  const Shape s = shape_of(x);
+  const Mlp<A> mlp(w1, w2, s.C);
+  Buffer<A> small(s.N * (2 * s.C + mlp.R));
+  A *mean = small.get(), *gate = mean + s.N * s.C, *hidden = gate + s.N * s.C;
+  return forward<T>(x, s, mlp, b1, b2, residual, activation, hidden_activation, gate_activation, mean, hidden,
+                    gate, norm);
+}
+
 Tensor se_infer(Tensor x, Tensor w1, std::optional<Tensor> b1, Tensor w2, std::optional<Tensor> b2,
                 std::optional<Tensor> residual, int64_t activation, int64_t hidden_activation,
                 int64_t gate_activation) {
   return dispatch(x, [&](auto type) {
+    return inferred<decltype(type)>(x, w1, b1, w2, b2, residual, activation, hidden_activation,
+                                    gate_activation);
+  });
+}
+
+Tensor se_normed(Tensor z, Tensor weight, Tensor bias, Tensor mean, Tensor var, double eps, Tensor w1,
+                 std::optional<Tensor> b1, Tensor w2, std::optional<Tensor> b2,
+                 std::optional<Tensor> residual, int64_t activation, int64_t hidden_activation,
+                 int64_t gate_activation) {
+  return dispatch(z, [&](auto type) {
     using T = decltype(type);
-    using A = Acc<T>;
-    const Shape s = shape_of(x);
-    const Mlp<A> mlp(w1, w2, s.C);
-    Buffer<A> small(s.N * (2 * s.C + mlp.R));
-    A *mean = small.get(), *gate = mean + s.N * s.C, *hidden = gate + s.N * s.C;
-    return forward<T>(x, s, mlp, b1, b2, residual, activation, hidden_activation, gate_activation, mean,
-                      hidden, gate);
+    const Norm<Acc<T>> norm(z.size(1), weight, bias, mean, var, eps);
+    return inferred<T>(z, w1, b1, w2, b2, residual, activation, hidden_activation, gate_activation, &norm);
   });
 }
 
@@ -110,5 +129,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> se_bwd(
 STABLE_TORCH_LIBRARY_IMPL(visattn_fast, CPU, m) {
   m.impl("se_fwd", TORCH_BOX(&visattn::se_fwd));
   m.impl("se_infer", TORCH_BOX(&visattn::se_infer));
+  m.impl("se_normed", TORCH_BOX(&visattn::se_normed));
   m.impl("se_bwd", TORCH_BOX(&visattn::se_bwd));
 }

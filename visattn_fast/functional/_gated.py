@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import ops, reference
-from ..backends import fused
-from ..reference.batch_norm import update_running_statistics
+from ..backends import fused, serving
+from ..reference.batch_norm import Norm, update_running_statistics
 from ..reference.checks import ACTIVATIONS, check_choice, check_residual
+from ..reference.nam import check_nam
 
 # Compiled, maps of at most so many pixels are the reference's, which Inductor makes faster code of: docs/compile.md.
 _TINY: dict[Callable[..., Tensor], int] = {ops.se_mathematics: 25, reference.nam: 64, reference.simam: 196}
@@ -24,6 +25,8 @@ def gated(
     residual: Tensor | None,
     activation: str | None,
     options: tuple[Any, ...] = (),
+    norm: Norm | None = None,
+    normed: Callable[..., Tensor] | None = None,
 ) -> Tensor:
     """A gate and its epilogue, by the reference or by the fused function, as the backend in use says.
 
@@ -32,13 +35,28 @@ def gated(
         function: its `ops.fused_function`, ``(*tensors, residual, activation's code, *options) -> (y, *small)``.
         tensors: x and the weights.
         options: numbers.
+        norm: of what is given as x, before the gate.
+        normed: the op of both, ``(z, *norm, *weights, residual, activation's code, *options) -> y``.
     """
     x: Any = tensors[0]
     code = check_choice("activation", activation, ACTIVATIONS)
     check_residual(residual, x)
+    if norm is not None:
+        check_nam(x, *norm[:4], False, norm.eps)
+        if normed is not None and at_once(x, (*tensors, residual, *norm[:4]), residual):
+            return normed(x, *norm, *tensors[1:], residual, code, *options)
+        x = norm.apply(x)
+        tensors = (x, *tensors[1:])
     if not fused(x, _TINY.get(mathematics, 0)):
         return reference.epilogue(ops.mixed(mathematics, x, *tensors[1:], *options), residual, activation)
     return gated_outputs(function, tensors, residual, code, options)[0]
+
+
+def at_once(z: Tensor, tensors: Iterable[Any], residual: Tensor | None) -> bool:
+    """Whether norm and gate of z are one op: on CPUs, where no gradient can be asked for of what it is made of."""
+    if torch.compiler.is_compiling() or (residual is not None and residual.dtype != z.dtype):
+        return False
+    return serving(z) == "cpp" and not ops.recorded(tensors)
 
 
 def gated_outputs(

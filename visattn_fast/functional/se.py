@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from .. import ops
+from ..reference.batch_norm import Norm
 from ..reference.checks import ACTIVATIONS, GATES, check_bottleneck, check_choice
 from ._gated import gated
 
@@ -20,6 +21,7 @@ def se(
     activation: str | None = None,
     hidden_activation: str = "relu",
     gate_activation: str = "sigmoid",
+    norm: Norm | None = None,
 ) -> Tensor:
     """Squeeze-and-excitation: ``act(x * sigmoid(w2 relu(w1 mean(x) + b1) + b2) + residual)``.
 
@@ -31,6 +33,7 @@ def se(
         activation: None, ``"relu"`` or ``"silu"``.
         hidden_activation: ``"relu"`` or ``"silu"`` (EfficientNet).
         gate_activation: ``"sigmoid"`` or ``"hard_sigmoid"``, ``relu6(v + 3) / 6`` (MobileNetV3).
+        norm: a batch norm in eval mode that x is to go through first. On CPUs, without gradients, it is part of the op.
 
     Returns:
         ``[N, C, H, W]`` in x's dtype and memory format. Sums are kept in float32 (float64 for float64); weights may
@@ -46,4 +49,5 @@ def se(
     check_bottleneck(x, w1, b1, w2, b2)
     hidden = 1 + check_choice("hidden_activation", hidden_activation, ACTIVATIONS[1:])
     gate = check_choice("gate_activation", gate_activation, GATES)
-    return gated(ops.se_mathematics, ops.SEFunction, (x, w1, b1, w2, b2), residual, activation, (hidden, gate))
+    tensors = (x, w1, b1, w2, b2)
+    return gated(ops.se_mathematics, ops.SEFunction, tensors, residual, activation, (hidden, gate), norm, ops.se_normed)

@@ -20,7 +20,8 @@ from monai.networks.blocks import (
 from torch import Tensor, nn
 
 from .. import functional
-from .normed import gate_of_norm, is_folded
+from ..reference.batch_norm import Norm
+from .normed import normed_gate
 from .recipe import ACTIVATIONS, Recipe, has_hooks, is_swapped, layers
 from .se_like import se_layers, se_like
 
@@ -37,12 +38,16 @@ class FastAnyChannelSELayer(ChannelSELayer):
 
 
 class FastChannelSELayer(FastAnyChannelSELayer):
-    """MONAI's ChannelSELayer, fused; with the epilogue of the block around it, if asked."""
+    """MONAI's ChannelSELayer, fused; with the epilogue of the block around it, and the norm before it, if asked."""
 
-    def forward(self, x: Tensor, residual: Tensor | None = None, activation: str | None = None) -> Tensor:
+    takes_norm = True  # by blocks, whose layers do not add their input
+
+    def forward(
+        self, x: Tensor, residual: Tensor | None = None, activation: str | None = None, norm: Norm | None = None
+    ) -> Tensor:
         reduce, hidden, expand, gate = self.fc
         residual = x if self.add_residual else residual
-        return se_like(x, reduce, hidden, expand, gate, residual, activation)
+        return se_like(x, reduce, hidden, expand, gate, residual, activation, norm)
 
 
 class FastResidualSELayer(ResidualSELayer):
@@ -67,10 +72,7 @@ class _FastBlock(SEBlock):
         norm = _norm_alone(last)
         if norm is None:
             return self.se_layer(last(out), residual, activation)
-        out = last.conv(out)
-        if is_folded(out, norm, self.se_layer, residual):
-            return gate_of_norm(out, norm, self.se_layer, residual, activation)
-        return self.se_layer(norm(out), residual, activation)
+        return normed_gate(last.conv(out), norm, self.se_layer, residual, activation)
 
 
 class FastSEBlock(_FastBlock):

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from ..backends import compiled_freely, serving
+from ..functional._gated import at_once
 from ..functional.normed import gate_normed_channels
 from ..ops import recorded
-from ..reference.batch_norm import batch_norm_step
+from ..reference.batch_norm import Norm, batch_norm_step
 from .recipe import has_hooks
 
 # Elements of z from which on the folded form is taken in eager mode: its dozen calls for scales and shifts take longer
@@ -47,6 +48,25 @@ def is_folded(z: Tensor, norm: Any, gate: nn.Module, residual: Tensor) -> bool:
 def _is_known(norm: nn.Module, gate: nn.Module) -> bool:
     plain = type(norm) is nn.BatchNorm2d and norm.affine and not has_hooks(norm)
     return plain and hasattr(gate, "channel_gate") and not has_hooks(gate)
+
+
+def normed_gate(z: Tensor, norm: Any, gate: Any, residual: Tensor, activation: str | None) -> Tensor:
+    """``gate(norm(z), residual, activation)``: in one op, in an affine form, or one after the other."""
+    if is_one_op(z, norm, gate, residual):
+        values = Norm(norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.eps)
+        return gate(z, residual=residual, activation=activation, norm=values)
+    if is_folded(z, norm, gate, residual):
+        return gate_of_norm(z, norm, gate, residual, activation)
+    return gate(norm(z), residual=residual, activation=activation)
+
+
+def is_one_op(z: Tensor, norm: Any, gate: nn.Module, residual: Tensor) -> bool:
+    """Whether the gate takes the norm into its own op: where the norm is evaluated and no gradient is wanted."""
+    if not getattr(gate, "takes_norm", False) or torch.compiler.is_compiling():
+        return False
+    if not (is_evaluated(norm) and _is_known(norm, gate)):
+        return False
+    return at_once(z, chain((z, residual), norm.parameters(), gate.parameters()), residual)
 
 
 def gate_of_norm(z: Tensor, norm: Any, gate: Any, residual: Tensor, activation: str | None) -> Tensor:

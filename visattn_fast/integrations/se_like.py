@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .. import functional
+from ..reference.batch_norm import Norm
 from ..reference.parameters import weight_and_bias
 from .recipe import ACTIVATIONS, all_of, layers
 
@@ -23,11 +24,15 @@ def se_like(
     gate: nn.Module,
     residual: Tensor | None = None,
     activation: str | None = None,
+    norm: Norm | None = None,
 ) -> Tensor:
-    """``act(x * gate(expand(hidden(reduce(mean(x))))) + residual)`` with the layers' own parameters and activations."""
+    """``act(x * gate(expand(hidden(reduce(mean(x))))) + residual)`` with the layers' own parameters and activations.
+
+    norm: as in `functional.se`.
+    """
     return functional.se(
         x, *weight_and_bias(reduce), *weight_and_bias(expand),
-        residual=residual, activation=activation,
+        residual=residual, activation=activation, norm=norm,
         hidden_activation=ACTIVATIONS[type(hidden)], gate_activation=_GATES[type(gate)],
     )  # fmt: skip
 

@@ -17,7 +17,7 @@ from timm.models._efficientnet_blocks import SqueezeExcite
 from torch import Tensor, nn
 
 from .. import functional
-from ..reference.batch_norm import batch_norm_step
+from ..reference.batch_norm import Norm, batch_norm_step
 from . import timm_blocks, timm_cbam, timm_swin
 from .pooled import pointwise
 from .recipe import Recipe, layers
@@ -35,10 +35,14 @@ class FastAnySEModule(SEModule):
 
 
 class FastSEModule(FastAnySEModule):
-    """timm's SEModule, fused; with the epilogue of the block around it, if asked."""
+    """timm's SEModule, fused; with the epilogue of the block around it, and the norm before it, if asked."""
 
-    def forward(self, x: Tensor, residual: Tensor | None = None, activation: str | None = None) -> Tensor:
-        return se_like(x, self.fc1, self.act, self.fc2, self.gate, residual, activation)
+    takes_norm = True
+
+    def forward(
+        self, x: Tensor, residual: Tensor | None = None, activation: str | None = None, norm: Norm | None = None
+    ) -> Tensor:
+        return se_like(x, self.fc1, self.act, self.fc2, self.gate, residual, activation, norm)
 
 
 class FastSqueezeExcite(SqueezeExcite):
@@ -81,7 +85,9 @@ class FastAnyEcaModule(EcaModule):
 
 
 class FastEcaModule(FastAnyEcaModule):
-    """timm's EcaModule, fused; with the epilogue of the block around it, if asked."""
+    """timm's EcaModule, fused; with the epilogue of the block around it, and the norm before it, if asked."""
+
+    takes_norm = True
 
     def channel_gate(self, mean: Tensor) -> Tensor:
         if not torch.compiler.is_compiling():
@@ -92,8 +98,10 @@ class FastEcaModule(FastAnyEcaModule):
         logits = sum(w * padded[:, i : i + channels] for i, w in enumerate(weights))
         return self.gate(logits)[:, :, None, None]
 
-    def forward(self, x: Tensor, residual: Tensor | None = None, activation: str | None = None) -> Tensor:
-        return functional.eca(x, self.conv.weight, residual=residual, activation=activation)
+    def forward(
+        self, x: Tensor, residual: Tensor | None = None, activation: str | None = None, norm: Norm | None = None
+    ) -> Tensor:
+        return functional.eca(x, self.conv.weight, residual=residual, activation=activation, norm=norm)
 
 
 class FastCecaModule(CecaModule):

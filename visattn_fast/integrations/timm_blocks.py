@@ -7,7 +7,7 @@ from typing import Any
 from timm.models import resnet
 from torch import Tensor, nn
 
-from .normed import gate_of_norm, is_folded
+from .normed import normed_gate
 from .recipe import ACTIVATIONS, Recipe, fingerprint, is_swapped, own_class
 
 
@@ -38,9 +38,7 @@ def _finish(block: Any, out: Tensor, norm: nn.Module, shortcut: Tensor, activati
     if block.downsample is not None:
         shortcut = block.downsample(shortcut)
     name = ACTIVATIONS[type(activation)]
-    if is_folded(out, norm, block.se, shortcut):
-        return gate_of_norm(out, norm, block.se, shortcut, name)
-    return block.se(norm(out), residual=shortcut, activation=name)
+    return normed_gate(out, norm, block.se, shortcut, name)
 
 
 def recipes(gates: tuple[type[nn.Module], ...]) -> list[Recipe]:

@@ -10,7 +10,7 @@ from .channel_mlp import ChannelMLPFunction
 from .channel_scale import channel_affine, channel_mean
 from .coord_att import CoordAttFunction
 from .criss_cross import CrissCrossFunction
-from .eca import ECAFunction
+from .eca import ECAFunction, eca_normed
 from .gates import ChannelScale, Mean, PoolChannels, PoolPixels, TwofoldScale
 from .linear import linear
 from .local_attention import LocalAttentionFunction
@@ -19,7 +19,7 @@ from .nam import NAMFunction
 from .norm_gate import NormGateFunction
 from .s2mlpv2 import SplitAttentionFunction
 from .scse import ScSEFunction
-from .se import SEFunction, se_mathematics
+from .se import SEFunction, se_mathematics, se_normed
 from .shuffle_attention import ShuffleAttentionFunction
 from .simam import SimAMFunction
 from .sk import SKFunction
@@ -58,6 +58,7 @@ __all__ = [
     "attention_mean",
     "channel_affine",
     "channel_mean",
+    "eca_normed",
     "fits_a_block",
     "in_format_of",
     "linear",
@@ -67,5 +68,6 @@ __all__ = [
     "register_triton",
     "run",
     "se_mathematics",
+    "se_normed",
     "token_grid",
 ]

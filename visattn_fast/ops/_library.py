@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ._autograd import without_autocast
-from ._layout import empty_map
+from ._layout import accumulation_dtype, empty_map
 
 LIBRARY = torch.library.Library("visattn_fast", "DEF")
 
@@ -68,6 +68,26 @@ def define_infer(name: str) -> Any:
     arguments = OPS[f"{name}_fwd"].schema.removeprefix(f"{name}_fwd").partition(" ->")[0]
     schema = f"{name}_infer{arguments} -> Tensor y"
     return define(schema, None, lambda *args: forward(*args)[0], lambda x, *rest: empty_map(x))
+
+
+def define_normed(name: str) -> Any:
+    """Declares ``<name>_normed``, y of ``<name>_fwd`` behind a batch norm that goes by its statistics.
+
+    For inference: what the norm makes of z is never stored. Returns its overload.
+    """
+    forward = getattr(torch.ops.visattn_fast, f"{name}_fwd").default
+    arguments = OPS[f"{name}_fwd"].schema.partition("(Tensor x, ")[2].partition(") ->")[0]
+    norm = "Tensor norm_weight, Tensor norm_bias, Tensor norm_mean, Tensor norm_var, float eps"
+
+    def plain(z: Any, weight: Any, bias: Any, mean: Any, var: Any, eps: float, *rest: Any) -> Any:
+        a = accumulation_dtype(z)
+        gain = torch.rsqrt(var.to(a) + eps) * weight.to(a)
+        d = (z - mean.to(a)[:, None, None]) * gain[:, None, None]
+        return forward((d + bias.to(a)[:, None, None]).to(z.dtype), *rest)[0]
+
+    return define(
+        f"{name}_normed(Tensor z, {norm}, {arguments}) -> Tensor y", None, plain, lambda z, *rest: empty_map(z)
+    )
 
 
 def register_triton(dispatch_key: str) -> None:

@@ -9,7 +9,7 @@ from .. import reference
 from ._autograd import fused_function
 from ._epilogue import empty_residual_gradient, finish, residual_gradient, start_backward, with_epilogue
 from ._layout import accumulation_dtype, empty_map, empty_small, to_map
-from ._library import define, define_infer
+from ._library import define, define_infer, define_normed
 
 
 def _eca_fwd_reference(x, weight, residual, activation):
@@ -48,6 +48,7 @@ eca_fwd = define(
     _eca_fwd_fake,
 )
 eca_infer = define_infer("eca")
+eca_normed = define_normed("eca")
 eca_bwd = define(
     "eca_bwd(Tensor grad, Tensor x, Tensor weight, Tensor? residual, Tensor mean, Tensor gate, int activation)"
     " -> (Tensor dx, Tensor dresidual, Tensor dweight)",

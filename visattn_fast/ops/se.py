@@ -17,7 +17,7 @@ from ._epilogue import (
     with_epilogue,
 )
 from ._layout import accumulation_dtype, empty_map, empty_small, to_map
-from ._library import define, define_infer
+from ._library import define, define_infer, define_normed
 
 _RELU = ACTIVATIONS.index("relu")  # of which ``hidden`` is the result; of another activation it is the argument
 
@@ -68,6 +68,7 @@ se_fwd = define(
     _se_fwd_fake,
 )
 se_infer = define_infer("se")
+se_normed = define_normed("se")
 se_bwd = define(
     "se_bwd(Tensor grad, Tensor x, Tensor w1, Tensor w2, Tensor? residual, Tensor mean, Tensor hidden, Tensor gate,"
     " int activation, int hidden_activation, int gate_activation)"

@@ -2,10 +2,29 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+
+class Norm(NamedTuple):
+    """A batch norm by its running statistics, ``(z - running_mean) / sqrt(running_var + eps) * weight + bias``.
+
+    Each tensor is ``[C]``.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    running_mean: Tensor
+    running_var: Tensor
+    eps: float
+
+    def apply(self, z: Tensor) -> Tensor:
+        """``z`` normed, in PyTorch."""
+        return F.batch_norm(z, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
 
 
 def batch_norm_step(bn: nn.modules.batchnorm._BatchNorm) -> tuple[bool, float]:
