@@ -1,5 +1,6 @@
 """The public functions, one file per family: check, choose a backend, call."""
 
+from ..reference.batch_norm import Norm
 from .attention2d import attention2d
 from .cbam import cbam, channel_attention, spatial_attention
 from .coord_att import coord_att
@@ -20,6 +21,7 @@ from .soca import soca
 from .window_attention import window_attention
 
 __all__ = [
+    "Norm",
     "additive_score",
     "attention2d",
     "cbam",

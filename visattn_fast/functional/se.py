@@ -33,7 +33,8 @@ def se(
         activation: None, ``"relu"`` or ``"silu"``.
         hidden_activation: ``"relu"`` or ``"silu"`` (EfficientNet).
         gate_activation: ``"sigmoid"`` or ``"hard_sigmoid"``, ``relu6(v + 3) / 6`` (MobileNetV3).
-        norm: a batch norm in eval mode that x is to go through first. On CPUs, without gradients, it is part of the op.
+        norm: a batch norm in eval mode, a `Norm`, that x goes through first. On CPUs, without gradients, it is part of
+            the op.
 
     Returns:
         ``[N, C, H, W]`` in x's dtype and memory format. Sums are kept in float32 (float64 for float64); weights may
