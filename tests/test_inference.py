@@ -108,6 +108,29 @@ def test_small_maps():
     assert ops_of(module, feature_map((2, C, 91, 91), "nchw", torch.float32)) == FOLDED
 
 
+class Overriding(torch.Tensor):
+    """A tensor that writes down what is called on it."""
+
+    called: ClassVar[list[str]] = []
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        cls.called.append(str(func))
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+def test_overridden():
+    """What overrides functions, a tensor's class or a mode, sees an op for inference as it sees every other."""
+    module, x = vf.FastSE(C, 4), feature_map((2, C, 3, 3), "nchw", torch.float32)
+    with torch.no_grad():
+        want, y = module(x), module(x.as_subclass(Overriding))
+        assert type(y) is Overriding
+        assert torch.equal(y, want)
+        assert "visattn_fast.se_infer.default" in Overriding.called
+        with torch.device("cpu"):
+            assert torch.equal(module(x), want)
+
+
 def norms() -> tuple[Norm, torch.Tensor]:
     """A norm whose mean is far from zero, and a map of such values."""
     torch.manual_seed(0)

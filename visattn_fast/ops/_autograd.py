@@ -11,6 +11,9 @@ from torch import Tensor
 
 Gradients = Callable[..., tuple[Tensor | None, ...]]
 
+# Asked at every call. Looking them up takes as long as calling them.
+_overridden, _call_boxed = torch._C._has_torch_function, torch._C._dispatch_call_boxed
+
 
 def mixed(mathematics: Callable[..., Tensor], x: Tensor, *arguments: Any) -> Tensor:
     """``mathematics(x, *arguments)`` in x's dtype, where x and weights may differ in dtype outside of autocast too."""
@@ -35,7 +38,7 @@ def run(function: type[torch.autograd.Function], *args: Any) -> tuple[Tensor, ..
     if not recorded(args):
         # Dynamo cannot ask a Function whether it has an attribute.
         infer = None if torch.compiler.is_compiling() or not args[0].is_cpu else getattr(function, "infer", None)
-        return function.forward(*args) if infer is None else (infer(*args),)
+        return function.forward(*args) if infer is None else (_called(infer, args),)
     if torch.compiler.is_compiling():
         # Dynamo refuses one tensor in two places, as x is where it is the residual, too.
         return function.apply(*(_again(a) if any(a is b for b in args[:i]) else a for i, a in enumerate(args)))
@@ -43,6 +46,11 @@ def run(function: type[torch.autograd.Function], *args: Any) -> tuple[Tensor, ..
         return function.apply(*args)
     # Function.apply first inspects forward's signature for defaults, which it has not: 28 of 50 us a call.
     return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
+
+
+def _called(op: Any, args: tuple[Any, ...]) -> Any:
+    """``op(*args)``. Where nothing overrides it, the dispatcher is asked at once: 2.7 us of 3.2 on a small map."""
+    return op(*args) if _overridden(args) else _call_boxed(op._handle, *args)
 
 
 def _again(a: Any) -> Any:

@@ -88,8 +88,8 @@ class SE(nn.Module):
 
     def weights(self) -> tuple[Any, ...]:
         """``(w1, b1, w2, b2)``, as `se` takes them."""
-        layers = child(self, "fc")
-        return *weight_and_bias(child(layers, "0")), *weight_and_bias(child(layers, "2"))
+        layers = child(self, "fc")._modules
+        return *weight_and_bias(layers["0"]), *weight_and_bias(layers["2"])
 
     def forward(self, x: Tensor) -> Tensor:
         """``[N, C, H, W]`` -> ``[N, C, H, W]``."""
