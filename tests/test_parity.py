@@ -100,7 +100,8 @@ def test_ties(entry, layout, device, backend):
     x[:, :, :2] = 0
     x[0, 3] = 0
     check(entry, x, backend)
-    check(entry, torch.ones_like(x), backend)
+    if entry.name != "gam":  # whose batch norm divides the rounding errors of a constant by nothing
+        check(entry, torch.ones_like(x), backend)
 
 
 @quiet

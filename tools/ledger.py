@@ -146,7 +146,7 @@ def interpreted(tests: str) -> list[ElementTree.Element]:
     """The test cases of a file, run under the interpreter."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "cases.xml"
-        run("-m", "pytest", tests, "-q", f"--junitxml={report}", TRITON_INTERPRET="1")
+        run("-m", "pytest", tests, "-q", f"--junitxml={report}", TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
         return list(ElementTree.parse(report).iter("testcase"))
 
 
