@@ -10,6 +10,7 @@ import re
 import pytest
 import torch
 import torch.utils.checkpoint
+from torch._dynamo import compiled_autograd
 from torch._inductor.utils import fresh_cache, run_and_get_code
 from torch.nn.utils import parametrize
 
@@ -288,6 +289,27 @@ def test_compiled_under_a_checkpoint():
     torch.testing.assert_close(got, want)
     with torch.no_grad():
         assert not compiled(x).requires_grad
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # PyTorch's own asking
+@pytest.mark.parametrize("name", ["se", "cbam"])
+def test_compiled_autograd(name):
+    """The backward pass of an eager forward pass, traced as a graph of its own: one graph, the same bits."""
+    fast, _ = catalogue.ENTRIES[name].pair(16)
+    x = feature_map((2, 16, 9, 8), "nchw", torch.float32).requires_grad_()
+
+    def gradients():
+        fast.zero_grad()
+        x.grad = None
+        fast(x, residual=x, activation="silu").square().sum().backward()
+        return [x.grad, *(p.grad for p in fast.parameters())]
+
+    want, graphs = gradients(), []
+    with compiled_autograd._enable(torch.compile(backend=graph_ops(graphs), fullgraph=True)):
+        got = gradients()
+    assert all(torch.equal(*pair) for pair in zip(got, want, strict=True))
+    assert len(graphs) == 1, graphs
+    assert f"{name}_bwd" in graphs[0]
 
 
 @pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
