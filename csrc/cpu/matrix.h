@@ -110,6 +110,16 @@ VF_INLINE inline void row_stats_group(const Matrix<const T>& x, int64_t r0, cons
     }
     for (int r = 0; r < R; ++r) total[r] += part[r];
   }
+  int64_t done = whole;
+  if constexpr (!kMax) {
+    for (; done + L <= x.cols; done += L) {
+      for (int r = 0; r < R; ++r) {
+        Vec<A> v = load(row[r] + done);
+        if constexpr (kScale) v = v * load(scale + done);
+        total[r] += v;
+      }
+    }
+  }
   for (int r = 0; r < R; ++r) {
     A s = sum_lanes<A>(total[r]), m = lowest;
     int64_t index = 0;
@@ -117,7 +127,7 @@ VF_INLINE inline void row_stats_group(const Matrix<const T>& x, int64_t r0, cons
       max_lanes<A>(top[r], where[r], &m, &index);
       index = find_in_block<T, kScale>(row[r], scale, index, m);
     }
-    finish_row<T, kScale>(row[r], scale, whole, x.cols, &s, &m, &index);
+    finish_row<T, kScale>(row[r], scale, done, x.cols, &s, &m, &index);
     sum[r0 + r] = s;
     if constexpr (kMax) {
       if (s != s) find_nan<T, kScale>(row[r], scale, x.cols, &m, &index);  // or both infinities
