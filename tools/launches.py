@@ -103,9 +103,7 @@ class Call:
             passes[f"{name}_bwd"] = backward + activation * (residual + 1)
         return passes
 
-    def run(
-        self, device: str, observe: Observer, operation: Operation | None = None, between: bool = False
-    ) -> None:
+    def run(self, device: str, observe: Observer, operation: Operation | None = None, between: bool = False) -> None:
         """Its passes on ``device``, which may be ``"meta"``; see `routed`."""
         module = self.entry.fast(**self.entry.arguments(self.shape[1])).to(device, self.dtype)
         module.train(self.entry.training)
@@ -136,9 +134,7 @@ Operation = Callable[[str, Any, Any, Any], None]
 
 
 @contextmanager
-def routed(
-    op: str, observe: Observer, operation: Operation | None = None, between: bool = False
-) -> Iterator[None]:
+def routed(op: str, observe: Observer, operation: Operation | None = None, between: bool = False) -> Iterator[None]:
     """Within the context every op of the package is its Triton launcher, on tensors of any device.
 
     ``observe`` sees, and decides on, every launch; ``operation`` sees every other operation of a launcher.
