@@ -20,8 +20,8 @@ from ._pool import Parts, combine, combine_parts, parts_max, parts_sum
 from ._tiles import NONE, RELU, SIGMOID, activate, activation_grad, gate_grad
 from ._weight_grads import MLPGrads, mlp_grads
 
-FUSED = 1 << 16  # weights of a layer that one program goes through
-FUSED_TILE = 4096  # of which it holds as many at once
+FUSED = 1 << 15  # weights of a layer that one program goes through
+FUSED_TILE = 4096  # of which it holds as many at once, or for two branches half as many
 FUSED_PARTS = 64  # of a sum that it makes itself
 
 
@@ -60,16 +60,16 @@ def _linear_kernel(
 
 
 @triton.jit
-def _weights(w_ptr, c, r, C, R, stride_c, stride_r, acc_ty: tl.constexpr):
-    """A tile [BLOCK_R, BLOCK_C] of a layer's weights."""
-    offsets = r[:, None].to(tl.int64) * stride_r + c[None, :].to(tl.int64) * stride_c
+def _weights(w_ptr, c, r, C, R, OF_FIRST: tl.constexpr, acc_ty: tl.constexpr):
+    """A tile [BLOCK_R, BLOCK_C] of the weights of the first layer, [R, C], or of the second one, [C, R]."""
+    offsets = r[:, None] * C + c[None, :] if OF_FIRST else c[None, :] * R + r[:, None]  # few, so 32 bits will do
     return tl.load(w_ptr + offsets, mask=(r < R)[:, None] & (c < C)[None, :], other=0.0).to(acc_ty)
 
 
 @triton.jit
 def _mlp_gate_kernel(
     parts_ptr, parts_argmax_ptr, pooled_ptr, argmax_ptr, w1_ptr, b1_ptr, w2_ptr, b2_ptr, hidden_ptr, gate_ptr,
-    parts, divisor, C, R, w1_r, w1_c, w2_c, w2_r,
+    parts, divisor, C, R,
     BRANCHES: tl.constexpr, KEPT: tl.constexpr, TAKEN: tl.constexpr, GATE: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
@@ -96,7 +96,7 @@ def _mlp_gate_kernel(
                 tl.store(pooled_ptr + (n * BRANCHES + 1) * C + c, v, mask=c < C)
                 tl.store(argmax_ptr + n * C + c, first, mask=c < C)
                 v = tl.where(c < C, v, 0.0)
-            acc += _weights(w1_ptr, c, r, C, R, w1_c, w1_r, acc_ty) * v[None, :]
+            acc += _weights(w1_ptr, c, r, C, R, True, acc_ty) * v[None, :]
         h = tl.sum(acc, 1)
         if b1_ptr is not None:
             h += tl.load(b1_ptr + r, mask=inside, other=0.0).to(acc_ty)
@@ -106,7 +106,7 @@ def _mlp_gate_kernel(
     taken = tl.where(inside, taken, 0.0)
     for start in range(0, C, BLOCK_C):
         c = start + tl.arange(0, BLOCK_C)
-        z = tl.sum(_weights(w2_ptr, c, r, C, R, w2_c, w2_r, acc_ty) * taken[:, None], 0)
+        z = tl.sum(_weights(w2_ptr, c, r, C, R, False, acc_ty) * taken[:, None], 0)
         if b2_ptr is not None:
             z += tl.load(b2_ptr + c, mask=c < C, other=0.0).to(acc_ty)
         tl.store(gate_ptr + n * C + c, activate(z, GATE), mask=c < C)
@@ -115,7 +115,6 @@ def _mlp_gate_kernel(
 @triton.jit
 def _mlp_gate_bwd_kernel(
     parts_ptr, gate_ptr, w1_ptr, w2_ptr, hidden_ptr, dz_ptr, dhidden_ptr, dpooled_ptr, parts, C, R,
-    w1_r, w1_c, w2_c, w2_r,
     BRANCHES: tl.constexpr, HIDDEN_ACTIVATION: tl.constexpr, GATE: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
@@ -131,7 +130,7 @@ def _mlp_gate_bwd_kernel(
             dz *= gate_grad(tl.load(gate_ptr + n * C + c, mask=c < C, other=0.0).to(acc_ty), GATE)
         if dz_ptr is not None:
             tl.store(dz_ptr + n * C + c, dz, mask=c < C)
-        acc += _weights(w2_ptr, c, r, C, R, w2_c, w2_r, acc_ty) * dz[None, :]
+        acc += _weights(w2_ptr, c, r, C, R, False, acc_ty) * dz[None, :]
     through = tl.sum(acc, 1)
     for branch in tl.static_range(BRANCHES):
         row = n * BRANCHES + branch
@@ -140,7 +139,7 @@ def _mlp_gate_bwd_kernel(
         tl.store(dhidden_ptr + row * R + r, dh, mask=r < R)
         for start in range(0, C, BLOCK_C):
             c = start + tl.arange(0, BLOCK_C)
-            w1 = _weights(w1_ptr, c, r, C, R, w1_c, w1_r, acc_ty)
+            w1 = _weights(w1_ptr, c, r, C, R, True, acc_ty)
             tl.store(dpooled_ptr + row * C + c, tl.sum(w1 * dh[:, None], 0), mask=c < C)
 
 
@@ -163,14 +162,14 @@ def _linear(
     return y
 
 
-def _fused(C: int, R: int, parts: int) -> dict[str, int] | None:
+def _fused(C: int, R: int, parts: int, branches: int) -> dict[str, int] | None:
     """The blocks of both layers in one program an image; None where weights, or parts of its vectors, are too many."""
     rows = max(next_power_of_2(R), next_power_of_2(parts))
-    if C * max(R, parts) > FUSED or rows > FUSED_TILE // 16 or parts > FUSED_PARTS:
+    if C * max(R, parts) > FUSED or rows > FUSED_TILE // 32 or parts > FUSED_PARTS:
         return None
-    block_c = min(next_power_of_2(C), FUSED_TILE // rows)
+    block_c = min(next_power_of_2(C), FUSED_TILE // branches // rows)
     blocks = {"BLOCK_C": block_c, "BLOCK_R": next_power_of_2(R), "BLOCK_S": next_power_of_2(parts)}
-    return blocks | {"num_warps": min(max(block_c * rows // 1024, 1), 8)}
+    return blocks | {"num_warps": min(max(block_c * rows * branches // 1024, 1), 4)}
 
 
 def _kept_and_taken(hidden_activation: int) -> tuple[int, int]:
@@ -189,19 +188,19 @@ def pooled_gate(
     """
     R, C = w1.shape[:2]
     kept, taken = _kept_and_taken(hidden_activation)
-    if _fused(C, R, parts.slots) is None:
+    if _fused(C, R, parts.slots, parts.branches) is None:
         parts = Parts(*combine_parts(parts), 1, 1)
     several, branches = not parts.complete, parts.branches
     pooled, argmax = parts.empty() if several else (parts.values, parts.argmax)
     hidden = pooled.new_empty((*pooled.shape[:-1], R))
-    if (blocks := _fused(C, R, parts.slots)) is None:
+    if (blocks := _fused(C, R, parts.slots, parts.branches)) is None:
         _linear(pooled, w1, b1, hidden, kept)
         _linear(hidden, w2, b2, gate, gate_activation, x_rows=branches, x_activation=taken)
         return pooled, argmax, hidden
     launch(
         _mlp_gate_kernel, parts.images,
         parts.values, parts.argmax if several else None, pooled if several else None, argmax if several else None,
-        w1, b1, w2, b2, hidden, gate, parts.slots, parts.divisor, C, R, *w1.stride()[:2], *w2.stride()[:2],
+        w1.contiguous(), b1, w2.contiguous(), b2, hidden, gate, parts.slots, parts.divisor, C, R,
         BRANCHES=branches, KEPT=kept, TAKEN=taken, GATE=gate_activation, **blocks,
     )  # fmt: skip
     return pooled, argmax, hidden
@@ -227,11 +226,11 @@ def gate_mlp_bwd(
     (N, S, C), R = parts.shape, w1.shape[0]
     rows = pooled.shape[1] if pooled.dim() == 3 else 1
     dhidden, dpooled = torch.empty_like(hidden), torch.empty_like(pooled)
-    if _fused(C, R, S) is None and (S > 1 or gate is not None):
+    if _fused(C, R, S, rows) is None and (S > 1 or gate is not None):
         parts, gate, S = combine(parts, gate, pooled.new_empty((N, C)), gate_activation)[:, None], None, 1
     known = S == 1 and gate is None
     dz = parts[:, 0] if known else pooled.new_empty((N, C))
-    if (blocks := _fused(C, R, S)) is None:
+    if (blocks := _fused(C, R, S, rows)) is None:
         _linear(
             dz, w2, None, dhidden, NONE.value, transposed=True, y_rows=rows, hidden=hidden,
             hidden_activation=hidden_activation,
@@ -240,8 +239,8 @@ def gate_mlp_bwd(
     else:
         launch(
             _mlp_gate_bwd_kernel, N,
-            parts, gate, w1, w2, hidden, None if known else dz, dhidden, dpooled, S, C, R,
-            *w1.stride()[:2], *w2.stride()[:2], BRANCHES=rows, HIDDEN_ACTIVATION=hidden_activation,
+            parts, gate, w1.contiguous(), w2.contiguous(), hidden, None if known else dz, dhidden, dpooled, S, C, R,
+            BRANCHES=rows, HIDDEN_ACTIVATION=hidden_activation,
             GATE=gate_activation, **blocks,
         )  # fmt: skip
     return dpooled, mlp_grads(dz, dhidden, w1, w2, pooled, hidden, hidden_activation, biases, dtype)

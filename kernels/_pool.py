@@ -113,17 +113,15 @@ def _combine_pool_kernel(
     parts_ptr, parts_argmax_ptr, out_ptr, argmax_ptr, L, parts, divisor,
     EVEN: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_L: tl.constexpr,
 ):  # fmt: skip
-    """[N, parts, 1 or 2, L] -> [N, 1 or 2, L]: (sum / divisor, max), parts in order."""
-    ROWS: tl.constexpr = 1 if argmax_ptr is None else 2
+    """[N, parts, 2, L] -> [N, 2, L]: (sum / divisor, max), parts in order."""
     blocks = tl.cdiv(L, BLOCK_L)
     n = (tl.program_id(0) // blocks).to(tl.int64)
     k = tl.program_id(0) % blocks * BLOCK_L + tl.arange(0, BLOCK_L)
-    total = parts_sum(parts_ptr, n, k, L, parts, ROWS, BLOCK_S) / divisor
-    tl.store(out_ptr + n * ROWS * L + k, total, mask=k < L)
-    if argmax_ptr is not None:
-        value, first = parts_max(parts_ptr, parts_argmax_ptr, n, k, L, parts, EVEN, BLOCK_S)
-        tl.store(out_ptr + (2 * n + 1) * L + k, value, mask=k < L)
-        tl.store(argmax_ptr + n * L + k, first, mask=k < L)
+    total = parts_sum(parts_ptr, n, k, L, parts, 2, BLOCK_S) / divisor
+    value, first = parts_max(parts_ptr, parts_argmax_ptr, n, k, L, parts, EVEN, BLOCK_S)
+    tl.store(out_ptr + n * 2 * L + k, total, mask=k < L)
+    tl.store(out_ptr + (2 * n + 1) * L + k, value, mask=k < L)
+    tl.store(argmax_ptr + n * L + k, first, mask=k < L)
 
 
 @triton.jit
@@ -135,7 +133,8 @@ def _combine_kernel(
 
     gate is [M, L], bias [1].
     """
-    acc_ty = out_ptr.dtype.element_ty
+    wide: tl.constexpr = parts_ptr.dtype.element_ty.primitive_bitwidth >= 32  # else the sum is as wide as its result
+    acc_ty: tl.constexpr = parts_ptr.dtype.element_ty if wide else out_ptr.dtype.element_ty
     blocks = tl.cdiv(L, BLOCK_L)
     m = (tl.program_id(0) // blocks).to(tl.int64)
     k = tl.program_id(0) % blocks * BLOCK_L + tl.arange(0, BLOCK_L)
@@ -232,6 +231,8 @@ def combine_parts(p: Parts, even: bool = False) -> tuple[torch.Tensor, Any]:
     if p.complete:
         return p.values, p.argmax
     (out, argmax), kept = p.empty(), p.values.shape[-1]
+    if argmax is None:
+        return combine(p.values.view(-1, p.slots, kept), None, out, divisor=p.divisor), None
     block_s = next_power_of_2(p.slots)
     block = vector_block(kept, max(TILE // block_s, 4))
     launch(
