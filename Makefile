@@ -8,7 +8,7 @@ CUDA_SOURCES := $(wildcard csrc/cuda/*.* csrc/cuda/emulation/*.*)
 # Test processes. Threads of two of them share the cores, and wait asleep; the interpreter needs one thread each.
 PROCESSES ?= 2
 INTERPRETED := $(addprefix tests/test_,parity.py autograd.py gates.py flash_attention.py window_attention.py \
-	kernels_interpreter.py resident.py traffic.py planted_faults.py)
+	kernels_interpreter.py launches.py resident.py traffic.py planted_faults.py)
 
 .PHONY: report test bench kernels evidence lint format ext-cuda gpu-check build clean
 

@@ -8,8 +8,8 @@ import triton.language as tl
 
 from ._heuristics import cdiv, next_power_of_2, splits, vector_block
 from ._launch import launch
-from ._pool import combine
 from ._tiles import sigmoid
+from ._weight_grads import RowSum, row_sum
 
 
 @triton.jit
@@ -37,13 +37,13 @@ def _conv_gate_kernel(maps_ptr, w_ptr, b_ptr, gate_ptr, H, W, K: tl.constexpr, B
 
 
 @triton.jit
-def _conv_maps_grad_kernel(dq_ptr, w_ptr, dmaps_ptr, H, W, K: tl.constexpr, BLOCK_P: tl.constexpr):
+def _maps_grad(place, dq_ptr, w_ptr, dmaps_ptr, H, W, K: tl.constexpr, BLOCK_P: tl.constexpr):
     """dmaps [N, 2, H, W] = transposed convolution of dq [N, H, W] with w [2, K, K]."""
     acc_ty = dq_ptr.dtype.element_ty
     HW = H * W
     blocks = tl.cdiv(HW, BLOCK_P)
-    n = (tl.program_id(0) // blocks).to(tl.int64)
-    p = tl.program_id(0) % blocks * BLOCK_P + tl.arange(0, BLOCK_P)
+    n = (place // blocks).to(tl.int64)
+    p = place % blocks * BLOCK_P + tl.arange(0, BLOCK_P)
     h, w = p // W, p % W
     dmean = tl.zeros([BLOCK_P], acc_ty)
     dmax = tl.zeros([BLOCK_P], acc_ty)
@@ -61,8 +61,8 @@ def _conv_maps_grad_kernel(dq_ptr, w_ptr, dmaps_ptr, H, W, K: tl.constexpr, BLOC
 
 
 @triton.jit
-def _conv_weight_grad_kernel(
-    dq_ptr, maps_ptr, parts_ptr, bias_parts_ptr, H, W, steps,
+def _weight_grad(
+    place, dq_ptr, maps_ptr, parts_ptr, bias_parts_ptr, H, W, parts, steps,
     K: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """parts [N, parts, 2, K, K] = sum over one part of the pixels of dq [N, H, W] * shifted maps [N, 2, H, W].
@@ -71,9 +71,9 @@ def _conv_weight_grad_kernel(
     """
     acc_ty = dq_ptr.dtype.element_ty
     HW = H * W
-    row = tl.program_id(0) % (2 * K)
-    n = (tl.program_id(0) // (2 * K)).to(tl.int64)
-    part = tl.program_id(1)
+    row = place % (2 * K)
+    part = place // (2 * K) % parts
+    n = (place // (2 * K) // parts).to(tl.int64)
     dh = row % K - K // 2
     t = tl.arange(0, BLOCK_T)
     maps_ptr += (n * 2 + row // K) * HW + dh * W
@@ -88,10 +88,23 @@ def _conv_weight_grad_kernel(
         dq = tl.load(dq_ptr + n * HW + p, mask=p < HW, other=0.0)
         acc += v * dq[None, :]
         total += dq
-    out = n * tl.num_programs(1) + part
+    out = n * parts + part
     tl.store(parts_ptr + (out * 2 * K + row) * K + t, tl.sum(acc, 1), mask=t < K)
     if bias_parts_ptr is not None:
         tl.store(bias_parts_ptr + out, tl.sum(total, 0), mask=row == 0)
+
+
+@triton.jit
+def _conv_grads_kernel(
+    dq_ptr, w_ptr, maps_ptr, dmaps_ptr, parts_ptr, bias_parts_ptr, H, W, weight_programs, parts, steps,
+    K: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """Both gradients of the convolution; what takes longer comes first."""
+    place = tl.program_id(0)
+    if place < weight_programs:
+        _weight_grad(place, dq_ptr, maps_ptr, parts_ptr, bias_parts_ptr, H, W, parts, steps, K, BLOCK_T, BLOCK_S)
+    else:
+        _maps_grad(place - weight_programs, dq_ptr, w_ptr, dmaps_ptr, H, W, K, BLOCK_P)
 
 
 def conv_gate(
@@ -109,27 +122,22 @@ def conv_gate(
 
 def conv_gate_bwd(
     dq: torch.Tensor, wconv: torch.Tensor, bias: torch.Tensor | None, maps: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """From dq [N, HW], the gradient before the sigmoid: (dmaps like maps, dwconv like wconv, dbias [1] or empty)."""
+) -> tuple[torch.Tensor, tuple[RowSum, ...]]:
+    """From dq [N, HW], the gradient before the sigmoid: dmaps like maps, and sums that make dwconv and dbias.
+
+    dwconv is like wconv and dbias [1], or without a bias [0], both in wconv's dtype.
+    """
     N, _, H, W = maps.shape
     K = wconv.shape[-1]
-    dmaps, biases = torch.empty_like(maps), 0 if bias is None else 1
-    if not N:
-        return dmaps, maps.new_zeros(wconv.shape), maps.new_zeros(biases)
-    block = vector_block(H * W)
+    dmaps, rows = torch.empty_like(maps), 2 * K
+    block, block_s = vector_block(H * W), vector_block(H * W, 512)
+    parts, steps = splits(N * rows, cdiv(H * W, block_s))
+    partial = maps.new_empty((N * parts, rows * K))
+    of_bias = maps.new_empty((0 if bias is None else N * parts, 1))
+    weight_programs = N * rows * parts
     launch(
-        _conv_maps_grad_kernel, N * cdiv(H * W, block),
-        dq, wconv.contiguous(), dmaps, H, W, K=K, BLOCK_P=block,
+        _conv_grads_kernel, weight_programs + N * cdiv(H * W, block),
+        dq, wconv.contiguous(), maps, dmaps, partial, None if bias is None else of_bias, H, W, weight_programs, parts,
+        steps, K=K, BLOCK_T=next_power_of_2(K), BLOCK_S=block_s, BLOCK_P=block,
     )  # fmt: skip
-    rows, block = 2 * K, vector_block(H * W, 512)
-    parts, steps = splits(N * rows, cdiv(H * W, block))
-    partial = maps.new_empty((1, N * parts, rows * K))
-    of_bias = maps.new_empty((1, N * parts, 1)) if biases else None
-    launch(
-        _conv_weight_grad_kernel, N * rows,
-        dq, maps, partial, of_bias, H, W, steps, K=K, BLOCK_T=next_power_of_2(K), BLOCK_P=block, parts=parts,
-    )  # fmt: skip
-    dbias = maps.new_empty(biases)
-    if of_bias is not None:
-        combine(of_bias, None, dbias)
-    return dmaps, combine(partial, None, maps.new_empty(wconv.shape)), dbias
+    return dmaps, (row_sum(partial, wconv), row_sum(of_bias, wconv.new_empty(0 if bias is None else 1)))

@@ -8,7 +8,7 @@ import triton.language as tl
 
 from ._heuristics import Reduction, grain, reduction, tile, tiles
 from ._launch import launch
-from ._layout import Layout
+from ._layout import Layout, accumulation_dtype
 from ._tiles import NONE, activate, activation_grad, program_tile, tile_mask, tile_offsets
 
 # How a channel and a spatial gate become one.
@@ -54,7 +54,7 @@ def _scale_kernel(
 @triton.jit
 def _gate_grads_kernel(
     grad_ptr, x_ptr, residual_ptr, channel_gate_ptr, spatial_gate_ptr, dresidual_ptr, dchannel_ptr, dspatial_ptr,
-    C, HW, stride_n, stride_o, slots, steps,
+    C, HW, stride_n, stride_o, stride_gate, slots, steps,
     ACTIVATION: tl.constexpr, CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
@@ -65,7 +65,7 @@ def _gate_grads_kernel(
     A program keeps a block of the inner axis and walks a part of the outer one. Sums along the outer axis stay in
     registers to the end; those along the inner axis are stored for each block, which is wide to make them few.
     """
-    acc_ty = channel_gate_ptr.dtype.element_ty
+    acc_ty = dchannel_ptr.dtype.element_ty
     blocks = tl.cdiv(C, BLOCK_C) if CHANNELS_LAST else tl.cdiv(HW, BLOCK_P)
     block = tl.program_id(0) % blocks
     n = (tl.program_id(0) // blocks).to(tl.int64)
@@ -81,7 +81,7 @@ def _gate_grads_kernel(
         mask = tile_mask(cs, ps, C, HW, CHANNELS_LAST, ALIGN)
         offsets = n * C * HW + tile_offsets(cs, ps, C if CHANNELS_LAST else HW, CHANNELS_LAST, ALIGN)
         x_offsets = n * stride_n + tile_offsets(cs, ps, stride_o, CHANNELS_LAST, ALIGN)
-        channel_gate = tl.load(channel_gate_ptr + n * C + cs, mask=cs < C, other=0.0)[:, None]
+        channel_gate = tl.load(channel_gate_ptr + n * stride_gate + cs, mask=cs < C, other=0.0).to(acc_ty)[:, None]
         if spatial_gate_ptr is not None:
             spatial_gate = tl.load(spatial_gate_ptr + n * HW + ps, mask=ps < HW, other=0.0)[None, :]
         x = tl.load(x_ptr + x_offsets, mask=mask, other=0.0).to(acc_ty)
@@ -137,12 +137,12 @@ def _map_grads_kernel(
         u = x
         if maps_ptr is not None:
             u *= tl.load(channel_gate_ptr + n * C + c, mask=c < C, other=0.0)[:, None]
-        acc += x * _map_grad_tile(dmaps_ptr, argmax_c_ptr, maps_ptr, u, n, c, p, C, HW)
+        acc += x * map_grad_tile(dmaps_ptr, argmax_c_ptr, maps_ptr, u, n, c, p, C, HW)
     tl.store(dchannel_ptr + (n * slots + first_slot + part) * C + c, tl.sum(acc, 1), mask=c < C)
 
 
 @triton.jit
-def _map_grad_tile(dmaps_ptr, argmax_c_ptr, maps_ptr, u, n, c, p, C, HW):
+def map_grad_tile(dmaps_ptr, argmax_c_ptr, maps_ptr, u, n, c, p, C, HW):
     """[BLOCK_C, BLOCK_P]: dmean_map / C + dmax_map where c is argmax_c; dmaps, maps [N, 2, HW].
 
     With maps_ptr and argmax_c < 0, there are -argmax_c maxima, which share it: where u is maps' maximum.
@@ -156,78 +156,6 @@ def _map_grad_tile(dmaps_ptr, argmax_c_ptr, maps_ptr, u, n, c, p, C, HW):
         hits = tl.where(argmax[None, :] < 0, u == maximum[None, :], hits)
         dmax /= tl.maximum(-argmax, 1)
     return dmean[None, :] + tl.where(hits, dmax[None, :], 0.0)
-
-
-@triton.jit
-def _any_equals(argmax_ptr, k, size):
-    """Whether one of the maxima k counts equals, as a scalar."""
-    return tl.min(tl.load(argmax_ptr + k, mask=k < size, other=0), 0) < 0
-
-
-@triton.jit
-def _load_if(condition, pointers, mask, zeros):
-    """The values behind the pointers, in the dtype of zeros; zeros, and no memory is read, without the condition."""
-    values = zeros
-    if condition:
-        values = tl.load(pointers, mask=mask, other=0.0).to(zeros.dtype)
-    return values
-
-
-@triton.jit
-def _dx_kernel(
-    grad_ptr, channel_gate_ptr, spatial_gate_ptr, dpooled_ptr, argmax_hw_ptr, dmaps_ptr, argmax_c_ptr, ws_ptr, dz_ptr,
-    x_ptr, pooled_ptr, maps_ptr, dx_ptr, C, HW, stride_n, stride_o,
-    COMBINE: tl.constexpr, CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
-):  # fmt: skip
-    """dx = (grad spatial_gate + dmean_map / C + dmax_map at argmax_c) channel_gate + dmean / HW + dmax at argmax_hw.
-
-    Terms whose pointer is None are left out; dpooled is [N, C] (the mean's) or, with argmax_hw, [N, 2, C]. With the sum
-    of the gates, dx = grad (channel_gate + spatial_gate) + ws dz + dmean / HW, for ws [C] and dz [N, HW].
-    With x_ptr, the argmaxima may count equals, which share; x is read where one does.
-    """
-    if channel_gate_ptr is not None:
-        acc_ty = channel_gate_ptr.dtype.element_ty
-    else:
-        acc_ty = dpooled_ptr.dtype.element_ty if dpooled_ptr is not None else dmaps_ptr.dtype.element_ty
-    n, c, p = program_tile(C, HW, BLOCK_C, BLOCK_P)
-    mask = tile_mask(c, p, C, HW, CHANNELS_LAST, ALIGN)
-    offsets = n * C * HW + tile_offsets(c, p, C if CHANNELS_LAST else HW, CHANNELS_LAST, ALIGN)
-    d = tl.zeros([BLOCK_C, BLOCK_P], acc_ty)
-    x = d
-    if x_ptr is not None:
-        equals = _any_equals(argmax_c_ptr + n * HW, p, HW) | _any_equals(argmax_hw_ptr + n * C, c, C)
-        x_offsets = n * stride_n + tile_offsets(c, p, stride_o, CHANNELS_LAST, ALIGN)
-        x = _load_if(equals, x_ptr + x_offsets, mask, d)
-    if grad_ptr is not None:
-        d += tl.load(grad_ptr + offsets, mask=mask, other=0.0).to(acc_ty)
-    if COMBINE == SUM:
-        spatial_gate = tl.load(spatial_gate_ptr + n * HW + p, mask=p < HW, other=0.0)
-        d = gated(d, tl.load(channel_gate_ptr + n * C + c, mask=c < C, other=0.0), spatial_gate, SUM)
-        ws = tl.load(ws_ptr + c, mask=c < C, other=0.0).to(acc_ty)
-        d += ws[:, None] * tl.load(dz_ptr + n * HW + p, mask=p < HW, other=0.0)[None, :]
-    elif spatial_gate_ptr is not None:
-        d *= tl.load(spatial_gate_ptr + n * HW + p, mask=p < HW, other=0.0)[None, :]
-    if dmaps_ptr is not None:
-        u = x
-        if x_ptr is not None:
-            u *= tl.load(channel_gate_ptr + n * C + c, mask=c < C, other=0.0)[:, None]
-        d += _map_grad_tile(dmaps_ptr, argmax_c_ptr, maps_ptr, u, n, c, p, C, HW)
-    if COMBINE == PRODUCT and channel_gate_ptr is not None:
-        d *= tl.load(channel_gate_ptr + n * C + c, mask=c < C, other=0.0)[:, None]
-    if dpooled_ptr is not None:
-        row = n * C if argmax_hw_ptr is None else n * 2 * C
-        d += (tl.load(dpooled_ptr + row + c, mask=c < C, other=0.0) / HW)[:, None]
-        if argmax_hw_ptr is not None:
-            dmax = tl.load(dpooled_ptr + row + C + c, mask=c < C, other=0.0)
-            argmax = tl.load(argmax_hw_ptr + n * C + c, mask=c < C, other=-1)
-            hits = p[None, :] == argmax[:, None]
-            if x_ptr is not None:
-                maximum = tl.load(pooled_ptr + row + C + c, mask=c < C, other=0.0)
-                hits = tl.where(argmax[:, None] < 0, x == maximum[:, None], hits)
-                dmax /= tl.maximum(-argmax, 1)
-            d += tl.where(hits, dmax[:, None], 0.0)
-    tl.store(dx_ptr + offsets, d, mask=mask)
 
 
 def scale(
@@ -268,7 +196,7 @@ def gate_grads(
     launch(
         _gate_grads_kernel, N * blocks,
         grad, x, layout.dense(residual) if activation and residual is not None else None, channel_gate, spatial_gate,
-        dresidual, dchannel, dspatial, C, HW, layout.stride_n, layout.stride_o, slots_c + more_slots,
+        dresidual, dchannel, dspatial, C, HW, layout.stride_n, layout.stride_o, C, slots_c + more_slots,
         steps, ACTIVATION=activation, **t._asdict(), parts=parts,
     )  # fmt: skip
     return dresidual if activation else grad, dresidual, dchannel, dspatial
@@ -277,15 +205,16 @@ def gate_grads(
 def gate_sums(x: torch.Tensor, layout: Layout, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """One read of x: parts [N, S, C] of its sum over pixels, and [N, S, HW] of the sum over channels of x * weight.
 
-    weight is [N, C].
+    weight is [C], in any dtype.
     """
     N, C, HW = layout.N, layout.C, layout.HW
     t, blocks, parts, steps = reduction(layout, not layout.channels_last, *grain("gate gradients", layout))
     slots_c, slots_p = (parts, blocks) if layout.channels_last else (blocks, parts)
-    sums, weighted = weight.new_empty((N, slots_c, C)), weight.new_empty((N, slots_p, HW))
+    a = accumulation_dtype(x)
+    sums, weighted = x.new_empty((N, slots_c, C), dtype=a), x.new_empty((N, slots_p, HW), dtype=a)
     launch(
         _gate_grads_kernel, N * blocks,
-        None, x, None, weight, None, None, sums, weighted, C, HW, layout.stride_n, layout.stride_o, slots_c, steps,
+        None, x, None, weight, None, None, sums, weighted, C, HW, layout.stride_n, layout.stride_o, 0, slots_c, steps,
         ACTIVATION=NONE.value, **t._asdict(), parts=parts,
     )  # fmt: skip
     return sums, weighted
@@ -310,25 +239,3 @@ def map_grads(
         _map_grads_kernel, layout.N * blocks, x, channel_gate, maps, dmaps, argmax_c, dchannel,
         layout.C, layout.HW, layout.stride_n, layout.stride_o, slots, slots - parts, steps, **t._asdict(), parts=parts,
     )  # fmt: skip
-
-
-def input_grad(
-    x: torch.Tensor, layout: Layout, grad: torch.Tensor | None = None, channel_gate: torch.Tensor | None = None,
-    spatial_gate: torch.Tensor | None = None, dpooled: torch.Tensor | None = None,
-    argmax_hw: torch.Tensor | None = None, dmaps: torch.Tensor | None = None, argmax_c: torch.Tensor | None = None,
-    ws: torch.Tensor | None = None, dz: torch.Tensor | None = None,
-    pooled: torch.Tensor | None = None, maps: torch.Tensor | None = None,
-) -> torch.Tensor:  # fmt: skip
-    """dx of `_dx_kernel`, like x. Reads grad, where given, and writes dx.
-
-    With pooled and maps the argmaxima may count equals, and tiles of x are read where one does; else none are.
-    """
-    dx = layout.empty(x)
-    t = tile(layout, *grain("input gradient" if dmaps is None else "input gradient, maps", layout))
-    launch(
-        _dx_kernel, tiles(layout, t),
-        grad, channel_gate, spatial_gate, dpooled, argmax_hw, dmaps, argmax_c, ws, dz,
-        None if maps is None else x, pooled, maps, dx, layout.C, layout.HW, layout.stride_n, layout.stride_o,
-        COMBINE=(PRODUCT if dz is None else SUM).value, **t._asdict(),
-    )  # fmt: skip
-    return dx

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -9,8 +11,8 @@ import triton.language as tl
 from ._gate import SUM, gate_sums, gated
 from ._heuristics import Tile, cdiv, next_power_of_2
 from ._launch import launch
-from ._layout import Layout, accumulation_dtype
-from ._pool import combine
+from ._layout import Layout
+from ._pool import Parts, combine
 from ._tiles import NONE, SIGMOID, activation_grad, gate_grad, tile_mask, tile_offsets
 
 
@@ -42,15 +44,16 @@ def upstream_tile(
 
 @triton.jit
 def _pixel_grads_kernel(
-    grad_ptr, x_ptr, residual_ptr, channel_gate_ptr, spatial_gate_ptr, dresidual_ptr, dchannel_ptr, dweight_ptr, dz_ptr,
-    C, HW, stride_n, stride_o,
+    grad_ptr, x_ptr, residual_ptr, channel_gate_ptr, spatial_gate_ptr, dresidual_ptr, dchannel_ptr, dweight_ptr,
+    dbias_ptr, dz_ptr, C, HW, stride_n, stride_o,
     ACTIVATION: tl.constexpr, COMBINE: tl.constexpr, ONE_TILE: tl.constexpr,
     CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """g' = grad * act'(z), both sums of g' x, and the linear spatial gate's weight gradient, all channels at once.
 
     dz [N, HW]: the sum over channels of g' x [* channel_gate], times the sigmoid's derivative.
-    dchannel, dweight [N, blocks of pixels, C]: sums over a block of g' x [* spatial_gate], and of x dz.
+    dchannel, dweight [N, blocks of pixels, C], dbias [N, blocks]: sums over a block of g' x [* spatial_gate], of x dz,
+    and of dz.
     Where all channels are one tile, x is read once; else it comes from the L2 cache a second time.
     """
     acc_ty = channel_gate_ptr.dtype.element_ty
@@ -77,6 +80,7 @@ def _pixel_grads_kernel(
     dz = dspatial * gate_grad(spatial_gate, SIGMOID)
     tl.store(dz_ptr + n * HW + p, dz, mask=p < HW)
     if dweight_ptr is not None:
+        tl.store(dbias_ptr + n * blocks + block, tl.sum(dz, 0))
         if ONE_TILE:
             tl.store(dweight_ptr + row + c, tl.sum(x.to(acc_ty) * dz[None, :], 1), mask=c < C)
         else:
@@ -102,43 +106,65 @@ def pixel_tile(layout: Layout) -> Tile:
 
 def linear_gate(
     x: torch.Tensor, layout: Layout, ws: torch.Tensor, bs: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Channel means [N, C] and sigmoid(ws x + bs) [N, H, W], for ws of C elements. Reads x once."""
-    N, C, HW = layout.N, layout.C, layout.HW
-    weight = ws.reshape(1, C).to(accumulation_dtype(x)).expand(N, C).contiguous()
-    sums, logits = gate_sums(x, layout, weight)
-    mean = combine(sums, None, weight.new_empty((N, C)), divisor=HW)
-    gate = weight.new_empty((N, layout.H, layout.W))
-    return mean, combine(logits, None, gate, bias=bs, result=SIGMOID)
+) -> tuple[Parts, torch.Tensor]:
+    """Parts of the channel means [N, C], and sigmoid(ws x + bs) [N, H, W], for ws of C elements. Reads x once."""
+    N, C = layout.N, layout.C
+    sums, logits = gate_sums(x, layout, ws.reshape(-1).contiguous())
+    gate = sums.new_empty((N, layout.H, layout.W))
+    parts = Parts(sums.view(-1, C), None, sums.shape[1], layout.HW)
+    return parts, combine(logits, None, gate, bias=bs, result=SIGMOID)
 
 
-def pixel_grads(
+class PixelGrads(NamedTuple):
+    """What one read of x and grad gives.
+
+    g is g' = grad * act'(z), dense in x's layout, and dresidual as of `gate_grads`; parts [N, S, C] are of the channel
+    gate's gradient, dz [N, HW] is that of the spatial gate before its sigmoid. For the sum of the gates, rows [N, S, C]
+    and [N, S] are of the sums over images and pixels of x dz and of dz: a linear spatial gate's weights' gradients.
+    """
+
+    g: torch.Tensor
+    dresidual: torch.Tensor
+    parts: torch.Tensor
+    dz: torch.Tensor
+    dweight: torch.Tensor | None
+    dbias: torch.Tensor | None
+
+
+def both_grads(
     grad: torch.Tensor, x: torch.Tensor, layout: Layout, channel_gate: torch.Tensor, spatial_gate: torch.Tensor,
     residual: torch.Tensor | None, activation: int, combine_gates: tl.constexpr,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:  # fmt: skip
-    """One read of x and grad (and the residual). Returns
-
-    - g' = grad * act'(z), dense in x's layout, and dresidual: as `gate_grads`;
-    - dz [N, C] of the channel gate and dz [N, HW] of the spatial one, before their sigmoids;
-    - for the sum of the gates, the sum [C] over images and pixels of x dz: the linear spatial gate's weight gradient.
-    """
+) -> PixelGrads:  # fmt: skip
+    """The gradients of both gates. Reads x and grad (and the residual) once."""
     N, C, HW = layout.N, layout.C, layout.HW
     t = pixel_tile(layout)
     blocks = cdiv(HW, t.BLOCK_P)
     dchannel = channel_gate.new_empty((N, blocks, C))
-    dweight = torch.empty_like(dchannel) if combine_gates == SUM else None
-    dz_s = channel_gate.new_empty((N, HW))
+    linear = combine_gates == SUM
+    dweight = torch.empty_like(dchannel) if linear else None
+    dbias = channel_gate.new_empty((N, blocks)) if linear else None
+    dz = channel_gate.new_empty((N, HW))
     grad = layout.dense(grad)
     dresidual = layout.empty(x) if activation else x.new_empty(0)
     launch(
         _pixel_grads_kernel, N * blocks,
         grad, x, None if residual is None else layout.dense(residual), channel_gate, spatial_gate,
-        dresidual if activation else None, dchannel, dweight, dz_s, C, HW, layout.stride_n, layout.stride_o,
+        dresidual if activation else None, dchannel, dweight, dbias, dz, C, HW, layout.stride_n, layout.stride_o,
         ACTIVATION=activation, COMBINE=combine_gates.value, ONE_TILE=t.BLOCK_C >= C, **t._asdict(),
     )  # fmt: skip
-    dz_c = combine(dchannel, channel_gate, torch.empty_like(channel_gate))
-    dws = None if dweight is None else sum_images(dweight)
-    return dresidual if activation else grad, dresidual, dz_c, dz_s, dws
+    return PixelGrads(dresidual if activation else grad, dresidual, dchannel, dz, dweight, dbias)
+
+
+def pixel_grads(
+    grad: torch.Tensor, x: torch.Tensor, layout: Layout, channel_gate: torch.Tensor, spatial_gate: torch.Tensor,
+    residual: torch.Tensor | None, activation: int, combine_gates: tl.constexpr,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, None]:  # fmt: skip
+    """g, dresidual, dz [N, C] of the channel gate before its sigmoid, dz [N, HW] of the spatial one; see `both_grads`.
+
+    For the product of the gates.
+    """
+    d = both_grads(grad, x, layout, channel_gate, spatial_gate, residual, activation, combine_gates)
+    return d.g, d.dresidual, combine(d.parts, channel_gate, torch.empty_like(channel_gate)), d.dz, None
 
 
 def sum_images(parts: torch.Tensor) -> torch.Tensor:

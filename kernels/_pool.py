@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -81,29 +81,47 @@ def _first_or_count(first, equals, AXIS: tl.constexpr):
 
 
 @triton.jit
+def _part_rows(parts_ptr, n, k, L, parts, ROWS: tl.constexpr, BLOCK_S: tl.constexpr):
+    """Of one image's parts [N, parts, ROWS, L]: where the first rows lie, and the mask, [BLOCK_S, columns]."""
+    s = tl.arange(0, BLOCK_S)
+    return parts_ptr + (n * parts + s[:, None]) * ROWS * L + k[None, :], (s < parts)[:, None] & (k < L)[None, :]
+
+
+@triton.jit
+def parts_sum(parts_ptr, n, k, L, parts, ROWS: tl.constexpr, BLOCK_S: tl.constexpr):
+    """Sum of the parts' first rows at columns k, in order."""
+    rows, mask = _part_rows(parts_ptr, n, k, L, parts, ROWS, BLOCK_S)
+    return tl.sum(tl.load(rows, mask=mask, other=0.0), 0)
+
+
+@triton.jit
+def parts_max(parts_ptr, parts_argmax_ptr, n, k, L, parts, EVEN: tl.constexpr, BLOCK_S: tl.constexpr):
+    """Maximum of the parts' second rows at columns k, and its index, or minus the number of equals."""
+    rows, mask = _part_rows(parts_ptr + L, n, k, L, parts, 2, BLOCK_S)
+    values = tl.load(rows, mask=mask, other=-float("inf"))
+    index_rows, _ = _part_rows(parts_argmax_ptr, n, k, L, parts, 1, BLOCK_S)
+    index = tl.load(index_rows, mask=mask, other=INDEX_MAX)
+    value, first = max_first(values, index, 0)
+    if EVEN:
+        equals = (values == tl.expand_dims(value, 0)) & mask
+        first = _first_or_count(first, tl.where(equals, tl.where(index < 0, -index, 1), 0), 0)
+    return value, first
+
+
+@triton.jit
 def _combine_pool_kernel(
     parts_ptr, parts_argmax_ptr, out_ptr, argmax_ptr, L, parts, divisor,
     EVEN: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_L: tl.constexpr,
 ):  # fmt: skip
-    """[N, parts, 1 or 2, L] -> [N, 1 or 2, L]: (sum / divisor, max), parts in order."""
-    ROWS: tl.constexpr = 1 if argmax_ptr is None else 2
+    """[N, parts, 2, L] -> [N, 2, L]: (sum / divisor, max), parts in order."""
     blocks = tl.cdiv(L, BLOCK_L)
     n = (tl.program_id(0) // blocks).to(tl.int64)
     k = tl.program_id(0) % blocks * BLOCK_L + tl.arange(0, BLOCK_L)
-    s = tl.arange(0, BLOCK_S)
-    mask = (s < parts)[:, None] & (k < L)[None, :]
-    rows = (n * parts + s[:, None]) * L
-    total = tl.sum(tl.load(parts_ptr + ROWS * rows + k[None, :], mask=mask, other=0.0), 0) / divisor
-    tl.store(out_ptr + n * ROWS * L + k, total, mask=k < L)
-    if argmax_ptr is not None:
-        values = tl.load(parts_ptr + 2 * rows + L + k[None, :], mask=mask, other=-float("inf"))
-        index = tl.load(parts_argmax_ptr + rows + k[None, :], mask=mask, other=INDEX_MAX)
-        value, first = max_first(values, index, 0)
-        if EVEN:
-            equals = (values == tl.expand_dims(value, 0)) & mask
-            first = _first_or_count(first, tl.where(equals, tl.where(index < 0, -index, 1), 0), 0)
-        tl.store(out_ptr + (2 * n + 1) * L + k, value, mask=k < L)
-        tl.store(argmax_ptr + n * L + k, first, mask=k < L)
+    total = parts_sum(parts_ptr, n, k, L, parts, 2, BLOCK_S) / divisor
+    value, first = parts_max(parts_ptr, parts_argmax_ptr, n, k, L, parts, EVEN, BLOCK_S)
+    tl.store(out_ptr + n * 2 * L + k, total, mask=k < L)
+    tl.store(out_ptr + (2 * n + 1) * L + k, value, mask=k < L)
+    tl.store(argmax_ptr + n * L + k, first, mask=k < L)
 
 
 @triton.jit
@@ -115,7 +133,8 @@ def _combine_kernel(
 
     gate is [M, L], bias [1].
     """
-    acc_ty = out_ptr.dtype.element_ty
+    wide: tl.constexpr = parts_ptr.dtype.element_ty.primitive_bitwidth >= 32  # else the sum is as wide as its result
+    acc_ty: tl.constexpr = parts_ptr.dtype.element_ty if wide else out_ptr.dtype.element_ty
     blocks = tl.cdiv(L, BLOCK_L)
     m = (tl.program_id(0) // blocks).to(tl.int64)
     k = tl.program_id(0) % blocks * BLOCK_L + tl.arange(0, BLOCK_L)
@@ -132,9 +151,43 @@ def _combine_kernel(
     tl.store(out_ptr + m * L + k, activate(out, RESULT), mask=k < L)
 
 
+class Parts(NamedTuple):
+    """Parts [N * slots, kept] of sums, or [N * slots, 2, kept] of sums and maxima, with where these came from.
+
+    Sums are yet to be divided, but for one part alone of divisor 1, which is the result.
+    """
+
+    values: torch.Tensor
+    argmax: torch.Tensor | None
+    slots: int
+    divisor: int
+
+    @property
+    def images(self) -> int:
+        return self.values.shape[0] // self.slots
+
+    @property
+    def complete(self) -> bool:
+        return self.slots == self.divisor == 1
+
+    @property
+    def branches(self) -> int:
+        return self.values.shape[1] if self.values.dim() == 3 else 1
+
+    def empty(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Room for the results."""
+        values = self.values.new_empty((self.images, *self.values.shape[1:]))
+        return values, None if self.argmax is None else self.argmax.new_empty((self.images, self.values.shape[-1]))
+
+
+def pool_hw(x: torch.Tensor, layout: Layout, with_max: bool) -> Parts:
+    """Parts of the mean over the pixels [N, C], or of mean and maximum [N, 2, C]. Reads x once."""
+    return _pool(x, None, layout, with_max, over_c=False)
+
+
 def mean_hw(x: torch.Tensor, layout: Layout) -> torch.Tensor:
     """Mean over the pixels [N, C]. Reads x once."""
-    return _pool(x, None, layout, with_max=False, over_c=False)[0]
+    return combine_parts(pool_hw(x, layout, with_max=False))[0]
 
 
 def mean_max_hw(x: torch.Tensor, layout: Layout, even: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
@@ -142,7 +195,7 @@ def mean_max_hw(x: torch.Tensor, layout: Layout, even: bool = False) -> tuple[to
 
     With ``even`` it is minus their number where several are equal.
     """
-    return _pool(x, None, layout, with_max=True, over_c=False, even=even)
+    return combine_parts(_pool(x, None, layout, with_max=True, over_c=False, even=even), even)
 
 
 def mean_max_c(
@@ -152,35 +205,39 @@ def mean_max_c(
 
     With ``even`` it is minus their number where several are equal.
     """
-    maps, argmax = _pool(x, gate, layout, with_max=True, over_c=True, even=even)
+    maps, argmax = combine_parts(_pool(x, gate, layout, with_max=True, over_c=True, even=even), even)
     return maps.view(layout.N, 2, layout.H, layout.W), argmax.view(layout.N, layout.H, layout.W)
 
 
 def _pool(
     x: torch.Tensor, gate: torch.Tensor | None, layout: Layout, with_max: bool, over_c: bool, even: bool = False
-) -> tuple[torch.Tensor, Any]:
+) -> Parts:
     N, C, HW = layout.N, layout.C, layout.HW
     name = "maps" if over_c else "mean and maximum" if with_max else "mean"
     t, blocks, parts, steps = reduction(layout, over_c, *grain(name, layout))
     kept, reduced = (HW, C) if over_c else (C, HW)
-
-    def allocate(rows: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-        out = x.new_empty((rows, 2, kept) if with_max else (rows, kept), dtype=accumulation_dtype(x))
-        return out, x.new_empty((rows, kept), dtype=torch.int32) if with_max else None
-
-    part, part_argmax = allocate(N * parts)
+    rows = N * parts
+    out = x.new_empty((rows, 2, kept) if with_max else (rows, kept), dtype=accumulation_dtype(x))
+    argmax = x.new_empty((rows, kept), dtype=torch.int32) if with_max else None
     launch(
-        _pool_kernel, N * blocks, x, gate, part, part_argmax, C, HW, layout.stride_n, layout.stride_o,
+        _pool_kernel, N * blocks, x, gate, out, argmax, C, HW, layout.stride_n, layout.stride_o,
         reduced if parts == 1 else 1, steps, OVER_C=over_c, EVEN=even, **t._asdict(), parts=parts,
     )  # fmt: skip
-    if parts == 1:
-        return part, part_argmax
-    out, argmax = allocate(N)
-    block_s = next_power_of_2(parts)
+    return Parts(out, argmax, parts, 1 if parts == 1 else reduced)
+
+
+def combine_parts(p: Parts, even: bool = False) -> tuple[torch.Tensor, Any]:
+    """The results and, with maxima, their argmax [N, kept]."""
+    if p.complete:
+        return p.values, p.argmax
+    (out, argmax), kept = p.empty(), p.values.shape[-1]
+    if argmax is None:
+        return combine(p.values.view(-1, p.slots, kept), None, out, divisor=p.divisor), None
+    block_s = next_power_of_2(p.slots)
     block = vector_block(kept, max(TILE // block_s, 4))
     launch(
-        _combine_pool_kernel, N * cdiv(kept, block),
-        part, part_argmax, out, argmax, kept, parts, reduced, EVEN=even, BLOCK_S=block_s, BLOCK_L=block,
+        _combine_pool_kernel, p.images * cdiv(kept, block),
+        p.values, p.argmax, out, argmax, kept, p.slots, p.divisor, EVEN=even, BLOCK_S=block_s, BLOCK_L=block,
     )  # fmt: skip
     return out, argmax
 

@@ -5,16 +5,15 @@ from __future__ import annotations
 import torch
 
 from ._conv import conv_gate, conv_gate_bwd
-from ._gate import gate_grads, input_grad, map_grads, map_grads_reduction, scale
+from ._gate import gate_grads, map_grads, map_grads_reduction, scale
+from ._input_grad import input_grad
 from ._launch import device_guard
-from ._layout import canonical
-from ._mlp import mlp_gate, mlp_gate_bwd
-from ._pool import combine, mean_max_c, mean_max_hw
+from ._layout import accumulation_dtype, canonical
+from ._mlp import gate_mlp_bwd, pooled_gate
+from ._pool import combine, mean_max_c, pool_hw
 
 
-def channel_attention_fwd(
-    x: torch.Tensor, w1: torch.Tensor, w2: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def channel_attention_fwd(x: torch.Tensor, w1: torch.Tensor, w2: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """gate = sigmoid(w2 (relu(w1 mean) + relu(w1 max))), mean and max over H and W.
 
     x [N, C, H, W]; w1 [R, C], w2 [C, R] (or 1x1 filters), any dtype. Returns gate [N, C, 1, 1] in x's dtype, pooled
@@ -22,23 +21,21 @@ def channel_attention_fwd(
     """
     with device_guard(x):
         x, layout = canonical(x)
-        pooled, argmax_hw = mean_max_hw(x, layout)
         gate = x.new_empty((layout.N, layout.C, 1, 1))
-        hidden = mlp_gate(pooled, w1, None, w2, None, gate)
+        pooled, argmax_hw, hidden = pooled_gate(pool_hw(x, layout, with_max=True), w1, None, w2, None, gate)
         return gate, pooled, argmax_hw, hidden
 
 
 def channel_attention_bwd(
     grad: torch.Tensor, x: torch.Tensor, w1: torch.Tensor, w2: torch.Tensor, gate: torch.Tensor,
     pooled: torch.Tensor, argmax_hw: torch.Tensor, hidden: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+) -> tuple[torch.Tensor, ...]:  # fmt: skip
     """(dx, dw1, dw2); dx = dmean / HW + dmax at argmax_hw. grad [N, C, 1, 1]. Writes dx, does not read x."""
     with device_guard(x):
         x, layout = canonical(x)
         N, C = layout.N, layout.C
-        dz = combine(grad.contiguous().view(N, 1, C), gate, pooled.new_empty((layout.N, layout.C)))
-        dpooled, dw1, _, dw2, _ = mlp_gate_bwd(dz, w1, w2, pooled, hidden)
-        return input_grad(x, layout, dpooled=dpooled, argmax_hw=argmax_hw), dw1, dw2
+        dpooled, mlp = gate_mlp_bwd(grad.contiguous().view(N, 1, C), gate, w1, w2, pooled, hidden, biases=False)
+        return input_grad(x, layout, dpooled=dpooled, argmax_hw=argmax_hw, mlp=mlp), *mlp.results
 
 
 def spatial_attention_fwd(
@@ -59,14 +56,14 @@ def spatial_attention_fwd(
 def spatial_attention_bwd(
     grad: torch.Tensor, x: torch.Tensor, wconv: torch.Tensor, bias: torch.Tensor | None, gate: torch.Tensor,
     maps: torch.Tensor, argmax_c: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+) -> tuple[torch.Tensor, ...]:  # fmt: skip
     """(dx, dwconv, dbias); dx = dmean_map / C + dmax_map at argmax_c. grad [N, 1, H, W]. Writes dx, does not read x."""
     with device_guard(x):
         x, layout = canonical(x)
         parts = grad.contiguous().view(layout.N, 1, layout.HW)
         dq = combine(parts, gate, maps.new_empty((layout.N, layout.HW)))
-        dmaps, dwconv, dbias = conv_gate_bwd(dq, wconv, bias, maps)
-        return input_grad(x, layout, dmaps=dmaps, argmax_c=argmax_c), dwconv, dbias
+        dmaps, sums = conv_gate_bwd(dq, wconv, bias, maps)
+        return input_grad(x, layout, dmaps=dmaps, argmax_c=argmax_c, sums=sums), *(s.out for s in sums)
 
 
 def cbam_fwd(
@@ -81,9 +78,8 @@ def cbam_fwd(
     """
     with device_guard(x):
         x, layout = canonical(x)
-        pooled, argmax_hw = mean_max_hw(x, layout)
-        channel_gate = pooled.new_empty((layout.N, layout.C))
-        hidden = mlp_gate(pooled, w1, None, w2, None, channel_gate)
+        channel_gate = x.new_empty((layout.N, layout.C), dtype=accumulation_dtype(x))
+        pooled, argmax_hw, hidden = pooled_gate(pool_hw(x, layout, with_max=True), w1, None, w2, None, channel_gate)
         maps, argmax_c = mean_max_c(x, channel_gate, layout)
         spatial_gate = conv_gate(maps, wconv, bias, maps.new_empty((layout.N, layout.H, layout.W)))
         y = scale(x, layout, channel_gate, spatial_gate, residual, activation)
@@ -111,12 +107,11 @@ def cbam_bwd(
         )
         assert dspatial is not None
         dq = combine(dspatial, spatial_gate, maps.new_empty((layout.N, layout.HW)))
-        dmaps, dwconv, dbias = conv_gate_bwd(dq, wconv, bias, maps)
+        dmaps, sums = conv_gate_bwd(dq, wconv, bias, maps)
         map_grads(x, layout, dmaps, argmax_c, dchannel)
-        dz = combine(dchannel, channel_gate, torch.empty_like(channel_gate))
-        dpooled, dw1, _, dw2, _ = mlp_gate_bwd(dz, w1, w2, pooled, hidden)
+        dpooled, mlp = gate_mlp_bwd(dchannel, channel_gate, w1, w2, pooled, hidden, biases=False)
         dx = input_grad(
             x, layout, grad=g, channel_gate=channel_gate, spatial_gate=spatial_gate,
-            dpooled=dpooled, argmax_hw=argmax_hw, dmaps=dmaps, argmax_c=argmax_c,
+            dpooled=dpooled, argmax_hw=argmax_hw, dmaps=dmaps, argmax_c=argmax_c, mlp=mlp, sums=sums,
         )  # fmt: skip
-        return dx, dresidual, dw1, dw2, dwconv, dbias
+        return dx, dresidual, *mlp.results, *(s.out for s in sums)

@@ -6,46 +6,77 @@ import torch
 import triton
 import triton.language as tl
 
-from ._gate import gate_grads, input_grad, scale
+from ._gate import gate_grads, scale
 from ._heuristics import Team, cdiv, next_power_of_2, vector_block
+from ._input_grad import input_grad
 from ._launch import device_guard, launch
 from ._layout import Layout, accumulation_dtype, canonical
-from ._pool import combine, mean_hw
+from ._pool import Parts, combine, combine_parts, pool_hw
 from ._resident import _eca_resident_bwd_kernel, _eca_resident_fwd_kernel, blocks, exchange, team_of
-from ._tiles import sigmoid
+from ._tiles import SIGMOID, gate_grad, sigmoid
+from ._weight_grads import RowSum, row_sum
+
+MOST_SLOTS = 64  # parts of a sum that are added up again at every tap
 
 
 @triton.jit
-def _eca_gate_kernel(mean_ptr, w_ptr, gate_ptr, C, K: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr):
-    """gate [N, C] = sigmoid(cross-correlation of mean [N, C] with w [K], zero padding K // 2)."""
+def _slots_sum(slots_ptr, n, c, inside, slots, C):
+    """Sum of what an image's slots [N, slots, C] hold of channels c, in order."""
+    total = tl.zeros(c.shape, slots_ptr.dtype.element_ty)
+    for slot in tl.range(0, slots, loop_unroll_factor=8):
+        total += tl.load(slots_ptr + (n * slots + slot) * C + c, mask=inside, other=0.0)
+    return total
+
+
+@triton.jit
+def _eca_gate_kernel(
+    slots_ptr, mean_ptr, w_ptr, gate_ptr, slots, divisor, C,
+    K: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """gate [N, C] = sigmoid(cross-correlation of the mean [N, C] with w [K], zero padding K // 2).
+
+    The mean is the sum of the slots, divided; where there is more than one, it is stored, too.
+    """
     blocks = tl.cdiv(C, BLOCK_C)
-    row = (tl.program_id(0) // blocks).to(tl.int64) * C
+    n = (tl.program_id(0) // blocks).to(tl.int64)
     c = tl.program_id(0) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
     k = tl.arange(0, BLOCK_K)
-    w = tl.load(w_ptr + k, mask=k < K, other=0.0).to(mean_ptr.dtype.element_ty)
+    w = tl.load(w_ptr + k, mask=k < K, other=0.0).to(gate_ptr.dtype.element_ty)
     source = c[None, :] + k[:, None] - K // 2
     inside = (k < K)[:, None] & (source >= 0) & (source < C)
-    v = tl.load(mean_ptr + row + source, mask=inside, other=0.0)
-    tl.store(gate_ptr + row + c, sigmoid(tl.sum(v * w[:, None], 0)), mask=c < C)
+    v = _slots_sum(slots_ptr, n, source, inside, slots, C) / divisor
+    if mean_ptr is not None:
+        tl.store(mean_ptr + n * C + c, _slots_sum(slots_ptr, n, c, c < C, slots, C) / divisor, mask=c < C)
+    tl.store(gate_ptr + n * C + c, sigmoid(tl.sum(v * w[:, None], 0)), mask=c < C)
+
+
+@triton.jit
+def _dz(slots_ptr, gate_ptr, n, c, inside, slots, C):
+    """The gradient before the sigmoid at channels c: the sum of the slots, with a gate times its derivative."""
+    dz = _slots_sum(slots_ptr, n, c, inside, slots, C)
+    if gate_ptr is not None:
+        dz *= gate_grad(tl.load(gate_ptr + n * C + c, mask=inside, other=0.0), SIGMOID)
+    return dz
 
 
 @triton.jit
 def _eca_gate_bwd_kernel(
-    dz_ptr, mean_ptr, w_ptr, dmean_ptr, parts_ptr, C, K: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr
-):
+    slots_ptr, gate_ptr, mean_ptr, w_ptr, dmean_ptr, parts_ptr, slots, C,
+    K: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
     """dmean [N, C] = transposed convolution of dz [N, C] with w [K]; parts [programs, K]: sums of dz * shifted mean."""
     blocks = tl.cdiv(C, BLOCK_C)
-    row = (tl.program_id(0) // blocks).to(tl.int64) * C
+    n = (tl.program_id(0) // blocks).to(tl.int64)
     c = tl.program_id(0) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
     k = tl.arange(0, BLOCK_K)
-    w = tl.load(w_ptr + k, mask=k < K, other=0.0).to(dz_ptr.dtype.element_ty)
+    w = tl.load(w_ptr + k, mask=k < K, other=0.0).to(mean_ptr.dtype.element_ty)
     shift = k[:, None] - K // 2
     target, source = c[None, :] - shift, c[None, :] + shift
     in_block = (k < K)[:, None] & (c < C)[None, :]
-    dz = tl.load(dz_ptr + row + target, mask=in_block & (target >= 0) & (target < C), other=0.0)
-    tl.store(dmean_ptr + row + c, tl.sum(dz * w[:, None], 0), mask=c < C)
-    v = tl.load(mean_ptr + row + source, mask=in_block & (source >= 0) & (source < C), other=0.0)
-    v *= tl.load(dz_ptr + row + c, mask=c < C, other=0.0)[None, :]
+    dz = _dz(slots_ptr, gate_ptr, n, target, in_block & (target >= 0) & (target < C), slots, C)
+    tl.store(dmean_ptr + n * C + c, tl.sum(dz * w[:, None], 0), mask=c < C)
+    v = tl.load(mean_ptr + n * C + source, mask=in_block & (source >= 0) & (source < C), other=0.0)
+    v *= _dz(slots_ptr, gate_ptr, n, c, c < C, slots, C)[None, :]
     tl.store(parts_ptr + tl.program_id(0).to(tl.int64) * K + k, tl.sum(v, 1), mask=k < K)
 
 
@@ -62,13 +93,16 @@ def eca_fwd(
         x, layout = canonical(x)
         if team := team_of(x, layout):
             return _resident_fwd(x, layout, team, weight, residual, activation)
-        mean = mean_hw(x, layout)
+        parts = pool_hw(x, layout, with_max=False)
+        if parts.slots > MOST_SLOTS:
+            parts = Parts(combine_parts(parts)[0], None, 1, 1)
+        mean = parts.values if parts.complete else parts.empty()[0]
         gate = torch.empty_like(mean)
         K, block = weight.numel(), vector_block(layout.C)
         launch(
             _eca_gate_kernel, layout.N * cdiv(layout.C, block),
-            mean, weight.reshape(-1).contiguous(), gate, layout.C,
-            K=K, BLOCK_K=next_power_of_2(K), BLOCK_C=block,
+            parts.values, None if parts.complete else mean, weight.reshape(-1).contiguous(), gate,
+            parts.slots, parts.divisor, layout.C, K=K, BLOCK_K=next_power_of_2(K), BLOCK_C=block,
         )  # fmt: skip
         return scale(x, layout, gate, None, residual, activation), mean, gate
 
@@ -87,25 +121,27 @@ def eca_bwd(
         if team := team_of(x, layout):
             return _resident_bwd(grad, x, layout, team, weight, residual, mean, gate, activation)
         g, dresidual, parts, _ = gate_grads(grad, x, layout, gate, None, residual, activation)
-        dz = combine(parts, gate, torch.empty_like(gate))
-        dmean, dweight = _eca_gate_bwd(dz, weight, mean)
-        return input_grad(x, layout, grad=g, channel_gate=gate, dpooled=dmean), dresidual, dweight
+        dmean, dweight = _eca_gate_bwd(parts, gate, weight, mean)
+        dx = input_grad(x, layout, grad=g, channel_gate=gate, dpooled=dmean, sums=(dweight,))
+        return dx, dresidual, dweight.out
 
 
-def _eca_gate_bwd(dz: torch.Tensor, weight: torch.Tensor, mean: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    (N, C), K = mean.shape, weight.numel()
-    dmean = torch.empty_like(mean)
-    if not N:
-        return dmean, mean.new_zeros(weight.shape)
+def _eca_gate_bwd(
+    parts: torch.Tensor, gate: torch.Tensor | None, weight: torch.Tensor, mean: torch.Tensor
+) -> tuple[torch.Tensor, RowSum]:
+    """From parts [N, S, C] of the gate's gradient, without a gate of that before the sigmoid: (dmean, and dweight)."""
+    (N, slots, C), K = parts.shape, weight.numel()
+    if slots > MOST_SLOTS:
+        parts, gate, slots = combine(parts, gate, torch.empty_like(mean))[:, None], None, 1
     block = vector_block(C)
     programs = N * cdiv(C, block)
-    parts = mean.new_empty((1, programs, K))
+    dmean, of_weight = torch.empty_like(mean), mean.new_empty((programs, K))
     launch(
         _eca_gate_bwd_kernel, programs,
-        dz, mean, weight.reshape(-1).contiguous(), dmean, parts, C,
+        parts, gate, mean, weight.reshape(-1).contiguous(), dmean, of_weight, slots, C,
         K=K, BLOCK_K=next_power_of_2(K), BLOCK_C=block,
     )  # fmt: skip
-    return dmean, combine(parts, None, mean.new_empty(weight.shape))
+    return dmean, row_sum(of_weight, weight)
 
 
 def _resident_fwd(
@@ -138,4 +174,6 @@ def _resident_bwd(
         gate, dx, dresidual, dz, *exchange(layout, team, gate), layout.C, layout.HW, layout.stride_n, layout.stride_o,
         K=weight.numel(), ACTIVATION=activation, **blocks(team),
     )  # fmt: skip
-    return dx, dresidual, _eca_gate_bwd(dz, weight, mean)[1]
+    dweight = _eca_gate_bwd(dz[:, None], None, weight, mean)[1]
+    dweight.run()
+    return dx, dresidual, dweight.out

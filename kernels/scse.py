@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from ._gate import SUM, input_grad, scale
+from ._gate import SUM, scale
+from ._input_grad import input_grad
 from ._launch import device_guard
 from ._layout import canonical
-from ._mlp import mlp_gate, mlp_gate_bwd
-from ._pixel import linear_gate, pixel_grads, sum_images
+from ._mlp import gate_mlp_bwd, pooled_gate
+from ._pixel import both_grads, linear_gate
+from ._weight_grads import row_sum
 
 
 def scse_fwd(
@@ -23,9 +25,9 @@ def scse_fwd(
     """
     with device_guard(x):
         x, layout = canonical(x)
-        mean, spatial_gate = linear_gate(x, layout, ws, bs)
-        channel_gate = torch.empty_like(mean)
-        hidden = mlp_gate(mean, w1, b1, w2, b2, channel_gate)
+        parts, spatial_gate = linear_gate(x, layout, ws, bs)
+        channel_gate = spatial_gate.new_empty((layout.N, layout.C))
+        mean, _, hidden = pooled_gate(parts, w1, b1, w2, b2, channel_gate)
         y = scale(x, layout, channel_gate, spatial_gate, residual, activation, SUM)
         return y, mean, hidden, channel_gate, spatial_gate
 
@@ -43,13 +45,13 @@ def scse_bwd(
     """
     with device_guard(x):
         x, layout = canonical(x)
-        g, dresidual, dz_c, dz_s, dws = pixel_grads(
-            grad, x, layout, channel_gate, spatial_gate, residual, activation, SUM
-        )
-        assert dws is not None
-        dmean, *dweights = mlp_gate_bwd(dz_c, w1, w2, mean, hidden)
+        d = both_grads(grad, x, layout, channel_gate, spatial_gate, residual, activation, SUM)
+        assert d.dweight is not None
+        assert d.dbias is not None
+        dmean, mlp = gate_mlp_bwd(d.parts, channel_gate, w1, w2, mean, hidden)
+        sums = row_sum(d.dweight.view(-1, layout.C), ws), row_sum(d.dbias.view(-1, 1), ws.new_empty(1))
         dx = input_grad(
-            x, layout, grad=g, channel_gate=channel_gate, spatial_gate=spatial_gate, dpooled=dmean,
-            ws=ws.reshape(-1).contiguous(), dz=dz_s,
+            x, layout, grad=d.g, channel_gate=channel_gate, spatial_gate=spatial_gate, dpooled=dmean,
+            ws=ws.reshape(-1).contiguous(), dz=d.dz, mlp=mlp, sums=sums,
         )  # fmt: skip
-        return dx, dresidual, *dweights, dws.view(ws.shape), sum_images(dz_s.view(layout.N, layout.HW, 1))
+        return dx, d.dresidual, *mlp.results, *(s.out for s in sums)

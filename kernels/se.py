@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import torch
 
-from ._gate import gate_grads, input_grad, scale
+from ._gate import gate_grads, scale
 from ._heuristics import Team
+from ._input_grad import input_grad
 from ._launch import device_guard, launch
 from ._layout import Layout, accumulation_dtype, canonical
-from ._mlp import mlp_gate, mlp_gate_bwd, weight_grads
-from ._pool import combine, mean_hw
+from ._mlp import gate_mlp_bwd, pooled_gate
+from ._pool import pool_hw
 from ._resident import _se_resident_bwd_kernel, _se_resident_fwd_kernel, blocks, exchange, team_of
 from ._tiles import HARD_SIGMOID, NONE, RELU, SIGMOID
+from ._weight_grads import mlp_grads
 
 GATES = (SIGMOID.value, HARD_SIGMOID.value)
 
@@ -31,9 +33,9 @@ def se_fwd(
         if team := team_of(x, layout):
             codes = (activation, hidden_activation, GATES[gate_activation])
             return _resident_fwd(x, layout, team, w1, b1, w2, b2, residual, *codes)
-        mean = mean_hw(x, layout)
-        gate = torch.empty_like(mean)
-        hidden = mlp_gate(mean, w1, b1, w2, b2, gate, hidden_activation, GATES[gate_activation])
+        gate = x.new_empty((layout.N, layout.C), dtype=accumulation_dtype(x))
+        parts, gate_code = pool_hw(x, layout, with_max=False), GATES[gate_activation]
+        mean, _, hidden = pooled_gate(parts, w1, b1, w2, b2, gate, hidden_activation, gate_code)
         return scale(x, layout, gate, None, residual, activation), mean, hidden, gate
 
 
@@ -53,10 +55,8 @@ def se_bwd(
             codes = (activation, hidden_activation, GATES[gate_activation])
             return _resident_bwd(grad, x, layout, team, w1, w2, residual, mean, hidden, gate, *codes)
         g, dresidual, parts, _ = gate_grads(grad, x, layout, gate, None, residual, activation)
-        dz = combine(parts, gate, torch.empty_like(gate), GATES[gate_activation])
-        dmean, dw1, db1, dw2, db2 = mlp_gate_bwd(dz, w1, w2, mean, hidden, hidden_activation)
-        dx = input_grad(x, layout, grad=g, channel_gate=gate, dpooled=dmean)
-        return dx, dresidual, dw1, db1, dw2, db2
+        dmean, mlp = gate_mlp_bwd(parts, gate, w1, w2, mean, hidden, hidden_activation, GATES[gate_activation])
+        return input_grad(x, layout, grad=g, channel_gate=gate, dpooled=dmean, mlp=mlp), dresidual, *mlp.results
 
 
 def _resident_fwd(
@@ -98,4 +98,6 @@ def _resident_bwd(
         layout.C, layout.HW, R, layout.stride_n, layout.stride_o, *w1.stride()[:2], *w2.stride()[:2],
         HIDDEN=hidden_activation, GATE=gate_activation, ACTIVATION=activation, **blocks(team, R),
     )  # fmt: skip
-    return dx, dresidual, *weight_grads(dz, dhidden, w1, w2, mean, hidden, hidden_activation)
+    mlp = mlp_grads(dz, dhidden, w1, w2, mean, hidden, hidden_activation)
+    mlp.run()
+    return dx, dresidual, *mlp.results

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from ._gate import gate_grads, input_grad, map_grads, map_grads_reduction, scale
+from ._gate import gate_grads, map_grads, map_grads_reduction, scale
+from ._input_grad import input_grad
 from ._launch import device_guard
 from ._layout import canonical
 from ._pool import combine, mean_max_c, mean_max_hw

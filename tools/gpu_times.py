@@ -27,9 +27,9 @@ from visattn_fast.report.cases import Shape, parse_shape
 
 from .table import show
 
-_conv, _gate, _heuristics, _layout, _pool = (
+_conv, _gate, _heuristics, _input_grad, _layout, _pool = (
     importlib.import_module(f"visattn_fast.kernels.{name}")
-    for name in ("_conv", "_gate", "_heuristics", "_layout", "_pool")
+    for name in ("_conv", "_gate", "_heuristics", "_input_grad", "_layout", "_pool")
 )
 STEPS = 5
 CACHE = 256 << 20  # bytes that are written between passes: more than any L2
@@ -99,8 +99,8 @@ def passes(shape: Shape, layout: str, device: str, dtype: torch.dtype = torch.bf
         "gate gradient": lambda: _gate.gate_grads(grad, x, lies, channel, None, None, 0),
         "gate gradients": lambda: _gate.gate_grads(grad, x, lies, channel, spatial, None, 0),
         "map gradients": map_gradients,
-        "input gradient": lambda: _gate.input_grad(x, lies, grad=grad, channel_gate=channel, dpooled=channel),
-        "input gradient, maps": lambda: _gate.input_grad(
+        "input gradient": lambda: _input_grad.input_grad(x, lies, grad=grad, channel_gate=channel, dpooled=channel),
+        "input gradient, maps": lambda: _input_grad.input_grad(
             x, lies, grad=grad, channel_gate=channel, spatial_gate=spatial, dpooled=dpooled, argmax_hw=at_hw,
             dmaps=dmaps, argmax_c=at_c,
         ),

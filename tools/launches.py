@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from unittest import mock
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from triton.runtime import interpreter, jit
 
 from visattn_fast import catalogue
@@ -101,7 +103,7 @@ class Call:
             passes[f"{name}_bwd"] = backward + activation * (residual + 1)
         return passes
 
-    def run(self, device: str, observe: Observer, operation: Operation | None = None) -> None:
+    def run(self, device: str, observe: Observer, operation: Operation | None = None, between: bool = False) -> None:
         """Its passes on ``device``, which may be ``"meta"``; see `routed`."""
         module = self.entry.fast(**self.entry.arguments(self.shape[1])).to(device, self.dtype)
         module.train(self.entry.training)
@@ -109,13 +111,13 @@ class Call:
         extra = {"residual": residual if self.residual else None, "activation": self.activation}
         forward, *backward = self.passes()
         with teams.resident() if self.resident else nullcontext():
-            with routed(forward, observe, operation), torch.set_grad_enabled(bool(backward)):
+            with routed(forward, observe, operation, between), torch.set_grad_enabled(bool(backward)):
                 y = module(x, **(extra if self.entry.epilogue else {}))
             if not backward:
                 return
             inputs = [x, *module.parameters(), *([residual] if self.residual else [])]
             grad = torch.ones_like(y)
-            with routed(*backward, observe, operation):
+            with routed(*backward, observe, operation, between):
                 torch.autograd.grad(y, inputs, grad)
 
     def _map(self, device: str, sliced: bool = False) -> torch.Tensor:
@@ -132,28 +134,55 @@ Operation = Callable[[str, Any, Any, Any], None]
 
 
 @contextmanager
-def routed(op: str, observe: Observer, operation: Operation | None = None) -> Iterator[None]:
+def routed(op: str, observe: Observer, operation: Operation | None = None, between: bool = False) -> Iterator[None]:
     """Within the context every op of the package is its Triton launcher, on tensors of any device.
 
-    ``observe`` sees, and decides on, every launch; ``operation`` sees every other operation of a launcher. What
-    happens between the package's ops, on small tensors, is PyTorch's and not seen.
+    ``observe`` sees, and decides on, every launch; ``operation`` sees every other operation of a launcher.
 
     Args:
         op: the name that launches and operations are seen under.
+        between: sees, too, what PyTorch does between the package's ops.
     """
     backends = importlib.import_module("visattn_fast.backends")  # the package has a function of that name
-    with mock.patch.object(backends, "select", return_value="triton"), _Router(op, observe, operation):
+    with mock.patch.object(backends, "select", return_value="triton"), _Router(op, observe, operation, between):
         yield
 
 
+def launches(call: Call) -> dict[str, Counter[str]]:
+    """What each direction of the call launches, without a GPU: kernels, and PyTorch's operations beside them."""
+    found: dict[str, Counter[str]] = {op: Counter() for op in call.passes()}
+
+    def operation(op: str, func: Any, inputs: Any, outputs: Any) -> None:
+        if launches_something(func, inputs, outputs):
+            found[op][str(func)] += 1
+
+    call.run("meta", lambda launch, _: found[launch.op].update([launch.name]), operation, between=True)
+    return found
+
+
+def launches_something(func: Any, inputs: Any, outputs: Any) -> bool:
+    """Whether an operation of PyTorch does more than to allocate or to make a view: `contiguous` may do either."""
+    if "empty" in str(func):
+        return False
+    given, made = ({t.untyped_storage()._cdata for t in tree_leaves(v) if _is_tensor(t)} for v in (inputs, outputs))
+    return not func.is_view or not made <= given
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, torch.Tensor)
+
+
 class _Router(TorchDispatchMode):
-    def __init__(self, op: str, observe: Observer, operation: Operation | None) -> None:
+    def __init__(self, op: str, observe: Observer, operation: Operation | None, between: bool) -> None:
         super().__init__()
-        self.op, self.observe, self.operation = op, observe, operation
+        self.op, self.observe, self.operation, self.between = op, observe, operation, between
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace != "visattn_fast":
-            return func(*args, **(kwargs or {}))
+            result = func(*args, **(kwargs or {}))
+            if self.between and self.operation:
+                self.operation(self.op, func, (args, kwargs), result)
+            return result
         op = func._schema.name.removeprefix("visattn_fast::")
         launcher = _library.OPS[op].launcher
         if launcher is None:

@@ -22,7 +22,7 @@ from triton.runtime import interpreter
 
 from visattn_fast import catalogue
 
-from .launches import EPILOGUES, Call, Launch, Shape
+from .launches import EPILOGUES, Call, Launch, Shape, launches_something
 from .table import show
 from .teams import together
 
@@ -73,7 +73,7 @@ class Traffic:
 
     def operation(self, op: str, func: Any, inputs: Any, outputs: Any) -> None:
         """Counts an operation of PyTorch inside a launcher, unless it only makes a view or allocates."""
-        if self.running or func.is_view or "empty" in str(func):
+        if self.running or not launches_something(func, inputs, outputs):
             return
         self.launches += 1
         for kind, values in (("read", inputs), ("write", outputs)):

@@ -159,7 +159,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cbam_bwd(
             },
             [&](int64_t b) { grads.maps(in, nhwc, at_c, turned.get(), k, b); });
         conv_weight_grad(grads.framed, grads.dq, k, s.H, s.W, team, &dw_images[n * 2 * k * k]);
-        conv_bias_grad(grads.dq, s.H, s.W, &db_images[n]);
+        if (bias) conv_bias_grad(grads.dq, s.H, s.W, &db_images[n]);
         grads.direct.sum(grads.dgate.get());
         grads.through_maps.sum(grads.part.get());
         for (int64_t c = 0; c < s.C; ++c) grads.dgate[c] += grads.part[c];
@@ -177,7 +177,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cbam_bwd(
     weight_grad_of_two<A>(mlp, s.N, dz.get(), dh.get(), data<A>(pooled), data<A>(hidden), data<A>(dw1),
                           data<A>(dw2));
     batch_sum(s.N, dw_images.get(), 2 * k * k, data<A>(dw));
-    return std::make_tuple(dx, dresidual, dw1, dw2, dw, bias_grad(bias, s.N, db_images.get()));
+    return std::make_tuple(dx, dresidual, gradient_of(w1, dw1), gradient_of(w2, dw2), gradient_of(wconv, dw),
+                           gradient_of(wconv, bias_grad(bias, s.N, db_images.get())));
   });
 }
 

@@ -72,7 +72,7 @@ std::tuple<Tensor, Tensor, Tensor> channel_attention_bwd(Tensor grad, Tensor x, 
     Tensor dw1 = empty_grad(w1, kDtype<A>), dw2 = empty_grad(w2, kDtype<A>);
     weight_grad_of_two<A>(mlp, s.N, dz.get(), dh.get(), data<A>(pooled), data<A>(hidden), data<A>(dw1),
                           data<A>(dw2));
-    return std::make_tuple(dx, dw1, dw2);
+    return std::make_tuple(dx, gradient_of(w1, dw1), gradient_of(w2, dw2));
   });
 }
 

@@ -42,7 +42,7 @@ Tensor scaled(const Tensor& x, const Tensor& gate, const std::optional<Tensor>& 
     const auto st = shift ? std::optional<Tensor>(gate_as<A>(*shift, s, "shift")) : std::nullopt;
     Tensor y = empty_map(s, in.nhwc, x.scalar_type());
     for_images(s.N, s.C * s.P, [&](int64_t begin, int64_t end, const Team& team) {
-      Buffer<A> padded(s.C), added(s.C);
+      Buffer<A> padded(s.C), added(st ? s.C : 0);
       const Split parts = row_parts<T>(s, in.nhwc);
       const int64_t dense_ld = in.nhwc ? s.C : s.P;
       for (int64_t n = begin; n < end; ++n) {

@@ -93,7 +93,7 @@ std::tuple<Tensor, Tensor, Tensor> eca_bwd(Tensor grad, Tensor x, Tensor weight,
     auto [dx, dresidual] = channel_scale_bwd<T>(grad, feature_map(x), s, residual, sg, activation, dmean_of);
     Tensor dw = empty_grad(weight, kDtype<A>);
     batch_sum(s.N, dw_images.get(), k, data<A>(dw));
-    return std::make_tuple(dx, dresidual, dw);
+    return std::make_tuple(dx, dresidual, gradient_of(weight, dw));
   });
 }
 

@@ -101,7 +101,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> scse_
     Tensor dws = empty_grad(ws, kDtype<A>), dbs = empty({1}, kDtype<A>);
     std::copy_n(total.get(), s.C, data<A>(dws));
     *data<A>(dbs) = total[s.C];
-    return std::make_tuple(dx, dresidual, dw1, db1, dw2, db2, dws, dbs);
+    return std::make_tuple(dx, dresidual, gradient_of(w1, dw1), gradient_of(w1, db1), gradient_of(w2, dw2),
+                           gradient_of(w2, db2), gradient_of(ws, dws), gradient_of(ws, dbs));
   });
 }
 

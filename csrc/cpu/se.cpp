@@ -119,7 +119,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> se_bwd(
     auto [dx, dresidual] = channel_scale_bwd<T>(grad, feature_map(x), s, residual, sg, activation, dmean_of);
     const A* taken = activated(h, s.N * R, hidden_activation, buffer.get());
     const auto [dw1, db1, dw2, db2] = weight_grad(mlp, w1, w2, s.N, dz.get(), dh.get(), data<A>(mean), taken);
-    return std::make_tuple(dx, dresidual, dw1, db1, dw2, db2);
+    return std::make_tuple(dx, dresidual, gradient_of(w1, dw1), gradient_of(w1, db1), gradient_of(w2, dw2),
+                           gradient_of(w2, db2));
   });
 }
 

@@ -70,7 +70,7 @@ std::tuple<Tensor, Tensor, Tensor> spatial_attention_bwd(Tensor grad, Tensor x, 
         dq.set_rows(0, s.H, s.W, row.get());
         for (int64_t m = 0; m < 2; ++m) framed[m].set_rows(0, s.H, s.W, data<A>(maps) + (2 * n + m) * s.P);
         conv_weight_grad(framed, dq, k, s.H, s.W, team, &dw_images[n * 2 * k * k]);
-        conv_bias_grad(dq, s.H, s.W, &db_images[n]);
+        if (bias) conv_bias_grad(dq, s.H, s.W, &db_images[n]);
         const int32_t* at = data<int32_t>(argmax_c) + n * s.P;
         const auto out = matrix(data<T>(dx) + n * s.C * s.P, s, nhwc, nhwc ? s.C : s.P);
         team.each(blocks.count, [&](int64_t begin_block, int64_t end_block) {
@@ -93,7 +93,8 @@ std::tuple<Tensor, Tensor, Tensor> spatial_attention_bwd(Tensor grad, Tensor x, 
     });
     Tensor dw = empty_grad(wconv, kDtype<A>);
     batch_sum(s.N, dw_images.get(), 2 * k * k, data<A>(dw));
-    return std::make_tuple(dx, dw, bias_grad(bias, s.N, db_images.get()));
+    return std::make_tuple(dx, gradient_of(wconv, dw),
+                           gradient_of(wconv, bias_grad(bias, s.N, db_images.get())));
   });
 }
 

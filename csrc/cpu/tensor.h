@@ -111,9 +111,16 @@ inline Tensor empty_map(const Shape& s, bool nhwc, ScalarType dtype) {
   return nhwc ? empty_strided(4, sizes, strides, dtype) : empty({s.N, s.C, s.H, s.W}, dtype);
 }
 
+inline Tensor as_dtype(const Tensor& t, ScalarType dtype) {
+  return t.scalar_type() == dtype ? t : torch::stable::to(t, dtype);
+}
+
+// A weight's gradient, which has its dtype, rounded once from the sum.
+inline Tensor gradient_of(const Tensor& w, const Tensor& sum) { return as_dtype(sum, w.scalar_type()); }
+
 // A weight as a contiguous tensor of the accumulation dtype.
 inline Tensor weight_as(const Tensor& w, ScalarType dtype) {
-  const Tensor cast = w.scalar_type() == dtype ? w : torch::stable::to(w, dtype);
+  const Tensor cast = as_dtype(w, dtype);
   return cast.is_contiguous() ? cast : torch::stable::contiguous(cast);
 }
 

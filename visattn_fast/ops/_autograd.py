@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._layout import converted
+
 Gradients = Callable[..., tuple[Tensor | None, ...]]
 
 # Asked at every call. Looking them up takes as long as calling them.
@@ -110,8 +112,11 @@ def fused_function(
         # A compiled backward pass is traced with gradients enabled, yet is never differentiated.
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             return _differentiable(ctx, mathematics, tensors, grad) + unneeded
-        found = gradients(grad, tensors, small, ctx.options)
-        return tuple(_gradient_for(t, d, grad) for t, d in zip(tensors, found, strict=True)) + unneeded
+        found = [
+            None if t is None or d is None else grad if d.dim() < t.dim() else d
+            for t, d in zip(tensors, gradients(grad, tensors, small, ctx.options), strict=True)
+        ]
+        return *converted(found, [None if t is None else t.dtype for t in tensors]), *unneeded
 
     methods: dict[str, Callable[..., Any]] = {
         "forward": forward_op,
@@ -133,11 +138,3 @@ def _differentiable(
         wanted = [t for t, needed in zip(tensors, needs, strict=True) if needed]
         found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True))
     return tuple(next(found) if needed else None for needed in needs)
-
-
-def _gradient_for(tensor: Tensor | None, gradient: Tensor | None, grad: Tensor) -> Tensor | None:
-    if tensor is None or gradient is None:
-        return None
-    if gradient.dim() < tensor.dim():
-        return grad
-    return gradient if gradient.dtype == tensor.dtype else gradient.to(tensor.dtype)

@@ -5,8 +5,13 @@ C++ and Triton launchers follow the same rules; the strides they return are held
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 import torch
 from torch import Tensor
+
+_FEW = 1 << 16  # elements that are worth less than a launch
 
 
 def memory_format(x: Tensor) -> torch.memory_format:
@@ -39,3 +44,21 @@ def empty_small(x: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Ten
 def to_map(value: Tensor, x: Tensor) -> Tensor:
     """``value`` in x's dtype and memory format, as a tensor of its own."""
     return empty_map(x).copy_(value)
+
+
+def converted(tensors: Iterable[Tensor | None], dtypes: Iterable[torch.dtype | None]) -> list[Any]:
+    """Each tensor in its dtype. Several small ones change theirs together: on a GPU launches are what that costs."""
+    found: list[Any] = list(tensors)
+    groups: dict[Any, list[int]] = {}
+    for i, (t, dtype) in enumerate(zip(found, dtypes, strict=True)):
+        if t is not None and dtype not in (None, t.dtype):
+            groups.setdefault((t.dtype, dtype, t.numel() <= _FEW), []).append(i)
+    for (_, dtype, few), members in groups.items():
+        old = [found[i] for i in members]
+        if few and len(old) > 2 and not torch.compiler.is_compiling():
+            new = torch.cat([t.flatten() for t in old]).to(dtype).split([t.numel() for t in old])
+        else:
+            new = tuple(t.to(dtype) for t in old)
+        for i, t, part in zip(members, old, new, strict=True):
+            found[i] = part.view(t.shape)
+    return found

@@ -9,7 +9,7 @@ too, `register_cuda` gives ``CUDA`` to a choice between the two.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -21,11 +21,15 @@ LIBRARY = torch.library.Library("visattn_fast", "DEF")
 
 
 class Op(NamedTuple):
-    """A declared op: its implementation in plain PyTorch, and the kernels' module with the launcher of its name."""
+    """A declared op: its implementation in plain PyTorch, and the kernels' module with the launcher of its name.
+
+    ``gradients_of`` are the positions of the arguments whose gradients are the last results, and have their dtypes.
+    """
 
     reference: Callable[..., Any]
     launcher: str | None
     schema: str
+    gradients_of: Sequence[int] = ()
 
 
 OPS: dict[str, Op] = {}
@@ -39,7 +43,13 @@ _declared: set[str] = set()
 _shared: set[str] = set()
 
 
-def define(schema: str, launcher: str | None, reference: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+def define(
+    schema: str,
+    launcher: str | None,
+    reference: Callable[..., Any],
+    fake: Callable[..., Any],
+    gradients_of: Sequence[str] = (),
+) -> Any:
     """Declares an op and returns its overload.
 
     Args:
@@ -48,14 +58,31 @@ def define(schema: str, launcher: str | None, reference: Callable[..., Any], fak
             None: PyTorch's own operations serve every device.
         reference: the implementation in plain PyTorch.
         fake: shapes, dtypes and strides of the results.
+        gradients_of: the arguments whose gradients are the last results. Kernels round each sum once, to its weight's
+            dtype; reference and fake may return sums as they are, and they are rounded for them.
     """
     name = schema[: schema.index("(")]
+    arguments = [a.split()[-1] for a in schema[len(name) + 1 : schema.index(")")].split(",")]
+    positions = [arguments.index(weight) for weight in gradients_of]
+    reference, fake = _rounded(reference, positions), _rounded(fake, positions)
     # Kernels read any strides. Else Inductor would copy maps back to the layout that they have in eager mode.
     LIBRARY.define(schema, tags=(torch.Tag.flexible_layout,))
     LIBRARY.impl(name, without_autocast(reference), "CompositeExplicitAutograd")
     torch.library.register_fake(f"visattn_fast::{name}", fake, lib=LIBRARY)
-    OPS[name] = Op(reference, launcher, schema)
+    OPS[name] = Op(reference, launcher, schema, positions)
     return getattr(torch.ops.visattn_fast, name).default
+
+
+def _rounded(function: Callable[..., Any], gradients_of: Sequence[int]) -> Callable[..., Any]:
+    """``function`` with its last results in the dtypes of the arguments whose gradients they are."""
+
+    def rounded(*args: Any) -> Any:
+        results = function(*args)
+        first = len(results) - len(gradients_of)
+        sums = zip(results[first:], gradients_of, strict=True)
+        return *results[:first], *(d.to(args[i].dtype) for d, i in sums)
+
+    return rounded if gradients_of else function
 
 
 def define_infer(name: str) -> Any:
@@ -123,7 +150,8 @@ def register_cuda(load: Callable[[], str | None], chosen: Callable[[], bool]) ->
     _native_chosen = chosen
     for name in OPS:
         if torch._C._dispatch_has_kernel_for_dispatch_key(f"{NATIVE_LIBRARY.ns}::{name}", "CUDA"):
-            _NATIVE[name] = getattr(getattr(torch.ops, NATIVE_LIBRARY.ns), name).default
+            native = getattr(getattr(torch.ops, NATIVE_LIBRARY.ns), name).default
+            _NATIVE[name] = _rounded(native, OPS[name].gradients_of)
     _share_cuda()
     return None
 

@@ -86,6 +86,7 @@ cbam_bwd = define(
     "cbam",
     _cbam_bwd_reference,
     _cbam_bwd_fake,
+    gradients_of=("w1", "w2", "wconv", "wconv"),
 )
 
 

@@ -47,6 +47,7 @@ channel_attention_bwd = define(
     "cbam",
     _channel_attention_bwd_reference,
     _channel_attention_bwd_fake,
+    gradients_of=("w1", "w2"),
 )
 
 

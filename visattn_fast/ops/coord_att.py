@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import reference
 from ._autograd import fused_function, without_autocast
 from ._epilogue import with_epilogue
-from ._layout import accumulation_dtype, memory_format
+from ._layout import accumulation_dtype, converted, memory_format
 from .axis import axis_input_grad, axis_mean, axis_scale, axis_scale_bwd
 
 
@@ -32,8 +32,8 @@ def _concatenate(rows: Tensor, columns: Tensor, channels_last: bool) -> Tensor:
 def _forward(x, w1, b1, bn_weight, bn_bias, mean, var, w_h, b_h, w_w, b_w, residual, activation, eps):
     """mean and var are the statistics to normalise with, or None for the batch's, which are then the last results."""
     a, height, channels_last = accumulation_dtype(x), x.shape[2], memory_format(x) == torch.channels_last
-    w1, w_h, w_w = (w.flatten(1).to(a) for w in (w1, w_h, w_w))
-    b1, bn_weight, bn_bias, b_h, b_w = (None if b is None else b.to(a) for b in (b1, bn_weight, bn_bias, b_h, b_w))
+    weights = (w1.flatten(1), w_h.flatten(1), w_w.flatten(1), b1, bn_weight, bn_bias, b_h, b_w)
+    w1, w_h, w_w, b1, bn_weight, bn_bias, b_h, b_w = converted(weights, [a] * len(weights))
     means = axis_mean(x)
     z = F.linear(means.mT, w1, b1)
     statistics: tuple[Tensor, ...] = ()
@@ -61,7 +61,7 @@ def _gradients(grad, tensors, small, options):
     x, w1, b1, bn_weight, bn_bias, running_mean, _, w_h, b_h, w_w, b_w, residual = tensors
     means, normal, inverse, affine, hidden, gates = small[:6]
     a, height, form = gates.dtype, x.shape[2], memory_format(x)
-    w1_, w_h_, w_w_ = (w.flatten(1).to(a) for w in (w1, w_h, w_w))
+    w1_, w_h_, w_w_ = converted((w1.flatten(1), w_h.flatten(1), w_w.flatten(1)), [a] * 3)
     grad = grad.contiguous(memory_format=form)
     dgates, dresidual = axis_scale_bwd(grad, x, gates, residual, options[0])
     batch = running_mean is None

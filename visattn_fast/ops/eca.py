@@ -55,6 +55,7 @@ eca_bwd = define(
     "eca",
     _eca_bwd_reference,
     _eca_bwd_fake,
+    gradients_of=("weight",),
 )
 
 

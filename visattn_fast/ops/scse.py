@@ -82,6 +82,7 @@ scse_bwd = define(
     "scse",
     _scse_bwd_reference,
     _scse_bwd_fake,
+    gradients_of=("w1", "w1", "w2", "w2", "ws", "ws"),
 )
 
 

@@ -76,6 +76,7 @@ se_bwd = define(
     "se",
     _se_bwd_reference,
     _se_bwd_fake,
+    gradients_of=("w1", "w1", "w2", "w2"),
 )
 
 

@@ -52,6 +52,7 @@ spatial_attention_bwd = define(
     "cbam",
     _spatial_attention_bwd_reference,
     _spatial_attention_bwd_fake,
+    gradients_of=("wconv", "wconv"),
 )
 
 
