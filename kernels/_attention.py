@@ -26,45 +26,61 @@ class Head(NamedTuple):
     D: int
     ALIGN: int  # the power of two, of 16 at most, that divides D and all strides
     BLOCK_D: int
+    CHUNK: int  # channels that scores are summed over at a time, where registers do not hold all
     ACC: Any  # the dtype of sums
     DOT: Any  # what is multiplied, and how exactly
     PRECISION: str
 
 
-def head(qkv: torch.Tensor, D: int, strides: tuple[int, ...], scale: float, **product: Any) -> Head:
-    """Of D channels, which are next to each other; ``product`` is what `_product.product` returns."""
+class Rows(NamedTuple):
+    """Rows of one head, [rows, D]."""
+
+    ptr: Any
+    at: Any  # which they are, [rows], and whether there are such; others are zeros
+    there: Any
+    stride: Any
+
+
+def head(qkv: torch.Tensor, D: int, strides: tuple[int, ...], scale: float, **options: Any) -> Head:
+    """Of D channels, which are next to each other.
+
+    Args:
+        options: DOT and PRECISION, as `_product.product` returns them, and CHUNK, if it is not all.
+    """
     bits = D | 16
     for stride in strides:
         bits |= stride
     acc = tl.float64 if accumulation_dtype(qkv) == torch.float64 else tl.float32
-    return Head(scale, D, bits & -bits, max(next_power_of_2(D), 16), acc, **product)
+    block_d = max(next_power_of_2(D), 16)
+    return Head(SCALE=scale, D=D, ALIGN=bits & -bits, BLOCK_D=block_d, ACC=acc, **{"CHUNK": block_d, **options})
 
 
 @triton.jit
-def row_tile(rows, there, stride, D, ALIGN: tl.constexpr, BLOCK_D: tl.constexpr):
+def _tile(rows, D, ALIGN: tl.constexpr, BLOCK_D: tl.constexpr):
     """Offsets, int64, and mask, [rows, BLOCK_D]."""
     d = tl.arange(0, BLOCK_D)
-    offsets = tl.multiple_of(rows[:, None].to(tl.int64) * stride + d[None, :], [1, ALIGN])
-    return offsets, tl.max_constancy(there[:, None] & (d < D)[None, :], [1, ALIGN])
+    offsets = tl.multiple_of(rows.at[:, None].to(tl.int64) * rows.stride + d[None, :], [1, ALIGN])
+    return offsets, tl.max_constancy(rows.there[:, None] & (d < D)[None, :], [1, ALIGN])
 
 
 @triton.jit
-def load_rows(ptr, rows, there, stride, HEAD: tl.constexpr):
-    """Rows of one head, [rows, BLOCK_D], with zeros as those that are not there."""
-    return load_chunk(ptr, rows, there, stride, 0, HEAD, HEAD.BLOCK_D)
+def load_rows(rows, HEAD: tl.constexpr):
+    """[rows, BLOCK_D]."""
+    return _load_chunk(rows, 0, HEAD, HEAD.BLOCK_D)
 
 
 @triton.jit
-def load_chunk(ptr, rows, there, stride, c, HEAD: tl.constexpr, CHUNK: tl.constexpr):
-    """Their channels from c on, [rows, CHUNK]."""
-    offsets, mask = row_tile(rows, there, stride, HEAD.D - c, HEAD.ALIGN, CHUNK)
-    return tl.load(ptr + c + offsets, mask=mask, other=0.0)
+def _load_chunk(rows, c, HEAD: tl.constexpr, CHUNK: tl.constexpr):
+    """Channels from c on, [rows, CHUNK]."""
+    offsets, mask = _tile(rows, HEAD.D - c, HEAD.ALIGN, CHUNK)
+    return tl.load(rows.ptr + c + offsets, mask=mask, other=0.0)
 
 
 @triton.jit
-def store_rows(ptr, tile, rows, there, stride, HEAD: tl.constexpr):
-    offsets, mask = row_tile(rows, there, stride, HEAD.D, HEAD.ALIGN, HEAD.BLOCK_D)
-    tl.store(ptr + offsets, tile, mask=mask)
+def store_rows(rows, tile, HEAD: tl.constexpr):
+    """Of tile [rows, BLOCK_D]."""
+    offsets, mask = _tile(rows, HEAD.D, HEAD.ALIGN, HEAD.BLOCK_D)
+    tl.store(rows.ptr + offsets, tile, mask=mask)
 
 
 @triton.jit
@@ -83,13 +99,22 @@ def place(rows, W, COLUMNS):
 @triton.jit
 def add_product(a, b, acc, HEAD: tl.constexpr):
     """acc + a b."""
-    return dot(a, b, acc, HEAD.DOT, HEAD.PRECISION)
+    DOT: tl.constexpr = HEAD.DOT  # Triton 3.6 passes no string on that is a field
+    PRECISION: tl.constexpr = HEAD.PRECISION
+    return dot(a, b, acc, DOT, PRECISION)
 
 
 @triton.jit
-def pairs(a, b, HEAD: tl.constexpr):
-    """a b^T: products of all rows of a with all rows of b."""
-    return add_product(a, tl.trans(b), tl.zeros([a.shape[0], b.shape[0]], HEAD.ACC), HEAD)
+def pairs(a_rows, a, b_rows, b, HEAD: tl.constexpr):
+    """a b^T: products of all rows of a with all rows of b, which are loaded again where they are met in chunks."""
+    found = tl.zeros([a.shape[0], b.shape[0]], HEAD.ACC)
+    if HEAD.CHUNK < HEAD.BLOCK_D:
+        for c in range(0, HEAD.D, HEAD.CHUNK):
+            a_chunk = _load_chunk(a_rows, c, HEAD, HEAD.CHUNK)
+            found = add_product(a_chunk, tl.trans(_load_chunk(b_rows, c, HEAD, HEAD.CHUNK)), found, HEAD)
+    else:
+        found = add_product(a, tl.trans(b), found, HEAD)
+    return found
 
 
 @triton.jit

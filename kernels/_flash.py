@@ -145,7 +145,10 @@ def prepare(qkv: torch.Tensor, table: torch.Tensor | None, scale: float) -> Maps
         scaled = (table.to(accumulation_dtype(table)) * LOG2E.value).permute(2, 0, 1).contiguous()
         offsets = (rows // 2 * columns + columns // 2, columns, rows * columns)
     size = Sizes(H * W, W, heads, *strides, *offsets)
-    return Maps(qkv, scaled, N, size, head(qkv, D, strides, scale, **product(qkv, qkv)))
+    options = product(qkv, qkv)
+    if qkv.itemsize > 2 and D > 64:
+        options["CHUNK"] = 32  # registers do not hold all of two tiles, let alone their parts in bfloat16
+    return Maps(qkv, scaled, N, size, head(qkv, D, strides, scale, **options))
 
 
 def mask_bytes(key_mask: torch.Tensor | None) -> torch.Tensor | None:

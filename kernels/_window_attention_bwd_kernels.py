@@ -13,7 +13,7 @@ from ._window_tiles import (
     logits,
     meet_keys,
     more_keys,
-    part_ptr,
+    part_rows,
     places,
     positions,
     this_run,
@@ -22,20 +22,20 @@ from ._window_tiles import (
 
 @triton.jit
 def _store_gradient(
-    ptr, sums_ptr, tile, token, there, at, run, grid, HEAD: tl.constexpr, PART: tl.constexpr
+    ptr, sums_ptr, tile, token, there, at, HEAD: tl.constexpr, PART: tl.constexpr
 ):  # fmt: skip
     """Of queries, keys or values [places, BLOCK_D], and their sum [d], padding's too, where it is asked for."""
-    store_rows(part_ptr(ptr, at, run, grid, HEAD, PART, 3), tile, token, there, 3 * grid.heads * HEAD.D, HEAD)
+    store_rows(part_rows(ptr, token, there, at, HEAD, PART, 3), tile, HEAD)
     if sums_ptr is not None:
         d = tl.arange(0, HEAD.BLOCK_D)
         tl.store(sums_ptr + d, tl.sum(tile, 0), mask=d < HEAD.D)
 
 
 @triton.jit
-def _sums(dbias_ptr, window, run, grid, HEAD: tl.constexpr):
+def _sums(dbias_ptr, window, run, HEAD: tl.constexpr):
     """Where those of a program's window go, in [tiles, groups, heads, steps, 2, d]."""
     part = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
-    return dbias_ptr + (part.to(tl.int64) * grid.steps + window - run.first) * 2 * HEAD.D
+    return dbias_ptr + (part.to(tl.int64) * run.grid.steps + window - run.first) * 2 * HEAD.D
 
 
 @triton.jit
@@ -61,20 +61,21 @@ def _store_table(parts_ptr, dposition, i_start, j, WINDOW: tl.constexpr, ROWS: t
 
 
 @triton.jit
-def _statistics_at(token, at, run, grid):
+def _statistics_at(token, at):
     """Where lse and mean of tokens are, in [heads, N, H, W]."""
+    run, grid = at.run, at.run.grid
     return run.head.to(tl.int64) * grid.N * grid.H * grid.W + at.n + token
 
 
 @triton.jit
-def _load_queries(grad_ptr, qkv_ptr, lse_ptr, mean_ptr, i, at, run, grid, HEAD: tl.constexpr, WINDOW: tl.constexpr):
-    """Queries i, their results' gradients, and what `_queries_kernel` found of them."""
-    token, there = places(i, at, grid, WINDOW)
-    q = load_part(qkv_ptr, token, there, at, run, grid, HEAD, 0, 3)
-    g = load_part(grad_ptr, token, there, at, run, grid, HEAD)
-    rows = _statistics_at(token, at, run, grid)
+def _load_queries(grad_ptr, qkv_ptr, lse_ptr, mean_ptr, i, at, HEAD: tl.constexpr, WINDOW: tl.constexpr):
+    """Queries i and their results' gradients, each with its rows, and what `_queries_kernel` found of them."""
+    token, there = places(i, at, WINDOW)
+    q_rows, q = load_part(qkv_ptr, token, there, at, HEAD, 0, 3)
+    g_rows, g = load_part(grad_ptr, token, there, at, HEAD)
+    rows = _statistics_at(token, at)
     lse = tl.load(lse_ptr + rows, mask=there, other=float("inf"))  # padding has no gradient
-    return q, g, lse, tl.load(mean_ptr + rows, mask=there, other=0.0)
+    return q_rows, q, g_rows, g, lse, tl.load(mean_ptr + rows, mask=there, other=0.0)
 
 
 @triton.jit
@@ -87,19 +88,19 @@ def _backward_kernel(
     With lse_ptr no gradients of keys and values, but lse and mean, as `_queries_kernel`.
     """
     run = this_run(grid, WINDOW)
-    bias_q = load_bias(bias_ptr, run, grid, HEAD)
+    bias_q = load_bias(bias_ptr, run, HEAD)
     i = tl.arange(0, KEYS)
     bias = positions(table_ptr, i[:, None], i[None, :], run, WINDOW)
     dposition = tl.zeros([KEYS, KEYS], HEAD.ACC)
     for window in range(run.first, run.last):
-        at = corner(window, run, grid, WINDOW)
-        token, there = places(i, at, grid, WINDOW)
-        k = load_part(qkv_ptr, token, there, at, run, grid, HEAD, 1, 3)
-        v = load_part(qkv_ptr, token, there, at, run, grid, HEAD, 2, 3)
-        q = load_part(qkv_ptr, token, there, at, run, grid, HEAD, 0, 3)
-        g = load_part(grad_ptr, token, there, at, run, grid, HEAD)
-        sums_ptr = _sums(dbias_ptr, window, run, grid, HEAD)
-        s = logits(pairs(q, k, HEAD), k, bias_q, bias, HEAD)
+        at = corner(window, run, WINDOW)
+        token, there = places(i, at, WINDOW)
+        k_rows, k = load_part(qkv_ptr, token, there, at, HEAD, 1, 3)
+        v_rows, v = load_part(qkv_ptr, token, there, at, HEAD, 2, 3)
+        q_rows, q = load_part(qkv_ptr, token, there, at, HEAD, 0, 3)
+        g_rows, g = load_part(grad_ptr, token, there, at, HEAD)
+        sums_ptr = _sums(dbias_ptr, window, run, HEAD)
+        s = logits(pairs(q_rows, q, k_rows, k, HEAD), k, bias_q, bias, HEAD)
         top = tl.max(s, 1)
         p = tl.exp2(s - top[:, None])
         count = tl.sum(p, 1)
@@ -107,20 +108,20 @@ def _backward_kernel(
         zeros = zero_rows(KEYS, HEAD)
         if lse_ptr is None:  # before the logits' gradient: it and the weights are many registers
             dv = add_product(tl.trans(p.to(HEAD.DOT)), g, zeros, HEAD)
-            _store_gradient(dqkv_ptr, sums_ptr + HEAD.D, dv, token, there, at, run, grid, HEAD, 2)
-        dp = pairs(g, v, HEAD)
+            _store_gradient(dqkv_ptr, sums_ptr + HEAD.D, dv, token, there, at, HEAD, 2)
+        dp = pairs(g_rows, g, v_rows, v, HEAD)
         mean = tl.sum(p * dp, 1)
         ds = p * (dp - mean[:, None])
         dposition += ds
         dq = add_product(ds, k, zeros, HEAD) * HEAD.SCALE
-        _store_gradient(dqkv_ptr, sums_ptr, dq, token, there, at, run, grid, HEAD, 0)
+        _store_gradient(dqkv_ptr, sums_ptr, dq, token, there, at, HEAD, 0)
         if lse_ptr is None:
             dk = add_product(tl.trans(ds.to(HEAD.DOT)), q, zeros, HEAD)
             if bias_q is not None:
                 dk += tl.sum(ds, 0)[:, None] * bias_q[None, :]
-            _store_gradient(dqkv_ptr, None, dk * HEAD.SCALE, token, there, at, run, grid, HEAD, 1)
+            _store_gradient(dqkv_ptr, None, dk * HEAD.SCALE, token, there, at, HEAD, 1)
         else:
-            rows = _statistics_at(token, at, run, grid)
+            rows = _statistics_at(token, at)
             tl.store(lse_ptr + rows, top + tl.log2(count), mask=there)
             tl.store(mean_ptr + rows, mean, mask=there)
     _store_table(dtable_ptr, dposition, 0, i, WINDOW, ROWS)
@@ -136,33 +137,33 @@ def _queries_kernel(
     That is of the weights' gradients, by the weights; both are [heads, N, H, W].
     """
     run = this_run(grid, WINDOW)
-    bias_q = load_bias(bias_ptr, run, grid, HEAD)
+    bias_q = load_bias(bias_ptr, run, HEAD)
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     for window in range(run.first, run.last):
-        at = corner(window, run, grid, WINDOW)
-        token, there = places(i, at, grid, WINDOW)
-        q = load_part(qkv_ptr, token, there, at, run, grid, HEAD, 0, 3)
-        g = load_part(grad_ptr, token, there, at, run, grid, HEAD)
+        at = corner(window, run, WINDOW)
+        token, there = places(i, at, WINDOW)
+        q_rows, q = load_part(qkv_ptr, token, there, at, HEAD, 0, 3)
+        g_rows, g = load_part(grad_ptr, token, there, at, HEAD)
         top = tl.full([BLOCK], -float("inf"), HEAD.ACC)
         count = tl.zeros([BLOCK], HEAD.ACC)
         mean = tl.zeros([BLOCK], HEAD.ACC)
         for start in tl.range(0, WINDOW.H * WINDOW.W, STEP, disable_licm=True):
-            _, v, s = meet_keys(start, q, i, bias_q, qkv_ptr, table_ptr, at, run, grid, HEAD, WINDOW, STEP)
+            _, v_rows, v, s = meet_keys(start, q_rows, q, i, bias_q, qkv_ptr, table_ptr, at, HEAD, WINDOW, STEP)
             p, top, shrunk = more_keys(s, top)
             count = count * shrunk + tl.sum(p, 1)
-            mean = mean * shrunk + tl.sum(p * pairs(g, v, HEAD), 1)
+            mean = mean * shrunk + tl.sum(p * pairs(g_rows, g, v_rows, v, HEAD), 1)
         lse = top + tl.log2(count)
         mean /= count
         dq = zero_rows(BLOCK, HEAD)
         for start in tl.range(0, WINDOW.H * WINDOW.W, STEP, disable_licm=True):
-            k, v, s = meet_keys(start, q, i, bias_q, qkv_ptr, table_ptr, at, run, grid, HEAD, WINDOW, STEP)
-            ds = tl.exp2(s - lse[:, None]) * (pairs(g, v, HEAD) - mean[:, None])
+            k, v_rows, v, s = meet_keys(start, q_rows, q, i, bias_q, qkv_ptr, table_ptr, at, HEAD, WINDOW, STEP)
+            ds = tl.exp2(s - lse[:, None]) * (pairs(g_rows, g, v_rows, v, HEAD) - mean[:, None])
             dq = add_product(ds, k, dq, HEAD)
-        rows = _statistics_at(token, at, run, grid)
+        rows = _statistics_at(token, at)
         tl.store(lse_ptr + rows, lse, mask=there)
         tl.store(mean_ptr + rows, mean, mask=there)
-        sums_ptr = _sums(dbias_ptr, window, run, grid, HEAD)
-        _store_gradient(dqkv_ptr, sums_ptr, dq * HEAD.SCALE, token, there, at, run, grid, HEAD, 0)
+        sums_ptr = _sums(dbias_ptr, window, run, HEAD)
+        _store_gradient(dqkv_ptr, sums_ptr, dq * HEAD.SCALE, token, there, at, HEAD, 0)
 
 
 @triton.jit
@@ -172,31 +173,31 @@ def _keys_kernel(
 ):  # fmt: skip
     """Of BLOCK keys: their and their values' gradients, from lse and mean of all queries."""
     run = this_run(grid, WINDOW)
-    bias_q = load_bias(bias_ptr, run, grid, HEAD)
+    bias_q = load_bias(bias_ptr, run, HEAD)
     j = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     for window in range(run.first, run.last):
-        at = corner(window, run, grid, WINDOW)
-        token, there = places(j, at, grid, WINDOW)
-        k = load_part(qkv_ptr, token, there, at, run, grid, HEAD, 1, 3)
-        v = load_part(qkv_ptr, token, there, at, run, grid, HEAD, 2, 3)
+        at = corner(window, run, WINDOW)
+        token, there = places(j, at, WINDOW)
+        k_rows, k = load_part(qkv_ptr, token, there, at, HEAD, 1, 3)
+        v_rows, v = load_part(qkv_ptr, token, there, at, HEAD, 2, 3)
         dk = zero_rows(BLOCK, HEAD)
         dv = zero_rows(BLOCK, HEAD)
         total = tl.zeros([BLOCK], HEAD.ACC)
         for start in tl.range(0, WINDOW.H * WINDOW.W, STEP, disable_licm=True):
             i = start + tl.arange(0, STEP)
-            q, g, lse, mean = _load_queries(grad_ptr, qkv_ptr, lse_ptr, mean_ptr, i, at, run, grid, HEAD, WINDOW)
+            q_rows, q, g_rows, g, lse, mean = _load_queries(grad_ptr, qkv_ptr, lse_ptr, mean_ptr, i, at, HEAD, WINDOW)
             bias = positions(table_ptr, i[None, :], j[:, None], run, WINDOW)
-            s = logits(pairs(k, q, HEAD), k, bias_q, bias, HEAD, ALONG=1)
+            s = logits(pairs(k_rows, k, q_rows, q, HEAD), k, bias_q, bias, HEAD, ALONG=1)
             p = tl.exp2(s - lse[None, :])
             dv = add_product(p, g, dv, HEAD)
-            ds = p * (pairs(v, g, HEAD) - mean[None, :])
+            ds = p * (pairs(v_rows, v, g_rows, g, HEAD) - mean[None, :])
             dk = add_product(ds, q, dk, HEAD)
             total += tl.sum(ds, 1)
         if bias_q is not None:
             dk += total[:, None] * bias_q[None, :]
-        sums_ptr = _sums(dbias_ptr, window, run, grid, HEAD)
-        _store_gradient(dqkv_ptr, None, dk * HEAD.SCALE, token, there, at, run, grid, HEAD, 1)
-        _store_gradient(dqkv_ptr, sums_ptr + HEAD.D, dv, token, there, at, run, grid, HEAD, 2)
+        sums_ptr = _sums(dbias_ptr, window, run, HEAD)
+        _store_gradient(dqkv_ptr, None, dk * HEAD.SCALE, token, there, at, HEAD, 1)
+        _store_gradient(dqkv_ptr, sums_ptr + HEAD.D, dv, token, there, at, HEAD, 2)
 
 
 @triton.jit
@@ -206,7 +207,7 @@ def _table_kernel(
 ):  # fmt: skip
     """dtable of BLOCK queries and STEP keys, from lse and mean of the queries."""
     run = this_run(grid, WINDOW)
-    bias_q = load_bias(bias_ptr, run, grid, HEAD)
+    bias_q = load_bias(bias_ptr, run, HEAD)
     across: tl.constexpr = tl.cdiv(WINDOW.H * WINDOW.W, STEP)
     own = tl.program_id(1) // across * BLOCK
     i = own + tl.arange(0, BLOCK)
@@ -214,11 +215,11 @@ def _table_kernel(
     bias = positions(table_ptr, i[:, None], j[None, :], run, WINDOW)
     dposition = tl.zeros([BLOCK, STEP], HEAD.ACC)
     for window in range(run.first, run.last):
-        at = corner(window, run, grid, WINDOW)
-        token, there = places(j, at, grid, WINDOW)
-        k = load_part(qkv_ptr, token, there, at, run, grid, HEAD, 1, 3)
-        v = load_part(qkv_ptr, token, there, at, run, grid, HEAD, 2, 3)
-        q, g, lse, mean = _load_queries(grad_ptr, qkv_ptr, lse_ptr, mean_ptr, i, at, run, grid, HEAD, WINDOW)
-        p = tl.exp2(logits(pairs(q, k, HEAD), k, bias_q, bias, HEAD) - lse[:, None])
-        dposition += p * (pairs(g, v, HEAD) - mean[:, None])
+        at = corner(window, run, WINDOW)
+        token, there = places(j, at, WINDOW)
+        k_rows, k = load_part(qkv_ptr, token, there, at, HEAD, 1, 3)
+        v_rows, v = load_part(qkv_ptr, token, there, at, HEAD, 2, 3)
+        q_rows, q, g_rows, g, lse, mean = _load_queries(grad_ptr, qkv_ptr, lse_ptr, mean_ptr, i, at, HEAD, WINDOW)
+        p = tl.exp2(logits(pairs(q_rows, q, k_rows, k, HEAD), k, bias_q, bias, HEAD) - lse[:, None])
+        dposition += p * (pairs(g_rows, g, v_rows, v, HEAD) - mean[:, None])
     _store_table(dtable_ptr, dposition, own, j, WINDOW, ROWS)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from ._attention import LOG2E, finite_or_zero, load_rows, pairs, place
+from ._attention import LOG2E, Rows, finite_or_zero, load_rows, pairs, place
 
 APART = tl.constexpr(-100 * 1.4426950408889634)  # as Swin adds it across a seam
 
@@ -65,6 +65,7 @@ class Run(NamedTuple):
     That is, of their kind: windows along H and W in an image, the first of them, and where in a window the seams are.
     """
 
+    grid: Grid
     head: Any
     first: Any
     last: Any
@@ -77,8 +78,9 @@ class Run(NamedTuple):
 
 
 class Corner(NamedTuple):
-    """The tokens of the images before a window's (int64), and its first position along H and W."""
+    """Of a window: the tokens of the images before its own (int64), and its first position along H and W."""
 
+    run: Run
     n: Any
     h: Any
     w: Any
@@ -102,15 +104,15 @@ def this_run(grid, WINDOW: tl.constexpr):
     seam_w = tl.where(last_w, WINDOW.W - grid.shift_w, WINDOW.W)
     first = (group - start) * grid.steps
     last = tl.minimum(first + grid.steps, grid.N * rows * columns)
-    return Run(tl.program_id(0) % grid.heads, first, last, rows, columns, row, column, seam_h, seam_w)
+    return Run(grid, tl.program_id(0) % grid.heads, first, last, rows, columns, row, column, seam_h, seam_w)
 
 
 @triton.jit
-def corner(window, run, grid, WINDOW: tl.constexpr):
+def corner(window, run, WINDOW: tl.constexpr):
     """Of a window of this run."""
     at = window % (run.rows * run.columns)
-    n = (window // (run.rows * run.columns)).to(tl.int64) * grid.H * grid.W
-    return Corner(n, (run.row + at // run.columns) * WINDOW.H, (run.column + at % run.columns) * WINDOW.W)
+    n = (window // (run.rows * run.columns)).to(tl.int64) * run.grid.H * run.grid.W
+    return Corner(run, n, (run.row + at // run.columns) * WINDOW.H, (run.column + at % run.columns) * WINDOW.W)
 
 
 @triton.jit
@@ -122,36 +124,39 @@ def _source(p, size, cycle, roll, PAD_FIRST: tl.constexpr):
 
 
 @triton.jit
-def places(i, at, grid, WINDOW: tl.constexpr):
+def places(i, at, WINDOW: tl.constexpr):
     """Of places i of a window at a corner: their tokens, counted from the image's first, and whether there are such."""
+    grid = at.run.grid
     h, there_h = _source(at.h + i // WINDOW.W, grid.H, grid.cycle_h, grid.roll_h, WINDOW.PAD_FIRST)
     w, there_w = _source(at.w + i % WINDOW.W, grid.W, grid.cycle_w, grid.roll_w, WINDOW.PAD_FIRST)
     return h.to(tl.int64) * grid.W + w, (i < WINDOW.H * WINDOW.W) & there_h & there_w
 
 
 @triton.jit
-def part_ptr(ptr, at, run, grid, HEAD: tl.constexpr, PART: tl.constexpr = 0, PARTS: tl.constexpr = 1):
-    """This head's channels of an image's first token in a map of parts side by side, as queries, keys and values."""
-    C = grid.heads * HEAD.D
-    return ptr + run.head * HEAD.D + at.n * PARTS * C + PART * C
+def part_rows(
+    ptr, token, there, at, HEAD: tl.constexpr, PART: tl.constexpr = 0, PARTS: tl.constexpr = 1
+):  # fmt: skip
+    """Places of a window in a map of parts side by side, as queries, keys and values are."""
+    C = at.run.grid.heads * HEAD.D
+    return Rows(ptr + at.run.head * HEAD.D + at.n * PARTS * C + PART * C, token, there, PARTS * C)
 
 
 @triton.jit
 def load_part(
-    ptr, token, there, at, run, grid, HEAD: tl.constexpr, PART: tl.constexpr = 0, PARTS: tl.constexpr = 1
+    ptr, token, there, at, HEAD: tl.constexpr, PART: tl.constexpr = 0, PARTS: tl.constexpr = 1
 ):  # fmt: skip
-    """Of places of a window, [places, BLOCK_D]."""
-    stride = PARTS * grid.heads * HEAD.D
-    return load_rows(part_ptr(ptr, at, run, grid, HEAD, PART, PARTS), token, there, stride, HEAD)
+    """The rows, and what is there, [places, BLOCK_D]."""
+    rows = part_rows(ptr, token, there, at, HEAD, PART, PARTS)
+    return rows, load_rows(rows, HEAD)
 
 
 @triton.jit
-def load_bias(bias_ptr, run, grid, HEAD: tl.constexpr, PART: tl.constexpr = 0):
+def load_bias(bias_ptr, run, HEAD: tl.constexpr, PART: tl.constexpr = 0):
     """Of queries, or of values: [BLOCK_D], or None."""
     bias = None
     if bias_ptr is not None:
         d = tl.arange(0, HEAD.BLOCK_D)
-        at = (PART * grid.heads + run.head) * HEAD.D
+        at = (PART * run.grid.heads + run.head) * HEAD.D
         bias = tl.load(bias_ptr + at + d, mask=d < HEAD.D, other=0.0).to(HEAD.ACC)
     return bias
 
@@ -189,15 +194,16 @@ def logits(products, k, bias_q, bias, HEAD: tl.constexpr, ALONG: tl.constexpr = 
 
 @triton.jit
 def meet_keys(
-    start, q, i, bias_q, qkv_ptr, table_ptr, at, run, grid, HEAD: tl.constexpr, WINDOW: tl.constexpr, STEP: tl.constexpr
+    start, q_rows, q, i, bias_q, qkv_ptr, table_ptr, at, HEAD: tl.constexpr, WINDOW: tl.constexpr,
+    STEP: tl.constexpr,
 ):  # fmt: skip
-    """STEP keys from start on, their values, and the logits of queries i."""
+    """STEP keys from start on; the rows of their values, and these; and the logits of queries i."""
     j = start + tl.arange(0, STEP)
-    token, there = places(j, at, grid, WINDOW)
-    k = load_part(qkv_ptr, token, there, at, run, grid, HEAD, 1, 3)
-    v = load_part(qkv_ptr, token, there, at, run, grid, HEAD, 2, 3)
-    bias = positions(table_ptr, i[:, None], j[None, :], run, WINDOW)
-    return k, v, logits(pairs(q, k, HEAD), k, bias_q, bias, HEAD)
+    token, there = places(j, at, WINDOW)
+    k_rows, k = load_part(qkv_ptr, token, there, at, HEAD, 1, 3)
+    v_rows, v = load_part(qkv_ptr, token, there, at, HEAD, 2, 3)
+    bias = positions(table_ptr, i[:, None], j[None, :], at.run, WINDOW)
+    return k, v_rows, v, logits(pairs(q_rows, q, k_rows, k, HEAD), k, bias_q, bias, HEAD)
 
 
 @triton.jit

@@ -76,7 +76,7 @@ def prepare(qkv, bias, table, heads, window_h, window_w, shift_h, shift_w, scale
     """Raises ValueError for windows of more than 256 tokens."""
     if window_h * window_w > LARGEST:
         raise ValueError(f"the Triton kernels are for windows of up to {LARGEST} tokens, got {window_h} x {window_w}")
-    products = product(qkv, qkv)
+    D, products = qkv.shape[3] // 3 // heads, product(qkv, qkv)
     if qkv.dtype == torch.float32:
         products["PRECISION"] = "ieee"  # bfloat16 parts are more than registers hold
     return Windows(
@@ -85,5 +85,5 @@ def prepare(qkv, bias, table, heads, window_h, window_w, shift_h, shift_w, scale
         (table.to(accumulation_dtype(qkv)) * LOG2E.value).t().contiguous(),
         Window(window_h, window_w, bool(pad_first), shift_h > 0 or shift_w > 0),
         (shift_h, shift_w),
-        head(qkv, qkv.shape[3] // 3 // heads, (), scale, **products),
+        head(qkv, D, (), scale, **products),
     )

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._attention import LN2, LOG2E, add_product, finite_or_zero, load_rows, pairs, store_rows, zero_rows
+from ._attention import LN2, LOG2E, Rows, add_product, finite_or_zero, load_rows, pairs, store_rows, zero_rows
 from ._flash import Maps, keys_seen, mask_bytes, pair_bias, prepare, program_head, scores
 from ._launch import device_guard, launch
 from ._layout import accumulation_dtype
@@ -26,7 +26,8 @@ def _attention_kernel(
     n, h, i = program_head(size, BLOCK)
     there = i < size.L
     qkv_ptr += n * size.stride_n + h * size.stride_h
-    q = load_rows(qkv_ptr, i, there, size.stride_l, HEAD)
+    q_rows = Rows(qkv_ptr, i, there, size.stride_l)
+    q = load_rows(q_rows, HEAD)
     top = tl.full([BLOCK], -float("inf"), HEAD.ACC)
     count = tl.zeros([BLOCK], HEAD.ACC)
     out = zero_rows(BLOCK, HEAD)
@@ -34,21 +35,21 @@ def _attention_kernel(
     for start in range(0, size.L, STEP):
         j = start + tl.arange(0, STEP)
         seen = keys_seen(mask_ptr, j, n, size)
-        k = load_rows(qkv_ptr + size.stride_t, j, seen, size.stride_l, HEAD)
+        k_rows = Rows(qkv_ptr + size.stride_t, j, seen, size.stride_l)
         bias = pair_bias(table_ptr, h, i, j, there, seen, size)
-        s = scores(pairs(q, k, HEAD), bias, seen[None, :], HEAD)  # [BLOCK, STEP]
+        s = scores(pairs(q_rows, q, k_rows, load_rows(k_rows, HEAD), HEAD), bias, seen[None, :], HEAD)  # [BLOCK, STEP]
         new_top = tl.maximum(top, tl.max(s, 1), propagate_nan=tl.PropagateNan.ALL)
         shift = finite_or_zero(new_top)
         p = tl.exp2(s - shift[:, None])
         shrunk = tl.exp2(top - shift)
         count = count * shrunk + tl.sum(p, 1)
-        v = load_rows(qkv_ptr + 2 * size.stride_t, j, seen, size.stride_l, HEAD)
+        v = load_rows(Rows(qkv_ptr + 2 * size.stride_t, j, seen, size.stride_l), HEAD)
         out = add_product(p, v, out * shrunk[:, None], HEAD)
         top = new_top
         found = tl.maximum(found, tl.max(seen.to(tl.int32), 0))
     count = tl.where(found > 0, count, 1.0)  # without any key all is zero
     out_ptr += (n * size.L * size.heads + h) * HEAD.D
-    store_rows(out_ptr, out / count[:, None], i, there, size.heads * HEAD.D, HEAD)
+    store_rows(Rows(out_ptr, i, there, size.heads * HEAD.D), out / count[:, None], HEAD)
     tl.store(lse_ptr + (n * size.heads + h) * size.L + i, (top + tl.log2(count)) * LN2, mask=there)
 
 
@@ -61,15 +62,16 @@ def _mean_weights_kernel(
     qkv_ptr += n * size.stride_n + h * size.stride_h
     rows = (n * size.heads + h) * size.L
     seen = keys_seen(mask_ptr, j, n, size)
-    k = load_rows(qkv_ptr + size.stride_t, j, seen, size.stride_l, HEAD)
+    k_rows = Rows(qkv_ptr + size.stride_t, j, seen, size.stride_l)
+    k = load_rows(k_rows, HEAD)
     total = tl.zeros([BLOCK], HEAD.ACC)
     for start in range(0, size.L, STEP):
         i = start + tl.arange(0, STEP)
         there = i < size.L
-        q = load_rows(qkv_ptr, i, there, size.stride_l, HEAD)
+        q_rows = Rows(qkv_ptr, i, there, size.stride_l)
         lse = tl.load(lse_ptr + rows + i, mask=there, other=0.0)
         bias = pair_bias(table_ptr, h, i, j, there, seen, size, KEYS_FIRST=True)
-        s = scores(pairs(k, q, HEAD), bias, seen[:, None], HEAD)  # [BLOCK, STEP]
+        s = scores(pairs(k_rows, k, q_rows, load_rows(q_rows, HEAD), HEAD), bias, seen[:, None], HEAD)  # [BLOCK, STEP]
         p = tl.exp2(s - finite_or_zero(lse)[None, :])
         total += tl.sum(tl.where(there[None, :], p, 0.0), 1)
     tl.store(mean_ptr + rows + j, total / size.L, mask=j < size.L)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from ._attention import LOG2E, add_product, finite_or_zero, load_chunk, load_rows, pairs, store_rows, zero_rows
+from ._attention import LOG2E, Rows, add_product, finite_or_zero, load_rows, pairs, store_rows, zero_rows
 from ._flash import Maps, keys_seen, mask_bytes, offset_bias, pair_bias, prepare, program_head, scores
 from ._heuristics import cdiv, next_power_of_2, splits
 from ._launch import device_guard, launch
@@ -25,8 +25,8 @@ def _delta_kernel(grad_ptr, out_ptr, lse_ptr, rows_ptr, rows, size, HEAD: tl.con
     """rows [2, N, heads, L]: lse in powers of two, 0 of rows without keys; sum_d grad * out, both [N, L, heads, d]."""
     row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     there = row < rows
-    g = load_rows(grad_ptr, row, there, HEAD.D, HEAD).to(HEAD.ACC)
-    o = load_rows(out_ptr, row, there, HEAD.D, HEAD).to(HEAD.ACC)
+    g = load_rows(Rows(grad_ptr, row, there, HEAD.D), HEAD).to(HEAD.ACC)
+    o = load_rows(Rows(out_ptr, row, there, HEAD.D), HEAD).to(HEAD.ACC)
     at = (row // size.heads // size.L * size.heads + row % size.heads) * size.L + row // size.heads % size.L
     lse = tl.load(lse_ptr + at, mask=there, other=0.0)
     tl.store(rows_ptr + at, finite_or_zero(lse) * LOG2E, mask=there)
@@ -59,24 +59,26 @@ def _dkdv_kernel(
     grad_ptr += n * size.L * C + h * HEAD.D
     rows_ptr += (n * size.heads + h) * size.L
     seen = keys_seen(mask_ptr, j, n, size)
-    k = load_rows(qkv_ptr + size.stride_t, j, seen, size.stride_l, HEAD)
-    v = load_rows(qkv_ptr + 2 * size.stride_t, j, seen, size.stride_l, HEAD)
+    k_rows = Rows(qkv_ptr + size.stride_t, j, seen, size.stride_l)
+    v_rows = Rows(qkv_ptr + 2 * size.stride_t, j, seen, size.stride_l)
+    k, v = load_rows(k_rows, HEAD), load_rows(v_rows, HEAD)
     dk = zero_rows(BLOCK, HEAD)
     dv = zero_rows(BLOCK, HEAD)
     for start in range(0, size.L, STEP):
         i = start + tl.arange(0, STEP)
         there = i < size.L
-        q = load_rows(qkv_ptr, i, there, size.stride_l, HEAD)
-        g = load_rows(grad_ptr, i, there, C, HEAD)
+        q_rows = Rows(qkv_ptr, i, there, size.stride_l)
+        g_rows = Rows(grad_ptr, i, there, C)
+        q, g = load_rows(q_rows, HEAD), load_rows(g_rows, HEAD)
         lse, delta = _load_delta(rows_ptr, i, there, rows)
         bias = pair_bias(table_ptr, h, i, j, there, seen, size, KEYS_FIRST=True)
-        s, dp = pairs(k, q, HEAD), pairs(v, g, HEAD)  # [BLOCK, STEP]
+        s, dp = pairs(k_rows, k, q_rows, q, HEAD), pairs(v_rows, v, g_rows, g, HEAD)  # [BLOCK, STEP]
         p, ds = _weight_grads(s, dp, bias, seen[:, None], lse[None, :], delta[None, :], HEAD)
         dv = add_product(p, g, dv, HEAD)
         dk = add_product(ds, q, dk, HEAD)
     dqkv_ptr += (n * size.L * 3 + 1) * C + h * HEAD.D
-    store_rows(dqkv_ptr, dk * HEAD.SCALE, j, j < size.L, 3 * C, HEAD)
-    store_rows(dqkv_ptr + C, dv, j, j < size.L, 3 * C, HEAD)
+    store_rows(Rows(dqkv_ptr, j, j < size.L, 3 * C), dk * HEAD.SCALE, HEAD)
+    store_rows(Rows(dqkv_ptr + C, j, j < size.L, 3 * C), dv, HEAD)
 
 
 @triton.jit
@@ -89,26 +91,29 @@ def _dq_kernel(
     C = size.heads * HEAD.D
     there = i < size.L
     qkv_ptr += n * size.stride_n + h * size.stride_h
-    q = load_rows(qkv_ptr, i, there, size.stride_l, HEAD)
-    g = load_rows(grad_ptr + n * size.L * C + h * HEAD.D, i, there, C, HEAD)
+    q_rows = Rows(qkv_ptr, i, there, size.stride_l)
+    g_rows = Rows(grad_ptr + n * size.L * C + h * HEAD.D, i, there, C)
+    q, g = load_rows(q_rows, HEAD), load_rows(g_rows, HEAD)
     lse, delta = _load_delta(rows_ptr + (n * size.heads + h) * size.L, i, there, rows)
     dq = zero_rows(BLOCK, HEAD)
     for start in range(0, size.L, STEP):
         j = start + tl.arange(0, STEP)
         seen = keys_seen(mask_ptr, j, n, size)
-        k = load_rows(qkv_ptr + size.stride_t, j, seen, size.stride_l, HEAD)
-        v = load_rows(qkv_ptr + 2 * size.stride_t, j, seen, size.stride_l, HEAD)
+        k_rows = Rows(qkv_ptr + size.stride_t, j, seen, size.stride_l)
+        v_rows = Rows(qkv_ptr + 2 * size.stride_t, j, seen, size.stride_l)
+        k, v = load_rows(k_rows, HEAD), load_rows(v_rows, HEAD)
         bias = pair_bias(table_ptr, h, i, j, there, seen, size)
-        s, dp = pairs(q, k, HEAD), pairs(g, v, HEAD)  # [BLOCK, STEP]
+        s, dp = pairs(q_rows, q, k_rows, k, HEAD), pairs(g_rows, g, v_rows, v, HEAD)  # [BLOCK, STEP]
         _, ds = _weight_grads(s, dp, bias, seen[None, :], lse[:, None], delta[:, None], HEAD)
         dq = add_product(ds, k, dq, HEAD)
-    store_rows(dqkv_ptr + n * size.L * 3 * C + h * HEAD.D, dq * HEAD.SCALE, i, there, 3 * C, HEAD)
+    dqkv_ptr += n * size.L * 3 * C + h * HEAD.D
+    store_rows(Rows(dqkv_ptr, i, there, 3 * C), dq * HEAD.SCALE, HEAD)
 
 
 @triton.jit
 def _dtable_kernel(
     grad_ptr, qkv_ptr, table_ptr, mask_ptr, rows_ptr, sums_ptr, rows, N, images, size, HEAD: tl.constexpr,
-    CHUNK: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
+    BLOCK: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """sums [parts, heads, 2H - 1, W, W]: of the scores' gradients of queries and keys so many rows apart."""
     W = size.W
@@ -138,15 +143,12 @@ def _dtable_kernel(
         j = (yi - dy) * W + xj
         seen = (xj < W) & keys_seen(mask_ptr, j, n, size)
         image_ptr = qkv_ptr + n * size.stride_n
-        s = tl.zeros([BLOCK, STEP], HEAD.ACC)
-        dp = tl.zeros([BLOCK, STEP], HEAD.ACC)
-        for c in range(0, HEAD.BLOCK_D, CHUNK):  # registers do not hold all of wide heads
-            q = load_chunk(image_ptr, i, there, size.stride_l, c, HEAD, CHUNK)
-            k = load_chunk(image_ptr + size.stride_t, j, seen, size.stride_l, c, HEAD, CHUNK)
-            s += pairs(q, k, HEAD)
-            g = load_chunk(grad_ptr + n * size.L * size.heads * HEAD.D, i, there, C, c, HEAD, CHUNK)
-            v = load_chunk(image_ptr + 2 * size.stride_t, j, seen, size.stride_l, c, HEAD, CHUNK)
-            dp += pairs(g, v, HEAD)
+        q_rows = Rows(image_ptr, i, there, size.stride_l)
+        k_rows = Rows(image_ptr + size.stride_t, j, seen, size.stride_l)
+        v_rows = Rows(image_ptr + 2 * size.stride_t, j, seen, size.stride_l)
+        g_rows = Rows(grad_ptr + n * size.L * size.heads * HEAD.D, i, there, C)
+        s = pairs(q_rows, load_rows(q_rows, HEAD), k_rows, load_rows(k_rows, HEAD), HEAD)
+        dp = pairs(g_rows, load_rows(g_rows, HEAD), v_rows, load_rows(v_rows, HEAD), HEAD)
         lse, delta = _load_delta(rows_ptr, (n * size.heads + h) * size.L + i, there, rows)
         _, ds = _weight_grads(s, dp, bias, seen[None, :], lse[:, None], delta[:, None], HEAD)
         total += ds
@@ -199,7 +201,7 @@ def _table_grad(table: torch.Tensor, x: Maps, tensors: tuple[torch.Tensor | None
     sums = rows.new_empty((parts, heads, 2 * H - 1, W, W))
     launch(
         _dtable_kernel, tiles if x.N else 0, *tensors, sums, rows[0].numel(), x.N, images, x.size, HEAD=x.head,
-        CHUNK=min(32, x.head.BLOCK_D) if x.wide else x.head.BLOCK_D, BLOCK=block, STEP=block,
+        BLOCK=block, STEP=block,
         num_warps=4, num_stages=1, parts=parts,
     )  # fmt: skip
     # Keys reversed and padded to rows of 2 W, read as rows of 2 W - 1, an offset x - x' is a column.

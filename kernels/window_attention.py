@@ -23,7 +23,7 @@ from ._window_tiles import (
     logits,
     meet_keys,
     more_keys,
-    part_ptr,
+    part_rows,
     places,
     positions,
     this_run,
@@ -39,7 +39,7 @@ def _forward_kernel(
     """out [N, H, W, heads, d] of BLOCK queries, which meet all keys at once, or STEP at a time."""
     TOKENS: tl.constexpr = WINDOW.H * WINDOW.W
     run = this_run(grid, WINDOW)
-    bias_q = load_bias(bias_ptr, run, grid, HEAD)
+    bias_q = load_bias(bias_ptr, run, HEAD)
     i = tl.arange(0, BLOCK)
     if BLOCK < TOKENS:
         i += tl.program_id(1) * BLOCK
@@ -47,28 +47,28 @@ def _forward_kernel(
     if STEP >= TOKENS:
         bias = positions(table_ptr, i[:, None], j[None, :], run, WINDOW)
     for window in range(run.first, run.last):
-        at = corner(window, run, grid, WINDOW)
-        token, there = places(i, at, grid, WINDOW)
-        q = load_part(qkv_ptr, token, there, at, run, grid, HEAD, 0, 3)
+        at = corner(window, run, WINDOW)
+        token, there = places(i, at, WINDOW)
+        q_rows, q = load_part(qkv_ptr, token, there, at, HEAD, 0, 3)
         if STEP >= TOKENS:
-            token_k, there_k = places(j, at, grid, WINDOW)
-            k = load_part(qkv_ptr, token_k, there_k, at, run, grid, HEAD, 1, 3)
-            v = load_part(qkv_ptr, token_k, there_k, at, run, grid, HEAD, 2, 3)
-            p = weights(logits(pairs(q, k, HEAD), k, bias_q, bias, HEAD))
+            token_k, there_k = places(j, at, WINDOW)
+            k_rows, k = load_part(qkv_ptr, token_k, there_k, at, HEAD, 1, 3)
+            _, v = load_part(qkv_ptr, token_k, there_k, at, HEAD, 2, 3)
+            p = weights(logits(pairs(q_rows, q, k_rows, k, HEAD), k, bias_q, bias, HEAD))
             out = add_product(p, v, zero_rows(BLOCK, HEAD), HEAD)
         else:
             top = tl.full([BLOCK], -float("inf"), HEAD.ACC)
             count = tl.zeros([BLOCK], HEAD.ACC)
             out = zero_rows(BLOCK, HEAD)
             for start in tl.range(0, TOKENS, STEP, disable_licm=True):
-                _, v, s = meet_keys(start, q, i, bias_q, qkv_ptr, table_ptr, at, run, grid, HEAD, WINDOW, STEP)
+                _, _, v, s = meet_keys(start, q_rows, q, i, bias_q, qkv_ptr, table_ptr, at, HEAD, WINDOW, STEP)
                 p, top, shrunk = more_keys(s, top)
                 count = count * shrunk + tl.sum(p, 1)
                 out = add_product(p, v, out * shrunk[:, None], HEAD)
             out /= count[:, None]
         if bias_ptr is not None:
-            out += load_bias(bias_ptr, run, grid, HEAD, 2)[None, :]
-        store_rows(part_ptr(out_ptr, at, run, grid, HEAD), out, token, there, grid.heads * HEAD.D, HEAD)
+            out += load_bias(bias_ptr, run, HEAD, 2)[None, :]
+        store_rows(part_rows(out_ptr, token, there, at, HEAD), out, HEAD)
 
 
 @triton.jit
