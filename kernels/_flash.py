@@ -137,7 +137,7 @@ def prepare(qkv: torch.Tensor, table: torch.Tensor | None, scale: float) -> Maps
         raise ValueError(f"the Triton kernels are for heads of up to {WIDEST_HEAD}, got {D}")
     stride_n, stride_h, stride_w, stride_t, stride_head, stride_d = qkv.stride()
     if (stride_d != 1 and D > 1) or (H > 1 and W > 1 and stride_h != W * stride_w):
-        return prepare(qkv.contiguous(), table, scale)
+        return prepare(qkv.clone(memory_format=torch.contiguous_format), table, scale)  # an empty one's strides, too
     strides = (stride_n, stride_w if W > 1 else stride_h, stride_t, stride_head)
     scaled, offsets = None, (0, 0, 0)
     if table is not None:

@@ -76,6 +76,7 @@ def test_strides(device):
     assert [prepare(v, None, 1.0).qkv.data_ptr() == v.data_ptr() for v in views] == [True, False, True, False]
     for view in views:
         check(view, table, mask[:, :, : view.shape[2]])
+    assert prepare(views[1][:0], None, 1.0).size.stride_l == 3 * 2 * 8, "copied for ever"
 
 
 @on_devices
