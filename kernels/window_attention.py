@@ -13,64 +13,69 @@ import triton
 import triton.language as tl
 
 from . import _heuristics
-from ._attention import load_rows, pairs, row_tile
-from ._heuristics import next_power_of_2
+from ._attention import add_product, pairs, store_rows, zero_rows
+from ._heuristics import cdiv, next_power_of_2
 from ._launch import device_guard, launch
-from ._product import dot
-from ._windows import WHOLE, Windows, corner, load_bias, logits, more_keys, places, positions, prepare, run, weights
+from ._window_tiles import (
+    corner,
+    load_bias,
+    load_part,
+    logits,
+    meet_keys,
+    more_keys,
+    part_rows,
+    places,
+    positions,
+    this_run,
+)
+from ._windows import WHOLE, Windows, prepare
 
 
 @triton.jit
 def _forward_kernel(
-    qkv_ptr, bias_ptr, table_ptr, out_ptr, steps, heads, N, down, across,
-    inner_h, inner_w, start_1, start_2, start_3, shift_h, shift_w, H, W, cycle_h, cycle_w, roll_h, roll_w,
-    SCALE: tl.constexpr,
-    WH: tl.constexpr, WW: tl.constexpr, PAD_FIRST: tl.constexpr, SEAM: tl.constexpr, D: tl.constexpr,
-    ALIGN: tl.constexpr, BLOCK_D: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr, KEYS: tl.constexpr,
-    QUERIES: tl.constexpr,
+    qkv_ptr, bias_ptr, table_ptr, out_ptr, grid, HEAD: tl.constexpr, WINDOW: tl.constexpr, BLOCK: tl.constexpr,
+    STEP: tl.constexpr,
 ):  # fmt: skip
-    """out [N, H, W, heads, d]."""
-    L: tl.constexpr = WH * WW
-    acc_ty: tl.constexpr = table_ptr.dtype.element_ty
-    head, first, last, rows, columns, row, column, seam_h, seam_w = run(
-        steps, heads, N, down, across, inner_h, inner_w, start_1, start_2, start_3, shift_h, shift_w, WH, WW
-    )
-    C = heads * D
-    table_ptr += head * (2 * WH - 1) * (2 * WW - 1)
-    qkv_ptr += head * D
-    out_ptr += head * D
-    bias_q = load_bias(bias_ptr, head * D, acc_ty, D, BLOCK_D)
-    i = tl.arange(0, QUERIES)
-    if KEYS == QUERIES:
-        bias = positions(table_ptr, i[:, None], i[None, :], seam_h, seam_w, WH, WW, SEAM)
-    for window in range(first, last):
-        n, h, w = corner(window, rows, columns, row, column, H, W, WH, WW)
-        token, there = places(i, h, w, H, W, cycle_h, cycle_w, roll_h, roll_w, WH, WW, PAD_FIRST)
-        from_ptr = qkv_ptr + n * 3 * C
-        q = load_rows(from_ptr, token, there, 3 * C, D, ALIGN, BLOCK_D)
-        if KEYS == QUERIES:
-            k = load_rows(from_ptr + C, token, there, 3 * C, D, ALIGN, BLOCK_D)
-            v = load_rows(from_ptr + 2 * C, token, there, 3 * C, D, ALIGN, BLOCK_D)
-            p = weights(logits(pairs(q, k, acc_ty, DOT, PRECISION), k, bias_q, bias, SCALE))
-            out = dot(p, v, tl.zeros([QUERIES, BLOCK_D], acc_ty), DOT, PRECISION)
+    """out [N, H, W, heads, d] of BLOCK queries, which meet all keys at once, or STEP at a time."""
+    TOKENS: tl.constexpr = WINDOW.H * WINDOW.W
+    run = this_run(grid, WINDOW)
+    bias_q = load_bias(bias_ptr, run, HEAD)
+    i = tl.arange(0, BLOCK)
+    if BLOCK < TOKENS:
+        i += tl.program_id(1) * BLOCK
+    j = tl.arange(0, STEP)
+    if STEP >= TOKENS:
+        bias = positions(table_ptr, i[:, None], j[None, :], run, WINDOW)
+    for window in range(run.first, run.last):
+        at = corner(window, run, WINDOW)
+        token, there = places(i, at, WINDOW)
+        q_rows, q = load_part(qkv_ptr, token, there, at, HEAD, 0, 3)
+        if STEP >= TOKENS:
+            token_k, there_k = places(j, at, WINDOW)
+            k_rows, k = load_part(qkv_ptr, token_k, there_k, at, HEAD, 1, 3)
+            _, v = load_part(qkv_ptr, token_k, there_k, at, HEAD, 2, 3)
+            p = weights(logits(pairs(q_rows, q, k_rows, k, HEAD), k, bias_q, bias, HEAD))
+            out = add_product(p, v, zero_rows(BLOCK, HEAD), HEAD)
         else:
-            top = tl.full([QUERIES], -float("inf"), acc_ty)
-            count = tl.zeros([QUERIES], acc_ty)
-            out = tl.zeros([QUERIES, BLOCK_D], acc_ty)
-            for start in tl.range(0, L, KEYS, disable_licm=True):
-                j = start + tl.arange(0, KEYS)
-                token_k, there_k = places(j, h, w, H, W, cycle_h, cycle_w, roll_h, roll_w, WH, WW, PAD_FIRST)
-                k = load_rows(from_ptr + C, token_k, there_k, 3 * C, D, ALIGN, BLOCK_D)
-                v = load_rows(from_ptr + 2 * C, token_k, there_k, 3 * C, D, ALIGN, BLOCK_D)
-                bias = positions(table_ptr, i[:, None], j[None, :], seam_h, seam_w, WH, WW, SEAM)
-                p, top, shrunk = more_keys(logits(pairs(q, k, acc_ty, DOT, PRECISION), k, bias_q, bias, SCALE), top)
+            top = tl.full([BLOCK], -float("inf"), HEAD.ACC)
+            count = tl.zeros([BLOCK], HEAD.ACC)
+            out = zero_rows(BLOCK, HEAD)
+            for start in tl.range(0, TOKENS, STEP, disable_licm=True):
+                _, _, v, s = meet_keys(start, q_rows, q, i, bias_q, qkv_ptr, table_ptr, at, HEAD, WINDOW, STEP)
+                p, top, shrunk = more_keys(s, top)
                 count = count * shrunk + tl.sum(p, 1)
-                out = dot(p, v, out * shrunk[:, None], DOT, PRECISION)
+                out = add_product(p, v, out * shrunk[:, None], HEAD)
             out /= count[:, None]
         if bias_ptr is not None:
-            out += load_bias(bias_ptr, 2 * C + head * D, acc_ty, D, BLOCK_D)[None, :]
-        offsets, mask = row_tile(token, there, C, D, ALIGN, BLOCK_D)
-        tl.store(out_ptr + n * C + offsets, out, mask=mask)
+            out += load_bias(bias_ptr, run, HEAD, 2)[None, :]
+        store_rows(part_rows(out_ptr, token, there, at, HEAD), out, HEAD)
+
+
+@triton.jit
+def weights(s):
+    """The softmax of each query's logits."""
+    p = tl.exp2(s - tl.max(s, 1)[:, None])
+    return p * (1 / tl.sum(p, 1))[:, None]
 
 
 def window_attention_fwd(
@@ -85,14 +90,16 @@ def window_attention_fwd(
     with device_guard(qkv):
         x = prepare(qkv, bias, table, heads, window_h, window_w, shift_h, shift_w, scale, pad_first)
         out = torch.empty((*qkv.shape[:3], qkv.shape[3] // 3), dtype=qkv.dtype, device=qkv.device)
-        groups, scalars = x.shared()
-        launch(_forward_kernel, groups * heads, x.qkv, x.bias, x.table, out, *scalars, **x.meta, **_blocks(x))
+        groups, grid = x.shared()
+        blocks = _blocks(x)
+        parts = cdiv(x.tokens, blocks["BLOCK"])
+        launch(_forward_kernel, groups * heads, *x.tensors, out, grid, **x.meta, **blocks, parts=parts)
         return out
 
 
 def _blocks(x: Windows) -> dict[str, Any]:
-    queries = max(next_power_of_2(x.tokens), 16)
+    tokens = max(next_power_of_2(x.tokens), 16)
     if x.tokens <= WHOLE:
-        return {"KEYS": queries, "QUERIES": queries, "num_warps": 8 if x.wide else 4, "num_stages": 1}
-    warps = 16 if queries > 128 and x.meta["D"] > 32 and not _heuristics.amd() else 8
-    return {"KEYS": 16, "QUERIES": queries, "num_warps": warps, "num_stages": 1}
+        return {"BLOCK": tokens, "STEP": tokens, "num_warps": 8 if x.wide else 4, "num_stages": 1}
+    warps = 16 if tokens > 128 and x.head.D > 32 and not _heuristics.amd() else 8
+    return {"BLOCK": tokens, "STEP": 16, "num_warps": warps, "num_stages": 1}

@@ -72,10 +72,11 @@ def test_strides(device):
     qkv, table, mask = inputs(2, 3, 4, 2, 8, device)
     wide = torch.cat([qkv, qkv], 5)[..., :8]
     views = [wide, qkv.transpose(1, 2).contiguous().transpose(1, 2), qkv[:1].expand_as(qkv), qkv[:, :, 1:]]
-    split = importlib.import_module("visattn_fast.kernels._attention").split
-    assert [split(v).qkv.data_ptr() == v.data_ptr() for v in views] == [True, False, True, False]
+    prepare = importlib.import_module("visattn_fast.kernels._flash").prepare
+    assert [prepare(v, None, 1.0).qkv.data_ptr() == v.data_ptr() for v in views] == [True, False, True, False]
     for view in views:
         check(view, table, mask[:, :, : view.shape[2]])
+    assert prepare(views[1][:0], None, 1.0).size.stride_l == 3 * 2 * 8, "copied for ever"
 
 
 @on_devices

@@ -27,7 +27,7 @@ from visattn_fast import catalogue
 from visattn_fast.kernels import _heuristics
 
 from . import binary, ttir
-from .launches import Call, Launch, Shape
+from .launches import Call, Launch, Shape, flat
 from .table import show
 
 TARGETS = {
@@ -55,7 +55,7 @@ class Use:
 
     @property
     def scalars(self) -> dict[str, int]:
-        return {name: a for name, a in self.launch.arguments.items() if isinstance(a, int)}
+        return {name: a for name, a in self.launch.flat.items() if isinstance(a, int)}
 
     @property
     def geometry(self) -> tuple[Any, ...]:
@@ -80,7 +80,7 @@ class Variant:
     @property
     def dtype(self) -> str:
         """Of its first tensor."""
-        return next((kind[1:] for kind in self.source.signature.values() if kind.startswith("*")), "")
+        return next((kind[1:] for kind in flat(self.source.signature).values() if kind.startswith("*")), "")
 
     @property
     def label(self) -> str:
@@ -91,7 +91,7 @@ class Variant:
     @property
     def parameters(self) -> list[str]:
         """The arguments that the compiled kernel still has."""
-        return [name for name, kind in self.source.signature.items() if kind != "constexpr"]
+        return [name for name, kind in flat(self.source.signature).items() if kind != "constexpr"]
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,8 @@ class Compiled:
         found += [f"takes {self.shared} bytes of shared memory, {limit} are there"] if self.shared > limit else []
         found += ttir.lost_nan(self.asm["ttir"])
         for use in self.variant.uses:
-            faults = [*self._narrow(use), *ttir.overflows(self.asm["ttir"], use.scalars, use.launch.grid)]
+            arguments = [use.launch.flat[name] for name in self.variant.parameters]
+            faults = [*self._narrow(use), *ttir.overflows(self.asm["ttir"], arguments, use.launch.grid)]
             found += [f"{fault}, in {use.origin}" for fault in faults]
         return [f"{self.variant.kernel} [{self.variant.label}] for {self.variant.target}: {fault}" for fault in found]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -54,10 +54,24 @@ class Launch:
         return {name: a for name, a in self.arguments.items() if isinstance(a, torch.Tensor)}
 
     @property
+    def flat(self) -> dict[str, Any]:
+        """The arguments, and instead of tuples what they hold, as ``name.field``."""
+        return flat(self.arguments)
+
+    @property
     def constants(self) -> dict[str, Any]:
-        """The constexprs."""
+        """The constexprs, flat."""
         annotations = self.kernel.fn.__annotations__
-        return {name: a for name, a in self.arguments.items() if "constexpr" in str(annotations.get(name, ""))}
+        return flat({name: a for name, a in self.arguments.items() if "constexpr" in str(annotations.get(name, ""))})
+
+
+def flat(named: Mapping[str, Any]) -> dict[str, Any]:
+    """What is given by name, and instead of named tuples what they hold, as ``name.field``."""
+    found = {}
+    for name, value in named.items():
+        held = value._asdict() if hasattr(value, "_asdict") else None
+        found |= {name: value} if held is None else {f"{name}.{field}": v for field, v in held.items()}
+    return found
 
 
 def on_triton(entry: catalogue.Entry) -> bool:

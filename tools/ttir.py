@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 _NAME = re.compile(r"%[\w.$-]+")
 _NAN = re.compile(r"dense<0x(7FC00000|7FC0|7E00|7FF8000000000000)>|constant 0x7F[CF]", re.IGNORECASE)
@@ -124,16 +125,16 @@ def _is_ordered_choice(value: Value) -> bool:
     return bool(ordered) and {chosen, other} == set(test.operands) and chosen.op != "arith.constant"
 
 
-def overflows(ttir: str, scalars: dict[str, int], grid: tuple[int, ...]) -> list[str]:
+def overflows(ttir: str, arguments: Sequence[Any], grid: tuple[int, ...]) -> list[str]:
     """Every 32-bit operation behind an address that leaves 32 bits when launched so.
 
     Args:
-        scalars: the values of the integer arguments, by name.
+        arguments: the kernel's, in order, of which integers count.
         grid: programs along each axis.
     """
     values = parse(ttir)
     faults: dict[Value, str] = {}
-    ranges = _ranges(scalars, grid)
+    ranges = _ranges(dict(zip((v for v in values if v.op == "argument"), arguments, strict=True)), grid)
     for access in (v for v in values if v.op == "tt.addptr"):
         tensor = next(v.name for v in access.before() if v.op == "argument" and "!tt.ptr" in v.text)
         for value in access.operands[1].before():
@@ -150,14 +151,14 @@ def overflows(ttir: str, scalars: dict[str, int], grid: tuple[int, ...]) -> list
 _Range = tuple[int, int]
 
 
-def _ranges(scalars: dict[str, int], grid: tuple[int, ...]) -> Callable[[Value], _Range]:
+def _ranges(scalars: dict[Value, Any], grid: tuple[int, ...]) -> Callable[[Value], _Range]:
     """A function that bounds the integers of a value."""
     axes = {"x": 0, "y": 1, "z": 2}
 
     @functools.cache
     def of(value: Value) -> _Range:
         if value.op == "argument":
-            known = scalars[value.name[1:]]
+            known = scalars[value]
             return known, known
         if value.op == "arith.constant":
             number = re.search(r"constant (?:dense<)?(-?\d+)", value.text)
