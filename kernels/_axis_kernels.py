@@ -29,12 +29,12 @@ def _program(pid, C, J, BLOCK_C: tl.constexpr, BLOCK_J: tl.constexpr):
 
 
 @triton.jit
-def _offsets(c, r, j, J, stride_o, CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr):
-    """Offsets [BLOCK_C, BLOCK_R, BLOCK_J] inside an image, int64."""
+def _offsets(image, c, r, j, J, stride_o, CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr):
+    """Offsets [BLOCK_C, BLOCK_R, BLOCK_J] of an image, int64; see `tile_offsets`."""
     p = r[None, :, None] * J + j[None, None, :]
     if CHANNELS_LAST:
-        return tl.multiple_of(c[:, None, None] + p.to(tl.int64) * stride_o, [ALIGN, 1, 1])
-    return tl.multiple_of(c[:, None, None].to(tl.int64) * stride_o + p, [1, 1, ALIGN])
+        return tl.multiple_of(image + (c[:, None, None] + p.to(tl.int64) * stride_o), [ALIGN, 1, 1])
+    return tl.multiple_of(image + (c[:, None, None].to(tl.int64) * stride_o + p), [1, 1, ALIGN])
 
 
 @triton.jit
@@ -96,10 +96,10 @@ def _sums_kernel(
         r = (part * steps + step) * BLOCK_R + tl.arange(0, BLOCK_R)
         mask = _mask(c, r, j, C, groups, J, CHANNELS_LAST, ALIGN)
         stride_dense = C if CHANNELS_LAST else groups * J
-        offsets = n * C * (groups * J) + _offsets(c, r, j, J, stride_dense, CHANNELS_LAST, ALIGN)
+        offsets = _offsets(n * C * (groups * J), c, r, j, J, stride_dense, CHANNELS_LAST, ALIGN)
         x_offsets = offsets
         if not DENSE:
-            x_offsets = n * stride_n + _offsets(c, r, j, J, stride_o, CHANNELS_LAST, ALIGN)
+            x_offsets = _offsets(n * stride_n, c, r, j, J, stride_o, CHANNELS_LAST, ALIGN)
         v = tl.load(x_ptr + x_offsets, mask=mask, other=0.0).to(acc_ty)
         along = v
         if grad_ptr is not None:
@@ -172,8 +172,8 @@ def _axis_map_kernel(
     for step in range(steps):
         r = (part * steps + step) * BLOCK_R + tl.arange(0, BLOCK_R)
         mask = _mask(c, r, j, C, groups, J, CHANNELS_LAST, ALIGN)
-        offsets = n * C * (groups * J) + _offsets(c, r, j, J, C if CHANNELS_LAST else groups * J, CHANNELS_LAST, ALIGN)
-        v_offsets = n * stride_n + _offsets(c, r, j, J, stride_o, CHANNELS_LAST, ALIGN)
+        offsets = _offsets(n * C * (groups * J), c, r, j, J, C if CHANNELS_LAST else groups * J, CHANNELS_LAST, ALIGN)
+        v_offsets = _offsets(n * stride_n, c, r, j, J, stride_o, CHANNELS_LAST, ALIGN)
         v = tl.load(v_ptr + v_offsets, mask=mask, other=0.0).to(acc_ty)
         v *= _rows(gates_ptr + lines, c, r, j, C, H, W, CHANNELS_LAST, G) * columns
         if residual_ptr is not None:

@@ -36,8 +36,8 @@ def _scale_kernel(
     acc_ty = channel_gate_ptr.dtype.element_ty
     n, c, p = program_tile(C, HW, BLOCK_C, BLOCK_P)
     mask = tile_mask(c, p, C, HW, CHANNELS_LAST, ALIGN)
-    offsets = n * C * HW + tile_offsets(c, p, C if CHANNELS_LAST else HW, CHANNELS_LAST, ALIGN)
-    x = tl.load(x_ptr + n * stride_n + tile_offsets(c, p, stride_o, CHANNELS_LAST, ALIGN), mask=mask, other=0.0)
+    offsets = tile_offsets(n * C * HW, c, p, C if CHANNELS_LAST else HW, CHANNELS_LAST, ALIGN)
+    x = tl.load(x_ptr + tile_offsets(n * stride_n, c, p, stride_o, CHANNELS_LAST, ALIGN), mask=mask, other=0.0)
     v = x.to(acc_ty)
     channel_gate = tl.load(channel_gate_ptr + n * C + c, mask=c < C, other=0.0)
     if spatial_gate_ptr is not None:
@@ -79,8 +79,8 @@ def _gate_grads_kernel(
         cs = c if CHANNELS_LAST else c + step * BLOCK_C
         ps = p + step * BLOCK_P if CHANNELS_LAST else p
         mask = tile_mask(cs, ps, C, HW, CHANNELS_LAST, ALIGN)
-        offsets = n * C * HW + tile_offsets(cs, ps, C if CHANNELS_LAST else HW, CHANNELS_LAST, ALIGN)
-        x_offsets = n * stride_n + tile_offsets(cs, ps, stride_o, CHANNELS_LAST, ALIGN)
+        offsets = tile_offsets(n * C * HW, cs, ps, C if CHANNELS_LAST else HW, CHANNELS_LAST, ALIGN)
+        x_offsets = tile_offsets(n * stride_n, cs, ps, stride_o, CHANNELS_LAST, ALIGN)
         channel_gate = tl.load(channel_gate_ptr + n * stride_gate + cs, mask=cs < C, other=0.0).to(acc_ty)[:, None]
         if spatial_gate_ptr is not None:
             spatial_gate = tl.load(spatial_gate_ptr + n * HW + ps, mask=ps < HW, other=0.0)[None, :]
@@ -132,7 +132,7 @@ def _map_grads_kernel(
     for step in range(steps):
         p = (part * steps + step) * BLOCK_P + tl.arange(0, BLOCK_P)
         mask = tile_mask(c, p, C, HW, CHANNELS_LAST, ALIGN)
-        x_offsets = n * stride_n + tile_offsets(c, p, stride_o, CHANNELS_LAST, ALIGN)
+        x_offsets = tile_offsets(n * stride_n, c, p, stride_o, CHANNELS_LAST, ALIGN)
         x = tl.load(x_ptr + x_offsets, mask=mask, other=0.0).to(acc_ty)
         u = x
         if maps_ptr is not None:

@@ -48,12 +48,12 @@ def _dx_tile(
         acc_ty = dpooled_ptr.dtype.element_ty if dpooled_ptr is not None else dmaps_ptr.dtype.element_ty
     n, c, p = program_tile(C, HW, BLOCK_C, BLOCK_P)
     mask = tile_mask(c, p, C, HW, CHANNELS_LAST, ALIGN)
-    offsets = n * C * HW + tile_offsets(c, p, C if CHANNELS_LAST else HW, CHANNELS_LAST, ALIGN)
+    offsets = tile_offsets(n * C * HW, c, p, C if CHANNELS_LAST else HW, CHANNELS_LAST, ALIGN)
     d = tl.zeros([BLOCK_C, BLOCK_P], acc_ty)
     x = d
     if x_ptr is not None:
         equals = _any_equals(argmax_c_ptr + n * HW, p, HW) | _any_equals(argmax_hw_ptr + n * C, c, C)
-        x_offsets = n * stride_n + tile_offsets(c, p, stride_o, CHANNELS_LAST, ALIGN)
+        x_offsets = tile_offsets(n * stride_n, c, p, stride_o, CHANNELS_LAST, ALIGN)
         x = _load_if(equals, x_ptr + x_offsets, mask, d)
     if grad_ptr is not None:
         d += tl.load(grad_ptr + offsets, mask=mask, other=0.0).to(acc_ty)

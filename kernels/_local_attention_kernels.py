@@ -31,7 +31,7 @@ def _hidden_units(
     for start in range(0, C, BLOCK_C):
         c = start + tl.arange(0, BLOCK_C)
         mask = tile_mask(c, p, C, HW, CHANNELS_LAST, ALIGN)
-        x = tl.load(x_ptr + n * stride_n + tile_offsets(c, p, stride_o, CHANNELS_LAST, ALIGN), mask=mask, other=0.0)
+        x = tl.load(x_ptr + tile_offsets(n * stride_n, c, p, stride_o, CHANNELS_LAST, ALIGN), mask=mask, other=0.0)
         w = tl.load(p1_ptr + s[:, None] * C + c[None, :], mask=(s < S)[:, None] & (c < C)[None, :], other=0.0)
         hidden = dot(w, x, hidden, DOT, PRECISION)
         if sums_ptr is not None:
@@ -150,7 +150,7 @@ def _hidden_sums_kernel(
         n = (tile // blocks).to(tl.int64)
         p = tile % blocks * BLOCK_P + tl.arange(0, BLOCK_P)
         mask = tile_mask(c, p, C, HW, CHANNELS_LAST, ALIGN)
-        x = tl.load(x_ptr + n * stride_n + tile_offsets(c, p, stride_o, CHANNELS_LAST, ALIGN), mask=mask, other=0.0)
+        x = tl.load(x_ptr + tile_offsets(n * stride_n, c, p, stride_o, CHANNELS_LAST, ALIGN), mask=mask, other=0.0)
         dz = tl.load(dz_ptr + n * HW + p, mask=p < HW, other=0.0)
         masked = _masked(dz, signs_ptr, n, s, p, S, HW)
         sums = dot(x, masked, sums, DOT, PRECISION)
@@ -173,7 +173,7 @@ def _hidden_dx_kernel(
     c = pid % blocks_c * BLOCK_C + tl.arange(0, BLOCK_C)
     p = pid // blocks_c % blocks_p * BLOCK_P + tl.arange(0, BLOCK_P)
     mask = tile_mask(c, p, C, HW, CHANNELS_LAST, ALIGN)
-    offsets = n * C * HW + tile_offsets(c, p, C if CHANNELS_LAST else HW, CHANNELS_LAST, ALIGN)
+    offsets = tile_offsets(n * C * HW, c, p, C if CHANNELS_LAST else HW, CHANNELS_LAST, ALIGN)
     grad = tl.load(grad_ptr + offsets, mask=mask, other=0.0)  # under way while the product waits for its operands
     dz = tl.load(dz_ptr + n * HW + p, mask=p < HW, other=0.0)
     through = tl.zeros([BLOCK_P, BLOCK_C], acc_ty)

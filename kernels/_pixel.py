@@ -25,8 +25,8 @@ def upstream_tile(
     """Of one tile: x, and the sum over channels of g' x [* channel_gate]; stores g' and the sum over pixels."""
     acc_ty = channel_gate_ptr.dtype.element_ty
     mask = tile_mask(c, p, C, HW, CHANNELS_LAST, ALIGN)
-    offsets = n * C * HW + tile_offsets(c, p, C if CHANNELS_LAST else HW, CHANNELS_LAST, ALIGN)
-    x = tl.load(x_ptr + n * stride_n + tile_offsets(c, p, stride_o, CHANNELS_LAST, ALIGN), mask=mask, other=0.0)
+    offsets = tile_offsets(n * C * HW, c, p, C if CHANNELS_LAST else HW, CHANNELS_LAST, ALIGN)
+    x = tl.load(x_ptr + tile_offsets(n * stride_n, c, p, stride_o, CHANNELS_LAST, ALIGN), mask=mask, other=0.0)
     v = x.to(acc_ty)
     g = tl.load(grad_ptr + offsets, mask=mask, other=0.0).to(acc_ty)
     channel_gate = tl.load(channel_gate_ptr + n * C + c, mask=c < C, other=0.0)
@@ -87,7 +87,7 @@ def _pixel_grads_kernel(
             for start in range(0, C, BLOCK_C):
                 cs = start + c
                 mask = tile_mask(cs, p, C, HW, CHANNELS_LAST, ALIGN)
-                offsets = n * stride_n + tile_offsets(cs, p, stride_o, CHANNELS_LAST, ALIGN)
+                offsets = tile_offsets(n * stride_n, cs, p, stride_o, CHANNELS_LAST, ALIGN)
                 x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(acc_ty)
                 tl.store(dweight_ptr + row + cs, tl.sum(x * dz[None, :], 1), mask=cs < C)
 

@@ -44,7 +44,7 @@ def _pool_kernel(
         cs = c + step * BLOCK_C if OVER_C else c
         ps = p if OVER_C else p + step * BLOCK_P
         mask = tile_mask(cs, ps, C, HW, CHANNELS_LAST, ALIGN)
-        offsets = n * stride_n + tile_offsets(cs, ps, stride_o, CHANNELS_LAST, ALIGN)
+        offsets = tile_offsets(n * stride_n, cs, ps, stride_o, CHANNELS_LAST, ALIGN)
         v = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(acc_ty)
         if gate_ptr is not None:
             v *= tl.load(gate_ptr + n * C + cs, mask=cs < C, other=0.0)[:, None]

@@ -124,7 +124,7 @@ def _se_resident_fwd_kernel(
     blocks_p = tl.cdiv(HW, BLOCK_P)
     team = tl.cdiv(C, BLOCK_C) * blocks_p
     mask = tile_mask(c, p, C, HW, CHANNELS_LAST, ALIGN)
-    x_offsets = n * stride_n + tile_offsets(c, p, stride_o, CHANNELS_LAST, ALIGN)
+    x_offsets = tile_offsets(n * stride_n, c, p, stride_o, CHANNELS_LAST, ALIGN)
     x = tl.load(x_ptr + x_offsets, mask=mask, other=0.0)
     mean = tl.sum(x.to(acc_ty), 1) / HW
     tl.store(sums_ptr + (n * blocks_p + block_p) * C + c, mean, mask=c < C)
@@ -148,7 +148,7 @@ def _se_resident_fwd_kernel(
     mine = (c < C) & (block_p == 0)
     tl.store(mean_ptr + n * C + c, _total(sums_ptr + n * blocks_p * C, c, mine, C, blocks_p, BLOCK_S), mask=mine)
     tl.store(gate_ptr + n * C + c, gate, mask=mine)
-    offsets = n * C * HW + tile_offsets(c, p, C if CHANNELS_LAST else HW, CHANNELS_LAST, ALIGN)
+    offsets = tile_offsets(n * C * HW, c, p, C if CHANNELS_LAST else HW, CHANNELS_LAST, ALIGN)
     _scale(x, gate, residual_ptr, y_ptr, offsets, mask, ACTIVATION)
 
 
@@ -166,8 +166,8 @@ def _se_resident_bwd_kernel(
     blocks_p = tl.cdiv(HW, BLOCK_P)
     team = tl.cdiv(C, BLOCK_C) * blocks_p
     mask = tile_mask(c, p, C, HW, CHANNELS_LAST, ALIGN)
-    offsets = n * C * HW + tile_offsets(c, p, C if CHANNELS_LAST else HW, CHANNELS_LAST, ALIGN)
-    x_offsets = n * stride_n + tile_offsets(c, p, stride_o, CHANNELS_LAST, ALIGN)
+    offsets = tile_offsets(n * C * HW, c, p, C if CHANNELS_LAST else HW, CHANNELS_LAST, ALIGN)
+    x_offsets = tile_offsets(n * stride_n, c, p, stride_o, CHANNELS_LAST, ALIGN)
     gate = tl.load(gate_ptr + n * C + c, mask=c < C, other=0.0)
     g, dz = _grads(grad_ptr, x_ptr, residual_ptr, gate, dresidual_ptr, offsets, x_offsets, mask, ACTIVATION)
     dz *= gate_grad(gate, GATE)
@@ -199,7 +199,7 @@ def _eca_resident_fwd_kernel(
     n, _, block_p, c, p = _take_place(meet_ptr, C, HW, BLOCK_C, BLOCK_P)
     blocks_p = tl.cdiv(HW, BLOCK_P)
     mask = tile_mask(c, p, C, HW, CHANNELS_LAST, ALIGN)
-    x_offsets = n * stride_n + tile_offsets(c, p, stride_o, CHANNELS_LAST, ALIGN)
+    x_offsets = tile_offsets(n * stride_n, c, p, stride_o, CHANNELS_LAST, ALIGN)
     x = tl.load(x_ptr + x_offsets, mask=mask, other=0.0)
     sums_ptr += n * blocks_p * C
     tl.store(sums_ptr + block_p * C + c, tl.sum(x.to(acc_ty), 1) / HW, mask=c < C)
@@ -209,7 +209,7 @@ def _eca_resident_fwd_kernel(
     mine = (c < C) & (block_p == 0)
     tl.store(mean_ptr + n * C + c, _total(sums_ptr, c, mine, C, blocks_p, BLOCK_S), mask=mine)
     tl.store(gate_ptr + n * C + c, gate, mask=mine)
-    offsets = n * C * HW + tile_offsets(c, p, C if CHANNELS_LAST else HW, CHANNELS_LAST, ALIGN)
+    offsets = tile_offsets(n * C * HW, c, p, C if CHANNELS_LAST else HW, CHANNELS_LAST, ALIGN)
     _scale(x, gate, residual_ptr, y_ptr, offsets, mask, ACTIVATION)
 
 
@@ -224,8 +224,8 @@ def _eca_resident_bwd_kernel(
     n, _, block_p, c, p = _take_place(meet_ptr, C, HW, BLOCK_C, BLOCK_P)
     blocks_p = tl.cdiv(HW, BLOCK_P)
     mask = tile_mask(c, p, C, HW, CHANNELS_LAST, ALIGN)
-    offsets = n * C * HW + tile_offsets(c, p, C if CHANNELS_LAST else HW, CHANNELS_LAST, ALIGN)
-    x_offsets = n * stride_n + tile_offsets(c, p, stride_o, CHANNELS_LAST, ALIGN)
+    offsets = tile_offsets(n * C * HW, c, p, C if CHANNELS_LAST else HW, CHANNELS_LAST, ALIGN)
+    x_offsets = tile_offsets(n * stride_n, c, p, stride_o, CHANNELS_LAST, ALIGN)
     gate = tl.load(gate_ptr + n * C + c, mask=c < C, other=0.0)
     g, dz = _grads(grad_ptr, x_ptr, residual_ptr, gate, dresidual_ptr, offsets, x_offsets, mask, ACTIVATION)
     sums_ptr += n * blocks_p * C

@@ -30,7 +30,7 @@ def _plane_fwd_kernel(
     acc_ty = mean_ptr.dtype.element_ty
     n, c0, c, p = channel_tile(C, HW, BLOCK_C, BLOCK_P)
     mask = tile_mask(c, p, C, HW, CHANNELS_LAST, ALIGN)
-    x = load_x(x_ptr + n * stride_n, c0, c, p, C, HW, stride_o, KIND, CHANNELS_LAST, ALIGN, BLOCK_C).to(acc_ty)
+    x = load_x(x_ptr, n * stride_n, c0, c, p, C, HW, stride_o, KIND, CHANNELS_LAST, ALIGN, BLOCK_C).to(acc_ty)
     cx = x_channel(c, C, KIND)
     a, b, k, spatial = parameters(p0, p1, p2, p3, p4, p5, cx, C, K, acc_ty, KIND)  # before x is waited for
     mean = tl.sum(x, 1) / HW
@@ -39,7 +39,7 @@ def _plane_fwd_kernel(
     tl.store(mean_ptr + n * C + cx, mean, mask=c < C)
     tl.store(scale_ptr + n * C + cx, scale, mask=c < C)
     _, s = deviation_and_gate(x, mean, scale, a, b, k, spatial, KIND)
-    offsets = n * C * HW + tile_offsets(c, p, C if CHANNELS_LAST else HW, CHANNELS_LAST, ALIGN)
+    offsets = tile_offsets(n * C * HW, c, p, C if CHANNELS_LAST else HW, CHANNELS_LAST, ALIGN)
     v = x * s
     if residual_ptr is not None:
         v += tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(acc_ty)
@@ -57,8 +57,8 @@ def _plane_bwd_kernel(
     acc_ty = mean_ptr.dtype.element_ty
     n, c0, c, p = channel_tile(C, HW, BLOCK_C, BLOCK_P)
     mask = tile_mask(c, p, C, HW, CHANNELS_LAST, ALIGN)
-    offsets = n * C * HW + tile_offsets(c, p, C if CHANNELS_LAST else HW, CHANNELS_LAST, ALIGN)
-    x = load_x(x_ptr + n * stride_n, c0, c, p, C, HW, stride_o, KIND, CHANNELS_LAST, ALIGN, BLOCK_C).to(acc_ty)
+    offsets = tile_offsets(n * C * HW, c, p, C if CHANNELS_LAST else HW, CHANNELS_LAST, ALIGN)
+    x = load_x(x_ptr, n * stride_n, c0, c, p, C, HW, stride_o, KIND, CHANNELS_LAST, ALIGN, BLOCK_C).to(acc_ty)
     g = tl.load(grad_ptr + offsets, mask=mask, other=0.0).to(acc_ty)
     cx = x_channel(c, C, KIND)
     mean = tl.load(mean_ptr + n * C + cx, mask=c < C, other=0.0)
@@ -79,7 +79,7 @@ def _plane_bwd_kernel(
         tl.store(sums_ptr + n * 2 * C + c, first, mask=c < C)
         tl.store(sums_ptr + (n * 2 + 1) * C + c, second, mask=c < C)
     dx = dx_tile(base, r, d, mean, scale, a, k, spatial, first, second, HW, KIND)
-    store_dx(dx_ptr + n * C * HW, dx, c0, c, p, C, HW, KIND, CHANNELS_LAST, ALIGN, BLOCK_C)
+    store_dx(dx_ptr, n * C * HW, dx, c0, c, p, C, HW, KIND, CHANNELS_LAST, ALIGN, BLOCK_C)
 
 
 @triton.jit
@@ -99,7 +99,7 @@ def _moments_kernel(
     for step in range(steps):
         ps = p + step * BLOCK_P
         mask = tile_mask(c, ps, C, HW, CHANNELS_LAST, ALIGN)
-        offsets = n * stride_n + tile_offsets(c, ps, stride_o, CHANNELS_LAST, ALIGN)
+        offsets = tile_offsets(n * stride_n, c, ps, stride_o, CHANNELS_LAST, ALIGN)
         x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(acc_ty)
         d = tl.where(mask, x - mean, 0.0)
         mean += d * (tl.full([], 1.0, acc_ty) / (step + 1))
@@ -159,8 +159,8 @@ def _gate_kernel(
     acc_ty = mean_ptr.dtype.element_ty
     n, c0, c, p = channel_tile(C, HW, BLOCK_C, BLOCK_P)
     mask = tile_mask(c, p, C, HW, CHANNELS_LAST, ALIGN)
-    offsets = n * C * HW + tile_offsets(c, p, C if CHANNELS_LAST else HW, CHANNELS_LAST, ALIGN)
-    x = load_x(x_ptr + n * stride_n, c0, c, p, C, HW, stride_o, KIND, CHANNELS_LAST, ALIGN, BLOCK_C).to(acc_ty)
+    offsets = tile_offsets(n * C * HW, c, p, C if CHANNELS_LAST else HW, CHANNELS_LAST, ALIGN)
+    x = load_x(x_ptr, n * stride_n, c0, c, p, C, HW, stride_o, KIND, CHANNELS_LAST, ALIGN, BLOCK_C).to(acc_ty)
     cx = x_channel(c, C, KIND)
     mean = tl.load(mean_ptr + n * stats_n + cx, mask=c < C, other=0.0)
     scale = tl.load(scale_ptr + n * stats_n + cx, mask=c < C, other=0.0)
@@ -203,8 +203,8 @@ def _sums_kernel(
     for step in range(steps):
         p = (part * steps + step) * BLOCK_P + tl.arange(0, BLOCK_P)
         mask = tile_mask(c, p, C, HW, CHANNELS_LAST, ALIGN)
-        offsets = n * C * HW + tile_offsets(c, p, C if CHANNELS_LAST else HW, CHANNELS_LAST, ALIGN)
-        x = load_x(x_ptr + n * stride_n, c0, c, p, C, HW, stride_o, KIND, CHANNELS_LAST, ALIGN, BLOCK_C).to(acc_ty)
+        offsets = tile_offsets(n * C * HW, c, p, C if CHANNELS_LAST else HW, CHANNELS_LAST, ALIGN)
+        x = load_x(x_ptr, n * stride_n, c0, c, p, C, HW, stride_o, KIND, CHANNELS_LAST, ALIGN, BLOCK_C).to(acc_ty)
         g = tl.load(grad_ptr + offsets, mask=mask, other=0.0).to(acc_ty)
         d, s = deviation_and_gate(x, mean, scale, a, b, k, spatial, KIND)
         z = x
@@ -227,7 +227,7 @@ def _sums_kernel(
                 dx += base
             else:
                 tl.store(dz_ptr + offsets, base, mask=mask)
-            store_dx(dx_ptr + n * C * HW, dx, c0, c, p, C, HW, KIND, CHANNELS_LAST, ALIGN, BLOCK_C)
+            store_dx(dx_ptr, n * C * HW, dx, c0, c, p, C, HW, KIND, CHANNELS_LAST, ALIGN, BLOCK_C)
     row = (n * tl.num_programs(1) + part) * 2 * C
     tl.store(parts_ptr + row + c, tl.sum(firsts, 1), mask=c < C)
     tl.store(parts_ptr + row + C + c, tl.sum(seconds, 1), mask=c < C)
@@ -243,8 +243,8 @@ def _self_gate_dx_kernel(
     acc_ty = mean_ptr.dtype.element_ty
     n, c0, c, p = channel_tile(C, HW, BLOCK_C, BLOCK_P)
     mask = tile_mask(c, p, C, HW, CHANNELS_LAST, ALIGN)
-    offsets = n * C * HW + tile_offsets(c, p, C if CHANNELS_LAST else HW, CHANNELS_LAST, ALIGN)
-    x = load_x(x_ptr + n * stride_n, c0, c, p, C, HW, stride_o, KIND, CHANNELS_LAST, ALIGN, BLOCK_C).to(acc_ty)
+    offsets = tile_offsets(n * C * HW, c, p, C if CHANNELS_LAST else HW, CHANNELS_LAST, ALIGN)
+    x = load_x(x_ptr, n * stride_n, c0, c, p, C, HW, stride_o, KIND, CHANNELS_LAST, ALIGN, BLOCK_C).to(acc_ty)
     g = tl.load(grad_ptr + offsets, mask=mask, other=0.0).to(acc_ty)
     cx = x_channel(c, C, KIND)
     mean = tl.load(mean_ptr + n * stats_n + cx, mask=c < C, other=0.0)
@@ -263,4 +263,4 @@ def _self_gate_dx_kernel(
         tl.store(dz_ptr + offsets, base, mask=mask)
         base = tl.zeros_like(base)
     dx = dx_tile(base, r, d, mean, scale, a, k, spatial, first, second, count, KIND)
-    store_dx(dx_ptr + n * C * HW, dx, c0, c, p, C, HW, KIND, CHANNELS_LAST, ALIGN, BLOCK_C)
+    store_dx(dx_ptr, n * C * HW, dx, c0, c, p, C, HW, KIND, CHANNELS_LAST, ALIGN, BLOCK_C)

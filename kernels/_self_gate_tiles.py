@@ -26,7 +26,7 @@ def y_channel(c, C):
 
 @triton.jit
 def load_x(
-    x_ptr, c0, c, p, C, HW, stride_o, KIND: tl.constexpr, CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr,
+    x_ptr, image, c0, c, p, C, HW, stride_o, KIND: tl.constexpr, CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """The tile of x behind channels c of y, the first of which is c0."""
@@ -34,20 +34,20 @@ def load_x(
         j = c0 // 2 + tl.arange(0, BLOCK_C // 2)
         HALF: tl.constexpr = (ALIGN + 1) // 2
         mask = tile_mask(j, p, C // 2, HW, CHANNELS_LAST, HALF)
-        first = tile_offsets(j, p, stride_o, CHANNELS_LAST, HALF)
-        second = tile_offsets(j + C // 2, p, stride_o, CHANNELS_LAST, HALF)
+        first = tile_offsets(image, j, p, stride_o, CHANNELS_LAST, HALF)
+        second = tile_offsets(image, j + C // 2, p, stride_o, CHANNELS_LAST, HALF)
         halves = tl.join(tl.load(x_ptr + first, mask=mask, other=0.0), tl.load(x_ptr + second, mask=mask, other=0.0))
         x = tl.reshape(tl.permute(halves, 0, 2, 1), [BLOCK_C, p.shape[0]])
     else:
         mask = tile_mask(c, p, C, HW, CHANNELS_LAST, ALIGN)
-        offsets = tile_offsets(x_channel(c, C, KIND), p, stride_o, CHANNELS_LAST, ALIGN)
+        offsets = tile_offsets(image, x_channel(c, C, KIND), p, stride_o, CHANNELS_LAST, ALIGN)
         x = tl.load(x_ptr + offsets, mask=mask, other=0.0)
     return x
 
 
 @triton.jit
 def store_dx(
-    dx_ptr, dx, c0, c, p, C, HW, KIND: tl.constexpr, CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr,
+    dx_ptr, image, dx, c0, c, p, C, HW, KIND: tl.constexpr, CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """The inverse of `load_x`, into a dense map."""
@@ -57,11 +57,11 @@ def store_dx(
         HALF: tl.constexpr = (ALIGN + 1) // 2
         mask = tile_mask(j, p, C // 2, HW, CHANNELS_LAST, HALF)
         a, b = tl.split(tl.permute(tl.reshape(dx, [BLOCK_C // 2, 2, p.shape[0]]), 0, 2, 1))
-        tl.store(dx_ptr + tile_offsets(j, p, C, CHANNELS_LAST, HALF), a, mask=mask)
-        tl.store(dx_ptr + tile_offsets(j + C // 2, p, C, CHANNELS_LAST, HALF), b, mask=mask)
+        tl.store(dx_ptr + tile_offsets(image, j, p, C, CHANNELS_LAST, HALF), a, mask=mask)
+        tl.store(dx_ptr + tile_offsets(image, j + C // 2, p, C, CHANNELS_LAST, HALF), b, mask=mask)
     else:
         stride_o = C if CHANNELS_LAST else HW
-        offsets = tile_offsets(x_channel(c, C, KIND), p, stride_o, CHANNELS_LAST, ALIGN)
+        offsets = tile_offsets(image, x_channel(c, C, KIND), p, stride_o, CHANNELS_LAST, ALIGN)
         tl.store(dx_ptr + offsets, dx, mask=tile_mask(c, p, C, HW, CHANNELS_LAST, ALIGN))
 
 

@@ -25,13 +25,16 @@ def program_tile(C, HW, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr):
 
 
 @triton.jit
-def tile_offsets(c, p, stride_o, CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr):
-    """Offsets [BLOCK_C, BLOCK_P] inside an image, int64: an image may have more than 2^31 elements."""
+def tile_offsets(image, c, p, stride_o, CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr):
+    """Offsets [BLOCK_C, BLOCK_P] of an image that begins at offset ``image``, int64: it may have over 2^31 elements.
+
+    Triton tells of a size whether 16 divides it, and no more: that ALIGN divides where an image begins has to be said.
+    """
     if CHANNELS_LAST:
         offsets = c[:, None] + p[None, :].to(tl.int64) * stride_o
     else:
         offsets = c[:, None].to(tl.int64) * stride_o + p[None, :]
-    return tl.multiple_of(offsets, [ALIGN, 1] if CHANNELS_LAST else [1, ALIGN])
+    return tl.multiple_of(image + offsets, [ALIGN, 1] if CHANNELS_LAST else [1, ALIGN])
 
 
 @triton.jit

@@ -37,7 +37,7 @@ def _branch_sums_kernel(
     for step in range(steps):
         p = (part * steps + step) * BLOCK_P + tl.arange(0, BLOCK_P)
         mask = tile_mask(c, p, C, HW, CHANNELS_LAST, ALIGN)
-        offsets = n * C * HW + tile_offsets(c, p, C if CHANNELS_LAST else HW, CHANNELS_LAST, ALIGN)
+        offsets = tile_offsets(n * C * HW, c, p, C if CHANNELS_LAST else HW, CHANNELS_LAST, ALIGN)
         u1 = _branch_tile(v1_ptr, offsets, mask, acc_ty)
         u2 = _branch_tile(v2_ptr, offsets, mask, acc_ty)
         if grad_ptr is None:
@@ -63,7 +63,7 @@ def _branch_sum_kernel(
     acc_ty: tl.constexpr = gate_ptr.dtype.element_ty
     n, c, p = program_tile(C, HW, BLOCK_C, BLOCK_P)
     mask = tile_mask(c, p, C, HW, CHANNELS_LAST, ALIGN)
-    offsets = n * C * HW + tile_offsets(c, p, C if CHANNELS_LAST else HW, CHANNELS_LAST, ALIGN)
+    offsets = tile_offsets(n * C * HW, c, p, C if CHANNELS_LAST else HW, CHANNELS_LAST, ALIGN)
     g1 = tl.load(gate_ptr + 2 * n * C + c, mask=c < C, other=0.0)[:, None]
     g2 = tl.load(gate_ptr + (2 * n + 1) * C + c, mask=c < C, other=0.0)[:, None]
     u1 = _branch_tile(v1_ptr, offsets, mask, acc_ty)
@@ -80,7 +80,7 @@ def _branch_grad_kernel(
     acc_ty: tl.constexpr = gate_ptr.dtype.element_ty
     n, c, p = program_tile(C, HW, BLOCK_C, BLOCK_P)
     mask = tile_mask(c, p, C, HW, CHANNELS_LAST, ALIGN)
-    offsets = n * C * HW + tile_offsets(c, p, C if CHANNELS_LAST else HW, CHANNELS_LAST, ALIGN)
+    offsets = tile_offsets(n * C * HW, c, p, C if CHANNELS_LAST else HW, CHANNELS_LAST, ALIGN)
     g1 = tl.load(gate_ptr + 2 * n * C + c, mask=c < C, other=0.0)[:, None]
     g2 = tl.load(gate_ptr + (2 * n + 1) * C + c, mask=c < C, other=0.0)[:, None]
     dmean = (tl.load(dmean_ptr + n * C + c, mask=c < C, other=0.0) / HW)[:, None]

@@ -25,7 +25,7 @@ def _attention_kernel(
     """out [N, L, heads, d] and lse [N, heads, L] of BLOCK queries; -inf of an image that has no keys."""
     n, h, i = program_head(size, BLOCK)
     there = i < size.L
-    qkv_ptr += n * size.stride_n + h * size.stride_h
+    qkv_ptr += tl.multiple_of(n * size.stride_n + h * size.stride_h, tl.constexpr(HEAD.ALIGN))
     q_rows = Rows(qkv_ptr, i, there, size.stride_l)
     q = load_rows(q_rows, HEAD)
     top = tl.full([BLOCK], -float("inf"), HEAD.ACC)
@@ -59,7 +59,7 @@ def _mean_weights_kernel(
 ):  # fmt: skip
     """mean [N, heads, L]: the mean over all queries of the weights of BLOCK keys. lse is in powers of two."""
     n, h, j = program_head(size, BLOCK)
-    qkv_ptr += n * size.stride_n + h * size.stride_h
+    qkv_ptr += tl.multiple_of(n * size.stride_n + h * size.stride_h, tl.constexpr(HEAD.ALIGN))
     rows = (n * size.heads + h) * size.L
     seen = keys_seen(mask_ptr, j, n, size)
     k_rows = Rows(qkv_ptr + size.stride_t, j, seen, size.stride_l)

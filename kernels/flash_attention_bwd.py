@@ -55,7 +55,7 @@ def _dkdv_kernel(
     """The gradients of BLOCK keys and values."""
     n, h, j = program_head(size, BLOCK)
     C = size.heads * HEAD.D
-    qkv_ptr += n * size.stride_n + h * size.stride_h
+    qkv_ptr += tl.multiple_of(n * size.stride_n + h * size.stride_h, tl.constexpr(HEAD.ALIGN))
     grad_ptr += n * size.L * C + h * HEAD.D
     rows_ptr += (n * size.heads + h) * size.L
     seen = keys_seen(mask_ptr, j, n, size)
@@ -90,7 +90,7 @@ def _dq_kernel(
     n, h, i = program_head(size, BLOCK)
     C = size.heads * HEAD.D
     there = i < size.L
-    qkv_ptr += n * size.stride_n + h * size.stride_h
+    qkv_ptr += tl.multiple_of(n * size.stride_n + h * size.stride_h, tl.constexpr(HEAD.ALIGN))
     q_rows = Rows(qkv_ptr, i, there, size.stride_l)
     g_rows = Rows(grad_ptr + n * size.L * C + h * HEAD.D, i, there, C)
     q, g = load_rows(q_rows, HEAD), load_rows(g_rows, HEAD)
@@ -142,7 +142,7 @@ def _dtable_kernel(
         i = yi * W + xi
         j = (yi - dy) * W + xj
         seen = (xj < W) & keys_seen(mask_ptr, j, n, size)
-        image_ptr = qkv_ptr + n * size.stride_n
+        image_ptr = qkv_ptr + tl.multiple_of(n * size.stride_n, tl.constexpr(HEAD.ALIGN))
         q_rows = Rows(image_ptr, i, there, size.stride_l)
         k_rows = Rows(image_ptr + size.stride_t, j, seen, size.stride_l)
         v_rows = Rows(image_ptr + 2 * size.stride_t, j, seen, size.stride_l)

@@ -59,7 +59,7 @@ def _shift_sums_kernel(
     n = (tl.program_id(0) // blocks).to(tl.int64)
     part = tl.program_id(1)
     c = tl.program_id(0) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
-    u_ptr += n * stride_n
+    u_ptr += tl.multiple_of(n * stride_n, RUN)
     first = tl.zeros([BLOCK_C, BLOCK_P], acc_ty)
     second = tl.zeros([BLOCK_C, BLOCK_P], acc_ty)
     third = tl.zeros([BLOCK_C, BLOCK_P], acc_ty)
@@ -73,7 +73,7 @@ def _shift_sums_kernel(
         if grad_ptr is None:
             first += b1 + b2 + b3
         else:
-            offsets = n * C * HW + tile_offsets(c, p, C if CHANNELS_LAST else HW, CHANNELS_LAST, ALIGN)
+            offsets = tile_offsets(n * C * HW, c, p, C if CHANNELS_LAST else HW, CHANNELS_LAST, ALIGN)
             g = tl.load(grad_ptr + offsets, mask=mask, other=0.0).to(acc_ty)
             first += g * b1
             second += g * b2
@@ -96,7 +96,7 @@ def _shift_sum_kernel(
     acc_ty: tl.constexpr = gate_ptr.dtype.element_ty
     n, c, p = program_tile(C, HW, BLOCK_C, BLOCK_P)
     mask = tile_mask(c, p, C, HW, CHANNELS_LAST, ALIGN)
-    u_ptr += n * stride_n
+    u_ptr += tl.multiple_of(n * stride_n, RUN)
     gate_ptr += n * 3 * C + c
     own = _offsets(2 * C + c, p[None, :], stride_c, stride_p, 1)
     y = tl.load(u_ptr + own, mask=mask, other=0.0).to(acc_ty)
@@ -104,7 +104,7 @@ def _shift_sum_kernel(
     for branch in tl.static_range(2):
         b = _branch(u_ptr, c, p, mask, C, H, W, stride_c, stride_p, branch, RUN).to(acc_ty)
         y += b * tl.load(gate_ptr + branch * C, mask=c < C, other=0.0)[:, None]
-    offsets = n * C * HW + tile_offsets(c, p, C if CHANNELS_LAST else HW, CHANNELS_LAST, ALIGN)
+    offsets = tile_offsets(n * C * HW, c, p, C if CHANNELS_LAST else HW, CHANNELS_LAST, ALIGN)
     tl.store(y_ptr + offsets, y, mask=mask)
 
 
@@ -122,12 +122,12 @@ def _shift_grad_kernel(
     acc_ty: tl.constexpr = gate_ptr.dtype.element_ty
     n, c, p = program_tile(C, HW, BLOCK_C, BLOCK_P)
     mask = tile_mask(c, p, C, HW, CHANNELS_LAST, ALIGN)
-    offsets = tile_offsets(c, p, C if CHANNELS_LAST else HW, CHANNELS_LAST, ALIGN)
-    g = tl.load(grad_ptr + n * C * HW + offsets, mask=mask, other=0.0).to(acc_ty)
+    offsets = tile_offsets(n * C * HW, c, p, C if CHANNELS_LAST else HW, CHANNELS_LAST, ALIGN)
+    g = tl.load(grad_ptr + offsets, mask=mask, other=0.0).to(acc_ty)
     gate_ptr += n * 3 * C + c
     dtotal = tl.load(dtotal_ptr + n * C + c, mask=c < C, other=0.0)[:, None]
-    edge_ptr += n * C * HW
-    du_ptr += n * 3 * C * HW
+    edge_ptr += tl.multiple_of(n * C * HW, RUN)
+    du_ptr += tl.multiple_of(n * 3 * C * HW, RUN)
     stride_c = 1 if CHANNELS_LAST else HW
     stride_p = C if CHANNELS_LAST else 1
     du_stride_p = 3 * C if CHANNELS_LAST else 1
