@@ -63,7 +63,7 @@ def canonical(x: torch.Tensor) -> tuple[torch.Tensor, Layout]:
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     # A 1x1 map is dense in both layouts, but only C is long enough for wide loads.
     channels_last = channels_last or (H * W == 1 and stride_c == 1)
-    stride_p = stride_w if W > 1 else stride_h
+    stride_p = stride_w if W > 1 else stride_h if H > 1 else C  # of one pixel any, and C keeps loads wide
     return x, Layout(N, C, H, W, channels_last, stride_n, stride_p if channels_last else stride_c, memory_format)
 
 

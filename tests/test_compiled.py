@@ -47,6 +47,16 @@ def test_other_dtypes(dtype):
     hold(compiled.SHAPES[0], dtype, "sm_90")
 
 
+def test_sizes_that_16_does_not_divide():
+    """Triton knows of sizes only whether 16 divides them: accesses are as wide as 4 pixels, or 8 channels, allow."""
+    names = ("se", "cbam", "coord_att")
+    calls = [Call(catalogue.ENTRIES[name], (16, 120, 14, 14), layout) for name in names for layout in catalogue.LAYOUTS]
+    kernels = compiled.compile_all(compiled.variants(calls, ["sm_90"]))
+    assert len(kernels) > 20, "the launches were not seen"
+    faults = [fault for kernel in kernels for fault in kernel.faults]
+    assert not faults, "\n".join(faults)
+
+
 def test_large_windows():
     """Window attention that meets its keys block by block, where registers are scarcest."""
     kernels = compiled.compile_all(compiled.variants(compiled.window_calls([12], [6]), ["sm_80"]))
