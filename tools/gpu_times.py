@@ -113,7 +113,8 @@ def grains(shape: Shape, layout: str) -> Iterator[tuple[str, float, float, str]]
         now = _heuristics.GRAINS[name][layout == "channels_last"]
         tried = itertools.product((1024, 2048, 4096, 8192), (64, 128, 256, 512), (8, 16, 32))
         times = {}
-        for grain in [now, *(_heuristics.Grain(*t) for t in tried)]:
+        few = (t for t in tried if t[0] <= 512 * t[2])  # threads, which narrow rows may double
+        for grain in [now, *(_heuristics.Grain(*t) for t in few)]:
             with chosen(name, grain):
                 times[grain] = 1e3 * statistics.median(do_bench(run, warmup=3, rep=12, return_mode="all"))
         best = min(times, key=lambda g: times[g])
