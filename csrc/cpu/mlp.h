@@ -31,18 +31,45 @@ void matvec(const A* w, int64_t rows, int64_t cols, const A* x, const A* bias, A
   });
 }
 
+// out[i, c] = sum_n a[n, i] b[n, c], n ascending, of R rows i and K vectors of columns, which stay in
+// registers. a is [n, stride], b [n, cols].
+template <class A, int R, int K, class Lanes>
+VF_INLINE inline void outer_tile(int64_t count, const A* a, int64_t stride, const A* b, int64_t cols, A* out,
+                                 Lanes lanes) {
+  Vec<A> total[R][K];
+  for (int i = 0; i < R; ++i) {
+    for (int k = 0; k < K; ++k) total[i][k] = set1<A>(0);
+  }
+  for (int64_t n = 0; n < count; ++n) {
+    Vec<A> v[K];
+    for (int k = 0; k < K; ++k) v[k] = load(b + n * cols + k * kLanes<A>, lanes);
+    for (int i = 0; i < R; ++i) {
+      const Vec<A> factor = set1<A>(a[n * stride + i]);
+      for (int k = 0; k < K; ++k) total[i][k] += v[k] * factor;
+    }
+  }
+  for (int i = 0; i < R; ++i) {
+    for (int k = 0; k < K; ++k) store(out + i * cols + k * kLanes<A>, total[i][k], lanes);
+  }
+}
+
+// The same of all columns.
+template <class A, int R, int K>
+VF_INLINE inline void outer_rows(int64_t count, const A* a, int64_t stride, const A* b, int64_t cols,
+                                 A* out) {
+  int64_t c = 0;
+  for (; c + K * kLanes<A> <= cols; c += K * kLanes<A>) {
+    outer_tile<A, R, K>(count, a, stride, b + c, cols, out + c, Full{});
+  }
+  for_vectors<A>(cols - c, [&](int64_t i, auto lanes) VF_INLINE {
+    outer_tile<A, R, 1>(count, a, stride, b + c + i, cols, out + c + i, lanes);
+  });
+}
+
 // y[c] = sum_r w[r, c] x[r]
 template <class A>
 void matvec_transposed(const A* w, int64_t rows, int64_t cols, const A* x, A* y) {
-  simd([=]() VF_INLINE {
-    for (int64_t c = 0; c < cols; ++c) y[c] = 0;
-    for (int64_t r = 0; r < rows; ++r) {
-      const A* row = w + r * cols;
-      for_vectors<A>(cols, [&](int64_t c, auto lanes) VF_INLINE {
-        store(y + c, load(y + c, lanes) + load(row + c, lanes) * x[r], lanes);
-      });
-    }
-  });
+  simd([=]() VF_INLINE { outer_rows<A, 1, 4>(rows, x, 1, w, cols, y); });
 }
 
 // out[r, c] = sum_n a[n, r] b[n, c], n ascending.
@@ -51,17 +78,9 @@ void batch_outer(int64_t batch, const A* a, int64_t rows, const A* b, int64_t co
   const int64_t grain = 1 + (1 << 15) / (1 + batch * cols);
   torch::stable::parallel_for(0, rows, grain, [=](int64_t begin, int64_t end) {
     simd([=]() VF_INLINE {
-      for (int64_t r = begin; r < end; ++r) {
-        A* row = out + r * cols;
-        for (int64_t c = 0; c < cols; ++c) row[c] = 0;
-        for (int64_t n = 0; n < batch; ++n) {
-          const A factor = a[n * rows + r];
-          const A* pb = b + n * cols;
-          for_vectors<A>(cols, [&](int64_t c, auto lanes) VF_INLINE {
-            store(row + c, load(row + c, lanes) + load(pb + c, lanes) * factor, lanes);
-          });
-        }
-      }
+      int64_t r = begin;
+      for (; r + 4 <= end; r += 4) outer_rows<A, 4, 2>(batch, a + r, rows, b, cols, out + r * cols);
+      for (; r < end; ++r) outer_rows<A, 1, 4>(batch, a + r, rows, b, cols, out + r * cols);
     });
   });
 }
