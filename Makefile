@@ -68,6 +68,6 @@ $(VENV)/installed: constraints.txt pyproject.toml
 	VISATTN_BUILD_EXT=0 $(PIP) --no-build-isolation --editable .[dev]
 	touch $@
 
-$(VENV)/built: $(VENV)/installed setup.py $(SOURCES)
+$(VENV)/built: $(VENV)/installed setup.py csrc/toolchain.py $(SOURCES)
 	VISATTN_BUILD_EXT=1 $(PIP) --no-build-isolation --no-deps --editable .
 	touch $@
