@@ -50,9 +50,9 @@ format: $(VENV)/installed
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(SOURCES) $(CUDA_SOURCES)
 
-# Where the GPU is: with that machine's own torch, and nothing to download or to compile. `make ext-cuda` comes first.
+# Where the GPU is: with that machine's own torch and pytest, from this folder, and nothing to download, to install or to
+# compile. `make ext-cuda` comes first.
 gpu-check:
-	VISATTN_BUILD_EXT=0 $(PYTHON) -m pip install --quiet --no-build-isolation --no-deps --editable .
 	$(PYTHON) -m tools.gpu_check
 
 build: $(VENV)/installed
