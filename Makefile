@@ -50,9 +50,9 @@ format: $(VENV)/installed
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(SOURCES) $(CUDA_SOURCES)
 
-# Where the GPU is: with that machine's own torch, and nothing to download or to compile. `make ext-cuda` comes first.
+# Where the GPU is: with that machine's own torch and pytest, from this folder, and nothing to download, to install or to
+# compile. `make ext-cuda` comes first.
 gpu-check:
-	VISATTN_BUILD_EXT=0 $(PYTHON) -m pip install --quiet --no-build-isolation --no-deps --editable .
 	$(PYTHON) -m tools.gpu_check
 
 build: $(VENV)/installed
@@ -68,6 +68,6 @@ $(VENV)/installed: constraints.txt pyproject.toml
 	VISATTN_BUILD_EXT=0 $(PIP) --no-build-isolation --editable .[dev]
 	touch $@
 
-$(VENV)/built: $(VENV)/installed setup.py $(SOURCES)
+$(VENV)/built: $(VENV)/installed setup.py csrc/toolchain.py $(SOURCES)
 	VISATTN_BUILD_EXT=1 $(PIP) --no-build-isolation --no-deps --editable .
 	touch $@

@@ -20,7 +20,7 @@ from . import _heuristics
 from ._heuristics import Team, next_power_of_2, resident
 from ._launch import multiprocessors
 from ._layout import Layout
-from ._tiles import NONE, activate, activation_grad, gate_grad, sigmoid, tile_mask, tile_offsets
+from ._tiles import NONE, SIGMOID, activate, activation_grad, gate_grad, sigmoid, tile_mask, tile_offsets
 
 
 @triton.jit
@@ -107,6 +107,27 @@ def _grads(grad_ptr, x_ptr, residual_ptr, gate, dresidual_ptr, offsets, x_offset
 
 
 @triton.jit
+def _publish_gate_grad(
+    grad_ptr, x_ptr, residual_ptr, gate_ptr, dresidual_ptr, sums_ptr, meet_ptr, C, HW, stride_n, stride_o,
+    GATE: tl.constexpr, ACTIVATION: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """This program's place, and of its tile g', the gate and the offsets in dx; stores its part of dz in sums.
+
+    Returns the image, the member, its block of pixels, channels, offsets, mask, g', gate, and its part of dz.
+    """
+    n, member, block_p, c, p = _take_place(meet_ptr, C, HW, BLOCK_C, BLOCK_P)
+    mask = tile_mask(c, p, C, HW, CHANNELS_LAST, ALIGN)
+    offsets = tile_offsets(n * C * HW, c, p, C if CHANNELS_LAST else HW, CHANNELS_LAST, ALIGN)
+    x_offsets = tile_offsets(n * stride_n, c, p, stride_o, CHANNELS_LAST, ALIGN)
+    gate = tl.load(gate_ptr + n * C + c, mask=c < C, other=0.0)
+    g, dz = _grads(grad_ptr, x_ptr, residual_ptr, gate, dresidual_ptr, offsets, x_offsets, mask, ACTIVATION)
+    dz *= gate_grad(gate, GATE)
+    tl.store(sums_ptr + (n * tl.cdiv(HW, BLOCK_P) + block_p) * C + c, dz, mask=c < C)
+    return n, member, block_p, c, offsets, mask, g, gate, dz
+
+
+@triton.jit
 def _se_resident_fwd_kernel(
     x_ptr, w1_ptr, b1_ptr, w2_ptr, b2_ptr, residual_ptr, y_ptr, mean_ptr, hidden_ptr, gate_ptr, sums_ptr, parts_ptr,
     meet_ptr, C, HW, R, stride_n, stride_o, w1_r, w1_c, w2_c, w2_r,
@@ -162,16 +183,12 @@ def _se_resident_bwd_kernel(
 ):  # fmt: skip
     """dx = g' * gate + dmean / HW, and the gradients before both activations, dz [N, C] and dhidden [N, R]."""
     acc_ty = gate_ptr.dtype.element_ty
-    n, member, block_p, c, p = _take_place(meet_ptr, C, HW, BLOCK_C, BLOCK_P)
     blocks_p = tl.cdiv(HW, BLOCK_P)
     team = tl.cdiv(C, BLOCK_C) * blocks_p
-    mask = tile_mask(c, p, C, HW, CHANNELS_LAST, ALIGN)
-    offsets = tile_offsets(n * C * HW, c, p, C if CHANNELS_LAST else HW, CHANNELS_LAST, ALIGN)
-    x_offsets = tile_offsets(n * stride_n, c, p, stride_o, CHANNELS_LAST, ALIGN)
-    gate = tl.load(gate_ptr + n * C + c, mask=c < C, other=0.0)
-    g, dz = _grads(grad_ptr, x_ptr, residual_ptr, gate, dresidual_ptr, offsets, x_offsets, mask, ACTIVATION)
-    dz *= gate_grad(gate, GATE)
-    tl.store(sums_ptr + (n * blocks_p + block_p) * C + c, dz, mask=c < C)
+    n, member, block_p, c, offsets, mask, g, gate, dz = _publish_gate_grad(
+        grad_ptr, x_ptr, residual_ptr, gate_ptr, dresidual_ptr, sums_ptr, meet_ptr, C, HW, stride_n, stride_o,
+        GATE, ACTIVATION, CHANNELS_LAST, ALIGN, BLOCK_C, BLOCK_P,
+    )  # fmt: skip
     parts_ptr += n * team * R
     _publish_layer(w2_ptr, parts_ptr + member * R, dz, c, C, R, w2_c, w2_r, BLOCK_R)
     _meet(meet_ptr, n, team)
@@ -221,15 +238,12 @@ def _eca_resident_bwd_kernel(
 ):  # fmt: skip
     """dx = g' * gate + dmean / HW, and dz [N, C], the gradient before the sigmoid."""
     acc_ty = gate_ptr.dtype.element_ty
-    n, _, block_p, c, p = _take_place(meet_ptr, C, HW, BLOCK_C, BLOCK_P)
     blocks_p = tl.cdiv(HW, BLOCK_P)
-    mask = tile_mask(c, p, C, HW, CHANNELS_LAST, ALIGN)
-    offsets = tile_offsets(n * C * HW, c, p, C if CHANNELS_LAST else HW, CHANNELS_LAST, ALIGN)
-    x_offsets = tile_offsets(n * stride_n, c, p, stride_o, CHANNELS_LAST, ALIGN)
-    gate = tl.load(gate_ptr + n * C + c, mask=c < C, other=0.0)
-    g, dz = _grads(grad_ptr, x_ptr, residual_ptr, gate, dresidual_ptr, offsets, x_offsets, mask, ACTIVATION)
+    n, _, block_p, c, offsets, mask, g, gate, _ = _publish_gate_grad(
+        grad_ptr, x_ptr, residual_ptr, gate_ptr, dresidual_ptr, sums_ptr, meet_ptr, C, HW, stride_n, stride_o,
+        SIGMOID, ACTIVATION, CHANNELS_LAST, ALIGN, BLOCK_C, BLOCK_P,
+    )  # fmt: skip
     sums_ptr += n * blocks_p * C
-    tl.store(sums_ptr + block_p * C + c, dz * gate * (1 - gate), mask=c < C)
     _meet(meet_ptr, n, tl.cdiv(C, BLOCK_C) * blocks_p)
 
     mine = (c < C) & (block_p == 0)

@@ -23,6 +23,7 @@ SUMS = 2  # that a launch has room for
 def _mlp_grads(
     place, dz_ptr, hidden_ptr, dhidden_ptr, pooled_ptr, dw1_ptr, db1_ptr, dw2_ptr, db2_ptr, N, C, R,
     BRANCHES: tl.constexpr, HIDDEN_ACTIVATION: tl.constexpr, WEIGHT_C: tl.constexpr, WEIGHT_R: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):  # fmt: skip
     """dw2 [C, R] = sum_n dz act(hidden)^T, dw1 [R, C] = sum_n dhidden pooled^T, biases: tile ``place``, n in order."""
     acc_ty = dz_ptr.dtype.element_ty
@@ -33,7 +34,7 @@ def _mlp_grads(
     dw2 = tl.zeros([WEIGHT_C, WEIGHT_R], acc_ty)
     db1 = tl.zeros([WEIGHT_R], acc_ty)
     db2 = tl.zeros([WEIGHT_C], acc_ty)
-    for n in tl.range(0, N, loop_unroll_factor=2):
+    for n in tl.range(0, N, loop_unroll_factor=UNROLL):
         dz = tl.load(dz_ptr + tl.cast(n, tl.int64) * C + c, mask=c < C, other=0.0)
         db2 += dz
         for branch in tl.static_range(BRANCHES):
@@ -78,7 +79,7 @@ def weight_grads_first(
         if place < programs:
             _mlp_grads(
                 place, dz_ptr, hidden_ptr, dhidden_ptr, pooled_ptr, dw1_ptr, db1_ptr, dw2_ptr, db2_ptr, N, C, R,
-                BRANCHES, HIDDEN_ACTIVATION, WEIGHT_C, WEIGHT_R,
+                BRANCHES, HIDDEN_ACTIVATION, WEIGHT_C, WEIGHT_R, 2,
             )  # fmt: skip
         place -= programs
     if parts_ptr is not None:
@@ -102,7 +103,7 @@ def _weight_grads_kernel(
     """`_mlp_grads` alone."""
     _mlp_grads(
         tl.program_id(0), dz_ptr, hidden_ptr, dhidden_ptr, pooled_ptr, dw1_ptr, db1_ptr, dw2_ptr, db2_ptr, N, C, R,
-        BRANCHES, HIDDEN_ACTIVATION, WEIGHT_C, WEIGHT_R,
+        BRANCHES, HIDDEN_ACTIVATION, WEIGHT_C, WEIGHT_R, 8,
     )  # fmt: skip
 
 
@@ -127,9 +128,8 @@ class MLPGrads(NamedTuple):
         """Those of weights and biases in turn, or of the weights alone."""
         return tuple(d for d in (self.dw1, self.db1, self.dw2, self.db2) if d is not None)
 
-    @property
-    def programs(self) -> int:
-        (N, C), R, meta = self.dz.shape, self.hidden.shape[-1], self.meta
+    def programs(self, block_c: int = 16) -> int:
+        (N, C), R, meta = self.dz.shape, self.hidden.shape[-1], self.meta(block_c)
         return cdiv(C, meta["WEIGHT_C"]) * cdiv(R, meta["WEIGHT_R"]) if N else 0
 
     @property
@@ -138,19 +138,19 @@ class MLPGrads(NamedTuple):
         results = self.dw1, self.db1, self.dw2, self.db2
         return self.dz, self.hidden, self.dhidden, self.pooled, *results, N, C, R
 
-    @property
-    def meta(self) -> dict[str, int]:
+    def meta(self, block_c: int = 16) -> dict[str, int]:
+        """Tiles beside a pass are small: more registers a thread would leave fewer programs for the pass."""
         C, R = self.dz.shape[1], self.hidden.shape[-1]
         return {
             "BRANCHES": self.pooled.shape[1] if self.pooled.dim() == 3 else 1,
             "HIDDEN_ACTIVATION": self.hidden_activation,
-            "WEIGHT_C": vector_block(C, 16),
+            "WEIGHT_C": vector_block(C, block_c),
             "WEIGHT_R": vector_block(R, 16),
         }
 
     def run(self) -> None:
         """In a launch of their own."""
-        launch(_weight_grads_kernel, self.programs, *self.arguments, **self.meta, num_warps=2)
+        launch(_weight_grads_kernel, self.programs(32), *self.arguments, **self.meta(32), num_warps=2)
 
 
 class RowSum(NamedTuple):
@@ -187,11 +187,11 @@ def beside(mlp: MLPGrads | None, sums: tuple[RowSum, ...], num_warps: int) -> tu
     """The programs that a launch has more for these, and the arguments and constants of `weight_grads_first`."""
     sums = tuple(s for s in sums if s.parts.numel())
     arguments: list[Any]
-    if mlp is None or not mlp.programs:
+    if mlp is None or not mlp.programs():
         programs, arguments = 0, [None, None, None, None, None, None, None, None, 0, 0, 0]
         meta = {"BRANCHES": 1, "HIDDEN_ACTIVATION": RELU.value, "WEIGHT_C": 1, "WEIGHT_R": 1}
     else:
-        programs, arguments, meta = mlp.programs, [*mlp.arguments], mlp.meta
+        programs, arguments, meta = mlp.programs(), [*mlp.arguments], mlp.meta()
     for name, s in zip(("SUM", "MORE"), (*sums, None, None), strict=False):
         if s is None:
             arguments += [None, None, 0, 0]

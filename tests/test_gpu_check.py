@@ -122,14 +122,46 @@ def test_status_is_that_of_the_tests(tmp_path, monkeypatch):
             (0, "4 passed in 1.00s"),
             (5, "no tests ran in 0.1s"),
             (1, "FAILED a::b - no\n= 1 failed, 2 passed in 0.10s ="),
+            (None, "tests/c.py::e[cuda] FAILED [ 50%]\ntests/c.py::f PASSED [100%]"),
             (None, "FAILED c::d - no\n= 1 failed, 1 passed in 9.00s (0:00:09) ="),
         ]
     )
     monkeypatch.setattr(gpu_check, "bounded", lambda *args, **environment: next(outcomes))
     assert gpu_check.run(gpu_check.rehearsal(("tests",)), tmp_path) == 1
     tests = written(tmp_path)["tests"]
-    assert tests["failed"] == ["FAILED a::b - no", "FAILED c::d - no"]
+    assert tests["failed"] == ["FAILED a::b - no", "tests/c.py::e[cuda] FAILED", "FAILED c::d - no"]
     assert tests["summary"] == (
         "on a GPU: 4 passed in 1.00s; parity: no tests ran in 0.1s; native CUDA: 1 failed, 2 passed in 0.10s;"
+        " more of the kernels: no summary, exit status None (cut short);"
         " over 2^31 elements: 1 failed, 1 passed in 9.00s (0:00:09) (cut short)"
     )
+
+
+def test_a_step_that_fails_leaves_the_others(tmp_path, monkeypatch):
+    def fails(*args):
+        raise OSError("no such tool")
+
+    monkeypatch.setitem(gpu_check.STEPS, "sanitizer", fails)
+    gpu_check.run(gpu_check.rehearsal(("sanitizer", "rows")), tmp_path)
+    result = written(tmp_path)
+    assert result["complete"]
+    assert result["rows"]
+    assert "the rest of sanitizer: OSError: no such tool" in result["left_out"]
+
+
+@pytest.mark.parametrize(
+    ("status", "text", "said"),
+    [
+        (0, "ran triton se \n========= ERROR SUMMARY: 0 errors", "1 small runs: no error"),
+        (
+            1,
+            "ran triton se \n========= Invalid __global__ read of size 4 bytes\n=========     at _pool_kernel+0x10\n"
+            "========= ERROR SUMMARY: 2 errors",
+            "1 small runs: 2 errors; Invalid __global__ read of size 4 bytes",
+        ),
+        (None, "ran a\nfailed triton eca  ValueError no", "1 small runs, 1 failed, cut short: no error; failed triton"),
+        (139, "ran a\nSegmentation fault", "1 small runs: exit status 139: ['Segmentation fault']"),
+    ],
+)
+def test_what_the_sanitizer_says(status, text, said):
+    assert gpu_check._sanitizer_says(status, text).startswith(said)

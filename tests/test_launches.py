@@ -16,6 +16,7 @@ pytest.importorskip("triton")
 counted = pytest.importorskip("tools.launches", reason="not beside the repository's tools")
 mlp, eca = (importlib.import_module(f"visattn_fast.kernels.{name}") for name in ("_mlp", "eca"))
 
+WITH_KERNELS = [e for e in catalogue.ENTRIES.values() if e.forward_passes]
 MERGED = ("se", "eca", "cbam", "scse", "channel_attention", "spatial_attention")
 DEVICES = [device for device, backend in TARGETS if backend == "triton"]
 NEEDS_DEVICE = pytest.mark.skip(reason="needs a GPU or TRITON_INTERPRET=1")
@@ -53,6 +54,29 @@ def test_copies_are_seen():
     for copied, made in ((False, x.reshape(24)), (True, x.t().reshape(24)), (False, x.contiguous())):
         assert counted.launches_something(torch.ops.aten.reshape.default, (x,), made) == copied
     assert not counted.launches_something(torch.ops.aten.empty.memory_format, (), x)
+
+
+@formats
+@pytest.mark.parametrize("entry", [e for e in WITH_KERNELS if not e.layers], ids=lambda e: e.name)
+def test_peak_of_live_tensors(entry, layout):
+    """x, y, its gradient and dx are alive at once, and small tensors: no copy of a map beside them."""
+    shape = (8, 64, 112, 112)
+    x_bytes = 2 * torch.Size(shape).numel()
+    peak, y_bytes = counted.peak_bytes(counted.Call(entry, shape, layout))
+    assert 2 * x_bytes <= peak <= 2.4 * x_bytes + 2 * y_bytes
+
+
+def test_a_copy_would_show(monkeypatch):
+    se = importlib.import_module("visattn_fast.kernels.se")
+    input_grad = se.input_grad
+
+    def with_a_copy(x, *args, **kwargs):
+        copy = x.clone()
+        return input_grad(copy, *args, **kwargs)
+
+    monkeypatch.setattr(se, "input_grad", with_a_copy)
+    x_bytes = 2 * 8 * 64 * 112 * 112
+    assert counted.peak_bytes(counted.Call(catalogue.ENTRIES["se"], (8, 64, 112, 112)))[0] > 5 * x_bytes
 
 
 @pytest.mark.skipif(INTERPRETED, reason="asks every other implementation")

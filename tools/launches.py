@@ -16,6 +16,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from triton.runtime import interpreter, jit
@@ -172,6 +173,36 @@ def launches(call: Call) -> dict[str, Counter[str]]:
 
     call.run("meta", lambda launch, _: found[launch.op].update([launch.name]), operation, between=True)
     return found
+
+
+def peak_bytes(call: Call) -> tuple[int, int]:
+    """The most bytes that tensors hold at once in both directions of a call, x and y's gradient among them, and y's.
+
+    Without a GPU: tensors have no memory. What one operation of PyTorch takes for itself is not seen.
+    """
+    module = call.entry.fast(**call.entry.arguments(call.shape[1])).to("meta", call.dtype)
+    with _Live() as live, routed(call.entry.name, lambda launch, run: None):
+        y = module(call._map("meta").requires_grad_())
+        y.backward(torch.ones_like(y))
+    return live.peak, y.nbytes
+
+
+class _Live(TorchDispatchMode):
+    """The bytes of all storages that an operation has made and something still holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = 0
+        self.storages: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        results = func(*args, **(kwargs or {}))
+        self.storages = {key: s for key, s in self.storages.items() if not s[0].expired()}
+        for t in filter(_is_tensor, tree_leaves(results)):
+            storage = t.untyped_storage()
+            self.storages[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+        self.peak = max(self.peak, sum(size for _, size in self.storages.values()))
+        return results
 
 
 def launches_something(func: Any, inputs: Any, outputs: Any) -> bool:

@@ -217,10 +217,11 @@ ENTRIES = {
             modules.FastSOCA,
             reference.SOCA,
             lambda c: {"channels": c, "reduction": min(8, c)},
-            2,
+            3,
             4,
             saved=0.12,  # the covariance
             ops=(
+                "channel_mean",
                 "channel_covariance",
                 "soca_gate_fwd",
                 "channel_scale_fwd",

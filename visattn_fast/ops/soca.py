@@ -19,22 +19,21 @@ from ._autograd import fused_function, without_autocast
 from ._epilogue import with_epilogue
 from ._layout import accumulation_dtype, empty_small, memory_format
 from ._library import define
-from .channel_scale import channel_input_grad, channel_scale_bwd, channel_scale_fwd
+from .channel_scale import channel_input_grad, channel_mean, channel_scale_bwd, channel_scale_fwd
 
 _BLOCK = 1 << 18  # elements of x that are centred at a time
 
 
-def _covariance_reference(x):
+def _covariance_reference(x, mean):
     """Centred block by block: nothing cancels, and no centred copy of x is made."""
     n, c, h, w = x.shape
     a = accumulation_dtype(x)
-    mean = x.mean((2, 3), dtype=a)
     nhwc = memory_format(x) == torch.channels_last
     matrices = x.permute(0, 2, 3, 1).flatten(1, 2) if nhwc else x.flatten(2)
     if x.numel() <= _BLOCK:
         centred = matrices.to(a) - (mean[:, None] if nhwc else mean[:, :, None])
         first, second = (centred.mT, centred) if nhwc else (centred, centred.mT)
-        return mean, torch.baddbmm(empty_small(x, 1, 1, 1), first, second, beta=0, alpha=1 / (h * w))
+        return torch.baddbmm(empty_small(x, 1, 1, 1), first, second, beta=0, alpha=1 / (h * w))
     cov = empty_small(x, n, c, c)
     step = max(_BLOCK // c, 1)
     for image, mu, out in zip(matrices, mean, cov, strict=True):
@@ -43,16 +42,14 @@ def _covariance_reference(x):
             block = block.to(a) - (mu if nhwc else mu[:, None])
             total = total + (block.t() @ block if nhwc else block @ block.t())
         out.copy_(total / (h * w))
-    return mean, cov
-
-
-def _covariance_fake(x):
-    n, c = x.shape[:2]
-    return empty_small(x, n, c), empty_small(x, n, c, c)
+    return cov
 
 
 covariance = define(
-    "channel_covariance(Tensor x) -> (Tensor mean, Tensor cov)", None, _covariance_reference, _covariance_fake
+    "channel_covariance(Tensor x, Tensor mean) -> Tensor cov",
+    None,
+    _covariance_reference,
+    lambda x, mean: empty_small(x, x.shape[0], x.shape[1], x.shape[1]),
 )
 
 
@@ -208,7 +205,9 @@ soca_gate_bwd = define(
 
 
 def _forward(x, w1, b1, w2, b2, residual, activation):
-    mean, cov = covariance(x)
+    # On a GPU PyTorch's own mean of channels_last maps takes scratch of many megabytes for the parts of its sums.
+    mean = channel_mean(x)
+    cov = covariance(x, mean)
     pooled, hidden, gate = soca_gate_fwd(cov, w1, b1, w2, b2)
     return channel_scale_fwd(x, gate, residual, activation), mean, cov, pooled, hidden, gate
 

@@ -1,0 +1,71 @@
+"""What setup.py compiles with: flags, what torch and CUDA add to an extension, and how nvcc is called."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from typing import Any
+
+from setuptools import Extension
+
+# 9.0a would be the same code; and PTX of 9.0, where that is asked for, also serves later chips.
+ARCHITECTURES = os.environ.get("TORCH_CUDA_ARCH_LIST") or "8.0;9.0;10.0+PTX"
+_EVERYWHERE = ["-std=c++20", "-O3"]
+FLAGS = [*_EVERYWHERE, "-g0", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]
+FLAGS += ["-Wall", "-Wno-psabi", "-Wno-unknown-pragmas"]
+NVCC_FLAGS = [*_EVERYWHERE, "--expt-relaxed-constexpr", "--extended-lambda", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+NVCC_FLAGS += ["--diag-suppress=128"]  # loops that some instances of a template have no turn of
+STABLE_ABI = ("TORCH_TARGET_VERSION", "0x020b000000000000")  # PyTorch 2.11: one library serves it and all later ones
+
+
+def nvcc_command(
+    nvcc: str, source: str, made: str, include_dirs: Sequence[str] = (), macros: Sequence[Any] = (), **_: Any
+) -> list[str]:
+    """Compiles one source for the architectures that are asked for."""
+    defines = [f"-D{name}" if value is None else f"-D{name}={value}" for name, value in macros]
+    paths = [f"-I{path}" for path in include_dirs]
+    return [nvcc, *NVCC_FLAGS, *gencode(ARCHITECTURES), *defines, *paths, "-c", source, "-o", made]
+
+
+def gencode(architectures: str) -> list[str]:
+    """nvcc's flags for a list like ``8.0;9.0a;10.0+PTX``."""
+    flags = []
+    for name in architectures.replace(",", ";").replace(" ", ";").split(";"):
+        number = name.removesuffix("+PTX").replace(".", "")
+        codes = [f"sm_{number}"] + [f"compute_{number}"] * name.endswith("+PTX")
+        flags += [flag for code in codes if number for flag in ("-gencode", f"arch=compute_{number},code={code}")]
+    return flags
+
+
+def use_cuda(extension: Extension) -> str:
+    """Adds the CUDA runtime, linked statically; returns nvcc."""
+    import torch
+
+    if torch.version.cuda is None:
+        raise RuntimeError("the CUDA library needs a torch that is built with CUDA")
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    places = [os.path.join(home, "bin")] if home else [None, "/usr/local/cuda/bin"]  # None: the path
+    nvcc = next(filter(None, (shutil.which("nvcc", path=place) for place in places)), None)
+    if nvcc is None:
+        raise RuntimeError("the CUDA library needs nvcc: set CUDA_HOME")
+    homes = [home] if home else [os.path.dirname(os.path.dirname(os.path.realpath(nvcc))), "/usr/local/cuda"]
+    home = next((h for h in homes if os.path.exists(os.path.join(h, "include", "cuda_runtime.h"))), homes[0])
+    extension.include_dirs.append(os.path.join(home, "include"))
+    extension.library_dirs += [os.path.join(home, folder) for folder in ("lib64", "lib")]
+    extension.libraries += ["torch_cuda", "cudart_static", "rt", "dl", "pthread"]
+    extension.define_macros.append(("USE_CUDA", None))
+    return nvcc
+
+
+def use_torch(extension: Extension) -> None:
+    """Adds the paths and libraries of the installed torch."""
+    import torch
+    from torch.utils import cpp_extension
+
+    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 11):
+        raise RuntimeError(f"the native library needs torch >= 2.11, found {torch.__version__}")
+    extension.include_dirs += cpp_extension.include_paths()
+    extension.library_dirs += cpp_extension.library_paths()
+    extension.libraries.append("torch_cpu")
+    extension.define_macros.append(STABLE_ABI)
