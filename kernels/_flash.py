@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from ._attention import LOG2E, Head, head, place
-from ._heuristics import cdiv, next_power_of_2
+from ._heuristics import all_registers, cdiv, next_power_of_2
 from ._layout import accumulation_dtype
 from ._product import product
 
@@ -112,11 +112,17 @@ class Maps(NamedTuple):
     def tensors(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         return self.qkv, self.table
 
+    @property
+    def registers(self) -> dict[str, int]:
+        """An option of kernels."""
+        return all_registers(self.qkv) if self.wide or self.head.ALIGN < 16 else {}
+
     def blocks(self, block: int, step: int, warps: int, stages: int) -> dict[str, Any]:
         """At most so many rows, or as a map has. Triton's interpreter, on a CPU, has no registers to fill."""
         rows = max(next_power_of_2(self.size.L), 16)
         block, step = (64, 64) if self.qkv.is_cpu else (block, step)
-        return Blocks(min(block, rows), min(step, rows), warps if rows > 32 else min(warps, 4), stages)._asdict()
+        blocks = Blocks(min(block, rows), min(step, rows), warps if rows > 32 else min(warps, 4), stages)._asdict()
+        return blocks | self.registers
 
     def programs(self, block: int) -> int:
         """One for every block of every head of every image."""
@@ -146,8 +152,9 @@ def prepare(qkv: torch.Tensor, table: torch.Tensor | None, scale: float) -> Maps
         offsets = (rows // 2 * columns + columns // 2, columns, rows * columns)
     size = Sizes(H * W, W, heads, *strides, *offsets)
     options = product(qkv, qkv)
-    if qkv.itemsize > 2 and D > 64:
-        options["CHUNK"] = 32  # registers do not hold all of two tiles, let alone their parts in bfloat16
+    if qkv.itemsize > 2 and (D > 64 or (D > 32 and D % 32)):
+        # Registers do not hold all of two tiles, let alone their parts in bfloat16.
+        options["CHUNK"] = 16 if D % 32 else 32
     return Maps(qkv, scaled, N, size, head(qkv, D, strides, scale, **options))
 
 

@@ -38,6 +38,14 @@ def amd() -> bool:
     return torch.version.hip is not None
 
 
+def all_registers(x: torch.Tensor) -> dict[str, int]:
+    """An option for kernels of up to eight warps that need them.
+
+    NVIDIA's assembler spills a few by its own choice, so that there is room for one more program, unless it is told to.
+    """
+    return {} if amd() or x.is_xpu else {"maxnreg": 255}
+
+
 class Tile(NamedTuple):
     """A `[BLOCK_C, BLOCK_P]` tile of one image; `_asdict()` is what a kernel over x takes as keywords."""
 

@@ -7,6 +7,7 @@ import triton.language as tl
 
 from ._attention import add_product, pairs, store_rows, zero_rows
 from ._window_tiles import (
+    bias_logits,
     corner,
     load_bias,
     load_part,
@@ -81,7 +82,7 @@ def _load_queries(grad_ptr, qkv_ptr, lse_ptr, mean_ptr, i, at, HEAD: tl.constexp
 @triton.jit
 def _backward_kernel(
     grad_ptr, qkv_ptr, bias_ptr, table_ptr, dqkv_ptr, lse_ptr, mean_ptr, dtable_ptr, dbias_ptr, grid,
-    HEAD: tl.constexpr, WINDOW: tl.constexpr, KEYS: tl.constexpr, ROWS: tl.constexpr,
+    HEAD: tl.constexpr, WINDOW: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """dqkv [N, H, W, 3, heads, d], and sums: dtable and dbias as `_store_table` and `_sums` say.
 
@@ -89,9 +90,9 @@ def _backward_kernel(
     """
     run = this_run(grid, WINDOW)
     bias_q = load_bias(bias_ptr, run, HEAD)
-    i = tl.arange(0, KEYS)
+    i = tl.arange(0, BLOCK)
     bias = positions(table_ptr, i[:, None], i[None, :], run, WINDOW)
-    dposition = tl.zeros([KEYS, KEYS], HEAD.ACC)
+    dposition = tl.zeros([BLOCK, BLOCK], HEAD.ACC)
     for window in range(run.first, run.last):
         at = corner(window, run, WINDOW)
         token, there = places(i, at, WINDOW)
@@ -100,12 +101,12 @@ def _backward_kernel(
         q_rows, q = load_part(qkv_ptr, token, there, at, HEAD, 0, 3)
         g_rows, g = load_part(grad_ptr, token, there, at, HEAD)
         sums_ptr = _sums(dbias_ptr, window, run, HEAD)
-        s = logits(pairs(q_rows, q, k_rows, k, HEAD), k, bias_q, bias, HEAD)
+        s = logits(pairs(q_rows, q, k_rows, k, HEAD), bias_logits(k, bias_q, HEAD), bias, HEAD)
         top = tl.max(s, 1)
         p = tl.exp2(s - top[:, None])
         count = tl.sum(p, 1)
         p *= (1 / count)[:, None]
-        zeros = zero_rows(KEYS, HEAD)
+        zeros = zero_rows(BLOCK, HEAD)
         if lse_ptr is None:  # before the logits' gradient: it and the weights are many registers
             dv = add_product(tl.trans(p.to(HEAD.DOT)), g, zeros, HEAD)
             _store_gradient(dqkv_ptr, sums_ptr + HEAD.D, dv, token, there, at, HEAD, 2)
@@ -170,8 +171,9 @@ def _queries_kernel(
 def _keys_kernel(
     grad_ptr, qkv_ptr, bias_ptr, table_ptr, dqkv_ptr, lse_ptr, mean_ptr, dbias_ptr, grid,
     HEAD: tl.constexpr, WINDOW: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
+    DK: tl.constexpr, DV: tl.constexpr,
 ):  # fmt: skip
-    """Of BLOCK keys: their and their values' gradients, from lse and mean of all queries."""
+    """Of BLOCK keys: their gradients, their values', or both, from lse and mean of all queries."""
     run = this_run(grid, WINDOW)
     bias_q = load_bias(bias_ptr, run, HEAD)
     j = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -180,6 +182,7 @@ def _keys_kernel(
         token, there = places(j, at, WINDOW)
         k_rows, k = load_part(qkv_ptr, token, there, at, HEAD, 1, 3)
         v_rows, v = load_part(qkv_ptr, token, there, at, HEAD, 2, 3)
+        added = bias_logits(k, bias_q, HEAD)
         dk = zero_rows(BLOCK, HEAD)
         dv = zero_rows(BLOCK, HEAD)
         total = tl.zeros([BLOCK], HEAD.ACC)
@@ -187,17 +190,21 @@ def _keys_kernel(
             i = start + tl.arange(0, STEP)
             q_rows, q, g_rows, g, lse, mean = _load_queries(grad_ptr, qkv_ptr, lse_ptr, mean_ptr, i, at, HEAD, WINDOW)
             bias = positions(table_ptr, i[None, :], j[:, None], run, WINDOW)
-            s = logits(pairs(k_rows, k, q_rows, q, HEAD), k, bias_q, bias, HEAD, ALONG=1)
+            s = logits(pairs(k_rows, k, q_rows, q, HEAD), added, bias, HEAD, ALONG=1)
             p = tl.exp2(s - lse[None, :])
-            dv = add_product(p, g, dv, HEAD)
-            ds = p * (pairs(v_rows, v, g_rows, g, HEAD) - mean[None, :])
-            dk = add_product(ds, q, dk, HEAD)
-            total += tl.sum(ds, 1)
-        if bias_q is not None:
-            dk += total[:, None] * bias_q[None, :]
-        sums_ptr = _sums(dbias_ptr, window, run, HEAD)
-        _store_gradient(dqkv_ptr, None, dk * HEAD.SCALE, token, there, at, HEAD, 1)
-        _store_gradient(dqkv_ptr, sums_ptr + HEAD.D, dv, token, there, at, HEAD, 2)
+            if DV:
+                dv = add_product(p, g, dv, HEAD)
+            if DK:
+                ds = p * (pairs(v_rows, v, g_rows, g, HEAD) - mean[None, :])
+                dk = add_product(ds, q, dk, HEAD)
+                total += tl.sum(ds, 1)
+        if DK:
+            if bias_q is not None:
+                dk += total[:, None] * bias_q[None, :]
+            _store_gradient(dqkv_ptr, None, dk * HEAD.SCALE, token, there, at, HEAD, 1)
+        if DV:
+            sums_ptr = _sums(dbias_ptr, window, run, HEAD)
+            _store_gradient(dqkv_ptr, sums_ptr + HEAD.D, dv, token, there, at, HEAD, 2)
 
 
 @triton.jit
@@ -219,7 +226,9 @@ def _table_kernel(
         token, there = places(j, at, WINDOW)
         k_rows, k = load_part(qkv_ptr, token, there, at, HEAD, 1, 3)
         v_rows, v = load_part(qkv_ptr, token, there, at, HEAD, 2, 3)
+        added = bias_logits(k, bias_q, HEAD)
         q_rows, q, g_rows, g, lse, mean = _load_queries(grad_ptr, qkv_ptr, lse_ptr, mean_ptr, i, at, HEAD, WINDOW)
-        p = tl.exp2(logits(pairs(q_rows, q, k_rows, k, HEAD), k, bias_q, bias, HEAD) - lse[:, None])
+        s = logits(pairs(q_rows, q, k_rows, k, HEAD), added, bias, HEAD)
+        p = tl.exp2(s - lse[:, None])
         dposition += p * (pairs(g_rows, g, v_rows, v, HEAD) - mean[:, None])
     _store_table(dtable_ptr, dposition, own, j, WINDOW, ROWS)

@@ -184,11 +184,20 @@ def positions(table_ptr, i, j, run, WINDOW: tl.constexpr):
 
 
 @triton.jit
-def logits(products, k, bias_q, bias, HEAD: tl.constexpr, ALONG: tl.constexpr = 0):
-    """Of queries along axis ``ALONG``, and keys; what the queries' bias [BLOCK_D] adds depends on the key alone."""
-    found = products * (HEAD.SCALE * LOG2E) + bias
+def bias_logits(k, bias_q, HEAD: tl.constexpr):
+    """What the queries' bias [BLOCK_D] adds to all logits of a key: [keys], or None."""
+    found = None
     if bias_q is not None:
-        found += tl.expand_dims(tl.sum(k.to(bias.dtype) * bias_q[None, :], 1) * (HEAD.SCALE * LOG2E), ALONG)
+        found = tl.sum(k.to(HEAD.ACC) * bias_q[None, :], 1) * (HEAD.SCALE * LOG2E)
+    return found
+
+
+@triton.jit
+def logits(products, added, bias, HEAD: tl.constexpr, ALONG: tl.constexpr = 0):
+    """Of queries along axis ``ALONG``, and keys, for which ``added`` is what `bias_logits` found."""
+    found = products * (HEAD.SCALE * LOG2E) + bias
+    if added is not None:
+        found += tl.expand_dims(added, ALONG)
     return found
 
 
@@ -203,7 +212,7 @@ def meet_keys(
     k_rows, k = load_part(qkv_ptr, token, there, at, HEAD, 1, 3)
     v_rows, v = load_part(qkv_ptr, token, there, at, HEAD, 2, 3)
     bias = positions(table_ptr, i[:, None], j[None, :], at.run, WINDOW)
-    return k, v_rows, v, logits(pairs(q_rows, q, k_rows, k, HEAD), k, bias_q, bias, HEAD)
+    return k, v_rows, v, logits(pairs(q_rows, q, k_rows, k, HEAD), bias_logits(k, bias_q, HEAD), bias, HEAD)
 
 
 @triton.jit

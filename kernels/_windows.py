@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ._attention import LOG2E, Head, head
-from ._heuristics import cdiv
+from ._heuristics import all_registers, cdiv, next_power_of_2
 from ._layout import accumulation_dtype
 from ._product import product
 from ._window_tiles import Grid, Window
@@ -33,9 +33,17 @@ class Windows(NamedTuple):
     def tensors(self) -> tuple[torch.Tensor | None, ...]:
         return self.qkv, self.bias, self.table
 
-    @property
-    def meta(self) -> dict[str, Any]:
-        return {"HEAD": self.head, "WINDOW": self.window}
+    def tiles(self, block: int, step: int, warps: int, **more: Any) -> tuple[dict[str, Any], int]:
+        """What a kernel takes for tiles of at most so many tokens, and how many of ``block`` are in a window.
+
+        Args:
+            step: tokens that are met at a time; 0 of a kernel that meets all at once.
+        """
+        tokens = max(next_power_of_2(self.tokens), 16)
+        block, met = min(block, tokens), {"STEP": min(step, tokens)} if step else {}
+        meta = {"HEAD": self.head, "WINDOW": self.window, "BLOCK": block, **met, **more}
+        registers = all_registers(self.qkv) if self.wide else {}
+        return {**meta, **registers, "num_warps": warps, "num_stages": 1}, cdiv(self.tokens, block)
 
     @property
     def heads(self) -> int:
@@ -76,14 +84,16 @@ def prepare(qkv, bias, table, heads, window_h, window_w, shift_h, shift_w, scale
     """Raises ValueError for windows of more than 256 tokens."""
     if window_h * window_w > LARGEST:
         raise ValueError(f"the Triton kernels are for windows of up to {LARGEST} tokens, got {window_h} x {window_w}")
-    D, products = qkv.shape[3] // 3 // heads, product(qkv, qkv)
+    D, options = qkv.shape[3] // 3 // heads, product(qkv, qkv)
     if qkv.dtype == torch.float32:
-        products["PRECISION"] = "ieee"  # bfloat16 parts are more than registers hold
+        options["PRECISION"] = "ieee"  # bfloat16 parts are more than registers hold
+    if qkv.itemsize > 2 and D > 32:
+        options["CHUNK"] = 32  # as all channels of two tiles are
     return Windows(
         qkv.contiguous(),
         None if bias is None else bias.to(qkv.dtype).contiguous(),  # wider it takes too many registers
         (table.to(accumulation_dtype(qkv)) * LOG2E.value).t().contiguous(),
         Window(window_h, window_w, bool(pad_first), shift_h > 0 or shift_w > 0),
         (shift_h, shift_w),
-        head(qkv, D, (), scale, **products),
+        head(qkv, D, (), scale, **options),
     )

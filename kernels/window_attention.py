@@ -6,17 +6,15 @@ keys block by block, as FlashAttention-2 has it (Dao, 2023). Nothing is kept for
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 
 from . import _heuristics
 from ._attention import add_product, pairs, store_rows, zero_rows
-from ._heuristics import cdiv, next_power_of_2
 from ._launch import device_guard, launch
 from ._window_tiles import (
+    bias_logits,
     corner,
     load_bias,
     load_part,
@@ -28,7 +26,7 @@ from ._window_tiles import (
     positions,
     this_run,
 )
-from ._windows import WHOLE, Windows, prepare
+from ._windows import LARGEST, WHOLE, Windows, prepare
 
 
 @triton.jit
@@ -54,7 +52,8 @@ def _forward_kernel(
             token_k, there_k = places(j, at, WINDOW)
             k_rows, k = load_part(qkv_ptr, token_k, there_k, at, HEAD, 1, 3)
             _, v = load_part(qkv_ptr, token_k, there_k, at, HEAD, 2, 3)
-            p = weights(logits(pairs(q_rows, q, k_rows, k, HEAD), k, bias_q, bias, HEAD))
+            s = logits(pairs(q_rows, q, k_rows, k, HEAD), bias_logits(k, bias_q, HEAD), bias, HEAD)
+            p = weights(s)
             out = add_product(p, v, zero_rows(BLOCK, HEAD), HEAD)
         else:
             top = tl.full([BLOCK], -float("inf"), HEAD.ACC)
@@ -91,15 +90,18 @@ def window_attention_fwd(
         x = prepare(qkv, bias, table, heads, window_h, window_w, shift_h, shift_w, scale, pad_first)
         out = torch.empty((*qkv.shape[:3], qkv.shape[3] // 3), dtype=qkv.dtype, device=qkv.device)
         groups, grid = x.shared()
-        blocks = _blocks(x)
-        parts = cdiv(x.tokens, blocks["BLOCK"])
-        launch(_forward_kernel, groups * heads, *x.tensors, out, grid, **x.meta, **blocks, parts=parts)
+        meta, parts = x.tiles(*_tiles(x))
+        launch(_forward_kernel, groups * heads, *x.tensors, out, grid, **meta, parts=parts)
         return out
 
 
-def _blocks(x: Windows) -> dict[str, Any]:
-    tokens = max(next_power_of_2(x.tokens), 16)
+def _tiles(x: Windows) -> tuple[int, int, int]:
+    """BLOCK, STEP and warps: all queries of a window, where registers hold them."""
+    D = x.head.D
+    if x.wide and D > 32:
+        return 64, 32, 8
     if x.tokens <= WHOLE:
-        return {"BLOCK": tokens, "STEP": tokens, "num_warps": 8 if x.wide else 4, "num_stages": 1}
-    warps = 16 if tokens > 128 and x.head.D > 32 and not _heuristics.amd() else 8
-    return {"BLOCK": tokens, "STEP": 16, "num_warps": warps, "num_stages": 1}
+        return WHOLE, WHOLE, 8 if x.wide else 4
+    if D > 64:
+        return 128, 16, 8
+    return LARGEST, 16, 16 if x.tokens > 128 and D > 32 and not _heuristics.amd() else 8

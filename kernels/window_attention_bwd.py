@@ -8,12 +8,10 @@ has the gradient of the bias of a tile of queries and keys, summed over its wind
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from . import _heuristics
-from ._heuristics import cdiv, next_power_of_2
+from ._heuristics import cdiv
 from ._launch import device_guard, launch
 from ._window_attention_bwd_kernels import _backward_kernel, _keys_kernel, _queries_kernel, _table_kernel
 from ._windows import WHOLE, Windows, prepare
@@ -32,27 +30,27 @@ def window_attention_bwd(
         x = prepare(qkv, bias, table, heads, window_h, window_w, shift_h, shift_w, scale, pad_first)
         groups, grid = x.shared()
         together = _together(x)
-        whole = together or (x.wide and x.tokens <= WHOLE)
+        whole = together or (x.wide and x.tokens <= WHOLE and x.head.D <= 32)
         programs, tensors = groups * heads, (grad.contiguous(), *x.tensors)
+        (meta, parts), (of_keys, parts_of_keys) = x.tiles(*_of_queries(x)), x.tiles(*_of_keys(x))
         dqkv = torch.empty_like(x.qkv)
         # Of the smallest tiles; where a kernel has larger ones, zeros are left.
-        dbias = x.table.new_zeros((1 if together else cdiv(x.tokens, 32), groups, heads, grid.steps, 2, x.head.D))
+        tiles = 1 if together else max(parts, parts_of_keys)
+        dbias = x.table.new_zeros((tiles, groups, heads, grid.steps, 2, x.head.D))
         rows = (None, None) if together else x.table.new_empty((2, heads, *qkv.shape[:3])).unbind()
         if whole:
             dtable = x.table.new_empty((groups, *x.table.shape))
-            meta = x.meta | _whole(x)
+            meta, _ = x.tiles(WHOLE, 0, _warps(x), ROWS=16)
             launch(_backward_kernel, programs, *tensors, dqkv, *rows, dtable, dbias, grid, **meta)
         else:
-            meta, parts = _tiles(x, _of_queries(x))
             launch(_queries_kernel, programs, *tensors, dqkv, *rows, dbias, grid, **meta, parts=parts)
-            meta, parts = _tiles(x, _of_pairs(x))
+            meta, parts = x.tiles(*_of_pairs(x), ROWS=16)
             parts *= cdiv(x.tokens, meta["STEP"])
             groups, of_pairs = x.shared(parts)
             dtable = x.table.new_empty((parts * groups, *x.table.shape))
-            launch(_table_kernel, groups * heads, *tensors, *rows, dtable, of_pairs, **meta, ROWS=16, parts=parts)
-        if not together:
-            meta, parts = _tiles(x, _of_keys(x))
-            launch(_keys_kernel, programs, *tensors, dqkv, *rows, dbias, grid, **meta, parts=parts)
+            launch(_table_kernel, groups * heads, *tensors, *rows, dtable, of_pairs, **meta, parts=parts)
+        for which in [] if together else _passes(x):
+            launch(_keys_kernel, programs, *tensors, dqkv, *rows, dbias, grid, **of_keys, **which, parts=parts_of_keys)
         q, v = dbias.sum((0, 1, 3)).unbind(1) if bias is not None else dbias.new_zeros(2, heads, x.head.D)
         return dqkv, torch.stack([q, 0 * q, v]).flatten(), dtable.sum(0).t().contiguous()  # 0 * q: NaN stays
 
@@ -62,32 +60,41 @@ def _together(x: Windows) -> bool:
     return x.tokens <= WHOLE and not x.wide and (x.head.D <= 32 or _heuristics.amd())
 
 
-def _whole(x: Windows) -> dict[str, Any]:
+def _warps(x: Windows) -> int:
     """Twice the threads for warps of 32: all is to be in registers."""
-    warps = (8 if x.wide else 4) * (1 if _heuristics.amd() else 2)
-    return {"KEYS": max(next_power_of_2(x.tokens), 16), "ROWS": 16, "num_warps": warps, "num_stages": 1}
+    return (8 if x.wide else 4) * (1 if _heuristics.amd() else 2)
 
 
-def _tiles(x: Windows, blocks: tuple[int, int, int]) -> tuple[dict[str, Any], int]:
-    """The options of a kernel, and the tiles of ``BLOCK`` tokens in a window."""
-    block, step, warps = blocks
-    return x.meta | {"BLOCK": block, "STEP": step, "num_warps": warps, "num_stages": 1}, cdiv(x.tokens, block)
+def _passes(x: Windows) -> list[dict[str, bool]]:
+    """Of the kernel of keys: one for each gradient where registers do not hold the sums of both."""
+    if x.wide and x.head.D > 64:
+        return [{"DK": True, "DV": False}, {"DK": False, "DV": True}]
+    return [{"DK": True, "DV": True}]
 
 
 # BLOCK, STEP and warps: as much as registers hold on every target, and mostly 16 bytes a load of each thread.
 
 
 def _of_queries(x: Windows) -> tuple[int, int, int]:
+    D = x.head.D
     if x.wide:
-        return 64, 32, 8
-    return (64, 64, 4 if _heuristics.amd() else 8) if x.head.D <= 32 else (64, 32, 4)
+        return (64, 32, 8) if D <= 64 else (16, 32, 4)
+    if D <= 32:
+        return 64, 64, 4 if _heuristics.amd() else 8
+    return (64, 32, 4) if D <= 64 else (32, 32, 8)
 
 
 def _of_keys(x: Windows) -> tuple[int, int, int]:
+    D = x.head.D
+    if x.wide and D > 32:
+        return (32, 16, 8) if D <= 64 else (64, 16, 8)
     if _heuristics.amd():
-        return (32, 32, 4) if x.wide else (64, 64, 4) if x.head.D <= 32 else (64, 32, 4)
-    return (64, 16, 8) if x.wide else (64, 32, 4) if x.head.D <= 32 else (32, 32, 8)
+        return (32, 32, 4) if x.wide else (64, 64, 4) if D <= 32 else (64, 32, 4)
+    return (64, 16, 8) if x.wide else (64, 32, 4) if D <= 32 else (32, 32, 8)
 
 
 def _of_pairs(x: Windows) -> tuple[int, int, int]:
-    return (64, 32, 8) if x.wide else (64, 64, 4) if x.head.D <= 32 else (64, 32, 4)
+    D = x.head.D
+    if x.wide:
+        return (64, 32, 8) if D <= 64 else (32, 32, 4)
+    return (64, 64, 4) if D <= 32 else (64, 32, 4) if D <= 64 else (64, 32, 8)
