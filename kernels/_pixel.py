@@ -165,12 +165,3 @@ def pixel_grads(
     """
     d = both_grads(grad, x, layout, channel_gate, spatial_gate, residual, activation, combine_gates)
     return d.g, d.dresidual, combine(d.parts, channel_gate, torch.empty_like(channel_gate)), d.dz, None
-
-
-def sum_images(parts: torch.Tensor) -> torch.Tensor:
-    """[N, S, L] -> [L], in a fixed order: the parts of each image first, then the images."""
-    N, _, L = parts.shape
-    if not N:
-        return parts.new_zeros(L)
-    images = combine(parts, None, parts.new_empty((N, L)))
-    return combine(images.view(1, N, L), None, parts.new_empty(L))

@@ -34,7 +34,7 @@ from ._heuristics import (
 )
 from ._launch import launch
 from ._layout import Layout, accumulation_dtype
-from ._pool import combine
+from ._pool import combine, sum_images
 from ._self_gate_kernels import (
     _combine_moments_kernel,
     _gate_kernel,
@@ -130,7 +130,7 @@ def statistics(x: torch.Tensor, layout: Layout, gate: Gate) -> tuple[torch.Tenso
     if not layout.N:
         return mean.zero_(), scale.zero_()
     rows = images * parts
-    block = vector_block(layout.C, 64)
+    block = vector_block(layout.C, 16)  # few channels to a program: of statistics of a batch there are many rows
     launch(
         _combine_moments_kernel, groups * cdiv(layout.C, block),
         partial, mean, scale, layout.C, layout.HW, rows, parts, steps * t.BLOCK_P, images * layout.HW,
@@ -183,7 +183,6 @@ def self_gate_bwd(
         )  # fmt: skip
         return dx, dresidual, sums
     stats_n = 0 if gate.shared else C
-    groups, images = gate.groups(layout)
     # Registers let a chip run less than PROGRAMS at once: of more programs, the last ones are a smaller share.
     exchanges = _exchanges(layout, gate)
     channels = 256 // x.element_size() if exchanges else 64  # 128 bytes of each half
@@ -200,14 +199,15 @@ def self_gate_bwd(
         C, HW, gate.width, layout.stride_n, layout.stride_o, stats_n, steps,
         KIND=gate.kind.value, ACTIVATION=activation, **t._asdict(), parts=parts,
     )  # fmt: skip
-    sums = mean.new_empty((groups, 2, C))
-    combine(partial.view(groups, images * parts, 2 * C), None, sums)
+    partial = partial.view(layout.N, parts, 2 * C)
+    sums = sum_images(partial) if gate.shared else combine(partial, None, mean.new_empty((layout.N, 2 * C)))
+    sums = sums.view(-1, 2, C)
     if not fixed:
         t = _tile(tile(layout, SCALE_TILE), layout, gate)
         launch(
             _self_gate_dx_kernel, tiles(layout, t),
             dresidual if activation else grad, x, z, mean, scale, sums, *gate.parameters, dx, dz,
-            C, HW, gate.width, layout.stride_n, layout.stride_o, stats_n, images * HW,
+            C, HW, gate.width, layout.stride_n, layout.stride_o, stats_n, gate.groups(layout)[1] * HW,
             KIND=gate.kind.value, **t._asdict(),
         )  # fmt: skip
     return dx, dresidual, sums

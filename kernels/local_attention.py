@@ -18,8 +18,8 @@ from ._local_attention_kernels import (
     _hidden_sums_kernel,
 )
 from ._mlp import mlp_gate, mlp_gate_bwd
-from ._pixel import pixel_grads, sum_images
-from ._pool import combine
+from ._pixel import pixel_grads
+from ._pool import combine, sum_images
 from ._product import product
 
 FEWER = 4  # times fewer programs than other reductions have: each leaves sums as large as a tile
