@@ -128,8 +128,8 @@ def _hidden_grads(
             grad, x, None if residual is None else layout.dense(residual), channel_gate, spatial_gate, signs,
             dresidual if activation else None, dchannel, sums, counts, dz_s, N * blocks, C, HW, S,
             layout.stride_n, layout.stride_o, steps, ACTIVATION=activation, COMBINE=PRODUCT.value, **product(x, p1),
-            BLOCK_S=_units(S, HELD), **t._asdict(), **_registers(x, t, activation),
-        )  # fmt: skip
+            BLOCK_S=_units(S, HELD), num_stages=2, **t._asdict(), **_registers(x, t, activation),
+        )  # fmt: skip  # three stages of grad, x and residual are more than the 99 KB of many cards
         g, dz_c = dresidual if activation else grad, combine(dchannel, channel_gate, torch.empty_like(channel_gate))
     sums, counts = combine(sums, None, dz_s.new_empty((1, S * C))), combine(counts, None, dz_s.new_empty((1, S)))
     return _Grads(g, dresidual, dz_c, dz_s, sums.view(S, C), counts.view(S))

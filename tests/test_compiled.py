@@ -57,6 +57,16 @@ def test_sizes_that_16_does_not_divide():
     assert not faults, "\n".join(faults)
 
 
+def test_little_shared_memory():
+    """The kernel that stages three maps fits cards with 99 KB."""
+    calls = [Call(catalogue.ENTRIES["local_attention"], compiled.SHAPES[0], layout, residual=True, activation="relu")
+             for layout in catalogue.LAYOUTS]  # fmt: skip
+    found = [v for v in compiled.variants(calls, ["sm_89"]) if v.kernel == "_hidden_grads_kernel"]
+    assert len(found) == 2, "the launches were not seen"
+    faults = [fault for kernel in compiled.compile_all(found) for fault in kernel.faults]
+    assert not faults, "\n".join(faults)
+
+
 def test_large_windows():
     """Window attention that meets its keys block by block, where registers are scarcest."""
     kernels = compiled.compile_all(compiled.variants(compiled.window_calls([12], [6]), ["sm_80"]))

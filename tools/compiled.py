@@ -36,7 +36,9 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-SHARED = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}  # bytes a program may have
+EVERY = {**TARGETS, "sm_89": GPUTarget("cuda", 89, 32)}  # with the little shared memory of desktop cards: if asked for
+# Bytes of shared memory that a program may have.
+SHARED = {"sm_80": 163 << 10, "sm_89": 99 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
 SHAPES = ((64, 256, 56, 56), (64, 64, 112, 112), (32, 512, 28, 28), (32, 2048, 7, 7), (1, 256, 56, 56))
 # More than 2^31 elements: in many images, in one image, and between the rows of a slice.
 HUGE = ((4096, 256, 56, 56), (1, 2048, 1100, 1100), (2, 3, 32000, 32000))
@@ -165,7 +167,7 @@ def variants(calls: Iterable[Call], targets: Iterable[str]) -> list[Variant]:
 
 
 def _amd(target: str) -> bool:
-    return TARGETS[target].backend == "hip"
+    return EVERY[target].backend == "hip"
 
 
 def _use(launch: Launch, call: Call) -> Use:
@@ -176,7 +178,7 @@ def specialise(uses: Iterable[Use], targets: Iterable[str]) -> list[Variant]:
     """What Triton compiles for the launches. These are the steps of its JITFunction.run, without a driver."""
     found: dict[str, Variant] = {}
     for target, use in itertools.product(targets, uses):
-        kernel, backend = use.launch.kernel, make_backend(TARGETS[target])
+        kernel, backend = use.launch.kernel, make_backend(EVERY[target])
         given = {"debug": False, "instrumentation_mode": "", **use.launch.options}
         bind = create_function_from_signature(kernel.signature, kernel.params, backend)
         arguments, specialization, options = bind(**use.launch.arguments, **given)
@@ -203,7 +205,7 @@ _PARSER = Lock()
 
 
 def compile_variant(variant: Variant) -> Compiled:
-    kernel = triton.compile(variant.source, target=TARGETS[variant.target], options=variant.options)
+    kernel = triton.compile(variant.source, target=EVERY[variant.target], options=variant.options)
     return Compiled(variant, kernel.asm, kernel.metadata.shared)
 
 
@@ -256,7 +258,7 @@ def every_call(shapes: Sequence[Shape] = SHAPES) -> list[Call]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--targets", nargs="+", choices=EVERY, default=list(TARGETS))
     parser.add_argument("--shapes", nargs="+", type=lambda s: tuple(map(int, s.split("x"))), default=SHAPES)
     parser.add_argument("--kernels", default="", help="those alone whose name holds this")
     options = parser.parse_args()
