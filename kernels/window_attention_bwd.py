@@ -1,9 +1,9 @@
 """Gradients of attention inside (shifted) windows.
 
 Where a window's rows of weights fit on the chip, one kernel does all. In float32 it leaves keys and values to another
-one, as registers do not hold all; with larger windows, or wide heads, queries and the table have kernels of their own. That of the
-queries meets keys twice: for the sums of their weights, which the other kernels need, and with them. That of the table
-has the gradient of the bias of a tile of queries and keys, summed over its windows.
+one, as registers do not hold all; with larger windows, or wide heads, queries and the table have kernels of their own.
+That of the queries meets keys twice: for the sums of their weights, which the other kernels need, and with them. That
+of the table has the gradient of the bias of a tile of queries and keys, summed over its windows.
 """
 
 from __future__ import annotations
