@@ -198,12 +198,12 @@ def _keys_kernel(
                 ds = p * (pairs(v_rows, v, g_rows, g, HEAD) - mean[None, :])
                 dk = add_product(ds, q, dk, HEAD)
                 total += tl.sum(ds, 1)
+        sums_ptr = _sums(dbias_ptr, window, run, HEAD)
         if DK:
             if bias_q is not None:
                 dk += total[:, None] * bias_q[None, :]
             _store_gradient(dqkv_ptr, None, dk * HEAD.SCALE, token, there, at, HEAD, 1)
         if DV:
-            sums_ptr = _sums(dbias_ptr, window, run, HEAD)
             _store_gradient(dqkv_ptr, sums_ptr + HEAD.D, dv, token, there, at, HEAD, 2)
 
 

@@ -184,7 +184,9 @@ def _blocks(x: Maps, of_keys: bool) -> dict[str, Any]:
     """As many rows as registers hold on every target; what is added up for keys takes twice as many."""
     D, biased = x.head.D, x.biased
     if x.wide:
-        return x.blocks(16, 16 if biased or D > 64 else 32, 4 if D <= 64 else 8, 1)
+        if D > 64:
+            return x.blocks(16, 16, 8, 1) if of_keys else x.blocks(16, 32, 4, 1)
+        return x.blocks(16, 16 if biased or (of_keys and D > 32) else 32, 4, 1)
     if D > 64:
         return x.blocks(32, 32, 4, 2) if biased and of_keys else x.blocks(64, 32, 8, 2)
     return x.blocks(64, 32 if biased and D > 32 else 64, 4, 2)

@@ -1,9 +1,9 @@
 """Gradients of attention inside (shifted) windows.
 
 Where a window's rows of weights fit on the chip, one kernel does all. In float32 it leaves keys and values to another
-one, as registers do not hold all; in larger windows queries and the table have kernels of their own, too. That of the
-queries meets keys twice: for the sums of their weights, which the other kernels need, and with them. That of the table
-has the gradient of the bias of a tile of queries and keys, summed over its windows.
+one, as registers do not hold all; with larger windows, or wide heads, queries and the table have kernels of their own.
+That of the queries meets keys twice: for the sums of their weights, which the other kernels need, and with them. That
+of the table has the gradient of the bias of a tile of queries and keys, summed over its windows.
 """
 
 from __future__ import annotations
@@ -79,9 +79,13 @@ def _of_queries(x: Windows) -> tuple[int, int, int]:
     D = x.head.D
     if x.wide:
         return (64, 32, 8) if D <= 64 else (16, 32, 4)
-    if D <= 32:
-        return 64, 64, 4 if _heuristics.amd() else 8
-    return (64, 32, 4) if D <= 64 else (32, 32, 8)
+    if D > 64:
+        return 32, 32, 8
+    if _heuristics.amd():
+        return (64, 64, 4) if D <= 32 else (64, 32, 4)
+    if x.tokens % 16:  # tiles that are masked take registers for it
+        return 64, 32, 8
+    return (64, 64, 8) if D <= 32 else (64, 32, 4)
 
 
 def _of_keys(x: Windows) -> tuple[int, int, int]:

@@ -67,10 +67,25 @@ def test_little_shared_memory():
     assert not faults, "\n".join(faults)
 
 
-def test_large_windows():
-    """Window attention that meets its keys block by block, where registers are scarcest."""
-    kernels = compiled.compile_all(compiled.variants(compiled.window_calls([12], [6]), ["sm_80"]))
-    assert len(kernels) == 4, "the launches were not seen"
+@pytest.mark.parametrize(
+    ("window", "heads", "dtype", "target"),
+    [
+        (12, 6, torch.bfloat16, "sm_80"),
+        (9, 3, torch.bfloat16, "sm_80"),  # more tokens are masked than in other windows
+        (12, 2, torch.bfloat16, "sm_90"),
+        (8, 3, torch.float32, "gfx942"),
+        (12, 2, torch.float32, "sm_80"),
+    ],
+    ids=str,
+)
+def test_windows(window, heads, dtype, target):
+    """Window attention where registers are scarcest: keys are met block by block, heads are wide, float32."""
+    calls = compiled.window_calls([window], [heads], [dtype])
+    kernels = compiled.compile_all(compiled.variants(calls, [target]))
+    names = {"forward", "queries", "table", "keys"}
+    assert {kernel.variant.kernel for kernel in kernels} == {f"_{n}_kernel" for n in names}, (
+        "the launches were not seen"
+    )
     faults = [fault for kernel in kernels for fault in kernel.faults]
     assert not faults, "\n".join(faults)
 

@@ -126,6 +126,7 @@ def uses(compiled, d, dtype, bias, size=(32, 32), images=2):
     ("d", "dtype", "target"),
     [
         (32, torch.float32, "sm_90"),
+        (96, torch.float32, "sm_80"),
         (64, torch.float16, "sm_80"),
         (64, torch.bfloat16, "sm_100"),
         (128, torch.float16, "gfx942"),
@@ -133,7 +134,7 @@ def uses(compiled, d, dtype, bias, size=(32, 32), images=2):
     ids=str,
 )
 def test_compiled(d, dtype, target):
-    """No spills, no 32-bit overflow, no lost NaN; heads are read 16 bytes at a time."""
+    """No spills, no 32-bit overflow, no lost NaN; heads are read 16 bytes at a time, wide ones in float32 8."""
     compiled = pytest.importorskip("tools.compiled", reason="not beside the repository's tools")
     kernels = compiled.compile_all(compiled.specialise(uses(compiled, d, dtype, True), [target]))
     names = {k.variant.kernel for k in kernels}
@@ -145,9 +146,10 @@ def test_compiled(d, dtype, target):
         for name in wide:
             position = kernel.variant.parameters.index(name)
             widths = {(a.kind, a.width) for a in kernel.accesses if position in a.arguments}
-            least = 8 if target == "gfx942" else 16  # what products leave in registers there
+            store = 8 if target == "gfx942" else 16  # what products leave in registers there
+            load = 8 if dtype == torch.float32 and d > 64 else 16  # tiles of a few channels
             assert widths
-            assert all(width >= (16 if kind == "load" else least) for kind, width in widths), (name, widths)
+            assert all(width >= (load if kind == "load" else store) for kind, width in widths), (name, widths)
 
 
 @compiled_only

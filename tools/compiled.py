@@ -43,7 +43,8 @@ SHAPES = ((64, 256, 56, 56), (64, 64, 112, 112), (32, 512, 28, 28), (32, 2048, 7
 # More than 2^31 elements: in many images, in one image, and between the rows of a slice.
 HUGE = ((4096, 256, 56, 56), (1, 2048, 1100, 1100), (2, 3, 32000, 32000))
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-WINDOWS = (8, 12, 16)  # of window attention, beside the catalogue's, with heads of 32 and of 64
+WINDOWS = (8, 9, 12, 16)  # of window attention, beside the catalogue's, with heads of 32, 64 and 96
+WINDOW_DTYPES = (torch.bfloat16, torch.float32)
 WIDE = 16  # bytes of the widest load of one thread that every target has
 
 
@@ -233,8 +234,10 @@ def calls(
     ]
 
 
-def window_calls(windows: Sequence[int] = WINDOWS, heads: Sequence[int] = (6, 3)) -> list[Call]:
-    """Window attention on Swin's second stage, in the first dtype."""
+def window_calls(
+    windows: Sequence[int] = WINDOWS, heads: Sequence[int] = (6, 3, 2), dtypes: Sequence[torch.dtype] = WINDOW_DTYPES
+) -> list[Call]:
+    """Window attention on Swin's second stage, with so many heads of its 192 channels."""
     entry = catalogue.ENTRIES["window_attention"]
     return [
         Call(
@@ -245,9 +248,11 @@ def window_calls(windows: Sequence[int] = WINDOWS, heads: Sequence[int] = (6, 3)
             ),
             (4, 192, 4 * window, 4 * window),
             "channels_last",
+            dtype,
         )
         for window in windows
         for count in heads
+        for dtype in dtypes
     ]
 
 

@@ -15,7 +15,10 @@ from ..reference.checks import ACTIVATIONS, check_choice, check_residual
 from ..reference.nam import check_nam
 
 # Compiled, maps of at most so many pixels are the reference's, which Inductor makes faster code of: docs/compile.md.
-_TINY: dict[Callable[..., Tensor], int] = {ops.se_mathematics: 25, reference.nam: 64, reference.simam: 196}
+TINY: dict[Callable[..., Tensor], int] = {
+    ops.se_mathematics: 25, reference.nam: 196, reference.simam: 196, reference.soca: 196,
+    reference.channel_mlp: 49, reference.norm_gate: 49,
+}  # fmt: skip
 
 
 def gated(
@@ -47,7 +50,7 @@ def gated(
             return normed(x, *norm, *tensors[1:], residual, code, *options)
         x = norm.apply(x)
         tensors = (x, *tensors[1:])
-    if not fused(x, _TINY.get(mathematics, 0)):
+    if not fused(x, TINY.get(mathematics, 0)):
         return reference.epilogue(ops.mixed(mathematics, x, *tensors[1:], *options), residual, activation)
     return gated_outputs(function, tensors, residual, code, options)[0]
 
@@ -93,7 +96,7 @@ def batch_norm_gated(
     x, normed = maps[0], maps[-1]
     code = check_choice("activation", activation, ACTIVATIONS)
     check_residual(residual, x)
-    if not fused(x, _TINY.get(mathematics, 0)):
+    if not fused(x, TINY.get(mathematics, 0)):
         if normed.dtype in (torch.float32, torch.float64):
             weight, bias = weight.to(normed.dtype), bias.to(normed.dtype)
         y = mathematics(*maps, weight, bias, *statistics, training, momentum, eps)

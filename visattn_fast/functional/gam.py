@@ -9,7 +9,7 @@ from .. import ops, reference
 from ..backends import fused
 from ..reference.checks import check_bottleneck
 from ..reference.gam import check_norm_gate
-from ._gated import batch_norm_gated
+from ._gated import TINY, batch_norm_gated
 
 
 def channel_mlp(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None) -> Tensor:
@@ -31,7 +31,7 @@ def channel_mlp(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor
     Source: Liu et al., "Global Attention Mechanism", 2021.
     """
     check_bottleneck(x, w1, b1, w2, b2)
-    if not fused(x):
+    if not fused(x, TINY[reference.channel_mlp]):
         return ops.mixed(reference.channel_mlp, x, w1, b1, w2, b2)
     return ops.run(ops.ChannelMLPFunction, x, w1, b1, w2, b2, torch.is_grad_enabled())[0]
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import ops, reference
-from ..backends import fused
+from ..backends import compiled_freely, fused
 from ..reference.batch_norm import update_running_statistics
 from ..reference.checks import check_branches
 
@@ -55,7 +55,8 @@ def sk(
     """
     norm = norm_weight, norm_bias
     check_branches(v1, v2, w, *norm, running_mean, running_var, w1, b1, w2, b2, training=training)
-    if not fused(v1):
+    # Compiled, Inductor fuses the branches' own norms with what follows them; an op would have them stored.
+    if compiled_freely() or not fused(v1):
         # The running statistics are updated in place, so no copy of them in another dtype may be passed on.
         def mathematics(*tensors: Any) -> Tensor:
             weights = *tensors[:5], running_mean, running_var, *tensors[5:]
