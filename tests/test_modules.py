@@ -222,7 +222,8 @@ def test_compile(entry, dynamic):
     Not where it would be the module's in training again, or for most PyTorch's own convolutions, a minute a module.
     """
     torch._dynamo.reset()
-    fast, _ = entry.pair(16)
+    fast, plain = entry.pair(16)
+    eager = plain if entry.name == "sk" else fast  # which is the reference, compiled
     quick = not dynamic or entry.name in ("gam", "sk") or not entry.training
     backend = "aot_eager" if quick else "inductor"
     compiled = torch.compile(fast, fullgraph=True, dynamic=dynamic, backend=backend)
@@ -234,8 +235,9 @@ def test_compile(entry, dynamic):
         x = feature_map(shape, "nchw", torch.float32).requires_grad_()
         # Inductor compiles PyTorch's own convolutions anew for another size.
         with torch._dynamo.config.patch(error_on_recompile=index > 0 and not entry.layers):
-            results = [torch.autograd.grad(f(x).square().sum(), [x, *fast.parameters()]) for f in (compiled, fast)]
-            torch.testing.assert_close(compiled(x), fast(x), **tolerance)
+            pairs = (compiled, fast), (eager, eager)
+            results = [torch.autograd.grad(f(x).square().sum(), [x, *m.parameters()]) for f, m in pairs]
+            torch.testing.assert_close(compiled(x), eager(x), **tolerance)
         torch.testing.assert_close(*results, **tolerance)
 
 
