@@ -35,7 +35,7 @@ TARGETS = ("sm_80", "sm_90a", "sm_100")
 FLAGS = ["-std=c++20", "-O3", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000", "-Xptxas", "-v"]
 FLAGS += ["--expt-relaxed-constexpr", "--extended-lambda", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
 _ACCESSES = {0: "wide rows", 1: "ragged", 2: "narrow"}  # csrc/cuda/plan.h
-_KERNEL = re.compile(r"\d(channel_scale|cbam)_kernelIN?(.*?)Lb([01])ELi([012])ELb([01])E(.*)")
+_KERNEL = re.compile(r"\d(channel_scale|cbam)_kernelILb([01])ELi([012])ELb([01])E(.*)")
 
 
 @dataclass(frozen=True)
@@ -54,9 +54,9 @@ class Compiled:
         found = _KERNEL.search(self.symbol)
         if found is None:
             return None
-        kernel, kind, nhwc, access, cluster, rest = found.groups()
+        kernel, nhwc, access, cluster, rest = found.groups()
         direction = "backward" if "Backward" in rest else "forward"
-        dtype = next((name for name in ("BFloat16", "Half") if name in kind), "float")
+        dtype = next((name for name in ("BFloat16", "Half") if name in rest), "float")
         layout = "channels_last" if nhwc == "1" else "nchw"
         variant = "cluster" if cluster == "1" else "semaphore"
         return kernel, direction, dtype, layout, _ACCESSES[int(access)], variant

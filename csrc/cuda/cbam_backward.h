@@ -51,18 +51,18 @@ VF_DEVICE void sum_both_ways(const CbamImage<kNhwc, kAccess, T, Exec>& im, X x, 
 #pragma unroll 1
     for (int p = im.pixels.begin + im.ex.thread(); p < im.pixels.end; p += im.ex.threads()) {
       put(im.f.map_part, p - im.pixels.begin,
-          gate_grad(im.over_team(im.f.sums, p), im.pixel_gate(p), kSigmoid));
+          gate_grad(over_team(im.ex, im.f.sums, p), im.pixel_gate(p), kSigmoid));
     }
   }
 }
 
-// Pass 2: what the maps give each channel, and with it f.mean_part, dz of the block's channels.
+// Pass 2: what the maps give each channel, and with it f.mean, dz of the block's channels.
 template <bool kNhwc, int kAccess, class T, class Exec, class X>
 VF_DEVICE void sum_through_maps(const CbamImage<kNhwc, kAccess, T, Exec>& im, X x) {
   constexpr int S = kSumPack<kAccess, T>;
   const auto keep = [&](int c, float dgate) {
     const float dz = gate_grad(dgate, get(im.f.gate, c), kSigmoid);
-    put(im.f.mean_part, c - im.channels.begin, dz);
+    put(im.f.mean, c, dz);
     put(im.a.dz, im.n * im.g.C + c, dz);
   };
   cross_sums<S, !kNhwc, kNhwc>(
@@ -91,7 +91,7 @@ VF_DEVICE void sum_through_maps(const CbamImage<kNhwc, kAccess, T, Exec>& im, X 
     im.ex.sync_team();
 #pragma unroll 1
     for (int c = im.channels.begin + im.ex.thread(); c < im.channels.end; c += im.ex.threads()) {
-      keep(c, im.over_team(im.f.sums, c));
+      keep(c, over_team(im.ex, im.f.sums, c));
     }
   }
 }
@@ -146,7 +146,7 @@ VF_DEVICE void cbam_backward(Exec& ex, const CbamBackward<typename Exec::Memory,
     const bool act = a.activation != kNone;
     Global upstream = given;
     if (act && !grads.held()) upstream = a.dresidual + image.at;
-    const auto apply = [&](int i, const auto& gated) {
+    const auto apply = [&](int i, auto& gated) {
       constexpr int W = sizeof(gated) / sizeof(float);
       const auto through = through_activation<W, T>(a, get_pack<W>(given, i), gated, image.at + i);
       if (grads.held()) put_pack(grads.slab(turn), i, through);

@@ -10,6 +10,7 @@ namespace visattn::cuda {
 
 template <class Memory, class T>
 struct CbamForward {
+  using Element = T;
   template <class U>
   using Global = typename Memory::template Global<U>;
   Geometry geometry;
@@ -24,19 +25,29 @@ struct CbamForward {
   Global<int> argmax_hw, argmax_c;  // [N, C], [N, P]
 };
 
-// Both branches' hidden units of the block's part, from the pooled values in f.mean and f.maximum.
-template <class Exec, class W, class Keep>
-VF_DEVICE void hidden_of_two(Exec& ex, const Geometry& g, const CbamFloats<Exec>& f, const W& w1,
-                             const Keep& keep) {
-  const Part units(ex.rank(), g.hidden, g.R);
-  product(ex, w1, units.begin, units.end, g.C, f.mean, [&](int r, float sum) {
-    keep(0, r, activate(sum, kRelu));
-    put(f.hidden_part, r - units.begin, activate(sum, kRelu));
-  });
-  product(ex, w1, units.begin, units.end, g.C, f.maximum, [&](int r, float sum) {
-    keep(1, r, activate(sum, kRelu));
-    put(f.hidden_part, r - units.begin, get(f.hidden_part, r - units.begin) + activate(sum, kRelu));
-  });
+// The pooled values of the block's channels, in f.mean and f.maximum -> f.gate, as excite_forward leaves it.
+// keep_hidden(branch, r, value) and keep_gate(c, value) see the block's part.
+template <bool kNhwc, class Exec, class Weights, class KeepHidden, class KeepGate>
+VF_DEVICE void channel_attention(Exec& ex, const Geometry& g, const CbamFloats<Exec>& f, const Weights& w,
+                                 const KeepHidden& keep_hidden, const KeepGate& keep_gate) {
+  const Part part(ex.rank(), g.channels, g.C), units(ex.rank(), g.hidden, g.R);
+  ex.sync_block();
+  product(ex, w.w1, {0, g.R}, part, g.C, f.mean, [&](int r, float sum) { put(f.hidden_part, r, sum); });
+  product(ex, w.w1, {0, g.R}, part, g.C, f.maximum,
+          [&](int r, float sum) { put(f.hidden_part, g.R + r, sum); });
+  excite_forward<kNhwc>(
+      ex, g, f, w,
+      [&](int r) {
+        float total = 0;
+        VF_UNROLL
+        for (int branch = 0; branch < 2; ++branch) {
+          const float hidden = activate(over_team(ex, f.hidden_part, branch * g.R + r), kRelu);
+          if (units.has(r)) keep_hidden(branch, r, hidden);
+          total += hidden;
+        }
+        return total;
+      },
+      keep_gate);
 }
 
 // f.map_part of every block -> f.spatial: the gates of the block's own pixels in nhwc, else of all.
@@ -84,8 +95,8 @@ VF_DEVICE void cbam_forward(Exec& ex, const CbamForward<typename Exec::Memory, T
     };
     const auto pooled = [&](int c, const Stat& s) {
       const float mean = s.sum / static_cast<float>(g.P);
-      put(f.mean_part, c - channels.begin, mean);
-      put(f.max_part, c - channels.begin, s.peak.value);
+      put(f.mean, c, mean);
+      put(f.maximum, c, s.peak.value);
       put(a.pooled, 2 * n * g.C + c, mean);
       put(a.pooled, (2 * n + 1) * g.C + c, s.peak.value);
       put(a.argmax_hw, n * g.C + c, s.peak.at);
@@ -95,12 +106,10 @@ VF_DEVICE void cbam_forward(Exec& ex, const CbamForward<typename Exec::Memory, T
     } else {
       row_stats<S>(ex, rows, g.cols, f.partial, plain, [&](int r, const Stat& s) { pooled(row0 + r, s); });
     }
-    ex.sync_team();
-    gather(ex, f.mean_part, g.channels, g.C, f.mean);
-    gather(ex, f.max_part, g.channels, g.C, f.maximum);
-    hidden_of_two(ex, g, f, a.weights.w1,
-                  [&](int branch, int r, float v) { put(a.hidden, (2 * n + branch) * g.R + r, v); });
-    excite_forward<kNhwc>(ex, g, f, a.weights, [&](int c, float v) { put(a.channel_gate, n * g.C + c, v); });
+    channel_attention<kNhwc>(
+        ex, g, f, a.weights,
+        [&](int branch, int r, float v) { put(a.hidden, (2 * n + branch) * g.R + r, v); },
+        [&](int c, float v) { put(a.channel_gate, n * g.C + c, v); });
     const auto gated = [&](int offset, float (&v)[S]) {
       plain(offset, v);
       for_channels<S, kNhwc, S == 1 ? kNarrow : kAccess>(offset, row0, g.cols,

@@ -11,6 +11,7 @@ namespace visattn::cuda {
 
 template <class Memory, class T>
 struct CbamBackward {
+  using Element = T;
   template <class U>
   using Global = typename Memory::template Global<U>;
   Geometry geometry;  // stride_n is that of x; the rest is dense
@@ -106,13 +107,6 @@ struct CbamImage {
     return {get(f.gate, c), get(f.mean, c), get(f.maximum, c), index_of(get(f.at_channel, c))};
   }
 
-  VF_DEVICE float over_team(typename Exec::Exchange part, int i) const {
-    float total = get(ex.peer(part, 0), i);
-#pragma unroll 1
-    for (int r = 1; r < ex.team_size(); ++r) total += get(ex.peer(part, r), i);
-    return total;
-  }
-
   // The maps' gradients, in f.map_grad of the block in nhwc and f.grad_part of every block in nchw, and the
   // block's share of the weight's in f.conv_part.
   VF_DEVICE void convolution() const {
@@ -142,47 +136,43 @@ struct CbamImage {
     }
   }
 
-  // f.mean_part of every block -> f.mean and f.maximum: the gradients of the pooled values that dx needs.
+  // dz of the block's channels, in f.mean -> f.mean and f.maximum: the gradients of the pooled values that dx
+  // needs. The block's share of the convolution's are summed up on the way.
   VF_DEVICE void perceptron() const {
     const Part units(ex.rank(), g.hidden, g.R);
     const float area = static_cast<float>(g.P);
-    ex.sync_team();
+    const bool spread = kNhwc && !g.computes_all();
+    squeeze_backward<2, kNhwc>(
+        ex, g, f, a.weights,
+        [&](int r, float sum, float (&d)[2]) {
+          VF_UNROLL
+          for (int branch = 0; branch < 2; ++branch) {
+            const int64_t i = (2 * n + branch) * g.R + r;
+            d[branch] = activate_grad(sum, get(a.hidden, i), kRelu);
+            if (units.has(r)) put(a.dhidden, i, d[branch]);
+          }
+        },
+        [&](int c, const float (&sum)[2]) {
+          if (spread) {
+            put(f.gate_part, c - channels.begin, sum[0] / area);
+            put(f.max_part, c - channels.begin, sum[1]);
+          } else {
+            put(f.mean, c, sum[0] / area);
+            put(f.maximum, c, sum[1]);
+          }
+        });
+    // The team has met since f.conv_part was written.
     const int elements = 2 * g.window * g.window + 1;
 #pragma unroll 1
     for (int e = ex.rank() * ex.threads() + ex.thread(); e < elements; e += ex.team_size() * ex.threads()) {
-      put(a.dconv, n * elements + e, over_team(f.conv_part, e));
+      put(a.dconv, n * elements + e, over_team(ex, f.conv_part, e));
     }
-    gather(ex, f.mean_part, g.channels, g.C, f.mean);
-    product_transposed(ex, a.weights.w2, units.begin, units.end, g.C, g.R, f.mean, f.partial,
-                       [&](int r, float sum) {
-                         for (int branch = 0; branch < 2; ++branch) {
-                           const int64_t i = (2 * n + branch) * g.R + r;
-                           const float d = activate_grad(sum, get(a.hidden, i), kRelu);
-                           put(a.dhidden, i, d);
-                           put(f.hidden_part, branch * g.hidden + r - units.begin, d);
-                         }
-                       });
-    ex.sync_team();
-    for (int branch = 0; branch < 2; ++branch) {
-      gather(ex, f.hidden_part + branch * g.hidden, g.hidden, g.R, f.hidden + branch * g.R);
-    }
-#pragma unroll 1
-    for (int branch = 0; branch < 2; ++branch) {
-      product_transposed(ex, a.weights.w1, channels.begin, channels.end, g.R, g.C, f.hidden + branch * g.R,
-                         f.partial, [&](int c, float sum) {
-                           const float d = branch ? sum : sum / area;
-                           if constexpr (kNhwc) {
-                             put(branch ? f.max_part : f.gate_part, c - channels.begin, d);
-                           } else {
-                             put(branch ? f.maximum : f.mean, c, d);
-                           }
-                         });
-      ex.sync_block();
-    }
-    if constexpr (kNhwc) {
+    if (spread) {
       ex.sync_team();
       gather(ex, f.gate_part, g.channels, g.C, f.mean);
       gather(ex, f.max_part, g.channels, g.C, f.maximum);
+    } else {
+      ex.sync_block();
     }
   }
 

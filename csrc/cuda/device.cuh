@@ -165,4 +165,23 @@ struct ClusterExec : DeviceThread<kCount> {
 };
 #endif
 
+// run(exec) in each thread of a kernel with kThreads threads a block.
+template <bool kInCluster, class Args, class Run>
+VF_DEVICE void on_device(const Args& a, const Workspace& workspace, const Run& run) {
+  extern __shared__ __align__(128) unsigned char memory[];
+  if constexpr (kInCluster) {
+#if __CUDA_ARCH__ >= 900
+    ClusterExec<kThreads> ex(memory);
+    run(ex);
+    ex.finish();
+#else
+    __trap();  // the host refuses to launch it
+#endif
+  } else {
+    SemaphoreExec<kThreads> ex(memory, workspace, a.geometry.team, a.scratch);
+    run(ex);
+    ex.finish();
+  }
+}
+
 }  // namespace visattn::cuda

@@ -22,6 +22,9 @@ struct Geometry {
   int held = 1;                     // how many maps have resident slabs
 
   constexpr int slab_bytes() const { return held * stages * stage_bytes; }
+
+  // Whether every block of a team computes the gates of all channels, rather than wait for the others' part.
+  constexpr bool computes_all() const { return int64_t{C} * R <= 1 << 14; }
 };
 
 // What is asked for. aligned: every map starts at a multiple of 16 bytes, and so does each of its images.
@@ -87,9 +90,10 @@ struct Plan {
   int64_t workspace_words() const { return variant == kSemaphore ? exchange_floats() + teams : 0; }
 };
 
-// Two blocks share the registers of a multiprocessor: 64 a thread, in which SE's backward and CBAM do not
-// fit.
-constexpr int kThreads = 512, kFewThreads = 256;
+// One block has a multiprocessor to itself, 128 registers for each thread, and shared memory for two slabs:
+// the next image comes while the last is summed, gated and stored. Two blocks with a slab each would have as
+// much memory and would load, wait and store by turns.
+constexpr int kThreads = 512;
 constexpr int kHeader = 128, kMostStages = 2, kLargestCluster = 16;
 
 // Bytes of x up to which backward is a matter of launches more than of memory.
@@ -143,7 +147,9 @@ void add_maps(Scratch& s, const Geometry& g, bool nhwc, const Take& take) {
 
 // Floats that sums over rows and columns of a slab pass through, none of which needs another's.
 inline int partial_of(const Geometry& g, const Problem& q, int threads, int pack) {
-  const int products = std::max({threads, g.channels, g.hidden});  // with transposed weights, by groups
+  // With transposed weights, by groups.
+  const int outputs = q.nhwc && g.computes_all() ? g.C : g.channels;
+  const int products = (g.window ? 2 : 1) * std::max({threads, outputs, g.R});
   if (g.window && q.backward) {
     const Tiling t = tiling_of(g.cols, pack, threads);
     return std::max(products, g.slab * t.chunks + (t.groups > 1 ? t.groups * g.cols : 0));
@@ -164,7 +170,7 @@ inline Scratch scratch_of(const Geometry& g, const Problem& q, int threads, int 
   s.gate = take(s.own, g.C);
   s.sums = take(s.shared, q.nhwc ? (g.window && !q.backward ? 3 : 1) * g.C : branches == 2 ? g.P : 0);
   s.mean_part = take(s.shared, g.channels);
-  s.hidden_part = take(s.shared, branches * g.hidden);
+  s.hidden_part = take(s.shared, (g.window && !q.backward ? 2 : 1) * g.R);
   s.gate_part = take(s.shared, g.channels);
   if (g.window) {
     s.copies = 1;
@@ -202,42 +208,38 @@ inline bool fits(Plan& p, const Problem& q, int team, int held, int stages, int 
   return p.shared_bytes <= bytes;
 }
 
-// What each of two blocks on one multiprocessor may have; a block takes 1 KB more than it asks for.
-inline int half_of(const Device& d) { return (d.shared_bytes + 1024) / 2 - 1024; }
-
-inline const char* why_cluster(int held, bool of_two, bool half) {
-  if (held == 2) {
-    return half ? "x and grad of an image fit the shared memory of a cluster, two blocks to a multiprocessor"
-                : "x and grad of an image fit the shared memory of a cluster";
-  }
+inline const char* why_cluster(int held, bool of_two, int stages) {
+  if (held == 2) return "x and grad of an image fit the shared memory of a cluster";
   if (of_two) return "x of an image fits the shared memory of a cluster, grad comes again from L2";
-  return half ? "an image fits the shared memory of a cluster, two blocks to a multiprocessor"
-              : "an image fits the shared memory of a cluster";
+  return stages == 2 ? "an image and the next one fit the shared memory of a cluster"
+                     : "an image fits the shared memory of a cluster";
 }
 
-// The smallest cluster whose blocks hold `held` maps of an image, two blocks to a multiprocessor if that can
-// be.
-inline bool plan_cluster(Plan& p, const Problem& q, const Device& d, int held) {
+// The smallest cluster whose blocks hold `held` maps of an image, and of the next one if that can be.
+// clusters(plan): how many of them the device runs at once; it may have no room for a single one.
+template <class Clusters>
+bool plan_cluster(Plan& p, const Problem& q, const Device& d, int held, const Clusters& clusters) {
   const Geometry& g = p.geometry;
-  const int half = half_of(d);
-  for (const int bytes : {half, d.shared_bytes}) {
+  const int64_t image = int64_t{g.rows} * g.cols * q.element;
+  p.variant = kCluster;
+  for (const int stages : {2, 1}) {
     for (int team = 1; team <= kLargestCluster; team *= 2) {
-      if (!fits(p, q, team, held, 1, bytes)) continue;
-      const int64_t image = int64_t{g.rows} * g.cols * q.element;
+      if (!fits(p, q, team, held, stages, d.shared_bytes)) continue;
       // Few images: more blocks an image, while a block's part is worth a copy.
-      while (team < kLargestCluster && g.N * team < d.count && image / (2 * team) >= 4096 &&
+      while (team < kLargestCluster && 2 * g.N * team <= d.count && image / (2 * team) >= 4096 &&
              2 * team * row_unit(p, q.element) <= g.rows) {
         team *= 2;
       }
-      const bool twice = g.N * team > 2 * d.count;
-      if (!(twice && fits(p, q, team, held, 2, bytes))) divide(p, q, team, held, 1);
-      const int resident = (bytes == half ? 2 : 1) * d.count;
-      p.variant = kCluster;
-      p.teams = static_cast<int>(std::min<int64_t>(g.N, std::max(1, resident / team)));
-      // A barrier of the whole grid, of clusters that may not find room everywhere: half of what is there.
-      if (p.one_launch) p.teams = std::min(p.teams, std::max(1, resident / 2 / team));
-      p.one_launch = p.one_launch && p.teams * team <= resident;
-      p.why = why_cluster(held, q.window && q.backward, bytes == half);
+      divide(p, q, team, held, stages);
+      int64_t teams = std::min<int64_t>(g.N, clusters(p));
+      // A barrier of the whole grid, of clusters that may not find room beside others: half of what is there.
+      if (p.one_launch) teams = std::min<int64_t>(teams, std::max(1, d.count / 2 / team));
+      if (teams < 1) continue;
+      const int64_t rounds = (g.N + teams - 1) / teams;
+      if (rounds == 1) divide(p, q, team, held, 1);
+      p.teams = ceil_div(g.N, rounds);  // the same work for each
+      p.one_launch = p.one_launch && p.teams * team <= d.count;
+      p.why = why_cluster(held, q.window && q.backward, g.stages);
       return true;
     }
   }
@@ -245,24 +247,28 @@ inline bool plan_cluster(Plan& p, const Problem& q, const Device& d, int held) {
 }
 
 // Every resident block works at once; as many images are under way as half of the L2 cache holds.
-inline bool plan_semaphore(Plan& p, const Problem& q, const Device& d, int to_a_multiprocessor = 2) {
+inline bool plan_semaphore(Plan& p, const Problem& q, const Device& d) {
   const int64_t image = int64_t{p.geometry.rows} * p.geometry.cols * q.element;
-  const int resident = to_a_multiprocessor * d.count;
   const int64_t in_cache = std::max<int64_t>(1, d.l2_bytes / 2 / std::max<int64_t>(image, 1));
-  p.teams = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>({p.geometry.N, in_cache, resident})));
+  p.teams = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>({p.geometry.N, in_cache, d.count})));
   const int wanted = std::max(1, ceil_div(image, 1 << 14));
-  divide(p, q, std::max(1, std::min({resident / p.teams, wanted, p.geometry.rows})), 0, 0);
+  divide(p, q, std::max(1, std::min({d.count / p.teams, wanted, p.geometry.rows})), 0, 0);
   p.variant = kSemaphore;
   p.why = p.access == kNarrow ? "images do not begin at multiples of 16 bytes: teams of blocks meet at "
                                 "semaphores, images stay in L2"
-          : d.sm < 90
-              ? "no clusters before sm_90: teams of blocks meet at semaphores, images stay in L2"
-              : "an image does not fit a cluster: teams of blocks meet at semaphores, images stay in L2";
-  if (to_a_multiprocessor == 1) return p.shared_bytes <= d.shared_bytes;
-  return p.shared_bytes <= half_of(d) || plan_semaphore(p, q, d, 1);
+          : d.sm < 90 ? "no clusters before sm_90: teams of blocks meet at semaphores, images stay in L2"
+                      : "no cluster holds an image: teams of blocks meet at semaphores, images stay in L2";
+  return p.shared_bytes <= d.shared_bytes;
 }
 
-inline Plan plan(const Problem& q, const Device& d) {
+// One block to a multiprocessor, wherever it is: the device may know better (launch.h).
+struct AnyPlace {
+  const Device& device;
+  int operator()(const Plan& p) const { return std::max(1, device.count / p.geometry.team); }
+};
+
+template <class Clusters>
+Plan plan(const Problem& q, const Device& d, const Clusters& clusters) {
   Plan p;
   constexpr int64_t kMost = (int64_t{1} << 31) - (1 << 16);  // indices may go one turn of all threads too far
   if (q.C * q.P > kMost || q.C * q.R > kMost || (q.window && q.P >= (1 << 24))) {
@@ -274,14 +280,14 @@ inline Plan plan(const Problem& q, const Device& d) {
   g.C = static_cast<int>(q.C), g.P = static_cast<int>(q.P), g.R = static_cast<int>(q.R);
   g.rows = q.nhwc ? g.P : g.C, g.cols = q.nhwc ? g.C : g.P;
   g.W = q.W, g.window = q.window;
-  p.threads = q.threads ? q.threads : q.backward || q.window ? kFewThreads : kThreads;
+  p.threads = q.threads ? q.threads : kThreads;
   const int64_t image = q.C * q.P * q.element;
   const bool whole = q.aligned && image % 16 == 0 && q.stride_n * q.element % 16 == 0;
   p.access = !whole ? kNarrow : g.cols * int64_t{q.element} % 16 == 0 ? kWideRows : kRagged;
   const bool copies = d.sm >= 90 && whole;   // in bulk, of 16 bytes and multiples
   const bool both = q.window && q.backward;  // which comes back to x, and then to grad
   p.one_launch = q.backward && q.N * image <= kSmallMaps;
-  if (!(copies && ((both && plan_cluster(p, q, d, 2)) || plan_cluster(p, q, d, 1))) &&
+  if (!(copies && ((both && plan_cluster(p, q, d, 2, clusters)) || plan_cluster(p, q, d, 1, clusters))) &&
       !plan_semaphore(p, q, d)) {
     p.variant = kRefused;
     p.why = "the gates of a map of this size do not fit the shared memory of a thread block";
@@ -294,5 +300,7 @@ inline Plan plan(const Problem& q, const Device& d) {
   }
   return p;
 }
+
+inline Plan plan(const Problem& q, const Device& d) { return plan(q, d, AnyPlace{d}); }
 
 }  // namespace visattn::cuda

@@ -72,7 +72,7 @@ VF_DEVICE void cross_sums(Exec& ex, int rows, int cols, Partial partial, const B
   if constexpr (kColumns) {
 #pragma unroll 1
     for (int c = ex.thread(); t.groups > 1 && c < cols; c += ex.threads())
-      take(c, down(columns, t.groups, cols, c));
+      take(c, sum_of(columns, {t.groups, cols}, c));
   }
   if constexpr (kRows) {
 #pragma unroll 1

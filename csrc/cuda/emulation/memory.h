@@ -127,6 +127,11 @@ void put_map(const Checked<T>& p, int64_t i, const Pack<T, V>& pack) {
   put_pack(p, i, pack);
 }
 
+template <int V, class T>
+Pack<std::remove_const_t<T>, V> get_map(const Checked<T>& p, int64_t i) {
+  return get_pack<V>(p, i);
+}
+
 template <class T>
 std::remove_const_t<T> get(const Checked<T>& p, int64_t i) {
   return get_pack<1>(p, i).v[0];
