@@ -101,7 +101,7 @@ template <bool kNhwc, int kAccess, class T, class Exec>
 VF_DEVICE void write_input_grad(const CbamImage<kNhwc, kAccess, T, Exec>& im,
                                 typename Exec::Memory::template Global<const T> upstream) {
   constexpr int S = kSumPack<kAccess, T>;
-  for_tiles<S>(
+  for_tiles<S, 1>(
       im.ex, tiling_of(im.g.cols, S, im.ex.threads()), im.rows, im.g.cols,
       [&](int column) {
         Lanes<Side, S> sides = {};
@@ -111,8 +111,10 @@ VF_DEVICE void write_input_grad(const CbamImage<kNhwc, kAccess, T, Exec>& im,
         }
         return sides;
       },
-      [&](int row, int column, int, const Lanes<Side, S>& sides) {
+      [&](int row, const int (&columns)[1], int, const Lanes<Side, S>(&all)[1]) {
+        const int column = columns[0];
         if (column < 0) return;
+        const Lanes<Side, S>& sides = all[0];
         const int offset = row * im.g.cols + column;
         const Side own = kNhwc ? im.pixel(im.row0 + row) : im.channel(im.row0 + row);
         const Pack<T, S> gs = get_pack<S>(upstream, offset);
@@ -126,7 +128,7 @@ VF_DEVICE void write_input_grad(const CbamImage<kNhwc, kAccess, T, Exec>& im,
         }
         put_map<true>(im.a.dx, im.at + offset, dx);
       },
-      [](int, int, const Lanes<Side, S>&) {});
+      [](int, const int (&)[1], const Lanes<Side, S>(&)[1]) {});
 }
 
 template <bool kNhwc, int kAccess, class T, class Exec>
@@ -136,6 +138,7 @@ VF_DEVICE void cbam_backward(Exec& ex, const CbamBackward<typename Exec::Memory,
   const Geometry& g = a.geometry;
   const CbamFloats<Exec> f(ex, g, a.scratch);
   Slabs<Exec, T> xs(ex, a.x, g, g.stride_n), grads(ex, a.grad, g, int64_t{g.C} * g.P, 1);
+  load_taps(ex, g, f, a.wconv);
   int turn = 0;
   for (int64_t n = ex.team(); n < g.N; n += ex.teams(), ++turn) {
     const CbamImage<kNhwc, kAccess, T, Exec> image(ex, a, f, n, xs.count(), xs.first());

@@ -116,19 +116,20 @@ struct CbamImage {
     conv_weight_grads(ex, g, pixels, halo, f.halo, a.maps + 2 * n * g.P,
                       [&](int e, float sum) { put(f.conv_part, e, sum); });
     const float channels_of = static_cast<float>(g.C);
-#pragma unroll 1
-    for (int p = pixels.begin + ex.thread(); p < pixels.end; p += ex.threads()) {
-      const int i = p - pixels.begin;
-      const float mean = convolve<-1>(g, halo, f.halo, a.wconv, 0, p, 0.0f) / channels_of;
-      const float peak = convolve<-1>(g, halo, f.halo, a.wconv, 1, p, 0.0f);
-      if constexpr (kNhwc) {
-        put(f.map_grad, i, mean);
-        put(f.map_grad, g.slab + i, peak);
-      } else {
-        put(f.grad_part, i, mean);
-        put(f.grad_part, g.pixels + i, peak);
-      }
-    }
+    for_maps(
+        ex, pixels,
+        [&](int p, int map) {
+          const float sum = convolve<-1>(g, halo, f.halo, f.taps + map * g.window * g.window, p);
+          return map ? sum : sum / channels_of;
+        },
+        [&](int p, int map, float value) {
+          if (p < 0) return;
+          if constexpr (kNhwc) {
+            put(f.map_grad, map * g.slab + p - pixels.begin, value);
+          } else {
+            put(f.grad_part, map * g.pixels + p - pixels.begin, value);
+          }
+        });
     if constexpr (kNhwc) {
       ex.sync_block();
     } else {

@@ -43,12 +43,13 @@ struct DeviceThread {
     }
     return v;
   }
+  VF_DEVICE bool warp_any(bool p) const { return __any_sync(0xffffffffu, p); }
   VF_DEVICE void sync_grid() const { cooperative_groups::this_grid().sync(); }  // of a cooperative launch
-  VF_DEVICE Peak warp_peak(Peak p) const {
+  VF_DEVICE Peak warp_peak(Peak p, int lanes = kWarp) const {
     VF_UNROLL
-    for (int lanes = 1; lanes < kWarp; lanes *= 2) {
-      const Peak other{__shfl_xor_sync(0xffffffffu, p.value, lanes),
-                       __shfl_xor_sync(0xffffffffu, p.at, lanes)};
+    for (int step = 1; step < kWarp; step *= 2) {
+      if (step >= lanes) break;  // all of the warp
+      const Peak other{__shfl_xor_sync(0xffffffffu, p.value, step), __shfl_xor_sync(0xffffffffu, p.at, step)};
       if (beats(other, p)) p = other;
     }
     return p;

@@ -49,7 +49,8 @@ struct Scratch {
   int sums = 0, mean_part = 0, hidden_part = 0, gate_part = 0, shared = 0;
 
   // Of the convolution: its maps and gates, and what pools into them.
-  int maximum = 0, halo = 0, spatial = 0, max_part = 0, map_part = 0, spatial_part = 0, pixel_stats = 0;
+  int maximum = 0, halo = 0, taps = 0, spatial = 0, max_part = 0, map_part = 0, spatial_part = 0,
+      pixel_stats = 0;
 
   // Of its backward: sums, indices and gradients of the block's rows, and what the maps get.
   int direct = 0, at_channel = 0, at_pixel = 0, map_grad = 0, grad_part = 0, conv_part = 0;
@@ -59,9 +60,12 @@ struct Scratch {
   int floats(bool resident) const { return own + (resident ? copies * shared : 0); }
 };
 
-// How the warps of a block share its rows in `cross_sums`: a warp's lanes lie over `lanes` packs of a row,
-// and over several rows where those are short; `chunks` of them make up a row, and `groups` of lanes take
-// turns down the rows.
+// How the warps of a block share its rows in `for_tiles`: a warp's lanes lie over `lanes` packs of a row, or
+// a few times as many, and over several rows where those are short; `chunks` of them make up a row, and
+// `groups` of lanes take turns down the rows. Eight lanes fetch the 128 bytes that shared memory gives at
+// once.
+constexpr int kRowLanes = 8, kWarpLanes = 32;
+
 struct Tiling {
   int lanes = 1, chunks = 1, groups = 1;
 };
@@ -102,26 +106,33 @@ constexpr int64_t kSmallMaps = 1 << 20;
 constexpr int ceil_div(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }
 constexpr int round_up(int64_t a, int64_t b) { return ceil_div(a, b) * static_cast<int>(b); }
 
-constexpr Tiling tiling_of(int cols, int pack, int threads) {
+constexpr Tiling tiling_of(int cols, int pack, int threads, int most_lanes = kWarpLanes, int each = 1) {
   Tiling t;
   const int packs = cols / pack, warps = threads / 32;
-  while (t.lanes < packs && t.lanes < 32) t.lanes *= 2;
-  t.chunks = packs > t.lanes ? ceil_div(packs, t.lanes) : 1;
+  while (t.lanes < packs && t.lanes < most_lanes) t.lanes *= 2;
+  t.chunks = packs > t.lanes * each ? ceil_div(packs, t.lanes * each) : 1;
   t.groups = (warps > t.chunks ? warps / t.chunks : 1) * (32 / t.lanes);
   return t;
 }
 
-// Partial statistics of a block: three of each row, or of each group of threads and column.
+// Partial statistics of a block: three of each part of a row, or one of each group of threads and column.
 inline int stats_of(const Geometry& g, int threads, int pack) {
   const int groups = threads / std::max(g.cols / pack, 1);
-  return 3 * std::max({g.slab, threads / 32, groups > 1 ? groups * g.cols : 0});
+  const Tiling rows = tiling_of(g.cols, pack, threads, kRowLanes, 4);
+  return std::max(
+      {3 * std::max(g.slab * rows.chunks, threads / rows.lanes), groups > 1 ? (groups + 1) * g.cols : 0});
+}
+
+// What the windows around a block's pixels reach of a map, and zeros beside it.
+inline int halo_of(const Geometry& g) {
+  return (ceil_div(g.pixels, g.W) + g.window) * (g.W + 2 * (g.window / 2));
 }
 
 template <class Take>
 void add_map_gradients(Scratch& s, const Geometry& g, bool nhwc, const Take& take) {
-  const int rows = std::min(g.P / g.W, ceil_div(g.pixels, g.W) + g.window);
   s.maximum = take(s.own, g.C);
-  s.halo = take(s.own, rows * g.W);
+  s.halo = take(s.own, halo_of(g));
+  s.taps = take(s.own, 2 * g.window * g.window);
   s.spatial = take(s.own, nhwc ? g.slab : 0);
   s.direct = take(s.own, nhwc ? 0 : g.slab);
   s.at_channel = take(s.own, g.C);
@@ -135,11 +146,10 @@ void add_map_gradients(Scratch& s, const Geometry& g, bool nhwc, const Take& tak
 
 template <class Take>
 void add_maps(Scratch& s, const Geometry& g, bool nhwc, const Take& take) {
-  const int rows = std::min(g.P / g.W, ceil_div(g.pixels, g.W) + g.window);
   s.maximum = take(s.own, g.C);
-  s.halo = take(s.own, 2 * rows * g.W);
-  s.spatial = take(s.own, nhwc ? g.slab : g.P);
-  s.max_part = take(s.shared, g.channels);
+  s.halo = take(s.own, 2 * halo_of(g));
+  s.taps = take(s.own, 2 * g.window * g.window);
+  s.spatial = take(s.own, nhwc ? g.slab : 0);
   s.map_part = take(s.shared, 2 * g.pixels);
   s.spatial_part = take(s.shared, nhwc ? 0 : g.pixels);
   s.pixel_stats = take(s.shared, nhwc ? 0 : 3 * g.P);
@@ -152,7 +162,7 @@ inline int partial_of(const Geometry& g, const Problem& q, int threads, int pack
   const int products = (g.window ? 2 : 1) * std::max({threads, outputs, g.R});
   if (g.window && q.backward) {
     const Tiling t = tiling_of(g.cols, pack, threads);
-    return std::max(products, g.slab * t.chunks + (t.groups > 1 ? t.groups * g.cols : 0));
+    return std::max(products, round_up(g.slab * t.chunks, 4) + (t.groups > 1 ? t.groups * g.cols : 0));
   }
   const int groups = std::max(threads / std::max(g.cols / pack, 1), 1);
   return std::max({products, q.nhwc ? groups * g.cols : g.slab, g.window ? stats_of(g, threads, pack) : 0});

@@ -41,6 +41,9 @@ VF_DEVICE bool beats(const Peak& a, const Peak& b) {
   return a.value > b.value || (a.value == b.value && a.at < b.at);
 }
 
+// The maximum, which NaN wins.
+VF_DEVICE float larger(float a, float b) { return a > b || a != a ? a : b; }
+
 // V elements that are read or written at once, 16 bytes at most.
 template <class T, int V>
 struct alignas(sizeof(T) * V) Pack {

@@ -36,9 +36,10 @@ VF_DEVICE Partials line_sums(Exec& ex, int rows, int cols, Partial partial, cons
   };
   Partials p;
   if constexpr (kDown) {
-    p.count = for_columns<V, kUnroll>(ex, rows, cols, start, visit, [&](int group, int column, Sum& sum) {
-      put_floats(partial, group * cols + column, sum.total);
-    });
+    p.count = for_columns<V, kUnroll>(
+        ex, rows, cols, [&](int, int column) { return start(column); },
+        [&](Sum& sum, int, int offset) { visit(sum, offset); },
+        [&](int group, int column, Sum& sum) { put_floats(partial, group * cols + column, sum.total); });
     p.distance = cols;
   } else {
     const int lanes = RowShare(rows, cols, V, ex.threads()).lanes;
@@ -169,8 +170,9 @@ VF_DEVICE void for_scaled(Exec& ex, const Geometry& g, int count, const Vector (
     }
   } else if constexpr (kNhwc) {
     for_columns<V, kUnroll>(
-        ex, rows, g.cols, [&](int column) { return coefficients<V>(vectors, column); },
-        [&](const Coefficients<K, V>& c, int offset) { visit(offset, c); }, [](int, int, const auto&) {});
+        ex, rows, g.cols, [&](int, int column) { return coefficients<V>(vectors, column); },
+        [&](const Coefficients<K, V>& c, int, int offset) { visit(offset, c); },
+        [](int, int, const auto&) {});
   } else {
     for_rows<V, kUnroll>(
         ex, rows, g.cols, [&](int row) { return coefficients<1>(vectors, row0 + row); },

@@ -5,9 +5,9 @@
 // (device.cuh), and the emulation's own. An Exec offers
 //   thread, threads, rank, team_size, team, teams   where this thread is
 //   sync_block, sync_team, sync_grid                barriers
-//   warp_sum(v, lanes), warp_peak                   over the warp, or `lanes` of it: the same for all of them
-//   shared<T>(bytes), exchange(floats), peer(p, r)  memory of the block, of it for its team, and of block r
-//   copy_init, copy_async, copy_wait, fence_async   copies into the slabs, and their end (kResident)
+//   warp_sum, warp_peak(v, lanes), warp_any(p)       over the warp, or `lanes` of it: the same for all of
+//   them shared<T>(bytes), exchange(floats), peer(p, r)  memory of the block, of it for its team, and of
+//   block r copy_init, copy_async, copy_wait, fence_async   copies into the slabs, and their end (kResident)
 #pragma once
 
 #include "plan.h"

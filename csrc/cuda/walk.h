@@ -6,11 +6,8 @@
 
 namespace visattn::cuda {
 
-// 128 bytes of a row at a time, of several rows at once: no two lanes meet in a bank of shared memory, and
-// short rows leave few lanes idle.
-constexpr int kRowLanes = 8;
-
-// How the lanes of a block share rows: `lanes` of them walk along a row, or along one of `parts` of it.
+// How the lanes of a block share rows: `lanes` of them walk along a row, or along one of `parts` of it: 128
+// bytes at a time, so that no two meet in a bank of shared memory, and few are idle in short rows.
 struct RowShare {
   int lanes = 1, parts = 1, packs = 0;  // packs: of a part
 
@@ -46,18 +43,19 @@ VF_DEVICE RowShare for_rows(Exec& ex, int rows, int cols, const Begin& begin, co
   return share;
 }
 
-// data = begin(column) once for a pack's columns, which a thread keeps for its share of the rows;
-// visit(data, offset), then finish(group, column, data). Returns the number of groups that share the rows.
+// data = begin(group, column) once for a pack's columns, which a thread keeps for its share of the rows;
+// visit(data, row, offset), then finish(group, column, data). Returns the number of groups that share the
+// rows: row r belongs to group r % groups.
 template <int V, int kUnroll, class Exec, class Begin, class Visit, class Finish>
 VF_DEVICE int for_columns(Exec& ex, int rows, int cols, const Begin& begin, const Visit& visit,
                           const Finish& finish) {
   const int packs = cols / V, groups = packs < 1 || packs >= ex.threads() ? 1 : ex.threads() / packs;
 #pragma unroll 1
   for (int unit = ex.thread(); unit < packs * groups; unit += ex.threads()) {
-    const int group = unit / packs, column = unit % packs * V, step = groups * cols, end = rows * cols;
-    auto data = begin(column);
+    const int group = unit / packs, column = unit % packs * V;
+    auto data = begin(group, column);
 #pragma unroll kUnroll
-    for (int i = group * cols + column; i < end; i += step) visit(data, i);
+    for (int r = group; r < rows; r += groups) visit(data, r, r * cols + column);
     finish(group, column, data);
   }
   return groups;

@@ -148,14 +148,17 @@ struct EmulatedExec {
     return sums[f.thread % kWarp / of * of];
   }
 
-  Peak warp_peak(Peak p) {
+  bool warp_any(bool p) { return warp_sum(p ? 1.0f : 0.0f) > 0; }
+
+  Peak warp_peak(Peak p, int of = kWarp) {
     Warp& w = block().warps[f.thread / kWarp];
     auto peaks = &w.peaks[shuffles++ & 1];
     (*peaks)[f.thread % kWarp] = p;
     grid.scheduler.meet(w.barrier);
     ++f.epochs.warp;
-    for (const Peak& other : *peaks) {
-      if (beats(other, p)) p = other;
+    const int first = f.thread % kWarp / of * of;
+    for (int i = first; i < first + of; ++i) {
+      if (beats((*peaks)[i], p)) p = (*peaks)[i];
     }
     return p;
   }
