@@ -110,7 +110,7 @@ VF_DEVICE void spatial_attention(Exec& ex, const Geometry& g, const CbamFloats<E
         return convolve<1>(g, halo, f.halo + map * halo.span(), f.taps + map * g.window * g.window, p);
       },
       [&](int p, int map, float value) {
-        const float gate = sigmoid(start + ex.warp_sum(value, 2));
+        const float gate = sigmoid(start + ex.template warp_sum<2>(value));
         if (p < 0 || map) return;
         keep(p, gate);
         if constexpr (kNhwc) {

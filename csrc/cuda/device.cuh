@@ -35,24 +35,28 @@ struct DeviceThread {
   VF_DEVICE int thread() const { return static_cast<int>(threadIdx.x); }
   VF_DEVICE static constexpr int threads() { return kCount; }
   VF_DEVICE void sync_block() const { __syncthreads(); }
-  VF_DEVICE float warp_sum(float v, int lanes = kWarp) const {
+  // merge(mine, another lane's) until all of the `lanes`, kMost or fewer, have all.
+  template <int kMost, class U, class Merge>
+  VF_DEVICE static U over_warp(U v, int lanes, const Merge& merge) {
     VF_UNROLL
-    for (int step = 1; step < kWarp; step *= 2) {
-      const float other = __shfl_xor_sync(0xffffffffu, v, step);
-      if (step < lanes) v += other;
+    for (int step = 1; step < kMost; step *= 2) {
+      const U both = merge(v, __shfl_xor_sync(0xffffffffu, v, step));
+      if (step < lanes) v = both;
     }
     return v;
   }
+  template <int kMost = kWarp>
+  VF_DEVICE float warp_sum(float v, int lanes = kMost) const {
+    return over_warp<kMost>(v, lanes, [](float a, float b) { return a + b; });
+  }
   VF_DEVICE bool warp_any(bool p) const { return __any_sync(0xffffffffu, p); }
   VF_DEVICE void sync_grid() const { cooperative_groups::this_grid().sync(); }  // of a cooperative launch
-  VF_DEVICE Peak warp_peak(Peak p, int lanes = kWarp) const {
-    VF_UNROLL
-    for (int step = 1; step < kWarp; step *= 2) {
-      if (step >= lanes) break;  // all of the warp
-      const Peak other{__shfl_xor_sync(0xffffffffu, p.value, step), __shfl_xor_sync(0xffffffffu, p.at, step)};
-      if (beats(other, p)) p = other;
-    }
-    return p;
+  template <int kMost = kWarp>
+  VF_DEVICE Peak warp_peak(Peak p, int lanes = kMost) const {
+    const float most = over_warp<kMost>(p.value, lanes, [](float a, float b) { return larger(a, b); });
+    const bool has = p.value == most || (p.value != p.value && most != most);
+    return {most,
+            over_warp<kMost>(has ? p.at : Peak{}.at, lanes, [](int a, int b) { return a < b ? a : b; })};
   }
   template <class T>
   VF_DEVICE T* shared(int bytes) const {

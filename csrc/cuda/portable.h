@@ -42,7 +42,15 @@ VF_DEVICE bool beats(const Peak& a, const Peak& b) {
 }
 
 // The maximum, which NaN wins.
-VF_DEVICE float larger(float a, float b) { return a > b || a != a ? a : b; }
+VF_DEVICE float larger(float a, float b) {
+#ifdef __CUDA_ARCH__
+  float most;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(most) : "f"(a), "f"(b));
+  return most;
+#else
+  return a > b || a != a ? a : b;
+#endif
+}
 
 // V elements that are read or written at once, 16 bytes at most.
 template <class T, int V>
@@ -151,8 +159,21 @@ VF_DEVICE void put_floats(const Vector& vector, int i, const float (&v)[W]) {
   }
 }
 
+// One instruction for each element: a bfloat16 is the upper half of a float.
 template <class T, int V>
 VF_DEVICE void to_floats(const Pack<T, V>& pack, float (&v)[V]) {
+#ifdef __CUDA_ARCH__
+  if constexpr (std::is_same_v<T, BFloat16> && V % 2 == 0) {
+    unsigned pairs[V / 2];
+    memcpy(pairs, &pack, sizeof(pack));
+    VF_UNROLL
+    for (int j = 0; j < V; j += 2) {
+      v[j] = __uint_as_float(pairs[j / 2] << 16);
+      v[j + 1] = __uint_as_float(pairs[j / 2] & 0xffff0000u);
+    }
+    return;
+  }
+#endif
   VF_UNROLL
   for (int j = 0; j < V; ++j) v[j] = static_cast<float>(pack.v[j]);
 }

@@ -46,7 +46,7 @@ VF_DEVICE Partials line_sums(Exec& ex, int rows, int cols, Partial partial, cons
     p.count = for_rows<V, kUnroll>(ex, rows, cols, start, visit, [&](int unit, Sum& sum) {
                 VF_UNROLL
                 for (int j = 1; j < V; ++j) sum.total[0] += sum.total[j];
-                const float total = ex.warp_sum(sum.total[0], lanes);
+                const float total = ex.template warp_sum<kRowLanes>(sum.total[0], lanes);
                 if (unit >= 0) put(partial, unit, total);
               }).parts;
     p.distance = 1;

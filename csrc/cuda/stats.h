@@ -108,8 +108,8 @@ VF_DEVICE void row_stats(Exec& ex, int rows, int cols, Partial partial, const Va
             }
           }
         }
-        s.sum = ex.warp_sum(l.sum[0], share.lanes);
-        s.peak = ex.warp_peak(s.peak, share.lanes);
+        s.sum = ex.template warp_sum<kRowLanes>(l.sum[0], share.lanes);
+        s.peak = ex.template warp_peak<kRowLanes>(s.peak, share.lanes);
         if (unit >= 0) put_stat(partial, count, unit, s);
       });
   ex.sync_block();
@@ -146,20 +146,21 @@ VF_DEVICE void scaled_row_stats(Exec& ex, int rows, int cols, Partial partial,
       },
       [&](int row, const int (&columns)[K], int chunk, const Factors(&f)[K]) {
         float sum = 0;
-        Peak most;
+        Peak most{-INFINITY, columns[0] < 0 ? Peak{}.at : columns[0]};
         VF_UNROLL
         for (int k = 0; k < K; ++k) {
-          if (columns[k] < 0) continue;
+          const bool has = columns[k] >= 0;
           float v[V];
-          scaled(row * cols + columns[k], f[k], v);
-          VF_UNROLL
-          for (int j = 0; j < V; ++j) sum += v[j];
+          scaled(has ? row * cols + columns[k] : 0, f[k], v);
           const float pack = most_of(v);
-          if (pack > most.value || most.at == Peak{}.at) most = {pack, columns[k]};
+          if (has && pack > most.value) most = {pack, columns[k]};
+          VF_UNROLL
+          for (int j = 1; j < V; ++j) v[0] += v[j];
+          sum += has ? v[0] : 0.0f;
         }
         const bool odd = sum != sum;  // in any lane
         Stat s;
-        s.sum = ex.warp_sum(sum, t.lanes);
+        s.sum = ex.template warp_sum<kRowLanes>(sum, t.lanes);
         if (ex.warp_any(odd)) {
           most = {};
 #pragma unroll 1
@@ -175,7 +176,7 @@ VF_DEVICE void scaled_row_stats(Exec& ex, int rows, int cols, Partial partial,
             if (beats(other, most)) most = other;
           }
         }
-        s.peak = ex.warp_peak(most, t.lanes);
+        s.peak = ex.template warp_peak<kRowLanes>(most, t.lanes);
         if (lane == 0 && row < rows) put_stat(partial, rows * t.chunks, row * t.chunks + chunk, s);
       },
       [](int, const int (&)[K], Factors(&)[K]) {});
@@ -303,8 +304,8 @@ VF_DEVICE void column_stats(Exec& ex, int rows, int cols, int row0, const Part& 
 #pragma unroll 4
       for (int r = ex.thread() % 2; r < ex.team_size(); r += 2) s.merge(get_stat(ex.peer(stats, r), cols, c));
     }
-    s.sum = ex.warp_sum(s.sum, 2);
-    s.peak = ex.warp_peak(s.peak, 2);
+    s.sum = ex.template warp_sum<2>(s.sum);
+    s.peak = ex.template warp_peak<2>(s.peak);
     if (c < part.end && ex.thread() % 2 == 0) finish(c, s);
   }
 }

@@ -135,7 +135,8 @@ struct EmulatedExec {
     ++f.epochs.warp, ++f.epochs.block;
   }
 
-  float warp_sum(float v, int of = kWarp) {
+  template <int kMost = kWarp>
+  float warp_sum(float v, int of = kMost) {
     Warp& w = block().warps[f.thread / kWarp];
     auto values = &w.values[shuffles++ & 1];
     (*values)[f.thread % kWarp] = v;
@@ -150,7 +151,8 @@ struct EmulatedExec {
 
   bool warp_any(bool p) { return warp_sum(p ? 1.0f : 0.0f) > 0; }
 
-  Peak warp_peak(Peak p, int of = kWarp) {
+  template <int kMost = kWarp>
+  Peak warp_peak(Peak p, int of = kMost) {
     Warp& w = block().warps[f.thread / kWarp];
     auto peaks = &w.peaks[shuffles++ & 1];
     (*peaks)[f.thread % kWarp] = p;
