@@ -115,7 +115,7 @@ def test_cbam(layout, device):
     assert (backward.held, backward.stages) == (0, 0) if variant == "semaphore" else (2, 2)
     again = 0 if variant == "cluster" else 2 * call.x.nbytes
     places = (forward.read + forward.written - 2 * call.x.nbytes - again) / call.x.nbytes
-    assert places == 0 if again == 0 else 0 <= places < 0.2  # packs that had a maximum are read again
+    assert places == 0 if again == 0 else 0 <= places < 0.5  # packs that had a maximum are read again
     assert backward.read + backward.written == 3 * call.x.nbytes + again
 
 

@@ -8,7 +8,7 @@ namespace visattn::cuda {
 
 template <class Exec>
 struct CbamFloats : Floats<Exec> {
-  typename Floats<Exec>::Shared maximum, halo, taps, spatial, direct, at_channel, at_pixel, map_grad;
+  typename Floats<Exec>::Shared maximum, halo, taps, spatial, direct, at_channel, lines;
   typename Floats<Exec>::Exchange max_part, map_part, spatial_part, pixel_stats, grad_part, conv_part;
 
   VF_DEVICE CbamFloats(Exec& ex, const Geometry& g, const Scratch& s)
@@ -19,8 +19,7 @@ struct CbamFloats : Floats<Exec> {
         spatial(this->partial + s.spatial),
         direct(this->partial + s.direct),
         at_channel(this->partial + s.at_channel),
-        at_pixel(this->partial + s.at_pixel),
-        map_grad(this->partial + s.map_grad),
+        lines(this->partial + s.lines),
         max_part(this->sums + s.max_part),
         map_part(this->sums + s.map_part),
         spatial_part(this->sums + s.spatial_part),
@@ -132,18 +131,16 @@ VF_DEVICE void conv_weight_grads(Exec& ex, const Geometry& g, const Part& part, 
 #pragma unroll 1
     for (int left = 0; left < (itself ? 1 : window); left += kTaps) {
       float total[kTaps] = {};
-#pragma unroll 1
+#pragma unroll 4
       for (int p = part.begin + lane; p < part.end; p += kWarp) {
         const int y = p / g.W + dy, x = p % g.W + left - half;
         const float d = get(dq, halo.place(g, p));
-        if (itself) {
-          total[0] += d;
-        } else if (y >= 0 && y < high) {
-          VF_UNROLL
-          for (int j = 0; j < kTaps; ++j) {
-            if (left + j < window && x + j >= 0 && x + j < g.W)
-              total[j] += d * get(maps, int64_t{map} * g.P + y * g.W + x + j);
-          }
+        const bool inside = !itself && y >= 0 && y < high;
+        VF_UNROLL
+        for (int j = 0; j < kTaps; ++j) {
+          const bool has = inside && left + j < window && x + j >= 0 && x + j < g.W;
+          const float value = has ? get(maps, int64_t{map} * g.P + y * g.W + x + j) : 0.0f;
+          total[j] += d * (itself && j == 0 ? 1.0f : value);
         }
       }
       VF_UNROLL

@@ -167,8 +167,12 @@ VF_DEVICE void cbam_forward(Exec& ex, const CbamForward<typename Exec::Memory, T
       put(a.argmax_c, n * g.P + p, s.peak.at);
     };
     if constexpr (kNhwc) {
-      scaled_row_stats<S>(ex, rows, g.cols, f.partial, f.gate, plain,
-                          [&](int r, const Stat& s) { mapped(row0 + r, s); });
+      const auto of_row = [&](int r, const Stat& s) { mapped(row0 + r, s); };
+      if (kept_of(g.cols, S) == 1) {
+        scaled_row_stats<S, 1>(ex, rows, g.cols, f.partial, f.gate, plain, of_row);
+      } else {
+        scaled_row_stats<S, kKept>(ex, rows, g.cols, f.partial, f.gate, plain, of_row);
+      }
     } else {
       column_stats<S>(
           ex, rows, g.cols, row0, pixels, f.partial, f.pixel_stats,

@@ -27,20 +27,16 @@ struct CbamBackward {
   BatchSums<Memory> sums;            // of the same launch, or none
 };
 
-// What a pixel gives dx of all its channels, or a channel of all its pixels: the gate, the gradients of the
+// What W pixels give dx of all their channels, or W channels of all their pixels: gates, gradients of the
 // mean and of the maximum, and where that was.
-struct Side {
-  float gate, mean, peak;
-  int at;
+template <int W>
+struct Sides {
+  float gate[W], mean[W], peak[W];
+  int at[W];
 };
 
-VF_DEVICE float input_grad(float g, const Side& pixel, const Side& channel, int p, int c) {
-  const float du = g * pixel.gate + pixel.mean + (pixel.at == c ? pixel.peak : 0.0f);
-  return du * channel.gate + channel.mean + (channel.at == p ? channel.peak : 0.0f);
-}
-
-// One thread's view of one image: the rows' data are in shared memory, those of columns come from where they
-// are once for all rows.
+// One thread's view of one image. f.lines [slab, 4] has the sides of the block's rows, one after the other:
+// those of columns come from where they are once for all rows.
 template <bool kNhwc, int kAccess, class T, class Exec>
 struct CbamImage {
   static constexpr int V = kPack<kAccess, T>, S = kSumPack<kAccess, T>;
@@ -69,9 +65,6 @@ struct CbamImage {
         channels(exec.rank(), g.channels, g.C),
         pixels(exec.rank(), g.pixels, g.P) {}
 
-  VF_DEVICE int channel_of(int row, int column) const { return kNhwc ? column : row0 + row; }
-  VF_DEVICE int pixel_of(int row, int column) const { return kNhwc ? row0 + row : column; }
-
   // The gates, and where the maxima were.
   VF_DEVICE void load() const {
 #pragma unroll 1
@@ -79,35 +72,52 @@ struct CbamImage {
       put(f.gate, c, get(a.channel_gate, n * g.C + c));
       put(f.at_channel, c, bits_of(get(a.argmax_hw, n * g.C + c)));
     }
-    if constexpr (kNhwc) {
 #pragma unroll 1
-      for (int p = ex.thread(); p < rows; p += ex.threads()) {
-        put(f.spatial, p, get(a.spatial_gate, n * g.P + row0 + p));
-        put(f.at_pixel, p, bits_of(get(a.argmax_c, n * g.P + row0 + p)));
-      }
+    for (int p = pixels.begin + ex.thread(); p < pixels.end; p += ex.threads())
+      put(f.spatial, p - pixels.begin, get(a.spatial_gate, n * g.P + p));
+    const int64_t of_rows = n * g.rows + row0;
+#pragma unroll 1
+    for (int r = ex.thread(); r < rows; r += ex.threads()) {
+      put(f.lines, 4 * r, kNhwc ? get(a.spatial_gate, of_rows + r) : get(a.channel_gate, of_rows + r));
+      put(f.lines, 4 * r + 3, bits_of(kNhwc ? get(a.argmax_c, of_rows + r) : get(a.argmax_hw, of_rows + r)));
     }
   }
 
-  VF_DEVICE float pixel_gate(int p) const {
-    return kNhwc ? get(f.spatial, p - row0) : get(a.spatial_gate, n * g.P + p);
+  VF_DEVICE float row_gate(int row) const { return get(f.lines, 4 * row); }
+  VF_DEVICE Sides<1> row_sides(int row) const {
+    float v[4];
+    get_floats(f.lines, 4 * row, v);
+    return {{v[0]}, {v[1]}, {v[2]}, {index_of(v[3])}};
   }
-  // Of a pixel's maps: the gradient of the mean, and of the maximum.
-  VF_DEVICE float map_grad(int which, int p) const {
+
+  // Of a pack's columns.
+  template <int W>
+  VF_DEVICE void column_gates(int column, float (&gates)[W]) const {
     if constexpr (kNhwc) {
-      return get(f.map_grad, which * g.slab + p - row0);
+      get_floats(f.gate, column, gates);
     } else {
-      return get(ex.peer(f.grad_part, p / g.pixels), which * g.pixels + p % g.pixels);
+      get_floats(a.spatial_gate + n * g.P, column, gates);
     }
   }
-  VF_DEVICE Side pixel(int p) const {
-    const int at = kNhwc ? index_of(get(f.at_pixel, p - row0)) : get(a.argmax_c, n * g.P + p);
-    return {pixel_gate(p), map_grad(0, p), map_grad(1, p), at};
-  }
-  VF_DEVICE Side channel(int c) const {
-    return {get(f.gate, c), get(f.mean, c), get(f.maximum, c), index_of(get(f.at_channel, c))};
+  // Without the gates.
+  template <int W>
+  VF_DEVICE void column_gradients(int column, Sides<W>& s) const {
+    float at[W];
+    if constexpr (kNhwc) {
+      get_floats(f.mean, column, s.mean);
+      get_floats(f.maximum, column, s.peak);
+      get_floats(f.at_channel, column, at);
+    } else {
+      const auto maps = ex.peer(f.grad_part, column / g.pixels);
+      get_floats(maps, column % g.pixels, s.mean);
+      get_floats(maps + g.pixels, column % g.pixels, s.peak);
+      get_floats(cast_floats(a.argmax_c + n * g.P), column, at);
+    }
+    VF_UNROLL
+    for (int j = 0; j < W; ++j) s.at[j] = index_of(at[j]);
   }
 
-  // The maps' gradients, in f.map_grad of the block in nhwc and f.grad_part of every block in nchw, and the
+  // The maps' gradients, in f.lines of the block in nhwc and f.grad_part of every block in nchw, and the
   // block's share of the weight's in f.conv_part.
   VF_DEVICE void convolution() const {
     const Halo halo(pixels, g);
@@ -125,7 +135,7 @@ struct CbamImage {
         [&](int p, int map, float value) {
           if (p < 0) return;
           if constexpr (kNhwc) {
-            put(f.map_grad, map * g.slab + p - pixels.begin, value);
+            put(f.lines, 4 * (p - pixels.begin) + 1 + map, value);
           } else {
             put(f.grad_part, map * g.pixels + p - pixels.begin, value);
           }
@@ -160,6 +170,10 @@ struct CbamImage {
           } else {
             put(f.mean, c, sum[0] / area);
             put(f.maximum, c, sum[1]);
+            if constexpr (!kNhwc) {
+              put(f.lines, 4 * (c - row0) + 1, sum[0] / area);
+              put(f.lines, 4 * (c - row0) + 2, sum[1]);
+            }
           }
         });
     // The team has met since f.conv_part was written.

@@ -18,6 +18,12 @@ struct InL2 {
 VF_DEVICE float get(InL2 m, int i) { return __ldcg(m.p + (m.at + i)); }
 VF_DEVICE void put(InL2 m, int i, float v) { __stcg(m.p + (m.at + i), v); }
 
+template <int W>
+VF_DEVICE void get_floats(const InL2& m, int i, float (&v)[W]) {
+  VF_UNROLL
+  for (int j = 0; j < W; ++j) v[j] = get(m, i + j);
+}
+
 struct Workspace {
   float* exchange;       // [blocks, Scratch::copies, Scratch::shared]; null in a cluster
   unsigned* semaphores;  // [teams], which the kernel clears

@@ -53,7 +53,7 @@ struct Scratch {
       pixel_stats = 0;
 
   // Of its backward: sums, indices and gradients of the block's rows, and what the maps get.
-  int direct = 0, at_channel = 0, at_pixel = 0, map_grad = 0, grad_part = 0, conv_part = 0;
+  int direct = 0, at_channel = 0, lines = 0, grad_part = 0, conv_part = 0;
 
   // With maps there are enough barriers between two uses of the exchange, and it is there once.
   int copies = 2;
@@ -115,10 +115,14 @@ constexpr Tiling tiling_of(int cols, int pack, int threads, int most_lanes = kWa
   return t;
 }
 
+// How many packs of a row a lane keeps the coefficients of: eight lanes have all of a row of 256 channels.
+constexpr int kKept = 4;
+constexpr int kept_of(int cols, int pack) { return cols / pack < kKept * kRowLanes ? 1 : kKept; }
+
 // Partial statistics of a block: three of each part of a row, or one of each group of threads and column.
 inline int stats_of(const Geometry& g, int threads, int pack) {
   const int groups = threads / std::max(g.cols / pack, 1);
-  const Tiling rows = tiling_of(g.cols, pack, threads, kRowLanes, 4);
+  const Tiling rows = tiling_of(g.cols, pack, threads, kRowLanes, kept_of(g.cols, pack));
   return std::max(
       {3 * std::max(g.slab * rows.chunks, threads / rows.lanes), groups > 1 ? (groups + 1) * g.cols : 0});
 }
@@ -133,11 +137,10 @@ void add_map_gradients(Scratch& s, const Geometry& g, bool nhwc, const Take& tak
   s.maximum = take(s.own, g.C);
   s.halo = take(s.own, halo_of(g));
   s.taps = take(s.own, 2 * g.window * g.window);
-  s.spatial = take(s.own, nhwc ? g.slab : 0);
+  s.spatial = take(s.own, g.pixels);
   s.direct = take(s.own, nhwc ? 0 : g.slab);
   s.at_channel = take(s.own, g.C);
-  s.at_pixel = take(s.own, nhwc ? g.slab : 0);
-  s.map_grad = take(s.own, nhwc ? 2 * g.slab : 0);
+  s.lines = take(s.own, 4 * g.slab);
   s.max_part = take(s.shared, nhwc ? g.channels : 0);
   s.map_part = take(s.shared, g.pixels);
   s.grad_part = take(s.shared, nhwc ? 0 : 2 * g.pixels);
@@ -203,7 +206,7 @@ inline void divide(Plan& p, const Problem& q, int team, int held, int stages) {
   g.slab = round_up(ceil_div(g.rows, team), row_unit(p, q.element));
   g.channels = q.nhwc ? ceil_div(g.C, team) : g.slab;
   g.hidden = ceil_div(g.R, team);
-  g.pixels = q.nhwc ? g.slab : ceil_div(g.P, team);
+  g.pixels = q.nhwc ? g.slab : round_up(ceil_div(g.P, team), 8);  // no pack has two owners
   g.held = held;
   g.stages = stages;
   g.stage_bytes = stages ? round_up(int64_t{g.slab} * g.cols * q.element, 128) : 0;

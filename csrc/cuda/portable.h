@@ -134,6 +134,7 @@ template <class U>
 VF_DEVICE const U* cast(const char* p) {
   return reinterpret_cast<const U*>(p);
 }
+VF_DEVICE const float* cast_floats(const int* p) { return reinterpret_cast<const float*>(p); }
 #endif  // __CUDACC__
 
 // v [W] from element i of a vector of floats on, of which i is a multiple: 16 bytes at a time.

@@ -122,11 +122,10 @@ VF_DEVICE void row_stats(Exec& ex, int rows, int cols, Partial partial, const Va
 
 // The same of v = data * a coefficient of its column, for rows that are short: a lane keeps the coefficients
 // of its packs in registers for all of its rows. factors(column, out [V]).
-template <int V, class Exec, class Partial, class Values, class Finish>
+template <int V, int K, class Exec, class Partial, class Values, class Finish>
 VF_DEVICE void scaled_row_stats(Exec& ex, int rows, int cols, Partial partial,
                                 typename Exec::template Shared<float> factors, const Values& values,
                                 const Finish& finish) {
-  constexpr int K = 4;
   struct Factors {
     float v[V];
   };

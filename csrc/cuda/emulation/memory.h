@@ -142,6 +142,8 @@ void put(const Checked<T>& p, int64_t i, std::type_identity_t<T> value) {
   put_pack(p, i, Pack<T, 1>{{value}});
 }
 
+inline Checked<const float> cast_floats(const Checked<const int>& p) { return {p.region, p.offset}; }
+
 template <class U>
 Checked<const U> cast(const Checked<const char>& p) {
   return {p.region, p.offset};
