@@ -155,6 +155,19 @@ def test_cbam_ties_and_nan(layout, device):
     hold(call)
 
 
+@layouts
+@pytest.mark.parametrize("threads", [32, 96])
+def test_cbam_statistics_of_two_bytes(layout, threads):
+    """The exchange of bfloat16's maxima, over what else is in its place where there are few threads."""
+    device = Device(shared_bytes=12 << 10, count=16, threads=threads)
+    call = emulation.cbam_example((3, 64, 16, 12), layout, torch.bfloat16, device=device, seed=6)
+    call.x[:, 3:60:4] = call.x[:, :1].clone()
+    call.x[1, 7, 2, 5] = call.x[1, 7, 6, 1] = float("nan")
+    call.x[2, :, 4] = float("-inf")
+    forward, _ = hold(call)
+    assert (forward.variant, forward.access, forward.teams) == ("cluster", "wide rows", 1)
+
+
 builds = pytest.mark.parametrize("build", [emulation.example, emulation.cbam_example], ids=["se", "cbam"])
 
 
@@ -197,7 +210,7 @@ def test_one_launch_or_two(kind):
     options = {"window": 3} if kind == "eca" else {}
     results = []
     for count in (32, 1):
-        device = Device(shared_bytes=12 << 10, count=count)
+        device = Device(shared_bytes=14 << 10, count=count)
         results.append(both_ways(build((3, 64, 8, 16), NCHW, torch.float32, device=device, **options)))
     (one, in_one), (two, in_two) = results
     assert (in_one, in_two) == (True, False)

@@ -13,19 +13,19 @@ struct CbamFloats : Floats<Exec> {
 
   VF_DEVICE CbamFloats(Exec& ex, const Geometry& g, const Scratch& s)
       : Floats<Exec>(ex, g, s, 0),
-        maximum(this->partial + s.maximum),
-        halo(this->partial + s.halo),
-        taps(this->partial + s.taps),
-        spatial(this->partial + s.spatial),
-        direct(this->partial + s.direct),
-        at_channel(this->partial + s.at_channel),
-        lines(this->partial + s.lines),
-        max_part(this->sums + s.max_part),
-        map_part(this->sums + s.map_part),
-        spatial_part(this->sums + s.spatial_part),
-        pixel_stats(this->sums + s.pixel_stats),
-        grad_part(this->sums + s.grad_part),
-        conv_part(this->sums + s.conv_part) {}
+        maximum(this->own + s.maximum),
+        halo(this->own + s.halo),
+        taps(this->own + s.taps),
+        spatial(this->own + s.spatial),
+        direct(this->own + s.direct),
+        at_channel(this->own + s.at_channel),
+        lines(this->own + s.lines),
+        max_part(this->exchange + s.max_part),
+        map_part(this->exchange + s.map_part),
+        spatial_part(this->exchange + s.spatial_part),
+        pixel_stats(this->exchange + s.pixel_stats),
+        grad_part(this->exchange + s.grad_part),
+        conv_part(this->exchange + s.conv_part) {}
 };
 
 // The part of a map that the windows around the block's pixels reach, with zeros where there is no map:

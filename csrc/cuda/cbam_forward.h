@@ -149,7 +149,7 @@ VF_DEVICE void cbam_forward(Exec& ex, const CbamForward<typename Exec::Memory, T
     };
     if constexpr (kNhwc) {
       column_stats<S>(
-          ex, rows, g.cols, row0, channels, f.partial, f.sums,
+          ex, rows, g.cols, row0, channels, f.partial, PlainStats<Exec>{ex, f.sums, g.cols},
           [&](int, int offset, float (&v)[S]) { plain(offset, v); }, pooled);
     } else {
       row_stats<S>(ex, rows, g.cols, f.partial, plain, [&](int r, const Stat& s) { pooled(row0 + r, s); });
@@ -174,15 +174,21 @@ VF_DEVICE void cbam_forward(Exec& ex, const CbamForward<typename Exec::Memory, T
         scaled_row_stats<S, kKept>(ex, rows, g.cols, f.partial, f.gate, plain, of_row);
       }
     } else {
-      column_stats<S>(
-          ex, rows, g.cols, row0, pixels, f.partial, f.pixel_stats,
-          [&](int row, int offset, float (&v)[S]) {
-            const float gate = get(f.gate, row0 + row);
-            plain(offset, v);
-            VF_UNROLL
-            for (int j = 0; j < S; ++j) v[j] *= gate;
-          },
-          mapped);
+      const auto gated = [&](int row, int offset, float (&v)[S]) {
+        const float gate = get(f.gate, row0 + row);
+        plain(offset, v);
+        VF_UNROLL
+        for (int j = 0; j < S; ++j) v[j] *= gate;
+      };
+      if constexpr (sizeof(T) == 2) {
+        using Slab = std::remove_const_t<decltype(slab)>;
+        const GatedStats<Exec, Slab> stats{ex,   f.pixel_stats, f.gate_part, g.cols,
+                                           row0, g.slab,        g.rows,      slab};
+        column_stats<S>(ex, rows, g.cols, row0, pixels, f.partial, stats, gated, mapped);
+      } else {
+        const PlainStats<Exec> stats{ex, f.pixel_stats, g.cols};
+        column_stats<S>(ex, rows, g.cols, row0, pixels, f.partial, stats, gated, mapped);
+      }
     }
     spatial_attention<kNhwc>(ex, g, f, a.bias, [&](int p, float v) { put(a.spatial_gate, n * g.P + p, v); });
     const int64_t at = n * g.C * g.P + slabs.first();

@@ -19,18 +19,20 @@ template <class Exec>
 struct Floats {
   using Shared = typename Exec::template Shared<float>;
   using Exchange = typename Exec::Exchange;
-  Shared partial, mean, hidden, gate;
-  Exchange sums, mean_part, hidden_part, gate_part;
+  Shared own, partial, mean, hidden, gate;
+  Exchange exchange, sums, mean_part, hidden_part, gate_part;
 
   VF_DEVICE Floats(Exec& ex, const Geometry& g, const Scratch& s, int turn)
-      : partial(ex.template shared<float>(kHeader + g.slab_bytes())),
-        mean(partial + s.mean),
-        hidden(partial + s.hidden),
-        gate(partial + s.gate),
-        sums(ex.exchange(partial + s.own, s.shared, turn & 1)),
-        mean_part(sums + s.mean_part),
-        hidden_part(sums + s.hidden_part),
-        gate_part(sums + s.gate_part) {}
+      : own(ex.template shared<float>(kHeader + g.slab_bytes())),
+        partial(own + s.partial),
+        mean(own + s.mean),
+        hidden(own + s.hidden),
+        gate(own + s.gate),
+        exchange(ex.exchange(own + (s.own - s.overlap), s.shared, turn & 1)),
+        sums(exchange + s.sums),
+        mean_part(exchange + s.mean_part),
+        hidden_part(exchange + s.hidden_part),
+        gate_part(exchange + s.gate_part) {}
 };
 
 // The channels whose means this block sums up and whose gates it computes.
@@ -89,11 +91,8 @@ VF_DEVICE void excite_forward(Exec& ex, const Geometry& g, const Floats<Exec>& f
   product(ex, w.w2, all ? Span{0, g.C} : Span{part}, {0, g.R}, g.R, f.hidden, [&](int c, float sum) {
     const float gate = gate_of(w.b2.p ? sum + get(w.b2, c) : sum, w.gate_activation);
     if (part.has(c)) keep_gate(c, gate);
-    if (kNhwc && !all) {
-      put(f.gate_part, c - part.begin, gate);
-    } else {
-      put(f.gate, c, gate);
-    }
+    if (!all) put(f.gate_part, c - part.begin, gate);
+    if (!kNhwc || all) put(f.gate, c, gate);
   });
   if (kNhwc && !all) {
     ex.sync_team();

@@ -57,7 +57,11 @@ struct Scratch {
 
   // With maps there are enough barriers between two uses of the exchange, and it is there once.
   int copies = 2;
-  int floats(bool resident) const { return own + (resident ? copies * shared : 0); }
+
+  // The end of a block's own floats, where shared memory has the beginning of the exchange, too: each is done
+  // with when the other is written.
+  int overlap = 0;
+  int floats(bool resident) const { return own + (resident ? copies * shared - overlap : 0); }
 };
 
 // How the warps of a block share its rows in `for_tiles`: a warp's lanes lie over `lanes` packs of a row, or
@@ -150,12 +154,10 @@ void add_map_gradients(Scratch& s, const Geometry& g, bool nhwc, const Take& tak
 template <class Take>
 void add_maps(Scratch& s, const Geometry& g, bool nhwc, const Take& take) {
   s.maximum = take(s.own, g.C);
-  s.halo = take(s.own, 2 * halo_of(g));
   s.taps = take(s.own, 2 * g.window * g.window);
   s.spatial = take(s.own, nhwc ? g.slab : 0);
   s.map_part = take(s.shared, 2 * g.pixels);
   s.spatial_part = take(s.shared, nhwc ? 0 : g.pixels);
-  s.pixel_stats = take(s.shared, nhwc ? 0 : 3 * g.P);
 }
 
 // Floats that sums over rows and columns of a slab pass through, none of which needs another's.
@@ -177,10 +179,11 @@ inline Scratch scratch_of(const Geometry& g, const Problem& q, int threads, int 
   const auto take = [](int& total, int count) {
     return total += round_up(count, 4), total - round_up(count, 4);
   };
-  s.partial = take(s.own, partial_of(g, q, threads, pack));
   s.mean = take(s.own, g.C);
   s.hidden = take(s.own, branches * g.R);
   s.gate = take(s.own, g.C);
+  if (g.window && !q.backward) s.pixel_stats = take(s.shared, q.nhwc ? 0 : (q.element == 2 ? 2 : 3) * g.P);
+  const int pixel_stats = s.shared;
   s.sums = take(s.shared, q.nhwc ? (g.window && !q.backward ? 3 : 1) * g.C : branches == 2 ? g.P : 0);
   s.mean_part = take(s.shared, g.channels);
   s.hidden_part = take(s.shared, (g.window && !q.backward ? 2 : 1) * g.R);
@@ -189,6 +192,14 @@ inline Scratch scratch_of(const Geometry& g, const Problem& q, int threads, int 
     s.copies = 1;
     q.backward ? add_map_gradients(s, g, q.nhwc, take) : add_maps(s, g, q.nhwc, take);
   }
+  // What the convolution reaches is gathered when the sums before it are done, and the other way round.
+  const bool convolves = g.window && !q.backward;
+  const int partial = std::max(partial_of(g, q, threads, pack), convolves ? 2 * halo_of(g) : 0);
+  s.partial = take(s.own, partial);
+  if (convolves) s.halo = s.partial;
+  // Sums over pixels go straight into the exchange where there is a pack for every thread.
+  if (convolves && !q.nhwc && g.cols / pack > threads / 2)
+    s.overlap = std::min(s.own - s.partial, pixel_stats);
   return s;
 }
 
@@ -235,7 +246,12 @@ bool plan_cluster(Plan& p, const Problem& q, const Device& d, int held, const Cl
   const Geometry& g = p.geometry;
   const int64_t image = int64_t{g.rows} * g.cols * q.element;
   p.variant = kCluster;
-  for (const int stages : {2, 1}) {
+  // Every image at once, or else the next one on its way, or one after the other.
+  struct Choice {
+    int stages;
+    int64_t most_rounds;
+  };
+  for (const auto [stages, most_rounds] : {Choice{1, 1}, Choice{2, g.N}, Choice{1, g.N}}) {
     for (int team = 1; team <= kLargestCluster; team *= 2) {
       if (!fits(p, q, team, held, stages, d.shared_bytes)) continue;
       // Few images: more blocks an image, while a block's part is worth a copy.
@@ -249,7 +265,7 @@ bool plan_cluster(Plan& p, const Problem& q, const Device& d, int held, const Cl
       if (p.one_launch) teams = std::min<int64_t>(teams, std::max(1, d.count / 2 / team));
       if (teams < 1) continue;
       const int64_t rounds = (g.N + teams - 1) / teams;
-      if (rounds == 1) divide(p, q, team, held, 1);
+      if (rounds > most_rounds) continue;
       p.teams = ceil_div(g.N, rounds);  // the same work for each
       p.one_launch = p.one_launch && p.teams * team <= d.count;
       p.why = why_cluster(held, q.window && q.backward, g.stages);

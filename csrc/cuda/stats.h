@@ -197,12 +197,59 @@ VF_DEVICE void scaled_row_stats(Exec& ex, int rows, int cols, Partial partial,
   }
 }
 
+// How blocks exchange the statistics of their columns: as three vectors [cols].
+template <class Exec>
+struct PlainStats {
+  Exec& ex;
+  typename Exec::Exchange stats;
+  int cols;
+
+  VF_DEVICE void put_sum(int c, float sum) const { put(stats, c, sum); }
+  VF_DEVICE void put_peak(int c, const Peak& p) const {
+    put(stats, cols + c, p.value);
+    put(stats, 2 * cols + c, bits_of(p.at));
+  }
+  VF_DEVICE int blocks() const { return ex.team_size(); }
+  VF_DEVICE Stat of_block(int r, int c) const { return get_stat(ex.peer(stats, r), cols, c); }
+};
+
+// Of x [rows, cols] times `gates` of its rows, where x has two bytes: as the sums, and x with its row in one
+// word. Every block has the gates of its rows.
+template <class Exec, class Slab>
+struct GatedStats {
+  Exec& ex;
+  typename Exec::Exchange stats, gates;
+  int cols, row0, slab_rows, all_rows;
+  Slab slab;
+
+  VF_DEVICE void put_sum(int c, float sum) const { put(stats, c, sum); }
+  VF_DEVICE void put_peak(int c, const Peak& p) const {
+    if (row0 >= all_rows) return;
+    const auto x = get_pack<1>(slab, (p.at - row0) * cols + c);
+    unsigned short bits;
+    memcpy(&bits, &x, sizeof(bits));
+    put(stats, cols + c, bits_of(static_cast<int>(static_cast<unsigned>(bits) << 16 | (p.at - row0))));
+  }
+  VF_DEVICE int blocks() const { return (all_rows + slab_rows - 1) / slab_rows; }  // those with rows
+  VF_DEVICE Stat of_block(int r, int c) const {
+    const unsigned word = static_cast<unsigned>(index_of(get(ex.peer(stats, r), cols + c)));
+    const unsigned short bits = static_cast<unsigned short>(word >> 16);
+    const int row = word & 0xffff;
+    auto x = decltype(get_pack<1>(slab, 0)){};
+    memcpy(&x, &bits, sizeof(bits));
+    Stat s;
+    s.sum = get(ex.peer(stats, r), c);
+    s.peak = {static_cast<float>(x.v[0]) * get(ex.peer(gates, r), row), r * slab_rows + row};
+    return s;
+  }
+};
+
 // finish(column, Stat) for the columns of `part`, down the rows of all blocks of the team; the index is the
-// row of the image, of which the block's first is row0. `stats` is the exchange, three vectors [cols];
-// values(row, offset, out [V]).
-template <int V, class Exec, class Partial, class Values, class Finish>
+// row of the image, of which the block's first is row0. `stats`: one of those above; values(row, offset, out
+// [V]).
+template <int V, class Exec, class Partial, class Stats, class Values, class Finish>
 VF_DEVICE void column_stats(Exec& ex, int rows, int cols, int row0, const Part& part, Partial partial,
-                            typename Exec::Exchange stats, const Values& values, const Finish& finish) {
+                            const Stats& stats, const Values& values, const Finish& finish) {
   struct Lane {
     float sum[V], most[V];
     int at[V];
@@ -250,7 +297,10 @@ VF_DEVICE void column_stats(Exec& ex, int rows, int cols, int row0, const Part& 
         }
         if (groups == 1) {
           VF_UNROLL
-          for (int j = 0; j < V; ++j) put_stat(stats, cols, column + j, {l.sum[j], {l.most[j], l.at[j]}});
+          for (int j = 0; j < V; ++j) {
+            stats.put_sum(column + j, l.sum[j]);
+            stats.put_peak(column + j, {l.most[j], l.at[j]});
+          }
         } else {
           mine = l, my_group = group, my_column = column;
         }
@@ -260,7 +310,7 @@ VF_DEVICE void column_stats(Exec& ex, int rows, int cols, int row0, const Part& 
     const int place = my_group * cols + my_column;
     if (my_column >= 0) put_floats(partial, place, mine.sum);
     ex.sync_block();
-    for (int c = ex.thread(); c < cols; c += ex.threads()) put(stats, c, sum_of(partial, all, c));
+    for (int c = ex.thread(); c < cols; c += ex.threads()) stats.put_sum(c, sum_of(partial, all, c));
     ex.sync_block();
     if (my_column >= 0) put_floats(partial, place, mine.most);
     ex.sync_block();
@@ -269,7 +319,6 @@ VF_DEVICE void column_stats(Exec& ex, int rows, int cols, int row0, const Part& 
 #pragma unroll 4
       for (int k = 1; k < groups; ++k) most = larger(most, get(partial, k * cols + c));
       put(winners, c, most);
-      put(stats, cols + c, most);
     }
     ex.sync_block();
     if (my_column >= 0) {
@@ -290,7 +339,7 @@ VF_DEVICE void column_stats(Exec& ex, int rows, int cols, int row0, const Part& 
         const int other = index_of(get(partial, k * cols + c));
         at = other < at ? other : at;
       }
-      put(stats, 2 * cols + c, bits_of(at));
+      stats.put_peak(c, {get(winners, c), at});
     }
   }
   ex.sync_team();
@@ -301,7 +350,7 @@ VF_DEVICE void column_stats(Exec& ex, int rows, int cols, int row0, const Part& 
     Stat s;
     if (c < part.end) {
 #pragma unroll 4
-      for (int r = ex.thread() % 2; r < ex.team_size(); r += 2) s.merge(get_stat(ex.peer(stats, r), cols, c));
+      for (int r = ex.thread() % 2; r < stats.blocks(); r += 2) s.merge(stats.of_block(r, c));
     }
     s.sum = ex.template warp_sum<2>(s.sum);
     s.peak = ex.template warp_peak<2>(s.peak);
