@@ -159,13 +159,14 @@ def test_cbam_ties_and_nan(layout, device):
 @pytest.mark.parametrize("threads", [32, 96])
 def test_cbam_statistics_of_two_bytes(layout, threads):
     """The exchange of bfloat16's maxima, over what else is in its place where there are few threads."""
-    device = Device(shared_bytes=12 << 10, count=16, threads=threads)
+    device = Device(shared_bytes=12 << 10, count=8, threads=threads)
     call = emulation.cbam_example((3, 64, 16, 12), layout, torch.bfloat16, device=device, seed=6)
     call.x[:, 3:60:4] = call.x[:, :1].clone()
     call.x[1, 7, 2, 5] = call.x[1, 7, 6, 1] = float("nan")
     call.x[2, :, 4] = float("-inf")
     forward, _ = hold(call)
-    assert (forward.variant, forward.access, forward.teams) == ("cluster", "wide rows", 1)
+    assert (forward.variant, forward.access) == ("cluster", "wide rows")
+    assert forward.teams < 3
 
 
 builds = pytest.mark.parametrize("build", [emulation.example, emulation.cbam_example], ids=["se", "cbam"])
