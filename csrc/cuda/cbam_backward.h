@@ -168,10 +168,14 @@ VF_DEVICE void cbam_backward(Exec& ex, const CbamBackward<typename Exec::Memory,
     const bool act = a.activation != kNone;
     Global upstream = given;
     if (act && !grads.held()) upstream = a.dresidual + image.at;
+    typename Exec::template Shared<T> held = {};
+    if constexpr (Exec::kResident) {
+      if (grads.held()) held = grads.slab(turn);
+    }
     const auto apply = [&](int i, auto& gated) {
       constexpr int W = sizeof(gated) / sizeof(float);
       const auto through = through_activation<W, T>(a, get_pack<W>(given, i), gated, image.at + i);
-      if (grads.held()) put_pack(grads.slab(turn), i, through);
+      if (grads.held()) put_pack(held, i, through);
       put_map<false>(a.dresidual, image.at + i, through);
       return through;
     };

@@ -82,8 +82,14 @@ struct Span {
 template <class Exec, class W, class X, class Finish>
 VF_DEVICE void product(Exec& ex, const W& w, Span outputs, Span inputs, int width, X x,
                        const Finish& finish) {
+  // As few lanes a row as keep all threads busy and 32 bytes in one piece, or eight loads of a short row on
+  // the way.
+  const int count = inputs.end - inputs.begin, least = count > 64 ? 8 : count / 8;
   int lanes = kWarp;
-  while (lanes > 1 && lanes / 2 >= inputs.end - inputs.begin) lanes /= 2;
+  while (lanes > 1 &&
+         (lanes / 2 >= count || (lanes > least && lanes * (outputs.end - outputs.begin) > ex.threads()))) {
+    lanes /= 2;
+  }
   const int lane = ex.thread() % lanes, inside = kWarp / lanes;
   with_elements(w, [&](const auto& elements) {
 #pragma unroll 1

@@ -74,7 +74,7 @@ VF_DEVICE void row_stats(Exec& ex, int rows, int cols, Partial partial, const Va
     int line, at;  // of the row, and of the pack with the maximum
   };
   const RowShare share(rows, cols, V, ex.threads());
-  const int lane = ex.thread() % share.lanes, count = rows * share.parts;
+  const int lane = (ex.thread() & (share.lanes - 1)), count = rows * share.parts;
   for_rows<V, 4>(
       ex, rows, cols,
       [&](int row) {
@@ -130,7 +130,7 @@ VF_DEVICE void scaled_row_stats(Exec& ex, int rows, int cols, Partial partial,
     float v[V];
   };
   const Tiling t = tiling_of(cols, V, ex.threads(), kRowLanes, K);
-  const int lane = ex.thread() % t.lanes;
+  const int lane = (ex.thread() & (t.lanes - 1));
   const auto scaled = [&](int offset, const Factors& f, float (&v)[V]) {
     values(offset, v);
     VF_UNROLL

@@ -20,7 +20,7 @@ VF_DEVICE void for_tiles(Exec& ex, const Tiling& t, int rows, int cols, const Be
     decltype(begin(0)) data[K];
     VF_UNROLL
     for (int k = 0; k < K; ++k) {
-      const int place = ((chunk * K + k) * t.lanes + lane % t.lanes) * V;
+      const int place = ((chunk * K + k) * t.lanes + (lane & (t.lanes - 1))) * V;
       columns[k] = place < cols ? place : -1;
       data[k] = begin(columns[k]);
     }
@@ -70,7 +70,7 @@ VF_DEVICE void cross_sums(Exec& ex, int rows, int cols, Partial partial, const B
         if (column[0] >= 0) add(row, column[0], c[0].data, along, c[0].down);
         if constexpr (kRows) {
           along = ex.warp_sum(along, t.lanes);
-          if (ex.thread() % t.lanes == 0 && row < rows) put(partial, row * t.chunks + chunk, along);
+          if ((ex.thread() & (t.lanes - 1)) == 0 && row < rows) put(partial, row * t.chunks + chunk, along);
         }
       },
       [&](int group, const int (&column)[1], Data(&c)[1]) {

@@ -27,7 +27,7 @@ template <int V, int kUnroll, class Exec, class Begin, class Visit, class Finish
 VF_DEVICE RowShare for_rows(Exec& ex, int rows, int cols, const Begin& begin, const Visit& visit,
                             const Finish& finish) {
   const RowShare share(rows, cols, V, ex.threads());
-  const int lane = ex.thread() % share.lanes, units = rows * share.parts;
+  const int lane = (ex.thread() & (share.lanes - 1)), units = rows * share.parts;
   const int step = ex.threads() / share.lanes, inside = kWarp / share.lanes;
 #pragma unroll 1
   for (int first = ex.thread() / kWarp * inside; first < units; first += step) {
