@@ -55,6 +55,23 @@ struct DeviceThread {
   VF_DEVICE float warp_sum(float v, int lanes = kMost) const {
     return over_warp<kMost>(v, lanes, [](float a, float b) { return a + b; });
   }
+  // Of four values, of which lane l gets the sum of number l % 4; over 4 lanes or more.
+  VF_DEVICE float warp_sums(const float (&v)[4], int lanes) const {
+    const bool odd = threadIdx.x & 1, high = threadIdx.x & 2;
+    float two[2];
+    VF_UNROLL
+    for (int k = 0; k < 2; ++k) {
+      const float kept = odd ? v[2 * k + 1] : v[2 * k], sent = odd ? v[2 * k] : v[2 * k + 1];
+      two[k] = kept + __shfl_xor_sync(0xffffffffu, sent, 1);
+    }
+    float sum = (high ? two[1] : two[0]) + __shfl_xor_sync(0xffffffffu, high ? two[0] : two[1], 2);
+    VF_UNROLL
+    for (int step = 4; step < kWarp; step *= 2) {
+      const float both = sum + __shfl_xor_sync(0xffffffffu, sum, step);
+      if (step < lanes) sum = both;
+    }
+    return sum;
+  }
   VF_DEVICE bool warp_any(bool p) const { return __any_sync(0xffffffffu, p); }
   VF_DEVICE void sync_grid() const { cooperative_groups::this_grid().sync(); }  // of a cooperative launch
   template <int kMost = kWarp>

@@ -136,7 +136,7 @@ VF_DEVICE void scaled_row_stats(Exec& ex, int rows, int cols, Partial partial,
     VF_UNROLL
     for (int j = 0; j < V; ++j) v[j] *= f.v[j];
   };
-  for_tiles<V, K>(
+  for_tiles<V, K, 1>(
       ex, t, rows, cols,
       [&](int column) {
         Factors f = {};
@@ -145,10 +145,10 @@ VF_DEVICE void scaled_row_stats(Exec& ex, int rows, int cols, Partial partial,
       },
       [&](int row, const int (&columns)[K], int chunk, const Factors(&f)[K]) {
         float sum = 0;
-        Peak most{-INFINITY, columns[0] < 0 ? Peak{}.at : columns[0]};
+        Peak most{-INFINITY, columns[0] < 0 || row >= rows ? Peak{}.at : columns[0]};
         VF_UNROLL
         for (int k = 0; k < K; ++k) {
-          const bool has = columns[k] >= 0;
+          const bool has = columns[k] >= 0 && row < rows;
           float v[V];
           scaled(has ? row * cols + columns[k] : 0, f[k], v);
           const float pack = most_of(v);

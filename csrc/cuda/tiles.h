@@ -6,10 +6,11 @@
 
 namespace visattn::cuda {
 
-// visit(row, columns [K], chunk, data [K]) for K packs of a row at a time, by all lanes of a warp together,
-// where a column is -1 for a pack that a lane has not. begin(column) gives the data of a pack's columns, once
-// for all rows of a group; finish(group, columns, data) takes it back.
-template <int V, int K, class Exec, class Begin, class Visit, class Finish>
+// visit(row, columns [K], chunk, data [K]) for K packs of every B-th row of a group, by all lanes of a warp
+// together. The rows between are t.groups apart; any may be past the last one, and a column is -1 for a pack
+// that a lane has not. begin(column) gives the data of a pack's columns, once for all rows of a group;
+// finish(group, columns, data) takes it back.
+template <int V, int K, int B, class Exec, class Begin, class Visit, class Finish>
 VF_DEVICE void for_tiles(Exec& ex, const Tiling& t, int rows, int cols, const Begin& begin,
                          const Visit& visit, const Finish& finish) {
   const int lane = ex.thread() % kWarp, below = lane / t.lanes, high = kWarp / t.lanes;
@@ -25,12 +26,7 @@ VF_DEVICE void for_tiles(Exec& ex, const Tiling& t, int rows, int cols, const Be
       data[k] = begin(columns[k]);
     }
 #pragma unroll 1
-    for (int r = group; r - below < rows; r += t.groups) {
-      int seen[K];
-      VF_UNROLL
-      for (int k = 0; k < K; ++k) seen[k] = r < rows ? columns[k] : -1;
-      visit(r, seen, chunk, data);
-    }
+    for (int r = group; r - below < rows; r += B * t.groups) visit(r, columns, chunk, data);
     finish(group, columns, data);
   }
 }
@@ -58,7 +54,8 @@ VF_DEVICE void cross_sums(Exec& ex, int rows, int cols, Partial partial, const B
   const Tiling t = tiling_of(cols, V, ex.threads());
   const Partial columns = partial + (kRows ? (rows * t.chunks + 3) / 4 * 4 : 0);
   using Data = Columns<decltype(begin(0)), V>;
-  for_tiles<V, 1>(
+  constexpr int B = 4;  // rows at a time, whose sums share their shuffles
+  for_tiles<V, 1, B>(
       ex, t, rows, cols,
       [&](int column) {
         Data c = {};
@@ -66,11 +63,33 @@ VF_DEVICE void cross_sums(Exec& ex, int rows, int cols, Partial partial, const B
         return c;
       },
       [&](int row, const int (&column)[1], int chunk, Data(&c)[1]) {
-        float along = 0;
-        if (column[0] >= 0) add(row, column[0], c[0].data, along, c[0].down);
+        float along[B] = {};
+        if (column[0] >= 0 && row + (B - 1) * t.groups < rows) {
+          VF_UNROLL
+          for (int b = 0; b < B; ++b) add(row + b * t.groups, column[0], c[0].data, along[b], c[0].down);
+        } else if (column[0] >= 0) {
+#pragma unroll 1
+          for (int b = 0; b < B && row + b * t.groups < rows; ++b) {
+            float one = 0;
+            add(row + b * t.groups, column[0], c[0].data, one, c[0].down);
+            VF_UNROLL
+            for (int k = 0; k < B; ++k) along[k] = k == b ? one : along[k];
+          }
+        }
         if constexpr (kRows) {
-          along = ex.warp_sum(along, t.lanes);
-          if ((ex.thread() & (t.lanes - 1)) == 0 && row < rows) put(partial, row * t.chunks + chunk, along);
+          const int lane = ex.thread() & (t.lanes - 1);
+          if (t.lanes < B) {
+            VF_UNROLL
+            for (int b = 0; b < B; ++b) {
+              const float sum = ex.template warp_sum<B>(along[b], t.lanes);
+              if (lane == 0 && row + b * t.groups < rows)
+                put(partial, (row + b * t.groups) * t.chunks + chunk, sum);
+            }
+          } else {
+            const float sum = ex.warp_sums(along, t.lanes);
+            const int mine = row + lane * t.groups;
+            if (lane < B && mine < rows) put(partial, mine * t.chunks + chunk, sum);
+          }
         }
       },
       [&](int group, const int (&column)[1], Data(&c)[1]) {

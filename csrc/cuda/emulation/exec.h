@@ -149,6 +149,12 @@ struct EmulatedExec {
     return sums[f.thread % kWarp / of * of];
   }
 
+  float warp_sums(const float (&v)[4], int of) {
+    float sums[4];
+    for (int k = 0; k < 4; ++k) sums[k] = warp_sum(v[k], of);
+    return sums[f.thread % 4];
+  }
+
   bool warp_any(bool p) { return warp_sum(p ? 1.0f : 0.0f) > 0; }
 
   template <int kMost = kWarp>
