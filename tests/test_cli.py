@@ -35,7 +35,7 @@ def test_info_of_a_shape(capsys, monkeypatch):
     assert cli.main(["info", "--shape", "64x256x56x56"]) == 0
     text = capsys.readouterr().out
     assert "native CUDA kernels of SE (ECA takes the same) and CBAM for 64x256x56x56 in bfloat16" in text
-    assert text.count("an image fits the shared memory of a cluster") == 12
+    assert text.count("an image and the next one fit the shared memory of a cluster") == 12
     assert text.count("x and grad of an image fit the shared memory of a cluster") == 4
     assert text.count("no clusters before sm_90") == 8
     assert text.count("a second launch sums the weights' gradients") == 12

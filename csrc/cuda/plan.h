@@ -1,6 +1,14 @@
 // How a call is cut into thread blocks, and why: the one place that decides. Plain C++, so that it is tested,
 // and printed by `visattn-fast info --shape`, where there is no GPU. The figures are capacities and
-// alignments; no rule here rests on a measurement.
+// alignments, and what the device says of the clusters that it runs at once (launch.h); no rule here rests on
+// a measurement.
+//
+// A block has a multiprocessor to itself. Its shared memory holds its part of an image and of the next one,
+// so that the next is on its way while this one is summed, gated and stored; where there is room for all
+// images at once, none follows and one part is enough. So the smallest team is taken that leaves room for
+// both, up to sixteen blocks, or else for one. CBAM's backward holds x and grad, and gives x back before it
+// is done with grad. Teams are as many as run at once, less those that would not shorten the longest queue of
+// images.
 #pragma once
 
 #include <algorithm>
@@ -162,9 +170,9 @@ void add_maps(Scratch& s, const Geometry& g, bool nhwc, const Take& take) {
 
 // Floats that sums over rows and columns of a slab pass through, none of which needs another's.
 inline int partial_of(const Geometry& g, const Problem& q, int threads, int pack) {
-  // With transposed weights, by groups.
+  // With transposed weights, which only backward has, by groups.
   const int outputs = q.nhwc && g.computes_all() ? g.C : g.channels;
-  const int products = (g.window ? 2 : 1) * std::max({threads, outputs, g.R});
+  const int products = q.backward ? (g.window ? 2 : 1) * std::max({threads, outputs, g.R}) : threads;
   if (g.window && q.backward) {
     const Tiling t = tiling_of(g.cols, pack, threads);
     return std::max(products, round_up(g.slab * t.chunks, 4) + (t.groups > 1 ? t.groups * g.cols : 0));
