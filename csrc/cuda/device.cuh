@@ -188,6 +188,13 @@ struct ClusterExec : DeviceThread<kCount> {
           : "memory");
     }
   }
+  template <class T>
+  VF_DEVICE void prefetch(const T* from, int count) const {
+    if (threadIdx.x != 0) return;
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(__cvta_generic_to_global(from)),
+                 "r"(static_cast<unsigned>(count) * static_cast<unsigned>(sizeof(T)))
+                 : "memory");
+  }
   // What threads have read and written here comes before copies that are issued later.
   VF_DEVICE void fence_async() const { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 };

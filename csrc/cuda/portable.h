@@ -172,11 +172,12 @@ VF_DEVICE void to_floats(const Pack<T, V>& pack, float (&v)[V]) {
       v[j] = __uint_as_float(pairs[j / 2] << 16);
       v[j + 1] = __uint_as_float(pairs[j / 2] & 0xffff0000u);
     }
-    return;
-  }
+  } else
 #endif
-  VF_UNROLL
-  for (int j = 0; j < V; ++j) v[j] = static_cast<float>(pack.v[j]);
+  {
+    VF_UNROLL
+    for (int j = 0; j < V; ++j) v[j] = static_cast<float>(pack.v[j]);
+  }
 }
 
 // Two elements in one instruction, where they have two bytes.
@@ -195,11 +196,12 @@ VF_DEVICE Pack<T, V> of_floats(const float (&v)[V]) {
         memcpy(&pack.v[j], &two, sizeof(two));
       }
     }
-    return pack;
-  }
+  } else
 #endif
-  VF_UNROLL
-  for (int j = 0; j < V; ++j) pack.v[j] = static_cast<T>(v[j]);
+  {
+    VF_UNROLL
+    for (int j = 0; j < V; ++j) pack.v[j] = static_cast<T>(v[j]);
+  }
   return pack;
 }
 

@@ -256,6 +256,14 @@ struct EmulatedExec {
     f.seen[stage] = b.completed[stage];
   }
 
+  template <class T>
+  void prefetch(Checked<const T> from, int count) {  // no traffic: the copy that follows has it
+    const int64_t bytes = int64_t{count} * static_cast<int64_t>(sizeof(T));
+    if (from.offset < 0 || from.offset + bytes > from.region->bytes || bytes % 16 ||
+        reinterpret_cast<uintptr_t>(from.region->data + from.offset) % 16)
+      grid.scheduler.fault("a prefetch out of bounds or not aligned to 16 bytes");
+  }
+
   void fence_async() {
     if (grid.sabotage != kNoFence) std::fill_n(f.touched, kStages, false);
   }
