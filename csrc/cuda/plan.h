@@ -4,11 +4,11 @@
 // a measurement.
 //
 // A block has a multiprocessor to itself. Its shared memory holds its part of an image and of the next one,
-// so that the next is on its way while this one is summed, gated and stored; where there is room for all
-// images at once, none follows and one part is enough. So the smallest team is taken that leaves room for
-// both, up to sixteen blocks, or else for one. CBAM's backward holds x and grad, and gives x back before it
-// is done with grad. Teams are as many as run at once, less those that would not shorten the longest queue of
-// images.
+// so that the next is on its way while this one is summed, gated and stored; where all images are at work at
+// once, none follows and one part is enough. So the smallest team is taken that leaves room for both, up to
+// sixteen blocks, or else for one, and the next comes as far as the L2 cache. CBAM's backward holds x and
+// grad, and gives x back before it is done with grad. Teams are as many as run at once, less those that would
+// not shorten the longest queue of images.
 #pragma once
 
 #include <algorithm>
