@@ -35,7 +35,7 @@ def test_info_of_a_shape(capsys, monkeypatch):
     assert cli.main(["info", "--shape", "64x256x56x56"]) == 0
     text = capsys.readouterr().out
     assert "native CUDA kernels of SE (ECA takes the same) and CBAM for 64x256x56x56 in bfloat16" in text
-    assert text.count("an image fits the shared memory of a cluster") == 12
+    assert text.count("an image and the next one fit the shared memory of a cluster") == 12
     assert text.count("x and grad of an image fit the shared memory of a cluster") == 4
     assert text.count("no clusters before sm_90") == 8
     assert text.count("a second launch sums the weights' gradients") == 12
@@ -61,11 +61,9 @@ def test_plans_keep_what_the_device_has(dtype):
             assert p.shared_bytes <= device.shared_bytes
             assert p.team <= 16 or p.variant == "semaphore"
             assert p.variant == "semaphore" or device.sm >= 90
-            a_multiprocessor = 2 if 2 * p.shared_bytes + 2048 <= device.shared_bytes + 1024 else 1
-            assert p.variant == "cluster" or p.team * p.teams <= a_multiprocessor * device.multiprocessors
-            assert p.threads == (512 if kernel.name == "SE forward" else 256)
+            assert p.team * p.teams <= device.multiprocessors
+            assert p.threads == 512
             assert not p.one_launch or (kernel.backward and n * c * side * side * dtype.itemsize <= 1 << 20)
-            assert not p.one_launch or p.team * p.teams <= a_multiprocessor * device.multiprocessors
 
 
 def test_module_and_version():

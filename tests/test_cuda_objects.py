@@ -22,6 +22,26 @@ def test_spills_are_seen():
     assert kernel.faults == ["_Z1fv for sm_90: spills 20 bytes"]
 
 
+SASS = """
+        /*0010*/                   LDG.E.128 R4, desc[UR4][R2.64] ;
+        /*0020*/                   STS [R0], R4 ;
+        /*0030*/                   LDS.128 R8, [R6+0x80] ;
+        /*0040*/                   I2F.RP R9, R8 ;
+        /*0050*/              @!P0 BRA 0x30 ;
+        /*0060*/                   BAR.SYNC.DEFER_BLOCKING 0x0 ;
+        /*0070*/              @!P1 BRA 0x10 ;
+"""
+
+
+def test_divisions_in_loops_are_seen():
+    """Of the loops over packs, which are not the loop over images."""
+    (loop,) = cuda_objects.loops(SASS)
+    assert loop == (3, 1, 0, 1)
+    symbol = "_Z12cbam_kernelILb1ELi0ELb0EN11CbamForwardIfE"
+    kernel = cuda_objects.Compiled(symbol, "sm_90", 64, 0, cuda_objects.Counter(("LDG.128", "STG.128")), (loop,))
+    assert [fault.split(": ")[1] for fault in kernel.faults] == ["divides in a loop over packs"]
+
+
 @pytest.mark.skipif(INTERPRETED, reason="once is enough")
 @pytest.mark.skipif(bool(cuda_objects.why_not()), reason=str(cuda_objects.why_not()))
 def test_objects():

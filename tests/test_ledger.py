@@ -83,7 +83,7 @@ def test_a_result_is_shown(tmp_path, monkeypatch):
 def test_native_kernels_are_listed(monkeypatch):
     """What is emulated and what compiled, or why neither is."""
     objects = ledger.cuda_objects
-    symbol = "_Z20channel_scale_kernelIN3c108BFloat16ELb1ELi0ELb1EN7Forward"
+    symbol = "_Z20channel_scale_kernelILb1ELi0ELb1EN14ChannelForwardIN3c108BFloat16E"
     kernels = [objects.Compiled(symbol, "sm_90", registers, 8 * (registers > 99), Counter()) for registers in (40, 100)]
     assert kernels[0].variant
     assert "| channel_scale forward | cluster | sm_90 | 2 | 100 | 8 | " in ledger.native_table(kernels)

@@ -20,6 +20,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import triton.backends
@@ -35,7 +36,17 @@ TARGETS = ("sm_80", "sm_90a", "sm_100")
 FLAGS = ["-std=c++20", "-O3", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000", "-Xptxas", "-v"]
 FLAGS += ["--expt-relaxed-constexpr", "--extended-lambda", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
 _ACCESSES = {0: "wide rows", 1: "ragged", 2: "narrow"}  # csrc/cuda/plan.h
-_KERNEL = re.compile(r"\d(channel_scale|cbam)_kernelIN?(.*?)Lb([01])ELi([012])ELb([01])E(.*)")
+_KERNEL = re.compile(r"\d(channel_scale|cbam)_kernelILb([01])ELi([012])ELb([01])E(.*)")
+
+
+class Loop(NamedTuple):
+    """A loop over packs of 16 bytes: its instructions without those of loops inside it, which only NaN enters, and its
+    16-byte loads and stores. Backward loads two packs for one, x and grad; some loops load coefficients, too."""
+
+    instructions: int
+    loads: int
+    stores: int
+    divisions: int  # of integers, for each turn
 
 
 @dataclass(frozen=True)
@@ -47,6 +58,7 @@ class Compiled:
     registers: int
     spilled: int
     instructions: Counter[str]
+    loops: tuple[Loop, ...] = ()
 
     @property
     def variant(self) -> tuple[str, ...] | None:
@@ -54,9 +66,9 @@ class Compiled:
         found = _KERNEL.search(self.symbol)
         if found is None:
             return None
-        kernel, kind, nhwc, access, cluster, rest = found.groups()
+        kernel, nhwc, access, cluster, rest = found.groups()
         direction = "backward" if "Backward" in rest else "forward"
-        dtype = next((name for name in ("BFloat16", "Half") if name in kind), "float")
+        dtype = next((name for name in ("BFloat16", "Half") if name in rest), "float")
         layout = "channels_last" if nhwc == "1" else "nchw"
         variant = "cluster" if cluster == "1" else "semaphore"
         return kernel, direction, dtype, layout, _ACCESSES[int(access)], variant
@@ -78,6 +90,8 @@ class Compiled:
             needed = [loads] if "wide rows" in self.variant else []
             needed += ["UBLKCP"] * ("cluster" in self.variant) + ["STG.128"]
             found += [f"has no {name}" for name in dict.fromkeys(needed) if not self.instructions[name]]
+        if "wide rows" in (self.variant or ()) and any(loop.divisions for loop in self.loops):
+            found.append("divides in a loop over packs")
         return [f"{self.name} for {self.target}: {fault}" for fault in found]
 
 
@@ -103,7 +117,7 @@ def compile_source(source: Path, target: str, *flags: str) -> list[Compiled]:
             raise RuntimeError(f"nvcc cannot compile {source.name} for {target}:\n{done.stderr}")
         machine_code = dict(instructions(made))
     return [
-        Compiled(symbol, target, registers, spilled, machine_code.get(symbol, Counter()))
+        Compiled(symbol, target, registers, spilled, *machine_code.get(symbol, (Counter(), ())))
         for symbol, registers, spilled in ptxas_report(done.stderr)
     ]
 
@@ -127,22 +141,53 @@ def ptxas_report(text: str) -> Iterator[tuple[str, int, int]]:
         yield part.split("'")[1], int(registers[1]), max(map(int, spills.groups()))
 
 
-def instructions(made: Path) -> Iterator[tuple[str, Counter[str]]]:
-    """(symbol, how often LDG.128, STG.128, UBLKCP, ... occur) of each kernel in a cubin."""
+def instructions(made: Path) -> Iterator[tuple[str, tuple[Counter[str], tuple[Loop, ...]]]]:
+    """(symbol, how often LDG.128, STG.128, UBLKCP, ... occur, and the loops over packs) of each kernel in a cubin."""
     tool = Path(triton.backends.__file__).parent / "nvidia" / "bin" / "cuobjdump"
     text = subprocess.run([tool, "-sass", str(made)], capture_output=True, text=True, check=True).stdout
     for part in text.split("Function : ")[1:]:
         found = re.findall(r"\b(LDG|STG|LDS|STS|UBLKCP|LDL|STL)((?:\.\w+)*) ", part)
-        yield part.split()[0], Counter(f"{name}.128" if ".128" in rest else name for name, rest in found)
+        counted = Counter(f"{name}.128" if ".128" in rest else name for name, rest in found)
+        yield part.split()[0], (counted, tuple(loops(part)))
+
+
+def loops(sass: str) -> Iterator[Loop]:
+    """A kernel's loops over packs: the innermost ones, and those around a loop with four or more loads of their own."""
+    lines = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,6})\*/\s+([^;]*);", sass)]
+    index = {at: i for i, (at, _) in enumerate(lines)}
+    jumps = ((re.search(r"\bBRA\S* (?:\S+, )*`?\(?0x([0-9a-f]+)", text), i) for i, (_, text) in enumerate(lines))
+    spans = {(index[int(to[1], 16)], i) for to, i in jumps if to and int(to[1], 16) <= lines[i][0]}
+    for first, last in sorted(spans):
+        inside = [s for s in spans if s != (first, last) and first <= s[0] and s[1] <= last]
+        own = [lines[i][1] for i in range(first, last + 1) if not any(a <= i <= b for a, b in inside)]
+        loads, stores, divisions = (
+            sum(bool(re.search(name, text)) for text in own) for name in (r"\bLD\S*\.128", r"\bSTG\S*\.128", r"\bI2F")
+        )
+        if not any("BAR" in text for text in own) and (loads >= 4 or (loads and not inside)):
+            yield Loop(len(own), loads, stores, 0 if inside else divisions)
+
+
+def show_loops(targets: Sequence[str]) -> int:
+    chosen = [s for s in SOURCES if s.stem.endswith("bfloat16")]
+    kernels = [k for k in compile_all(chosen, targets, "-DVISATTN_FEW_KERNELS") if k.variant]
+    rows = [(k.name, k.target, *loop) for k in kernels for loop in k.loops]
+    header = ("kernel", "target", *Loop._fields)
+    show("loops over packs of 16 bytes", header, rows)
+    return 0
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--targets", nargs="+", default=TARGETS)
+    parser.add_argument(
+        "--loops", action="store_true", help="instructions for each pack in the loops of bfloat16, wide rows"
+    )
     options = parser.parse_args()
     if why := why_not():
         print(f"cuda_objects: {why}", file=sys.stderr)
         return 0
+    if options.loops:
+        return show_loops(options.targets)
     kernels = compile_all(SOURCES, options.targets)
     rows = [
         (k.name, k.target, k.registers, k.spilled, *(k.instructions[i] for i in ("LDG.128", "STG.128", "UBLKCP")))

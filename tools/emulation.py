@@ -210,7 +210,7 @@ HEADER = ("kernel", "layout", "target", "shared", "variant", "team", "teams", "h
 
 
 def counts(
-    devices: Sequence[tuple[int, int]] = ((90, 16 << 10), (90, 60 << 10), (80, 16 << 10)),
+    devices: Sequence[tuple[int, int]] = ((90, 7 << 10), (90, 60 << 10), (80, 16 << 10)),
 ) -> tuple[list[tuple[object, ...]], list[str]]:
     """What each kernel moves on small devices, given as (sm, shared bytes): rows of `HEADER`, and every fault."""
     rows: list[tuple[object, ...]] = []

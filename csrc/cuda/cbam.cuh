@@ -1,5 +1,4 @@
-// The kernels of cbam_forward.h and cbam_backward.h and their launches; cbam_<dtype>.cu compile them, one
-// dtype each.
+// The kernels of cbam_forward.h and cbam_backward.h; cbam_<dtype>.cu compile them, one dtype each.
 #pragma once
 
 #include "cbam_backward.h"
@@ -9,52 +8,25 @@
 
 namespace visattn::cuda {
 
-template <class T, bool kNhwc, int kAccess, bool kInCluster, class Args>
-__global__ void __launch_bounds__(kFewThreads, 2)
+template <bool kNhwc, int kAccess, bool kInCluster, class Args>
+__global__ void __launch_bounds__(kThreads, 1)
     cbam_kernel(const __grid_constant__ Args a, const Workspace workspace) {
-  extern __shared__ __align__(128) unsigned char memory[];
-  const auto run = [&](auto& ex) {
+  using T = typename Args::Element;
+  on_device<kInCluster>(a, workspace, [&](auto& ex) {
     if constexpr (std::is_same_v<Args, CbamForward<PlainMemory, T>>) {
       cbam_forward<kNhwc, kAccess, T>(ex, a);
     } else {
       cbam_backward<kNhwc, kAccess, T>(ex, a);
     }
-    ex.finish();
-  };
-  if constexpr (kInCluster) {
-#if __CUDA_ARCH__ >= 900
-    ClusterExec<kFewThreads> ex(memory);
-    run(ex);
-#else
-    __trap();  // the host refuses to launch it
-#endif
-  } else {
-    SemaphoreExec<kFewThreads> ex(memory, workspace, a.geometry.team, a.scratch);
-    run(ex);
-  }
+  });
 }
 
-template <class T, bool kNhwc, int kAccess, class Args>
-Kernel cbam_variant(const Plan& p) {
-  if constexpr (kAccess != kNarrow) {
-    if (p.variant == kCluster) return kernel_of(cbam_kernel<T, kNhwc, kAccess, true, Args>);
-  }
-  return kernel_of(cbam_kernel<T, kNhwc, kAccess, false, Args>);
-}
-
-template <class T, class Args>
-void launch_cbam(const char* name, Args& a, const Plan& p, bool nhwc, float* workspace, const Call& call) {
-  const auto find = [&](auto layout) -> Kernel {
-    constexpr bool kNhwc = decltype(layout)::value;
-    if constexpr (kEveryAccess) {
-      if (p.access == kRagged) return cbam_variant<T, kNhwc, kRagged, Args>(p);
-      if (p.access == kNarrow) return cbam_variant<T, kNhwc, kNarrow, Args>(p);
-    }
-    return cbam_variant<T, kNhwc, kWideRows, Args>(p);
-  };
-  a.geometry = p.geometry;
-  a.scratch = p.scratch;
-  launch(name, nhwc ? find(std::true_type{}) : find(std::false_type{}), &a, p, workspace, call);
+template <class Args>
+Kernel cbam_for(const Plan& p, bool nhwc) {
+  return choose(p, nhwc, [](auto layout, auto access, auto cluster) {
+    return kernel_of(
+        cbam_kernel<decltype(layout)::value, decltype(access)::value, decltype(cluster)::value, Args>);
+  });
 }
 
 }  // namespace visattn::cuda

@@ -12,7 +12,7 @@
 namespace visattn::cuda {
 
 // Pass 1: f.map_part, dq of the block's pixels. What g gives each channel is left in f.direct in nchw, and
-// in f.sums in nhwc, of the block's pixels alone. upstream(offset, x) is g.
+// in f.sums in nhwc, of the block's pixels alone. upstream(offset, x, gates [S]) is g.
 template <bool kNhwc, int kAccess, class T, class Exec, class X, class Upstream>
 VF_DEVICE void sum_both_ways(const CbamImage<kNhwc, kAccess, T, Exec>& im, X x, const Upstream& upstream) {
   constexpr int S = kSumPack<kAccess, T>;
@@ -20,27 +20,26 @@ VF_DEVICE void sum_both_ways(const CbamImage<kNhwc, kAccess, T, Exec>& im, X x, 
       im.ex, im.rows, im.g.cols, im.f.partial,
       [&](int column) {
         Lanes<float, S> gates = {};
-        VF_UNROLL
-        for (int j = 0; j < S && column >= 0; ++j) {
-          gates.v[j] = kNhwc ? get(im.f.gate, column + j) : im.pixel_gate(column + j);
-        }
+        if (column >= 0) im.column_gates(column, gates.v);
         return gates;
       },
       [&](int row, int column, const Lanes<float, S>& gates, float& along, float (&down)[S]) {
         const int offset = row * im.g.cols + column;
-        const float gate = kNhwc ? get(im.f.spatial, row) : get(im.f.gate, im.row0 + row);
-        const Pack<T, S> xs = get_pack<S>(x, offset);
-        const Pack<T, S> gs = upstream(offset, xs, gate, gates.v);
+        const float gate = im.row_gate(row);
+        const Pack<T, S> pack = get_pack<S>(x, offset);
+        float xs[S], gs[S];
+        to_floats(upstream(offset, pack, gate, gates.v), gs);
+        to_floats(pack, xs);
         VF_UNROLL
         for (int j = 0; j < S; ++j) {
-          const float product = static_cast<float>(gs.v[j]) * static_cast<float>(xs.v[j]);
+          const float product = gs[j] * xs[j];
           along += product * gates.v[j];
           down[j] += product * gate;
         }
       },
       [&](int row, float sum) {
         if constexpr (kNhwc) {
-          put(im.f.map_part, row, gate_grad(sum, get(im.f.spatial, row), kSigmoid));
+          put(im.f.map_part, row, gate_grad(sum, im.row_gate(row), kSigmoid));
         } else {
           put(im.f.direct, row, sum);
         }
@@ -49,40 +48,52 @@ VF_DEVICE void sum_both_ways(const CbamImage<kNhwc, kAccess, T, Exec>& im, X x, 
   if constexpr (!kNhwc) {
     im.ex.sync_team();
 #pragma unroll 1
-    for (int p = im.pixels.begin + im.ex.thread(); p < im.pixels.end; p += im.ex.threads()) {
-      put(im.f.map_part, p - im.pixels.begin,
-          gate_grad(im.over_team(im.f.sums, p), im.pixel_gate(p), kSigmoid));
+    for (int i = im.ex.thread(); i < im.pixels.end - im.pixels.begin; i += im.ex.threads()) {
+      const float sum = over_team(im.ex, im.f.sums, im.pixels.begin + i);
+      put(im.f.map_part, i, gate_grad(sum, get(im.f.spatial, i), kSigmoid));
     }
   }
 }
 
-// Pass 2: what the maps give each channel, and with it f.mean_part, dz of the block's channels.
+// Pass 2: what the maps give each channel, and with it f.mean, dz of the block's channels.
 template <bool kNhwc, int kAccess, class T, class Exec, class X>
 VF_DEVICE void sum_through_maps(const CbamImage<kNhwc, kAccess, T, Exec>& im, X x) {
   constexpr int S = kSumPack<kAccess, T>;
   const auto keep = [&](int c, float dgate) {
     const float dz = gate_grad(dgate, get(im.f.gate, c), kSigmoid);
-    put(im.f.mean_part, c - im.channels.begin, dz);
+    put(im.f.mean, c, dz);
     put(im.a.dz, im.n * im.g.C + c, dz);
+  };
+  struct Pixels {
+    float mean[S], both[S];  // where the pixel's maximum is, `both`
+    int at[S];
   };
   cross_sums<S, !kNhwc, kNhwc>(
       im.ex, im.rows, im.g.cols, im.f.partial,
       [&](int column) {
-        Lanes<Side, S> grads = {};
+        Pixels p = {};
         if constexpr (!kNhwc) {
+          if (column < 0) return p;
+          Sides<S> sides;
+          im.column_gradients(column, sides);
           VF_UNROLL
-          for (int j = 0; j < S && column >= 0; ++j) grads.v[j] = im.pixel(column + j);
+          for (int j = 0; j < S; ++j)
+            p.mean[j] = sides.mean[j], p.both[j] = sides.mean[j] + sides.peak[j], p.at[j] = sides.at[j];
         }
-        return grads;
+        return p;
       },
-      [&](int row, int column, const Lanes<Side, S>& grads, float& along, float (&down)[S]) {
-        const Pack<T, S> xs = get_pack<S>(x, row * im.g.cols + column);
-        const Side own = kNhwc ? im.pixel(im.row0 + row) : Side{};
-        VF_UNROLL
-        for (int j = 0; j < S; ++j) {
-          const Side& pixel = kNhwc ? own : grads.v[j];
-          const float du = pixel.mean + (pixel.at == im.channel_of(row, column + j) ? pixel.peak : 0.0f);
-          (kNhwc ? down[j] : along) += static_cast<float>(xs.v[j]) * du;
+      [&](int row, int column, const Pixels& pixels, float& along, float (&down)[S]) {
+        float xs[S];
+        to_floats(get_pack<S>(x, row * im.g.cols + column), xs);
+        if constexpr (kNhwc) {
+          const Sides<1> own = im.row_sides(row);
+          const float both = own.mean[0] + own.peak[0];
+          VF_UNROLL
+          for (int j = 0; j < S; ++j) down[j] += xs[j] * (own.at[0] - column == j ? both : own.mean[0]);
+        } else {
+          VF_UNROLL
+          for (int j = 0; j < S; ++j)
+            along += xs[j] * (pixels.at[j] == im.row0 + row ? pixels.both[j] : pixels.mean[j]);
         }
       },
       [&](int row, float sum) { keep(im.row0 + row, get(im.f.direct, row) + sum); },
@@ -91,7 +102,7 @@ VF_DEVICE void sum_through_maps(const CbamImage<kNhwc, kAccess, T, Exec>& im, X 
     im.ex.sync_team();
 #pragma unroll 1
     for (int c = im.channels.begin + im.ex.thread(); c < im.channels.end; c += im.ex.threads()) {
-      keep(c, im.over_team(im.f.sums, c));
+      keep(c, over_team(im.ex, im.f.sums, c));
     }
   }
 }
@@ -101,32 +112,42 @@ template <bool kNhwc, int kAccess, class T, class Exec>
 VF_DEVICE void write_input_grad(const CbamImage<kNhwc, kAccess, T, Exec>& im,
                                 typename Exec::Memory::template Global<const T> upstream) {
   constexpr int S = kSumPack<kAccess, T>;
-  for_tiles<S>(
-      im.ex, tiling_of(im.g.cols, S, im.ex.threads()), im.rows, im.g.cols,
-      [&](int column) {
-        Lanes<Side, S> sides = {};
-        VF_UNROLL
-        for (int j = 0; j < S && column >= 0; ++j) {
-          sides.v[j] = kNhwc ? im.channel(column + j) : im.pixel(column + j);
-        }
+  const auto dx = im.a.dx + im.at;
+  for_columns<S, 2>(
+      im.ex, im.rows, im.g.cols,
+      [&](int, int column) {
+        Sides<S> sides;
+        im.column_gates(column, sides.gate);
+        im.column_gradients(column, sides);
         return sides;
       },
-      [&](int row, int column, int, const Lanes<Side, S>& sides) {
-        if (column < 0) return;
-        const int offset = row * im.g.cols + column;
-        const Side own = kNhwc ? im.pixel(im.row0 + row) : im.channel(im.row0 + row);
-        const Pack<T, S> gs = get_pack<S>(upstream, offset);
-        Pack<T, S> dx;
-        VF_UNROLL
-        for (int j = 0; j < S; ++j) {
-          const Side &p = kNhwc ? own : sides.v[j], &c = kNhwc ? sides.v[j] : own;
-          const float v = input_grad(static_cast<float>(gs.v[j]), p, c, im.pixel_of(row, column + j),
-                                     im.channel_of(row, column + j));
-          dx.v[j] = static_cast<T>(v);
+      [&](const Sides<S>& sides, int row, int offset) {
+        const Sides<1> own = im.row_sides(row);
+        const int line = im.row0 + row, hit = own.at[0] - offset + row * im.g.cols;
+        float v[S];
+        to_floats(get_pack<S>(upstream, offset), v);
+        if constexpr (kNhwc) {  // a pixel's own maximum, then those of the channels
+          VF_UNROLL
+          for (int j = 0; j < S; ++j) {
+            const float du = v[j] * own.gate[0] + (hit == j ? own.mean[0] + own.peak[0] : own.mean[0]);
+            v[j] = du * sides.gate[j] + sides.mean[j];
+            if (sides.at[j] == line) v[j] += sides.peak[j];
+          }
+        } else {
+          VF_UNROLL
+          for (int j = 0; j < S; ++j) {
+            float du = v[j] * sides.gate[j] + sides.mean[j];
+            if (sides.at[j] == line) du += sides.peak[j];
+            v[j] = du * own.gate[0] + own.mean[0];
+          }
+          if (hit >= 0 && hit < S) {  // one pack of a channel
+            VF_UNROLL
+            for (int j = 0; j < S; ++j) v[j] += j == hit ? own.peak[0] : 0.0f;
+          }
         }
-        put_map<true>(im.a.dx, im.at + offset, dx);
+        put_map<true>(dx, offset, of_floats<T>(v));
       },
-      [](int, int, const Lanes<Side, S>&) {});
+      [](int, int, const Sides<S>&) {});
 }
 
 template <bool kNhwc, int kAccess, class T, class Exec>
@@ -136,6 +157,7 @@ VF_DEVICE void cbam_backward(Exec& ex, const CbamBackward<typename Exec::Memory,
   const Geometry& g = a.geometry;
   const CbamFloats<Exec> f(ex, g, a.scratch);
   Slabs<Exec, T> xs(ex, a.x, g, g.stride_n), grads(ex, a.grad, g, int64_t{g.C} * g.P, 1);
+  load_taps(ex, g, f, a.wconv);
   int turn = 0;
   for (int64_t n = ex.team(); n < g.N; n += ex.teams(), ++turn) {
     const CbamImage<kNhwc, kAccess, T, Exec> image(ex, a, f, n, xs.count(), xs.first());
@@ -146,48 +168,52 @@ VF_DEVICE void cbam_backward(Exec& ex, const CbamBackward<typename Exec::Memory,
     const bool act = a.activation != kNone;
     Global upstream = given;
     if (act && !grads.held()) upstream = a.dresidual + image.at;
-    const auto apply = [&](int i, const auto& gated) {
+    typename Exec::template Shared<T> held = {};
+    if constexpr (Exec::kResident) {
+      if (grads.held()) held = grads.slab(turn);
+    }
+    const auto apply = [&](int i, auto& gated) {
       constexpr int W = sizeof(gated) / sizeof(float);
       const auto through = through_activation<W, T>(a, get_pack<W>(given, i), gated, image.at + i);
-      if (grads.held()) put_pack(grads.slab(turn), i, through);
+      if (grads.held()) put_pack(held, i, through);
       put_map<false>(a.dresidual, image.at + i, through);
       return through;
     };
     ex.sync_block();
     // Sums that see single elements come after a pass of wide stores.
-    if (S != V && act) {
+    if constexpr (S != V) {
+      if (act) {
 #pragma unroll 1
-      for (int i = ex.thread() * V; i < xs.count(); i += ex.threads() * V) {
-        const Pack<T, V> pack = get_pack<V>(x, i);
-        float gated[V];
-        for_elements<V, kNhwc, kAccess>(i, image.row0, g.cols, [&](int j, int c, int p) {
-          const float gate = image.pixel_gate(kNhwc ? image.row0 + p : p);
-          gated[j] = static_cast<float>(pack.v[j]) * get(f.gate, c) * gate;
-        });
-        apply(i, gated);
-      }
-      ex.sync_block();
-    }
-    sum_both_ways(image, x, [&](int i, const Pack<T, S>& pack, float row_gate, const float (&gates)[S]) {
-      if constexpr (S == V) {
-        if (act) {
-          float gated[S];
-          VF_UNROLL
-          for (int j = 0; j < S; ++j) {
-            gated[j] =
-                static_cast<float>(pack.v[j]) * (kNhwc ? gates[j] : row_gate) * (kNhwc ? row_gate : gates[j]);
-          }
-          return apply(i, gated);
+        for (int i = ex.thread() * V; i < xs.count(); i += ex.threads() * V) {
+          float gated[V];
+          to_floats(get_pack<V>(x, i), gated);
+          for_elements<V, kNhwc, kAccess>(i, image.row0, g.cols, [&](int j, int c, int p) {
+            gated[j] *= get(f.gate, c) * (kNhwc ? image.row_gate(p) : get(a.spatial_gate, n * g.P + p));
+          });
+          apply(i, gated);
         }
+        ex.sync_block();
       }
-      return get_pack<S>(upstream, i);
-    });
+    }
+    if (S == V && act) {
+      sum_both_ways(image, x, [&](int i, const Pack<T, S>& pack, float row_gate, const float (&gates)[S]) {
+        float gated[S];
+        to_floats(pack, gated);
+        VF_UNROLL
+        for (int j = 0; j < S; ++j) gated[j] *= gates[j] * row_gate;
+        return apply(i, gated);
+      });
+    } else {
+      sum_both_ways(image, x, [&](int i, const Pack<T, S>&, float, const float (&)[S]) {
+        return get_pack<S>(upstream, i);
+      });
+    }
     image.convolution();
     sum_through_maps(image, x);
+    xs.release(turn);
     image.perceptron();
     write_input_grad(image, upstream);
     grads.release(turn);
-    xs.release(turn);
   }
   if (a.sums.any()) sums_of_grid(ex, a.sums);
 }

@@ -2,9 +2,7 @@
 
 namespace visattn::cuda {
 
-template void launch_cbam<BFloat16>(const char*, CbamForward<PlainMemory, BFloat16>&, const Plan&, bool,
-                                    float*, const Call&);
-template void launch_cbam<BFloat16>(const char*, CbamBackward<PlainMemory, BFloat16>&, const Plan&, bool,
-                                    float*, const Call&);
+template Kernel cbam_for<CbamForward<PlainMemory, BFloat16>>(const Plan&, bool);
+template Kernel cbam_for<CbamBackward<PlainMemory, BFloat16>>(const Plan&, bool);
 
 }  // namespace visattn::cuda

@@ -8,89 +8,147 @@ namespace visattn::cuda {
 
 template <class Exec>
 struct CbamFloats : Floats<Exec> {
-  typename Floats<Exec>::Shared maximum, halo, spatial, direct, at_channel, at_pixel, map_grad;
+  typename Floats<Exec>::Shared maximum, halo, taps, spatial, direct, at_channel, lines;
   typename Floats<Exec>::Exchange max_part, map_part, spatial_part, pixel_stats, grad_part, conv_part;
 
   VF_DEVICE CbamFloats(Exec& ex, const Geometry& g, const Scratch& s)
       : Floats<Exec>(ex, g, s, 0),
-        maximum(this->partial + s.maximum),
-        halo(this->partial + s.halo),
-        spatial(this->partial + s.spatial),
-        direct(this->partial + s.direct),
-        at_channel(this->partial + s.at_channel),
-        at_pixel(this->partial + s.at_pixel),
-        map_grad(this->partial + s.map_grad),
-        max_part(this->sums + s.max_part),
-        map_part(this->sums + s.map_part),
-        spatial_part(this->sums + s.spatial_part),
-        pixel_stats(this->sums + s.pixel_stats),
-        grad_part(this->sums + s.grad_part),
-        conv_part(this->sums + s.conv_part) {}
+        maximum(this->own + s.maximum),
+        halo(this->own + s.halo),
+        taps(this->own + s.taps),
+        spatial(this->own + s.spatial),
+        direct(this->own + s.direct),
+        at_channel(this->own + s.at_channel),
+        lines(this->own + s.lines),
+        max_part(this->exchange + s.max_part),
+        map_part(this->exchange + s.map_part),
+        spatial_part(this->exchange + s.spatial_part),
+        pixel_stats(this->exchange + s.pixel_stats),
+        grad_part(this->exchange + s.grad_part),
+        conv_part(this->exchange + s.conv_part) {}
 };
 
-// The rows of a map that the windows around the block's pixels reach: `span` pixels from `first` on.
+// The part of a map that the windows around the block's pixels reach, with zeros where there is no map:
+// `rows` rows of `pitch` values, of which the first is (top, -window / 2).
 struct Halo {
-  int first, span;
+  int top, rows, pitch;
   VF_DEVICE Halo(const Part& part, const Geometry& g) {
-    const int half = g.window / 2, rows = g.P / g.W;
-    const int top = part.begin / g.W - half, bottom = (part.end - 1) / g.W + half + 1;
-    first = (top < 0 ? 0 : top) * g.W;
-    span = part.end > part.begin ? (bottom > rows ? rows : bottom) * g.W - first : 0;
+    const int half = g.window / 2;
+    top = part.begin / g.W - half;
+    rows = part.end > part.begin ? (part.end - 1) / g.W + half + 1 - top : 0;
+    pitch = g.W + 2 * half;
+  }
+  VF_DEVICE int span() const { return rows * pitch; }
+  // Of a pixel itself.
+  VF_DEVICE int place(const Geometry& g, int pixel) const {
+    return (pixel / g.W - top) * pitch + pixel % g.W + g.window / 2;
   }
 };
 
-// Of `maps` maps, which every block has its part of, one after the other: out [maps, span].
+// out [maps, halo] of value(map, pixel), a warp for each row.
+template <class Exec, class Out, class Value>
+VF_DEVICE void fill_halo(Exec& ex, const Geometry& g, const Halo& halo, int maps, Out out,
+                         const Value& value) {
+  const int half = g.window / 2, high = g.P / g.W;
+#pragma unroll 1
+  for (int r = ex.thread() / kWarp; r < maps * halo.rows; r += ex.threads() / kWarp) {
+    const int map = r / halo.rows, y = r % halo.rows + halo.top;
+#pragma unroll 2
+    for (int i = ex.thread() % kWarp; i < halo.pitch; i += kWarp) {
+      const int x = i - half;
+      const bool inside = y >= 0 && y < high && x >= 0 && x < g.W;
+      put(out, r * halo.pitch + i, inside ? value(map, y * g.W + x) : 0.0f);
+    }
+  }
+}
+
+// Of `maps` maps, which every block has its part of, one after the other.
 template <class Exec, class Out>
 VF_DEVICE void gather_halo(Exec& ex, const Geometry& g, const Halo& halo, int maps,
                            typename Exec::Exchange part, Out out) {
-#pragma unroll 1
-  for (int i = ex.thread(); i < maps * halo.span; i += ex.threads()) {
-    const int pixel = halo.first + i % halo.span, map = i / halo.span;
-    put(out, i, get(ex.peer(part, pixel / g.pixels), map * g.pixels + pixel % g.pixels));
-  }
+  fill_halo(ex, g, halo, maps, out, [&](int map, int pixel) {
+    return get(ex.peer(part, pixel / g.pixels), map * g.pixels + pixel % g.pixels);
+  });
   ex.sync_block();
 }
 
-// total + the window of wconv's map `map` around a pixel of `values`; kDirection -1: of the gradient.
-template <int kDirection, class Values, class W>
-VF_DEVICE float convolve(const Geometry& g, const Halo& halo, Values values, const W& wconv, int map,
-                         int pixel, float total) {
-  const int half = g.window / 2, y = pixel / g.W, x = pixel % g.W, rows = g.P / g.W;
+// The convolution's weights, in float32: f.taps [2, window, window].
+template <class Exec, class W>
+VF_DEVICE void load_taps(Exec& ex, const Geometry& g, const CbamFloats<Exec>& f, const W& wconv) {
 #pragma unroll 1
-  for (int i = 0; i < g.window; ++i) {
-    const int row = y + kDirection * (i - half);
-    if (row < 0 || row >= rows) continue;
-#pragma unroll 1
-    for (int j = 0; j < g.window; ++j) {
-      const int column = x + kDirection * (j - half);
-      if (column < 0 || column >= g.W) continue;
-      total += get(wconv, (map * g.window + i) * g.window + j) * get(values, row * g.W + column - halo.first);
+  for (int i = ex.thread(); i < 2 * g.window * g.window; i += ex.threads()) put(f.taps, i, get(wconv, i));
+  ex.sync_block();
+}
+
+// The sum over a window, of which `values` is the first place; kDirection -1: of the gradient. kWindow: its
+// size if that is known, else 0.
+template <int kDirection, int kWindow, class Values, class Taps>
+VF_DEVICE float convolve_window(int size, int pitch, Values values, Taps taps) {
+  const int window = kWindow ? kWindow : size, last = window * window - 1;
+  float total = 0;
+#pragma unroll(kWindow ? kWindow : 1)
+  for (int i = 0; i < window; ++i) {
+#pragma unroll(kWindow ? kWindow : 4)
+    for (int j = 0; j < window; ++j) {
+      const int tap = i * window + j;
+      total += get(taps, kDirection > 0 ? tap : last - tap) * get(values, i * pitch + j);
     }
   }
   return total;
 }
 
+template <int kDirection, class Values, class Taps>
+VF_DEVICE float convolve(const Geometry& g, const Halo& halo, Values values, Taps taps, int pixel) {
+  const int first = (pixel / g.W - halo.top - g.window / 2) * halo.pitch + pixel % g.W;
+  return g.window == 7 ? convolve_window<kDirection, 7>(7, halo.pitch, values + first, taps)
+                       : convolve_window<kDirection, 0>(g.window, halo.pitch, values + first, taps);
+}
+
+// finish(pixel, map, value) for both maps of each of the block's pixels, by lanes 2 i and 2 i + 1; pixel -1
+// in lanes that have none. value(pixel, map).
+template <class Exec, class Value, class Finish>
+VF_DEVICE void for_maps(Exec& ex, const Part& part, const Value& value, const Finish& finish) {
+#pragma unroll 1
+  for (int i = ex.thread() / kWarp * kWarp; i < 2 * (part.end - part.begin); i += ex.threads()) {
+    const int pixel = part.begin + (i + ex.thread() % kWarp) / 2, map = ex.thread() % 2;
+    const bool has = pixel < part.end;
+    finish(has ? pixel : -1, map, has ? value(pixel, map) : 0.0f);
+  }
+}
+
 // keep(e, sum over the block's pixels of dq[p] maps[map, p + shift]) for each element e = (map, shift) of the
-// weight, and of dq itself for the last one, by one lane. dq: the halo's; maps [2, P].
+// weight, and of dq itself for the last one, by one lane; a warp for each row of a map's window. dq: the
+// halo's; maps [2, P].
 template <class Exec, class Values, class Maps, class Keep>
 VF_DEVICE void conv_weight_grads(Exec& ex, const Geometry& g, const Part& part, const Halo& halo, Values dq,
                                  Maps maps, const Keep& keep) {
-  const int taps = g.window * g.window, half = g.window / 2, rows = g.P / g.W, lane = ex.thread() % kWarp;
+  constexpr int kTaps = 8;  // of a row at a time
+  const int window = g.window, half = window / 2, high = g.P / g.W, lane = ex.thread() % kWarp;
 #pragma unroll 1
-  for (int e = ex.thread() / kWarp; e <= 2 * taps; e += ex.threads() / kWarp) {
-    const int dy = e % taps / g.window - half, dx = e % taps % g.window - half;
-    float total = 0;
-    for (int p = part.begin + lane; p < part.end; p += kWarp) {
-      const int row = p / g.W + dy, column = p % g.W + dx;
-      const float d = get(dq, p - halo.first);
-      if (e == 2 * taps) {
-        total += d;
-      } else if (row >= 0 && row < rows && column >= 0 && column < g.W) {
-        total += d * get(maps, int64_t{e / taps} * g.P + row * g.W + column);
+  for (int unit = ex.thread() / kWarp; unit <= 2 * window; unit += ex.threads() / kWarp) {
+    const int map = unit / window, dy = unit % window - half;
+    const bool itself = unit == 2 * window;
+#pragma unroll 1
+    for (int left = 0; left < (itself ? 1 : window); left += kTaps) {
+      float total[kTaps] = {};
+#pragma unroll 4
+      for (int p = part.begin + lane; p < part.end; p += kWarp) {
+        const int y = p / g.W + dy, x = p % g.W + left - half;
+        const float d = get(dq, halo.place(g, p));
+        const bool inside = !itself && y >= 0 && y < high;
+        VF_UNROLL
+        for (int j = 0; j < kTaps; ++j) {
+          const bool has = inside && left + j < window && x + j >= 0 && x + j < g.W;
+          const float value = has ? get(maps, int64_t{map} * g.P + y * g.W + x + j) : 0.0f;
+          total[j] += d * (itself && j == 0 ? 1.0f : value);
+        }
+      }
+      VF_UNROLL
+      for (int j = 0; j < kTaps; ++j) {
+        const float sum = ex.warp_sum(total[j]);
+        if (lane == 0 && left + j < (itself ? 1 : window)) keep(unit * window + left + j, sum);
       }
     }
-    const float sum = ex.warp_sum(total);
-    if (lane == 0) keep(e, sum);
   }
 }
 

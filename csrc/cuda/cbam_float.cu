@@ -2,9 +2,7 @@
 
 namespace visattn::cuda {
 
-template void launch_cbam<float>(const char*, CbamForward<PlainMemory, float>&, const Plan&, bool, float*,
-                                 const Call&);
-template void launch_cbam<float>(const char*, CbamBackward<PlainMemory, float>&, const Plan&, bool, float*,
-                                 const Call&);
+template Kernel cbam_for<CbamForward<PlainMemory, float>>(const Plan&, bool);
+template Kernel cbam_for<CbamBackward<PlainMemory, float>>(const Plan&, bool);
 
 }  // namespace visattn::cuda

@@ -2,9 +2,7 @@
 
 namespace visattn::cuda {
 
-template void launch_cbam<Half>(const char*, CbamForward<PlainMemory, Half>&, const Plan&, bool, float*,
-                                const Call&);
-template void launch_cbam<Half>(const char*, CbamBackward<PlainMemory, Half>&, const Plan&, bool, float*,
-                                const Call&);
+template Kernel cbam_for<CbamForward<PlainMemory, Half>>(const Plan&, bool);
+template Kernel cbam_for<CbamBackward<PlainMemory, Half>>(const Plan&, bool);
 
 }  // namespace visattn::cuda

@@ -11,6 +11,7 @@ namespace visattn::cuda {
 
 template <class Memory, class T>
 struct CbamBackward {
+  using Element = T;
   template <class U>
   using Global = typename Memory::template Global<U>;
   Geometry geometry;  // stride_n is that of x; the rest is dense
@@ -26,20 +27,16 @@ struct CbamBackward {
   BatchSums<Memory> sums;            // of the same launch, or none
 };
 
-// What a pixel gives dx of all its channels, or a channel of all its pixels: the gate, the gradients of the
+// What W pixels give dx of all their channels, or W channels of all their pixels: gates, gradients of the
 // mean and of the maximum, and where that was.
-struct Side {
-  float gate, mean, peak;
-  int at;
+template <int W>
+struct Sides {
+  float gate[W], mean[W], peak[W];
+  int at[W];
 };
 
-VF_DEVICE float input_grad(float g, const Side& pixel, const Side& channel, int p, int c) {
-  const float du = g * pixel.gate + pixel.mean + (pixel.at == c ? pixel.peak : 0.0f);
-  return du * channel.gate + channel.mean + (channel.at == p ? channel.peak : 0.0f);
-}
-
-// One thread's view of one image: the rows' data are in shared memory, those of columns come from where they
-// are once for all rows.
+// One thread's view of one image. f.lines [slab, 4] has the sides of the block's rows, one after the other:
+// those of columns come from where they are once for all rows.
 template <bool kNhwc, int kAccess, class T, class Exec>
 struct CbamImage {
   static constexpr int V = kPack<kAccess, T>, S = kSumPack<kAccess, T>;
@@ -68,9 +65,6 @@ struct CbamImage {
         channels(exec.rank(), g.channels, g.C),
         pixels(exec.rank(), g.pixels, g.P) {}
 
-  VF_DEVICE int channel_of(int row, int column) const { return kNhwc ? column : row0 + row; }
-  VF_DEVICE int pixel_of(int row, int column) const { return kNhwc ? row0 + row : column; }
-
   // The gates, and where the maxima were.
   VF_DEVICE void load() const {
 #pragma unroll 1
@@ -78,42 +72,52 @@ struct CbamImage {
       put(f.gate, c, get(a.channel_gate, n * g.C + c));
       put(f.at_channel, c, bits_of(get(a.argmax_hw, n * g.C + c)));
     }
-    if constexpr (kNhwc) {
 #pragma unroll 1
-      for (int p = ex.thread(); p < rows; p += ex.threads()) {
-        put(f.spatial, p, get(a.spatial_gate, n * g.P + row0 + p));
-        put(f.at_pixel, p, bits_of(get(a.argmax_c, n * g.P + row0 + p)));
-      }
+    for (int p = pixels.begin + ex.thread(); p < pixels.end; p += ex.threads())
+      put(f.spatial, p - pixels.begin, get(a.spatial_gate, n * g.P + p));
+    const int64_t of_rows = n * g.rows + row0;
+#pragma unroll 1
+    for (int r = ex.thread(); r < rows; r += ex.threads()) {
+      put(f.lines, 4 * r, kNhwc ? get(a.spatial_gate, of_rows + r) : get(a.channel_gate, of_rows + r));
+      put(f.lines, 4 * r + 3, bits_of(kNhwc ? get(a.argmax_c, of_rows + r) : get(a.argmax_hw, of_rows + r)));
     }
   }
 
-  VF_DEVICE float pixel_gate(int p) const {
-    return kNhwc ? get(f.spatial, p - row0) : get(a.spatial_gate, n * g.P + p);
+  VF_DEVICE float row_gate(int row) const { return get(f.lines, 4 * row); }
+  VF_DEVICE Sides<1> row_sides(int row) const {
+    float v[4];
+    get_floats(f.lines, 4 * row, v);
+    return {{v[0]}, {v[1]}, {v[2]}, {index_of(v[3])}};
   }
-  // Of a pixel's maps: the gradient of the mean, and of the maximum.
-  VF_DEVICE float map_grad(int which, int p) const {
+
+  // Of a pack's columns.
+  template <int W>
+  VF_DEVICE void column_gates(int column, float (&gates)[W]) const {
     if constexpr (kNhwc) {
-      return get(f.map_grad, which * g.slab + p - row0);
+      get_floats(f.gate, column, gates);
     } else {
-      return get(ex.peer(f.grad_part, p / g.pixels), which * g.pixels + p % g.pixels);
+      get_floats(a.spatial_gate + n * g.P, column, gates);
     }
   }
-  VF_DEVICE Side pixel(int p) const {
-    const int at = kNhwc ? index_of(get(f.at_pixel, p - row0)) : get(a.argmax_c, n * g.P + p);
-    return {pixel_gate(p), map_grad(0, p), map_grad(1, p), at};
-  }
-  VF_DEVICE Side channel(int c) const {
-    return {get(f.gate, c), get(f.mean, c), get(f.maximum, c), index_of(get(f.at_channel, c))};
+  // Without the gates.
+  template <int W>
+  VF_DEVICE void column_gradients(int column, Sides<W>& s) const {
+    float at[W];
+    if constexpr (kNhwc) {
+      get_floats(f.mean, column, s.mean);
+      get_floats(f.maximum, column, s.peak);
+      get_floats(f.at_channel, column, at);
+    } else {
+      const auto maps = ex.peer(f.grad_part, column / g.pixels);
+      get_floats(maps, column % g.pixels, s.mean);
+      get_floats(maps + g.pixels, column % g.pixels, s.peak);
+      get_floats(cast_floats(a.argmax_c + n * g.P), column, at);
+    }
+    VF_UNROLL
+    for (int j = 0; j < W; ++j) s.at[j] = index_of(at[j]);
   }
 
-  VF_DEVICE float over_team(typename Exec::Exchange part, int i) const {
-    float total = get(ex.peer(part, 0), i);
-#pragma unroll 1
-    for (int r = 1; r < ex.team_size(); ++r) total += get(ex.peer(part, r), i);
-    return total;
-  }
-
-  // The maps' gradients, in f.map_grad of the block in nhwc and f.grad_part of every block in nchw, and the
+  // The maps' gradients, in f.lines of the block in nhwc and f.grad_part of every block in nchw, and the
   // block's share of the weight's in f.conv_part.
   VF_DEVICE void convolution() const {
     const Halo halo(pixels, g);
@@ -122,19 +126,20 @@ struct CbamImage {
     conv_weight_grads(ex, g, pixels, halo, f.halo, a.maps + 2 * n * g.P,
                       [&](int e, float sum) { put(f.conv_part, e, sum); });
     const float channels_of = static_cast<float>(g.C);
-#pragma unroll 1
-    for (int p = pixels.begin + ex.thread(); p < pixels.end; p += ex.threads()) {
-      const int i = p - pixels.begin;
-      const float mean = convolve<-1>(g, halo, f.halo, a.wconv, 0, p, 0.0f) / channels_of;
-      const float peak = convolve<-1>(g, halo, f.halo, a.wconv, 1, p, 0.0f);
-      if constexpr (kNhwc) {
-        put(f.map_grad, i, mean);
-        put(f.map_grad, g.slab + i, peak);
-      } else {
-        put(f.grad_part, i, mean);
-        put(f.grad_part, g.pixels + i, peak);
-      }
-    }
+    for_maps(
+        ex, pixels,
+        [&](int p, int map) {
+          const float sum = convolve<-1>(g, halo, f.halo, f.taps + map * g.window * g.window, p);
+          return map ? sum : sum / channels_of;
+        },
+        [&](int p, int map, float value) {
+          if (p < 0) return;
+          if constexpr (kNhwc) {
+            put(f.lines, 4 * (p - pixels.begin) + 1 + map, value);
+          } else {
+            put(f.grad_part, map * g.pixels + p - pixels.begin, value);
+          }
+        });
     if constexpr (kNhwc) {
       ex.sync_block();
     } else {
@@ -142,47 +147,47 @@ struct CbamImage {
     }
   }
 
-  // f.mean_part of every block -> f.mean and f.maximum: the gradients of the pooled values that dx needs.
+  // dz of the block's channels, in f.mean -> f.mean and f.maximum: the gradients of the pooled values that dx
+  // needs. The block's share of the convolution's are summed up on the way.
   VF_DEVICE void perceptron() const {
     const Part units(ex.rank(), g.hidden, g.R);
     const float area = static_cast<float>(g.P);
-    ex.sync_team();
+    const bool spread = kNhwc && !g.computes_all();
+    squeeze_backward<2, kNhwc>(
+        ex, g, f, a.weights,
+        [&](int r, float sum, float (&d)[2]) {
+          VF_UNROLL
+          for (int branch = 0; branch < 2; ++branch) {
+            const int64_t i = (2 * n + branch) * g.R + r;
+            d[branch] = activate_grad(sum, get(a.hidden, i), kRelu);
+            if (units.has(r)) put(a.dhidden, i, d[branch]);
+          }
+        },
+        [&](int c, const float (&sum)[2]) {
+          if (spread) {
+            put(f.gate_part, c - channels.begin, sum[0] / area);
+            put(f.max_part, c - channels.begin, sum[1]);
+          } else {
+            put(f.mean, c, sum[0] / area);
+            put(f.maximum, c, sum[1]);
+            if constexpr (!kNhwc) {
+              put(f.lines, 4 * (c - row0) + 1, sum[0] / area);
+              put(f.lines, 4 * (c - row0) + 2, sum[1]);
+            }
+          }
+        });
+    // The team has met since f.conv_part was written.
     const int elements = 2 * g.window * g.window + 1;
 #pragma unroll 1
     for (int e = ex.rank() * ex.threads() + ex.thread(); e < elements; e += ex.team_size() * ex.threads()) {
-      put(a.dconv, n * elements + e, over_team(f.conv_part, e));
+      put(a.dconv, n * elements + e, over_team(ex, f.conv_part, e));
     }
-    gather(ex, f.mean_part, g.channels, g.C, f.mean);
-    product_transposed(ex, a.weights.w2, units.begin, units.end, g.C, g.R, f.mean, f.partial,
-                       [&](int r, float sum) {
-                         for (int branch = 0; branch < 2; ++branch) {
-                           const int64_t i = (2 * n + branch) * g.R + r;
-                           const float d = activate_grad(sum, get(a.hidden, i), kRelu);
-                           put(a.dhidden, i, d);
-                           put(f.hidden_part, branch * g.hidden + r - units.begin, d);
-                         }
-                       });
-    ex.sync_team();
-    for (int branch = 0; branch < 2; ++branch) {
-      gather(ex, f.hidden_part + branch * g.hidden, g.hidden, g.R, f.hidden + branch * g.R);
-    }
-#pragma unroll 1
-    for (int branch = 0; branch < 2; ++branch) {
-      product_transposed(ex, a.weights.w1, channels.begin, channels.end, g.R, g.C, f.hidden + branch * g.R,
-                         f.partial, [&](int c, float sum) {
-                           const float d = branch ? sum : sum / area;
-                           if constexpr (kNhwc) {
-                             put(branch ? f.max_part : f.gate_part, c - channels.begin, d);
-                           } else {
-                             put(branch ? f.maximum : f.mean, c, d);
-                           }
-                         });
-      ex.sync_block();
-    }
-    if constexpr (kNhwc) {
+    if (spread) {
       ex.sync_team();
       gather(ex, f.gate_part, g.channels, g.C, f.mean);
       gather(ex, f.max_part, g.channels, g.C, f.maximum);
+    } else {
+      ex.sync_block();
     }
   }
 

@@ -5,18 +5,24 @@
 
 namespace visattn::cuda {
 
-template <class T, class Args>
-void launch_cbam(const char* name, Args& a, const Plan& p, bool nhwc, float* workspace, const Call& call);
+template <class Args>
+Kernel cbam_for(const Plan& p, bool nhwc);
 
 namespace {
 
 using Guard = torch::stable::accelerator::DeviceGuard;
 
-Plan plan_of(const Map& x, int64_t hidden, int64_t window, bool aligned, bool backward, const Call& call) {
+template <class Args>
+Plan plan_of(Args& a, const Map& x, int64_t hidden, int64_t window, bool aligned, const Call& call) {
   const int element = static_cast<int>(x.tensor.element_size());
-  return plan({x.s.N, x.s.C, x.s.P, hidden, x.stride_n, element, x.nhwc, aligned, backward,
-               static_cast<int>(x.s.W), static_cast<int>(window)},
-              device_of(call.device));
+  constexpr bool kBackward = !std::is_same_v<Args, CbamForward<PlainMemory, typename Args::Element>>;
+  const Plan p = plan({x.s.N, x.s.C, x.s.P, hidden, x.stride_n, element, x.nhwc, aligned, kBackward,
+                       static_cast<int>(x.s.W), static_cast<int>(window)},
+                      device_of(call.device), [&](const Plan& p) {
+                        return resident_clusters(cbam_for<Args>(p, x.nhwc), p, call.device);
+                      });
+  a.geometry = p.geometry, a.scratch = p.scratch;
+  return p;
 }
 
 GateWeights<PlainMemory> gate_weights(const char* name, const Map& x, const Tensor& w1, const Tensor& w2,
@@ -56,9 +62,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cbam_
     a.channel_gate = data<float>(channel_gate);
     a.maps = data<float>(maps), a.spatial_gate = data<float>(spatial_gate);
     a.argmax_hw = data<int>(argmax_hw), a.argmax_c = data<int>(argmax_c);
-    const Plan p = plan_of(x, R, k, is_aligned({a.x, a.residual, a.y}), false, call);
+    const Plan p = plan_of(a, x, R, k, is_aligned({a.x, a.residual, a.y}), call);
     Scratchpad scratch(t, p.workspace_words());
-    launch_cbam<T>("cbam_fwd", a, p, x.nhwc, scratch.take(p.workspace_words()), call);
+    launch("cbam_fwd", cbam_for<decltype(a)>(p, x.nhwc), &a, p, scratch.take(p.workspace_words()), call);
   });
   return results;
 }
@@ -101,13 +107,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cbam_bwd(
     a.spatial_gate = in<float>(spatial_gate);
     a.argmax_hw = in<int>(argmax_hw), a.argmax_c = in<int>(argmax_c);
     const bool aligned = is_aligned({a.grad, a.x, a.residual, a.dx, a.dresidual});
-    const Plan p = plan_of(x, R, k, aligned, true, call);
+    const Plan p = plan_of(a, x, R, k, aligned, call);
     const int64_t dz = N * C, dhidden = 2 * N * R, dconv = N * (2 * k * k + 1);
     Scratchpad scratch(t, dz + dhidden + dconv + p.workspace_words());
     a.dz = scratch.take(dz), a.dhidden = scratch.take(dhidden), a.dconv = scratch.take(dconv);
     const Sums sums = sums_of(N, a.dz, a.dhidden, a.dconv);
     if (p.one_launch) a.sums = sums;
-    launch_cbam<T>("cbam_bwd", a, p, x.nhwc, scratch.take(p.workspace_words()), call);
+    launch("cbam_bwd", cbam_for<decltype(a)>(p, x.nhwc), &a, p, scratch.take(p.workspace_words()), call);
     if (!p.one_launch) launch_batch_sums("cbam_bwd", sums, call);
   });
   return results;

@@ -19,51 +19,49 @@ template <class Exec>
 struct Floats {
   using Shared = typename Exec::template Shared<float>;
   using Exchange = typename Exec::Exchange;
-  Shared partial, mean, hidden, gate;
-  Exchange sums, mean_part, hidden_part, gate_part;
+  Shared own, partial, mean, hidden, gate;
+  Exchange exchange, sums, mean_part, hidden_part, gate_part;
 
   VF_DEVICE Floats(Exec& ex, const Geometry& g, const Scratch& s, int turn)
-      : partial(ex.template shared<float>(kHeader + g.slab_bytes())),
-        mean(partial + s.mean),
-        hidden(partial + s.hidden),
-        gate(partial + s.gate),
-        sums(ex.exchange(partial + s.own, s.shared, turn & 1)),
-        mean_part(sums + s.mean_part),
-        hidden_part(sums + s.hidden_part),
-        gate_part(sums + s.gate_part) {}
+      : own(ex.template shared<float>(kHeader + g.slab_bytes())),
+        partial(own + s.partial),
+        mean(own + s.mean),
+        hidden(own + s.hidden),
+        gate(own + s.gate),
+        exchange(ex.exchange(own + (s.own - s.overlap), s.shared, turn & 1)),
+        sums(exchange + s.sums),
+        mean_part(exchange + s.mean_part),
+        hidden_part(exchange + s.hidden_part),
+        gate_part(exchange + s.gate_part) {}
 };
 
 // The channels whose means this block sums up and whose gates it computes.
-struct Part {
-  int begin, end;
-  VF_DEVICE Part(int rank, int each, int total) : begin(rank * each), end(begin + each) {
+struct Part : Span {
+  VF_DEVICE Part(int rank, int each, int total) : Span{rank * each, rank * each + each} {
     if (end > total) end = total;
     if (begin > end) begin = end;
   }
+  VF_DEVICE bool has(int i) const { return i >= begin && i < end; }
 };
 
-// finish(c, sum of values over the pixels of channel c) for the channels of the block's part. values(offset,
-// out) sees every element of the slab once; kUnroll packs are under way at a time.
-template <int V, int kUnroll, bool kNhwc, class Exec, class Values, class Finish>
-VF_DEVICE void channel_sums(Exec& ex, const Geometry& g, const Floats<Exec>& f, int count,
+// finish(c, sum of values over the pixels of channel c) for the channels of the block's part. values(data,
+// offset, out) sees every element of the slab once, with data = begin(channel); kUnroll packs are under way
+// at a time.
+template <int V, int kUnroll, bool kNhwc, class Exec, class Begin, class Values, class Finish>
+VF_DEVICE void channel_sums(Exec& ex, const Geometry& g, const Floats<Exec>& f, int count, const Begin& begin,
                             const Values& values, const Finish& finish) {
   const Part part(ex.rank(), g.channels, g.C);
+  const int first = kNhwc ? 0 : part.begin;
+  const Partials p = line_sums<V, kUnroll, kNhwc>(
+      ex, count / g.cols, g.cols, f.partial, [&](int line) { return begin(first + line); }, values);
   if constexpr (kNhwc) {
-    const int groups = column_sums<V, kUnroll>(ex, count / g.cols, g.cols, f.partial, values);
-    for (int c = ex.thread(); c < g.C; c += ex.threads()) put(f.sums, c, down(f.partial, groups, g.cols, c));
+    for (int c = ex.thread(); c < g.C; c += ex.threads()) put(f.sums, c, sum_of(f.partial, p, c));
     ex.sync_team();
-    for (int c = part.begin + ex.thread(); c < part.end; c += ex.threads()) {
-      float total = get(ex.peer(f.sums, 0), c);
-      for (int r = 1; r < ex.team_size(); ++r) total += get(ex.peer(f.sums, r), c);
-      finish(c, total);
-    }
+    for (int c = part.begin + ex.thread(); c < part.end; c += ex.threads())
+      finish(c, over_team(ex, f.sums, c));
   } else {
-    const int parts = row_sums<V, kUnroll>(ex, count / g.cols, g.cols, f.partial, values);
-    for (int c = part.begin + ex.thread(); c < part.end; c += ex.threads()) {
-      float total = get(f.partial, (c - part.begin) * parts);
-      for (int k = 1; k < parts; ++k) total += get(f.partial, (c - part.begin) * parts + k);
-      finish(c, total);
-    }
+    for (int c = part.begin + ex.thread(); c < part.end; c += ex.threads())
+      finish(c, sum_of(f.partial, p, (c - part.begin) * p.count));
   }
 }
 
@@ -79,23 +77,24 @@ VF_DEVICE float windowed(const Weight<Memory>& w, int window, Vector v, int chan
   return total;
 }
 
-// f.hidden_part of every block -> f.gate: of all channels in nhwc, else of the block's own.
-template <bool kNhwc, class Exec, class Weights, class KeepGate>
+// The hidden units' share of the block's channels, [branches, R] in f.hidden_part of every block -> f.gate:
+// of all channels in nhwc, else of the block's own. hidden_of(r) sums a unit up over the team and activates
+// it.
+template <bool kNhwc, class Exec, class Weights, class HiddenOf, class KeepGate>
 VF_DEVICE void excite_forward(Exec& ex, const Geometry& g, const Floats<Exec>& f, const Weights& w,
-                              const KeepGate& keep_gate) {
+                              const HiddenOf& hidden_of, const KeepGate& keep_gate) {
   const Part part(ex.rank(), g.channels, g.C);
+  const bool all = kNhwc && g.computes_all();
   ex.sync_team();
-  gather(ex, f.hidden_part, g.hidden, g.R, f.hidden);
-  product(ex, w.w2, part.begin, part.end, g.R, f.hidden, [&](int c, float sum) {
+  for (int r = ex.thread(); r < g.R; r += ex.threads()) put(f.hidden, r, hidden_of(r));
+  ex.sync_block();
+  product(ex, w.w2, all ? Span{0, g.C} : Span{part}, {0, g.R}, g.R, f.hidden, [&](int c, float sum) {
     const float gate = gate_of(w.b2.p ? sum + get(w.b2, c) : sum, w.gate_activation);
-    keep_gate(c, gate);
-    if constexpr (kNhwc) {
-      put(f.gate_part, c - part.begin, gate);
-    } else {
-      put(f.gate, c, gate);
-    }
+    if (part.has(c)) keep_gate(c, gate);
+    if (!all) put(f.gate_part, c - part.begin, gate);
+    if (!kNhwc || all) put(f.gate, c, gate);
   });
-  if constexpr (kNhwc) {
+  if (kNhwc && !all) {
     ex.sync_team();
     gather(ex, f.gate_part, g.channels, g.C, f.gate);
   } else {
@@ -103,46 +102,71 @@ VF_DEVICE void excite_forward(Exec& ex, const Geometry& g, const Floats<Exec>& f
   }
 }
 
-// f.mean_part of every block -> f.gate: of all channels in nhwc, else of the block's own. keep_hidden(r,
-// value) and keep_gate(c, value) see the block's part.
+// The means of the block's channels, in f.mean and of ECA in f.mean_part -> f.gate: of all channels in nhwc,
+// else of the block's own. keep_hidden(r, value) and keep_gate(c, value) see the block's part.
 template <bool kNhwc, class Exec, class Weights, class KeepHidden, class KeepGate>
 VF_DEVICE void gate_forward(Exec& ex, const Geometry& g, const Floats<Exec>& f, const Weights& w,
                             const KeepHidden& keep_hidden, const KeepGate& keep_gate) {
   const Part part(ex.rank(), g.channels, g.C);
-  ex.sync_team();
-  gather(ex, f.mean_part, g.channels, g.C, f.mean);
   if (w.window) {
+    ex.sync_team();
+    gather(ex, f.mean_part, g.channels, g.C, f.mean);
     const int begin = kNhwc ? 0 : part.begin, end = kNhwc ? g.C : part.end;
     for (int c = begin + ex.thread(); c < end; c += ex.threads()) {
       const float gate = sigmoid(windowed(w.w1, w.window, f.mean, g.C, c, 1));
       put(f.gate, c, gate);
-      if (c >= part.begin && c < part.end) keep_gate(c, gate);
+      if (part.has(c)) keep_gate(c, gate);
     }
     ex.sync_block();
     return;
   }
+  ex.sync_block();
+  product(ex, w.w1, {0, g.R}, part, g.C, f.mean, [&](int r, float sum) { put(f.hidden_part, r, sum); });
   const Part units(ex.rank(), g.hidden, g.R);
-  product(ex, w.w1, units.begin, units.end, g.C, f.mean, [&](int r, float sum) {
-    const float z = w.b1.p ? sum + get(w.b1, r) : sum;
-    const float kept = w.hidden_activation == kRelu ? activate(z, kRelu) : z;
-    keep_hidden(r, kept);
-    put(f.hidden_part, r - units.begin,
-        w.hidden_activation == kRelu ? kept : activate(z, w.hidden_activation));
-  });
-  excite_forward<kNhwc>(ex, g, f, w, keep_gate);
+  excite_forward<kNhwc>(
+      ex, g, f, w,
+      [&](int r) {
+        const float sum = over_team(ex, f.hidden_part, r), z = w.b1.p ? sum + get(w.b1, r) : sum;
+        const float hidden = activate(z, w.hidden_activation);
+        if (units.has(r)) keep_hidden(r, w.hidden_activation == kRelu ? hidden : z);
+        return hidden;
+      },
+      keep_gate);
 }
 
-// The gradients before the gate's activation in f.mean_part of every block -> f.mean: dmean / P of all
-// channels in nhwc, else of the block's own. hidden_of(r) is what forward kept, keep(r, dz) sees the block's
-// hidden units.
+// The gradients before the gate's activation, [B] of them: dz of the block's channels in f.mean -> finish(c,
+// sums [B]), the gradients of the pooled values: of all channels in nhwc if every block computes them, else
+// of the block's own. hidden_grad(r, sum, out [B]) are the hidden units', before their activation.
+template <int B, bool kNhwc, class Exec, class Weights, class HiddenGrad, class Finish>
+VF_DEVICE void squeeze_backward(Exec& ex, const Geometry& g, const Floats<Exec>& f, const Weights& w,
+                                const HiddenGrad& hidden_grad, const Finish& finish) {
+  const Part part(ex.rank(), g.channels, g.C);
+  ex.sync_block();
+  product_transposed<1>(ex, w.w2, {0, g.R}, part, g.R, f.mean, 0, f.partial,
+                        [&](int r, const float (&sum)[1]) { put(f.hidden_part, r, sum[0]); });
+  ex.sync_team();
+  for (int r = ex.thread(); r < g.R; r += ex.threads()) {
+    float d[B];
+    hidden_grad(r, over_team(ex, f.hidden_part, r), d);
+    VF_UNROLL
+    for (int b = 0; b < B; ++b) put(f.hidden, b * g.R + r, d[b]);
+  }
+  ex.sync_block();
+  product_transposed<B>(ex, w.w1, kNhwc && g.computes_all() ? Span{0, g.C} : Span{part}, {0, g.R}, g.C,
+                        f.hidden, g.R, f.partial, finish);
+}
+
+// dz of the block's channels, in f.mean and of ECA in f.mean_part -> f.mean: dmean / P of all channels in
+// nhwc, else of the block's own. hidden_of(r) is what forward kept, keep(r, dz) sees the block's hidden
+// units.
 template <bool kNhwc, class Exec, class Weights, class HiddenOf, class Keep>
 VF_DEVICE void gate_backward(Exec& ex, const Geometry& g, const Floats<Exec>& f, const Weights& w,
                              const HiddenOf& hidden_of, const Keep& keep) {
-  const Part part(ex.rank(), g.channels, g.C);
+  const Part part(ex.rank(), g.channels, g.C), units(ex.rank(), g.hidden, g.R);
   const float area = static_cast<float>(g.P);
-  ex.sync_team();
-  gather(ex, f.mean_part, g.channels, g.C, f.mean);  // dz of all channels
   if (w.window) {
+    ex.sync_team();
+    gather(ex, f.mean_part, g.channels, g.C, f.mean);  // dz of all channels
     const int begin = kNhwc ? 0 : part.begin, end = kNhwc ? g.C : part.end;
     for (int c = begin + ex.thread(); c < end; c += ex.threads()) {
       put(f.partial, c - begin, windowed(w.w1, w.window, f.mean, g.C, c, -1) / area);
@@ -152,22 +176,21 @@ VF_DEVICE void gate_backward(Exec& ex, const Geometry& g, const Floats<Exec>& f,
     ex.sync_block();
     return;
   }
-  const Part units(ex.rank(), g.hidden, g.R);
-  product_transposed(ex, w.w2, units.begin, units.end, g.C, g.R, f.mean, f.partial, [&](int r, float sum) {
-    const float dh = activate_grad(sum, hidden_of(r), w.hidden_activation);
-    keep(r, dh);
-    put(f.hidden_part, r - units.begin, dh);
-  });
-  ex.sync_team();
-  gather(ex, f.hidden_part, g.hidden, g.R, f.hidden);
-  product_transposed(ex, w.w1, part.begin, part.end, g.R, g.C, f.hidden, f.partial, [&](int c, float sum) {
-    if constexpr (kNhwc) {
-      put(f.gate_part, c - part.begin, sum / area);
-    } else {
-      put(f.mean, c, sum / area);
-    }
-  });
-  if constexpr (kNhwc) {
+  const bool spread = kNhwc && !g.computes_all();
+  squeeze_backward<1, kNhwc>(
+      ex, g, f, w,
+      [&](int r, float sum, float (&d)[1]) {
+        d[0] = activate_grad(sum, hidden_of(r), w.hidden_activation);
+        if (units.has(r)) keep(r, d[0]);
+      },
+      [&](int c, const float (&sum)[1]) {
+        if (spread) {
+          put(f.gate_part, c - part.begin, sum[0] / area);
+        } else {
+          put(f.mean, c, sum[0] / area);
+        }
+      });
+  if (spread) {
     ex.sync_team();
     gather(ex, f.gate_part, g.channels, g.C, f.mean);
   } else {

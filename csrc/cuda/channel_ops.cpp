@@ -5,19 +5,23 @@
 
 namespace visattn::cuda {
 
-template <class T, class Args>
-void launch_channel_scale(const char* name, Args& a, const Plan& p, bool nhwc, float* workspace,
-                          const Call& call);
+template <class Args>
+Kernel channel_scale_for(const Plan& p, bool nhwc);
 
 namespace {
 
 using Guard = torch::stable::accelerator::DeviceGuard;
 using Weights = GateWeights<PlainMemory>;
 
-Plan plan_of(const Map& x, int64_t hidden, int64_t stride_n, bool aligned, bool backward, const Call& call) {
+template <class Args>
+Plan plan_of(Args& a, const Map& x, int64_t hidden, int64_t stride_n, bool aligned, const Call& call) {
   const int element = static_cast<int>(x.tensor.element_size());
-  return plan({x.s.N, x.s.C, x.s.P, hidden, stride_n, element, x.nhwc, aligned, backward},
-              device_of(call.device));
+  constexpr bool kBackward = !std::is_same_v<Args, ChannelForward<PlainMemory, typename Args::Element>>;
+  const Plan p = plan(
+      {x.s.N, x.s.C, x.s.P, hidden, stride_n, element, x.nhwc, aligned, kBackward}, device_of(call.device),
+      [&](const Plan& p) { return resident_clusters(channel_scale_for<Args>(p, x.nhwc), p, call.device); });
+  a.geometry = p.geometry, a.scratch = p.scratch;
+  return p;
 }
 
 struct Forward {
@@ -40,9 +44,9 @@ Forward forward(const char* name, const Tensor& given, const Weights& weights, i
     a.activation = static_cast<int>(activation);
     a.x = in<T>(x.tensor), a.residual = in<T>(res), a.y = data<T>(out.y);
     a.mean = data<float>(out.mean), a.hidden = data<float>(out.hidden), a.gate = data<float>(out.gate);
-    const Plan p = plan_of(x, hidden_units, x.stride_n, is_aligned({a.x, a.residual, a.y}), false, call);
+    const Plan p = plan_of(a, x, hidden_units, x.stride_n, is_aligned({a.x, a.residual, a.y}), call);
     Scratchpad scratch(x.tensor, p.workspace_words());
-    launch_channel_scale<T>(name, a, p, x.nhwc, scratch.take(p.workspace_words()), call);
+    launch(name, channel_scale_for<decltype(a)>(p, x.nhwc), &a, p, scratch.take(p.workspace_words()), call);
   });
   return out;
 }
@@ -75,13 +79,13 @@ Backward backward(const char* name, const Tensor& grad, const Tensor& given, con
     a.hidden = in<float>(hidden), a.gate = in<float>(gate);
     const bool x_images = x.stride_n * static_cast<int64_t>(sizeof(T)) % 16 == 0;
     const bool aligned = is_aligned({a.grad, a.x, a.residual, a.dx, a.dresidual}) && x_images;
-    const Plan p = plan_of(x, hidden_units, x.s.C * x.s.P, aligned, true, call);
+    const Plan p = plan_of(a, x, hidden_units, x.s.C * x.s.P, aligned, call);
     const int64_t dz = x.s.N * x.s.C, dhidden = x.s.N * hidden_units;
     Scratchpad scratch(x.tensor, dz + dhidden + p.workspace_words());
     a.dz = scratch.take(dz), a.dhidden = scratch.take(dhidden);
     const Sums sums = sums_of(x.s.N, a.dz, a.dhidden);
     if (p.one_launch) a.sums = sums;
-    launch_channel_scale<T>(name, a, p, x.nhwc, scratch.take(p.workspace_words()), call);
+    launch(name, channel_scale_for<decltype(a)>(p, x.nhwc), &a, p, scratch.take(p.workspace_words()), call);
     if (!p.one_launch) launch_batch_sums(name, sums, call);
   });
   return out;

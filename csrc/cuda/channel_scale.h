@@ -11,6 +11,7 @@ namespace visattn::cuda {
 
 template <class Memory, class T>
 struct ChannelForward {
+  using Element = T;
   template <class U>
   using Global = typename Memory::template Global<U>;
   Geometry geometry;
@@ -24,6 +25,7 @@ struct ChannelForward {
 
 template <class Memory, class T>
 struct ChannelBackward {
+  using Element = T;
   template <class U>
   using Global = typename Memory::template Global<U>;
   Geometry geometry;  // stride_n is that of grad, which is dense
@@ -44,6 +46,30 @@ constexpr int kPack = kAccess == kNarrow ? 1 : kWide<T>;
 template <int kAccess, class T>
 constexpr int kSumPack = kAccess == kWideRows ? kWide<T> : 1;
 
+struct Nothing {};
+
+// f(std::true_type) or f(std::false_type): what depends on it is not asked again in f's loops.
+template <class F>
+VF_DEVICE void decided(bool condition, const F& f) {
+  condition ? f(std::true_type{}) : f(std::false_type{});
+}
+
+// y = act(x * gate + residual) of V elements from v = x * gate on; kPlain: y = v. at: in the maps.
+template <bool kPlain, int V, class Args>
+VF_DEVICE void put_result(const Args& a, int64_t at, float (&v)[V]) {
+  using T = std::remove_cvref_t<decltype(get(a.y, 0))>;
+  if constexpr (!kPlain) {
+    if (a.residual) {
+      float more[V];
+      to_floats(get_map<V>(a.residual, at), more);
+      VF_UNROLL
+      for (int j = 0; j < V; ++j) v[j] += more[j];
+    }
+    activate(v, a.activation);
+  }
+  put_map<true>(a.y, at, of_floats<T>(v));
+}
+
 template <bool kNhwc, int kAccess, class T, class Exec>
 VF_DEVICE void channel_forward(Exec& ex, const ChannelForward<typename Exec::Memory, T>& a) {
   constexpr int V = kPack<kAccess, T>, S = kSumPack<kAccess, T>;
@@ -55,81 +81,84 @@ VF_DEVICE void channel_forward(Exec& ex, const ChannelForward<typename Exec::Mem
     const Floats<Exec> f(ex, g, a.scratch, turn);
     const auto slab = slabs.acquire(turn);
     const int first_channel = ex.rank() * g.channels;
-    channel_sums<S, 2, kNhwc>(
-        ex, g, f, slabs.count(),
-        [&](int offset, float (&v)[S]) {
-          const Pack<T, S> x = get_pack<S>(slab, offset);
-          VF_UNROLL
-          for (int j = 0; j < S; ++j) v[j] = static_cast<float>(x.v[j]);
-        },
+    channel_sums<S, 4, kNhwc>(
+        ex, g, f, slabs.count(), [](int) { return Nothing{}; },
+        [&](Nothing, int offset, float (&v)[S]) { to_floats(get_pack<S>(slab, offset), v); },
         [&](int c, float sum) {
-          put(f.mean_part, c - first_channel, sum / area);
+          put(f.mean, c, sum / area);
+          if (a.weights.window) put(f.mean_part, c - first_channel, sum / area);
           put(a.mean, n * g.C + c, sum / area);
         });
     gate_forward<kNhwc>(
         ex, g, f, a.weights, [&](int r, float v) { put(a.hidden, n * g.R + r, v); },
         [&](int c, float v) { put(a.gate, n * g.C + c, v); });
     const int64_t at = n * g.C * g.P + slabs.first();
-#pragma unroll 2
-    for (int i = ex.thread() * V; i < slabs.count(); i += ex.threads() * V) {
-      const Pack<T, V> x = get_pack<V>(slab, i);
-      Pack<T, V> more = {};
-      if (a.residual) more = get_pack<V>(a.residual, at + i);
-      Pack<T, V> y;
-      for_channels<V, kNhwc, kAccess>(i, ex.rank() * g.slab, g.cols, [&](int j, int c) {
-        float v = static_cast<float>(x.v[j]) * get(f.gate, c);
-        if (a.residual) v += static_cast<float>(more.v[j]);
-        y.v[j] = static_cast<T>(activate(v, a.activation));
+    const typename Floats<Exec>::Shared gates[] = {f.gate};
+    decided(a.activation == kNone && !a.residual, [&](auto plain) {
+      constexpr bool kPlain = decltype(plain)::value;
+      for_scaled<V, 4, kNhwc, kAccess>(ex, g, slabs.count(), gates, [&](int i, const auto& gate) {
+        float v[V];
+        to_floats(get_pack<V>(slab, i), v);
+        VF_UNROLL
+        for (int j = 0; j < V; ++j) v[j] *= gate(0, j);
+        put_result<kPlain>(a, at + i, v);
       });
-      put_map<true>(a.y, at + i, y);
-    }
+    });
     slabs.release(turn);
   }
 }
 
 // grad * act'(x * gate + residual) of V elements, as T holds it; gated [V] is x * gate. at: in the maps.
 template <int V, class T, class Args>
-VF_DEVICE Pack<T, V> through_activation(const Args& a, Pack<T, V> grad, const float (&gated)[V], int64_t at) {
-  Pack<T, V> more = {};
-  if (a.residual) more = get_pack<V>(a.residual, at);
-  VF_UNROLL
-  for (int j = 0; j < V; ++j) {
-    const float v = gated[j] + static_cast<float>(more.v[j]);
-    grad.v[j] = static_cast<T>(activate_grad(static_cast<float>(grad.v[j]), v, a.activation));
+VF_DEVICE Pack<T, V> through_activation(const Args& a, const Pack<T, V>& grad, float (&gated)[V],
+                                        int64_t at) {
+  if (a.residual) {
+    float more[V];
+    to_floats(get_map<V>(a.residual, at), more);
+    VF_UNROLL
+    for (int j = 0; j < V; ++j) gated[j] += more[j];
   }
-  return grad;
+  float g[V];
+  to_floats(grad, g);
+  activate_grad(g, gated, a.activation);
+  return of_floats<T>(g);
 }
 
 template <bool kNhwc, int kAccess, class T, class Exec>
 VF_DEVICE void channel_backward(Exec& ex, const ChannelBackward<typename Exec::Memory, T>& a) {
   constexpr int V = kPack<kAccess, T>, S = kSumPack<kAccess, T>;
   const Geometry& g = a.geometry;
-  const int row0 = ex.rank() * g.slab, first_channel = ex.rank() * g.channels;
+  const int first_channel = ex.rank() * g.channels;
   Slabs<Exec, T> slabs(ex, a.grad, g, g.stride_n);
   int turn = 0;
   for (int64_t n = ex.team(); n < g.N; n += ex.teams(), ++turn) {
     const Floats<Exec> f(ex, g, a.scratch, turn);
-    const int64_t at = n * g.C * g.P + slabs.first(), x_at = n * a.x_stride_n + slabs.first();
+    const int64_t at = n * g.C * g.P + slabs.first();
+    const auto x_map = a.x + (n * a.x_stride_n + slabs.first());
+    const typename Floats<Exec>::Shared gates[] = {f.gate}, slopes[] = {f.gate, f.mean};
     for (int c = ex.thread(); c < g.C; c += ex.threads()) put(f.gate, c, get(a.gate, n * g.C + c));
     const auto slab = slabs.acquire(turn);
     ex.sync_block();
-    const auto apply = [&](int i,
-                           const auto& x) {  // grad * act' of a pack, which it leaves where upstream looks
+    // grad * act' of a pack, which it leaves where upstream looks
+    const auto apply = [&](int i, const auto& x, const auto& gate) {
       constexpr int W = sizeof(x) / sizeof(T);
       float gated[W];
-      for_channels<W, kNhwc, kAccess>(
-          i, row0, g.cols, [&](int j, int c) { gated[j] = static_cast<float>(x.v[j]) * get(f.gate, c); });
+      to_floats(x, gated);
+      VF_UNROLL
+      for (int j = 0; j < W; ++j) gated[j] *= gate(0, j);
       const auto through = through_activation<W, T>(a, get_pack<W>(slab, i), gated, at + i);
       if constexpr (Exec::kResident) put_pack(slab, i, through);
       put_map<false>(a.dresidual, at + i, through);
       return through;
     };
     // Sums that see single elements come after a pass of wide stores.
-    if (S != V && a.activation != kNone) {
-#pragma unroll 1
-      for (int i = ex.thread() * V; i < slabs.count(); i += ex.threads() * V)
-        apply(i, get_pack<V>(a.x, x_at + i));
-      ex.sync_block();
+    if constexpr (S != V) {
+      if (a.activation != kNone) {
+        for_scaled<V, 1, kNhwc, kAccess>(ex, g, slabs.count(), gates, [&](int i, const auto& gate) {
+          apply(i, get_pack<V>(x_map, i), gate);
+        });
+        ex.sync_block();
+      }
     }
     // What follows an activation is dresidual; it is at hand in the slab, or read back.
     const auto upstream = [&](int i, auto pack) {
@@ -139,32 +168,45 @@ VF_DEVICE void channel_backward(Exec& ex, const ChannelBackward<typename Exec::M
       }
       return get_pack<W>(slab, i);
     };
-    channel_sums<S, 2, kNhwc>(
-        ex, g, f, slabs.count(),
-        [&](int offset, float (&v)[S]) {
-          const Pack<T, S> x = get_pack<S>(a.x, x_at + offset);
-          const bool now = S == V && a.activation != kNone;
-          const Pack<T, S> grad = now ? apply(offset, x) : upstream(offset, Constant<S>());
-          VF_UNROLL
-          for (int j = 0; j < S; ++j) v[j] = static_cast<float>(grad.v[j]) * static_cast<float>(x.v[j]);
-        },
-        [&](int c, float sum) {
-          const float dz = gate_grad(sum, get(f.gate, c), a.weights.gate_activation);
-          put(f.mean_part, c - first_channel, dz);
-          put(a.dz, n * g.C + c, dz);
-        });
+    const auto keep = [&](int c, float sum) {
+      const float dz = gate_grad(sum, get(f.gate, c), a.weights.gate_activation);
+      put(f.mean, c, dz);
+      if (a.weights.window) put(f.mean_part, c - first_channel, dz);
+      put(a.dz, n * g.C + c, dz);
+    };
+    const auto product = [&](const Pack<T, S>& x, const Pack<T, S>& grad, float (&v)[S]) {
+      float xs[S];
+      to_floats(grad, v);
+      to_floats(x, xs);
+      VF_UNROLL
+      for (int j = 0; j < S; ++j) v[j] *= xs[j];
+    };
+    if (S == V && a.activation != kNone) {
+      channel_sums<S, 1, kNhwc>(
+          ex, g, f, slabs.count(), [&](int c) { return coefficients<kNhwc ? S : 1>(gates, c); },
+          [&](const Coefficients<1, kNhwc ? S : 1>& gate, int i, float (&v)[S]) {
+            const Pack<T, S> x = get_map<S>(x_map, i);
+            product(x, apply(i, x, gate), v);
+          },
+          keep);
+    } else {
+      channel_sums<S, 4, kNhwc>(
+          ex, g, f, slabs.count(), [](int) { return Nothing{}; },
+          [&](Nothing, int i, float (&v)[S]) {
+            product(get_map<S>(x_map, i), upstream(i, Constant<S>()), v);
+          },
+          keep);
+    }
     gate_backward<kNhwc>(
         ex, g, f, a.weights, [&](int r) { return get(a.hidden, n * g.R + r); },
         [&](int r, float v) { put(a.dhidden, n * g.R + r, v); });
-#pragma unroll 2
-    for (int i = ex.thread() * V; i < slabs.count(); i += ex.threads() * V) {
-      const Pack<T, V> grad = upstream(i, Constant<V>());
-      Pack<T, V> dx;
-      for_channels<V, kNhwc, kAccess>(i, row0, g.cols, [&](int j, int c) {
-        dx.v[j] = static_cast<T>(static_cast<float>(grad.v[j]) * get(f.gate, c) + get(f.mean, c));
-      });
-      put_map<true>(a.dx, at + i, dx);
-    }
+    for_scaled<V, 4, kNhwc, kAccess>(ex, g, slabs.count(), slopes, [&](int i, const auto& slope) {
+      float v[V];
+      to_floats(upstream(i, Constant<V>()), v);
+      VF_UNROLL
+      for (int j = 0; j < V; ++j) v[j] = v[j] * slope(0, j) + slope(1, j);
+      put_map<true>(a.dx, at + i, of_floats<T>(v));
+    });
     slabs.release(turn);
   }
   if (a.sums.any()) sums_of_grid(ex, a.sums);

@@ -2,9 +2,7 @@
 
 namespace visattn::cuda {
 
-template void launch_channel_scale<BFloat16>(const char*, ChannelForward<PlainMemory, BFloat16>&, const Plan&,
-                                             bool, float*, const Call&);
-template void launch_channel_scale<BFloat16>(const char*, ChannelBackward<PlainMemory, BFloat16>&,
-                                             const Plan&, bool, float*, const Call&);
+template Kernel channel_scale_for<ChannelForward<PlainMemory, BFloat16>>(const Plan&, bool);
+template Kernel channel_scale_for<ChannelBackward<PlainMemory, BFloat16>>(const Plan&, bool);
 
 }  // namespace visattn::cuda

@@ -2,9 +2,7 @@
 
 namespace visattn::cuda {
 
-template void launch_channel_scale<float>(const char*, ChannelForward<PlainMemory, float>&, const Plan&, bool,
-                                          float*, const Call&);
-template void launch_channel_scale<float>(const char*, ChannelBackward<PlainMemory, float>&, const Plan&,
-                                          bool, float*, const Call&);
+template Kernel channel_scale_for<ChannelForward<PlainMemory, float>>(const Plan&, bool);
+template Kernel channel_scale_for<ChannelBackward<PlainMemory, float>>(const Plan&, bool);
 
 }  // namespace visattn::cuda

@@ -2,9 +2,7 @@
 
 namespace visattn::cuda {
 
-template void launch_channel_scale<Half>(const char*, ChannelForward<PlainMemory, Half>&, const Plan&, bool,
-                                         float*, const Call&);
-template void launch_channel_scale<Half>(const char*, ChannelBackward<PlainMemory, Half>&, const Plan&, bool,
-                                         float*, const Call&);
+template Kernel channel_scale_for<ChannelForward<PlainMemory, Half>>(const Plan&, bool);
+template Kernel channel_scale_for<ChannelBackward<PlainMemory, Half>>(const Plan&, bool);
 
 }  // namespace visattn::cuda

@@ -18,6 +18,12 @@ struct InL2 {
 VF_DEVICE float get(InL2 m, int i) { return __ldcg(m.p + (m.at + i)); }
 VF_DEVICE void put(InL2 m, int i, float v) { __stcg(m.p + (m.at + i), v); }
 
+template <int W>
+VF_DEVICE void get_floats(const InL2& m, int i, float (&v)[W]) {
+  VF_UNROLL
+  for (int j = 0; j < W; ++j) v[j] = get(m, i + j);
+}
+
 struct Workspace {
   float* exchange;       // [blocks, Scratch::copies, Scratch::shared]; null in a cluster
   unsigned* semaphores;  // [teams], which the kernel clears
@@ -35,23 +41,45 @@ struct DeviceThread {
   VF_DEVICE int thread() const { return static_cast<int>(threadIdx.x); }
   VF_DEVICE static constexpr int threads() { return kCount; }
   VF_DEVICE void sync_block() const { __syncthreads(); }
-  VF_DEVICE float warp_sum(float v, int lanes = kWarp) const {
+  // merge(mine, another lane's) until all of the `lanes`, kMost or fewer, have all.
+  template <int kMost, class U, class Merge>
+  VF_DEVICE static U over_warp(U v, int lanes, const Merge& merge) {
     VF_UNROLL
-    for (int step = 1; step < kWarp; step *= 2) {
-      const float other = __shfl_xor_sync(0xffffffffu, v, step);
-      if (step < lanes) v += other;
+    for (int step = 1; step < kMost; step *= 2) {
+      const U both = merge(v, __shfl_xor_sync(0xffffffffu, v, step));
+      if (step < lanes) v = both;
     }
     return v;
   }
-  VF_DEVICE void sync_grid() const { cooperative_groups::this_grid().sync(); }  // of a cooperative launch
-  VF_DEVICE Peak warp_peak(Peak p) const {
+  template <int kMost = kWarp>
+  VF_DEVICE float warp_sum(float v, int lanes = kMost) const {
+    return over_warp<kMost>(v, lanes, [](float a, float b) { return a + b; });
+  }
+  // Of four values, of which lane l gets the sum of number l % 4; over 4 lanes or more.
+  VF_DEVICE float warp_sums(const float (&v)[4], int lanes) const {
+    const bool odd = threadIdx.x & 1, high = threadIdx.x & 2;
+    float two[2];
     VF_UNROLL
-    for (int lanes = 1; lanes < kWarp; lanes *= 2) {
-      const Peak other{__shfl_xor_sync(0xffffffffu, p.value, lanes),
-                       __shfl_xor_sync(0xffffffffu, p.at, lanes)};
-      if (beats(other, p)) p = other;
+    for (int k = 0; k < 2; ++k) {
+      const float kept = odd ? v[2 * k + 1] : v[2 * k], sent = odd ? v[2 * k] : v[2 * k + 1];
+      two[k] = kept + __shfl_xor_sync(0xffffffffu, sent, 1);
     }
-    return p;
+    float sum = (high ? two[1] : two[0]) + __shfl_xor_sync(0xffffffffu, high ? two[0] : two[1], 2);
+    VF_UNROLL
+    for (int step = 4; step < kWarp; step *= 2) {
+      const float both = sum + __shfl_xor_sync(0xffffffffu, sum, step);
+      if (step < lanes) sum = both;
+    }
+    return sum;
+  }
+  VF_DEVICE bool warp_any(bool p) const { return __any_sync(0xffffffffu, p); }
+  VF_DEVICE void sync_grid() const { cooperative_groups::this_grid().sync(); }  // of a cooperative launch
+  template <int kMost = kWarp>
+  VF_DEVICE Peak warp_peak(Peak p, int lanes = kMost) const {
+    const float most = over_warp<kMost>(p.value, lanes, [](float a, float b) { return larger(a, b); });
+    const bool has = p.value == most || (p.value != p.value && most != most);
+    return {most,
+            over_warp<kMost>(has ? p.at : Peak{}.at, lanes, [](int a, int b) { return a < b ? a : b; })};
   }
   template <class T>
   VF_DEVICE T* shared(int bytes) const {
@@ -160,9 +188,35 @@ struct ClusterExec : DeviceThread<kCount> {
           : "memory");
     }
   }
+  template <class T>
+  VF_DEVICE void prefetch(const T* from, int count) const {
+    if (threadIdx.x != 0) return;
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(__cvta_generic_to_global(from)),
+                 "r"(static_cast<unsigned>(count) * static_cast<unsigned>(sizeof(T)))
+                 : "memory");
+  }
   // What threads have read and written here comes before copies that are issued later.
   VF_DEVICE void fence_async() const { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 };
 #endif
+
+// run(exec) in each thread of a kernel with kThreads threads a block.
+template <bool kInCluster, class Args, class Run>
+VF_DEVICE void on_device(const Args& a, const Workspace& workspace, const Run& run) {
+  extern __shared__ __align__(128) unsigned char memory[];
+  if constexpr (kInCluster) {
+#if __CUDA_ARCH__ >= 900
+    ClusterExec<kThreads> ex(memory);
+    run(ex);
+    ex.finish();
+#else
+    __trap();  // the host refuses to launch it
+#endif
+  } else {
+    SemaphoreExec<kThreads> ex(memory, workspace, a.geometry.team, a.scratch);
+    run(ex);
+    ex.finish();
+  }
+}
 
 }  // namespace visattn::cuda

@@ -4,7 +4,9 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <array>
+#include <map>
 #include <mutex>
+#include <tuple>
 
 #include "device.cuh"
 #include "launch.h"
@@ -21,6 +23,23 @@ void check(cudaError_t error, const char* name, const Plan& p, const Call& call,
                   call.sizes[3], "]: ", step, " failed: ", cudaGetErrorString(error), " (", p.blocks,
                   " blocks of ", p.threads, " threads in teams of ", p.geometry.team, ", ", p.shared_bytes,
                   " bytes of shared memory each)");
+}
+
+// What a kernel must be told before blocks of this size can be launched.
+cudaError_t prepare(Kernel kernel, const Plan& p) {
+  const cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, p.shared_bytes);
+  if (error != cudaSuccess || p.variant != kCluster || p.geometry.team <= 8) return error;
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+}
+
+cudaLaunchConfig_t config_of(const Plan& p, void* stream) {
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(p.blocks));
+  config.blockDim = dim3(static_cast<unsigned>(p.threads));
+  config.dynamicSmemBytes = static_cast<size_t>(p.shared_bytes);
+  config.stream = static_cast<cudaStream_t>(stream);
+  return config;
 }
 
 }  // namespace
@@ -45,28 +64,37 @@ const Device& device_of(int index) {
   return d;
 }
 
+int resident_clusters(Kernel kernel, const Plan& p, int device) {
+  static std::map<std::tuple<Kernel, int, int, int>, int> known;
+  static std::mutex mutex;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto [at, is_new] = known.try_emplace({kernel, device, p.geometry.team, p.shared_bytes}, 0);
+  if (!is_new) return at->second;
+  cudaLaunchAttribute cluster;
+  cudaLaunchConfig_t config = config_of(p, nullptr);
+  config.gridDim = dim3(static_cast<unsigned>(p.geometry.team));
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim = {static_cast<unsigned>(p.geometry.team), 1, 1};
+  config.attrs = &cluster, config.numAttrs = 1;
+  cudaFuncAttributes compiled = {};
+  int count = 0;
+  if (cudaFuncGetAttributes(&compiled, kernel) == cudaSuccess && compiled.ptxVersion >= 90 &&
+      prepare(kernel, p) == cudaSuccess &&
+      cudaOccupancyMaxActiveClusters(&count, kernel, &config) == cudaSuccess) {
+    at->second = count;
+  }
+  cudaGetLastError();  // what was refused is not the launch's error
+  return at->second;
+}
+
 void launch(const char* name, Kernel kernel, void* args, const Plan& p, float* memory, const Call& call) {
   STD_TORCH_CHECK(p.variant != kRefused, name, " has no CUDA kernel for this shape: ", p.why);
   const auto checked = [&](cudaError_t error, const char* step) { check(error, name, p, call, step); };
-  checked(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, p.shared_bytes),
-          "sizing");
+  checked(prepare(kernel, p), "sizing");
   cudaLaunchAttribute attributes[2] = {};
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(p.blocks));
-  config.blockDim = dim3(static_cast<unsigned>(p.threads));
-  config.dynamicSmemBytes = static_cast<size_t>(p.shared_bytes);
-  config.stream = static_cast<cudaStream_t>(call.stream);
+  cudaLaunchConfig_t config = config_of(p, call.stream);
   config.attrs = attributes;
   if (p.variant == kCluster) {
-    cudaFuncAttributes compiled = {};
-    checked(cudaFuncGetAttributes(&compiled, kernel), "asking for the kernel");
-    STD_TORCH_CHECK(compiled.ptxVersion >= 90, name, ": the CUDA library was compiled for sm_",
-                    compiled.ptxVersion,
-                    ", and clusters need sm_90: build it with 9.0 or later in TORCH_CUDA_ARCH_LIST");
-    if (p.geometry.team > 8) {
-      checked(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1),
-              "sizing the cluster");
-    }
     cudaLaunchAttribute& cluster = attributes[config.numAttrs++];
     cluster.id = cudaLaunchAttributeClusterDimension;
     cluster.val.clusterDim = {static_cast<unsigned>(p.geometry.team), 1, 1};

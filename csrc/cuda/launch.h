@@ -1,6 +1,8 @@
 // What a planned launch is given; launch.cu does it.
 #pragma once
 
+#include <type_traits>
+
 #include "plan.h"
 
 namespace visattn::cuda {
@@ -18,6 +20,25 @@ Kernel kernel_of(Function* kernel) {
   return reinterpret_cast<Kernel>(kernel);
 }
 
+// find(layout, access, cluster) for what was planned, as constants of the types' `value`.
+template <class Find>
+Kernel choose(const Plan& p, bool nhwc, const Find& find) {
+  const auto of_layout = [&](auto layout) -> Kernel {
+    const auto of_access = [&](auto access) -> Kernel {
+      if constexpr (decltype(access)::value != kNarrow) {
+        if (p.variant == kCluster) return find(layout, access, std::true_type{});
+      }
+      return find(layout, access, std::false_type{});
+    };
+    if constexpr (kEveryAccess) {
+      if (p.access == kRagged) return of_access(std::integral_constant<int, kRagged>{});
+      if (p.access == kNarrow) return of_access(std::integral_constant<int, kNarrow>{});
+    }
+    return of_access(std::integral_constant<int, kWideRows>{});
+  };
+  return nhwc ? of_layout(std::true_type{}) : of_layout(std::false_type{});
+}
+
 struct Call {
   int device;
   void* stream;
@@ -28,6 +49,10 @@ struct Call {
 // anything. Raises with the name, the shape and CUDA's reason if it cannot.
 void launch(const char* name, Kernel kernel, void* args, const Plan& plan, float* workspace,
             const Call& call);
+
+// How many clusters of a plan the device runs at once, asked of it once for each kernel and size. 0: none, or
+// the kernel was compiled for devices without clusters.
+int resident_clusters(Kernel kernel, const Plan& plan, int device);
 
 // What `plan` asks of the device, once for each.
 const Device& device_of(int index);

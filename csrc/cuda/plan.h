@@ -1,6 +1,14 @@
 // How a call is cut into thread blocks, and why: the one place that decides. Plain C++, so that it is tested,
 // and printed by `visattn-fast info --shape`, where there is no GPU. The figures are capacities and
-// alignments; no rule here rests on a measurement.
+// alignments, and what the device says of the clusters that it runs at once (launch.h); no rule here rests on
+// a measurement.
+//
+// A block has a multiprocessor to itself. Its shared memory holds its part of an image and of the next one,
+// so that the next is on its way while this one is summed, gated and stored; where all images are at work at
+// once, none follows and one part is enough. So the smallest team is taken that leaves room for both, up to
+// sixteen blocks, or else for one, and the next comes as far as the L2 cache. CBAM's backward holds x and
+// grad, and gives x back before it is done with grad. Teams are as many as run at once, less those that would
+// not shorten the longest queue of images.
 #pragma once
 
 #include <algorithm>
@@ -22,6 +30,9 @@ struct Geometry {
   int held = 1;                     // how many maps have resident slabs
 
   constexpr int slab_bytes() const { return held * stages * stage_bytes; }
+
+  // Whether every block of a team computes the gates of all channels, rather than wait for the others' part.
+  constexpr bool computes_all() const { return int64_t{C} * R <= 1 << 14; }
 };
 
 // What is asked for. aligned: every map starts at a multiple of 16 bytes, and so does each of its images.
@@ -46,19 +57,27 @@ struct Scratch {
   int sums = 0, mean_part = 0, hidden_part = 0, gate_part = 0, shared = 0;
 
   // Of the convolution: its maps and gates, and what pools into them.
-  int maximum = 0, halo = 0, spatial = 0, max_part = 0, map_part = 0, spatial_part = 0, pixel_stats = 0;
+  int maximum = 0, halo = 0, taps = 0, spatial = 0, max_part = 0, map_part = 0, spatial_part = 0,
+      pixel_stats = 0;
 
   // Of its backward: sums, indices and gradients of the block's rows, and what the maps get.
-  int direct = 0, at_channel = 0, at_pixel = 0, map_grad = 0, grad_part = 0, conv_part = 0;
+  int direct = 0, at_channel = 0, lines = 0, grad_part = 0, conv_part = 0;
 
   // With maps there are enough barriers between two uses of the exchange, and it is there once.
   int copies = 2;
-  int floats(bool resident) const { return own + (resident ? copies * shared : 0); }
+
+  // The end of a block's own floats, where shared memory has the beginning of the exchange, too: each is done
+  // with when the other is written.
+  int overlap = 0;
+  int floats(bool resident) const { return own + (resident ? copies * shared - overlap : 0); }
 };
 
-// How the warps of a block share its rows in `cross_sums`: a warp's lanes lie over `lanes` packs of a row,
-// and over several rows where those are short; `chunks` of them make up a row, and `groups` of lanes take
-// turns down the rows.
+// How the warps of a block share its rows in `for_tiles`: a warp's lanes lie over `lanes` packs of a row, or
+// a few times as many, and over several rows where those are short; `chunks` of them make up a row, and
+// `groups` of lanes take turns down the rows. Eight lanes fetch the 128 bytes that shared memory gives at
+// once.
+constexpr int kRowLanes = 8, kWarpLanes = 32;
+
 struct Tiling {
   int lanes = 1, chunks = 1, groups = 1;
 };
@@ -87,9 +106,10 @@ struct Plan {
   int64_t workspace_words() const { return variant == kSemaphore ? exchange_floats() + teams : 0; }
 };
 
-// Two blocks share the registers of a multiprocessor: 64 a thread, in which SE's backward and CBAM do not
-// fit.
-constexpr int kThreads = 512, kFewThreads = 256;
+// One block has a multiprocessor to itself, 128 registers for each thread, and shared memory for two slabs:
+// the next image comes while the last is summed, gated and stored. Two blocks with a slab each would have as
+// much memory and would load, wait and store by turns.
+constexpr int kThreads = 512;
 constexpr int kHeader = 128, kMostStages = 2, kLargestCluster = 16;
 
 // Bytes of x up to which backward is a matter of launches more than of memory.
@@ -98,31 +118,41 @@ constexpr int64_t kSmallMaps = 1 << 20;
 constexpr int ceil_div(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }
 constexpr int round_up(int64_t a, int64_t b) { return ceil_div(a, b) * static_cast<int>(b); }
 
-constexpr Tiling tiling_of(int cols, int pack, int threads) {
+constexpr Tiling tiling_of(int cols, int pack, int threads, int most_lanes = kWarpLanes, int each = 1) {
   Tiling t;
   const int packs = cols / pack, warps = threads / 32;
-  while (t.lanes < packs && t.lanes < 32) t.lanes *= 2;
-  t.chunks = packs > t.lanes ? ceil_div(packs, t.lanes) : 1;
+  while (t.lanes < packs && t.lanes < most_lanes) t.lanes *= 2;
+  t.chunks = packs > t.lanes * each ? ceil_div(packs, t.lanes * each) : 1;
   t.groups = (warps > t.chunks ? warps / t.chunks : 1) * (32 / t.lanes);
   return t;
 }
 
-// Partial statistics of a block: three of each row, or of each group of threads and column.
+// How many packs of a row a lane keeps the coefficients of: eight lanes have all of a row of 256 channels.
+constexpr int kKept = 4;
+constexpr int kept_of(int cols, int pack) { return cols / pack < kKept * kRowLanes ? 1 : kKept; }
+
+// Partial statistics of a block: three of each part of a row, or one of each group of threads and column.
 inline int stats_of(const Geometry& g, int threads, int pack) {
   const int groups = threads / std::max(g.cols / pack, 1);
-  return 3 * std::max({g.slab, threads / 32, groups > 1 ? groups * g.cols : 0});
+  const Tiling rows = tiling_of(g.cols, pack, threads, kRowLanes, kept_of(g.cols, pack));
+  return std::max(
+      {3 * std::max(g.slab * rows.chunks, threads / rows.lanes), groups > 1 ? (groups + 1) * g.cols : 0});
+}
+
+// What the windows around a block's pixels reach of a map, and zeros beside it.
+inline int halo_of(const Geometry& g) {
+  return (ceil_div(g.pixels, g.W) + g.window) * (g.W + 2 * (g.window / 2));
 }
 
 template <class Take>
 void add_map_gradients(Scratch& s, const Geometry& g, bool nhwc, const Take& take) {
-  const int rows = std::min(g.P / g.W, ceil_div(g.pixels, g.W) + g.window);
   s.maximum = take(s.own, g.C);
-  s.halo = take(s.own, rows * g.W);
-  s.spatial = take(s.own, nhwc ? g.slab : 0);
+  s.halo = take(s.own, halo_of(g));
+  s.taps = take(s.own, 2 * g.window * g.window);
+  s.spatial = take(s.own, g.pixels);
   s.direct = take(s.own, nhwc ? 0 : g.slab);
   s.at_channel = take(s.own, g.C);
-  s.at_pixel = take(s.own, nhwc ? g.slab : 0);
-  s.map_grad = take(s.own, nhwc ? 2 * g.slab : 0);
+  s.lines = take(s.own, 4 * g.slab);
   s.max_part = take(s.shared, nhwc ? g.channels : 0);
   s.map_part = take(s.shared, g.pixels);
   s.grad_part = take(s.shared, nhwc ? 0 : 2 * g.pixels);
@@ -131,22 +161,21 @@ void add_map_gradients(Scratch& s, const Geometry& g, bool nhwc, const Take& tak
 
 template <class Take>
 void add_maps(Scratch& s, const Geometry& g, bool nhwc, const Take& take) {
-  const int rows = std::min(g.P / g.W, ceil_div(g.pixels, g.W) + g.window);
   s.maximum = take(s.own, g.C);
-  s.halo = take(s.own, 2 * rows * g.W);
-  s.spatial = take(s.own, nhwc ? g.slab : g.P);
-  s.max_part = take(s.shared, g.channels);
+  s.taps = take(s.own, 2 * g.window * g.window);
+  s.spatial = take(s.own, nhwc ? g.slab : 0);
   s.map_part = take(s.shared, 2 * g.pixels);
   s.spatial_part = take(s.shared, nhwc ? 0 : g.pixels);
-  s.pixel_stats = take(s.shared, nhwc ? 0 : 3 * g.P);
 }
 
 // Floats that sums over rows and columns of a slab pass through, none of which needs another's.
 inline int partial_of(const Geometry& g, const Problem& q, int threads, int pack) {
-  const int products = std::max({threads, g.channels, g.hidden});  // with transposed weights, by groups
+  // With transposed weights, which only backward has, by groups.
+  const int outputs = q.nhwc && g.computes_all() ? g.C : g.channels;
+  const int products = q.backward ? (g.window ? 2 : 1) * std::max({threads, outputs, g.R}) : threads;
   if (g.window && q.backward) {
     const Tiling t = tiling_of(g.cols, pack, threads);
-    return std::max(products, g.slab * t.chunks + (t.groups > 1 ? t.groups * g.cols : 0));
+    return std::max(products, round_up(g.slab * t.chunks, 4) + (t.groups > 1 ? t.groups * g.cols : 0));
   }
   const int groups = std::max(threads / std::max(g.cols / pack, 1), 1);
   return std::max({products, q.nhwc ? groups * g.cols : g.slab, g.window ? stats_of(g, threads, pack) : 0});
@@ -158,18 +187,27 @@ inline Scratch scratch_of(const Geometry& g, const Problem& q, int threads, int 
   const auto take = [](int& total, int count) {
     return total += round_up(count, 4), total - round_up(count, 4);
   };
-  s.partial = take(s.own, partial_of(g, q, threads, pack));
   s.mean = take(s.own, g.C);
   s.hidden = take(s.own, branches * g.R);
   s.gate = take(s.own, g.C);
+  if (g.window && !q.backward) s.pixel_stats = take(s.shared, q.nhwc ? 0 : (q.element == 2 ? 2 : 3) * g.P);
+  const int pixel_stats = s.shared;
   s.sums = take(s.shared, q.nhwc ? (g.window && !q.backward ? 3 : 1) * g.C : branches == 2 ? g.P : 0);
   s.mean_part = take(s.shared, g.channels);
-  s.hidden_part = take(s.shared, branches * g.hidden);
+  s.hidden_part = take(s.shared, (g.window && !q.backward ? 2 : 1) * g.R);
   s.gate_part = take(s.shared, g.channels);
   if (g.window) {
     s.copies = 1;
     q.backward ? add_map_gradients(s, g, q.nhwc, take) : add_maps(s, g, q.nhwc, take);
   }
+  // What the convolution reaches is gathered when the sums before it are done, and the other way round.
+  const bool convolves = g.window && !q.backward;
+  const int partial = std::max(partial_of(g, q, threads, pack), convolves ? 2 * halo_of(g) : 0);
+  s.partial = take(s.own, partial);
+  if (convolves) s.halo = s.partial;
+  // Sums over pixels go straight into the exchange where there is a pack for every thread.
+  if (convolves && !q.nhwc && g.cols / pack > threads / 2)
+    s.overlap = std::min(s.own - s.partial, pixel_stats);
   return s;
 }
 
@@ -187,7 +225,7 @@ inline void divide(Plan& p, const Problem& q, int team, int held, int stages) {
   g.slab = round_up(ceil_div(g.rows, team), row_unit(p, q.element));
   g.channels = q.nhwc ? ceil_div(g.C, team) : g.slab;
   g.hidden = ceil_div(g.R, team);
-  g.pixels = q.nhwc ? g.slab : ceil_div(g.P, team);
+  g.pixels = q.nhwc ? g.slab : round_up(ceil_div(g.P, team), 8);  // no pack has two owners
   g.held = held;
   g.stages = stages;
   g.stage_bytes = stages ? round_up(int64_t{g.slab} * g.cols * q.element, 128) : 0;
@@ -202,42 +240,43 @@ inline bool fits(Plan& p, const Problem& q, int team, int held, int stages, int 
   return p.shared_bytes <= bytes;
 }
 
-// What each of two blocks on one multiprocessor may have; a block takes 1 KB more than it asks for.
-inline int half_of(const Device& d) { return (d.shared_bytes + 1024) / 2 - 1024; }
-
-inline const char* why_cluster(int held, bool of_two, bool half) {
-  if (held == 2) {
-    return half ? "x and grad of an image fit the shared memory of a cluster, two blocks to a multiprocessor"
-                : "x and grad of an image fit the shared memory of a cluster";
-  }
+inline const char* why_cluster(int held, bool of_two, int stages) {
+  if (held == 2) return "x and grad of an image fit the shared memory of a cluster";
   if (of_two) return "x of an image fits the shared memory of a cluster, grad comes again from L2";
-  return half ? "an image fits the shared memory of a cluster, two blocks to a multiprocessor"
-              : "an image fits the shared memory of a cluster";
+  return stages == 2 ? "an image and the next one fit the shared memory of a cluster"
+                     : "an image fits the shared memory of a cluster";
 }
 
-// The smallest cluster whose blocks hold `held` maps of an image, two blocks to a multiprocessor if that can
-// be.
-inline bool plan_cluster(Plan& p, const Problem& q, const Device& d, int held) {
+// The smallest cluster whose blocks hold `held` maps of an image, and of the next one if that can be.
+// clusters(plan): how many of them the device runs at once; it may have no room for a single one.
+template <class Clusters>
+bool plan_cluster(Plan& p, const Problem& q, const Device& d, int held, const Clusters& clusters) {
   const Geometry& g = p.geometry;
-  const int half = half_of(d);
-  for (const int bytes : {half, d.shared_bytes}) {
+  const int64_t image = int64_t{g.rows} * g.cols * q.element;
+  p.variant = kCluster;
+  // Every image at once, or else the next one on its way, or one after the other.
+  struct Choice {
+    int stages;
+    int64_t most_rounds;
+  };
+  for (const auto [stages, most_rounds] : {Choice{1, 1}, Choice{2, g.N}, Choice{1, g.N}}) {
     for (int team = 1; team <= kLargestCluster; team *= 2) {
-      if (!fits(p, q, team, held, 1, bytes)) continue;
-      const int64_t image = int64_t{g.rows} * g.cols * q.element;
+      if (!fits(p, q, team, held, stages, d.shared_bytes)) continue;
       // Few images: more blocks an image, while a block's part is worth a copy.
-      while (team < kLargestCluster && g.N * team < d.count && image / (2 * team) >= 4096 &&
+      while (team < kLargestCluster && 2 * g.N * team <= d.count && image / (2 * team) >= 4096 &&
              2 * team * row_unit(p, q.element) <= g.rows) {
         team *= 2;
       }
-      const bool twice = g.N * team > 2 * d.count;
-      if (!(twice && fits(p, q, team, held, 2, bytes))) divide(p, q, team, held, 1);
-      const int resident = (bytes == half ? 2 : 1) * d.count;
-      p.variant = kCluster;
-      p.teams = static_cast<int>(std::min<int64_t>(g.N, std::max(1, resident / team)));
-      // A barrier of the whole grid, of clusters that may not find room everywhere: half of what is there.
-      if (p.one_launch) p.teams = std::min(p.teams, std::max(1, resident / 2 / team));
-      p.one_launch = p.one_launch && p.teams * team <= resident;
-      p.why = why_cluster(held, q.window && q.backward, bytes == half);
+      divide(p, q, team, held, stages);
+      int64_t teams = std::min<int64_t>(g.N, clusters(p));
+      // A barrier of the whole grid, of clusters that may not find room beside others: half of what is there.
+      if (p.one_launch) teams = std::min<int64_t>(teams, std::max(1, d.count / 2 / team));
+      if (teams < 1) continue;
+      const int64_t rounds = (g.N + teams - 1) / teams;
+      if (rounds > most_rounds) continue;
+      p.teams = ceil_div(g.N, rounds);  // the same work for each
+      p.one_launch = p.one_launch && p.teams * team <= d.count;
+      p.why = why_cluster(held, q.window && q.backward, g.stages);
       return true;
     }
   }
@@ -245,24 +284,28 @@ inline bool plan_cluster(Plan& p, const Problem& q, const Device& d, int held) {
 }
 
 // Every resident block works at once; as many images are under way as half of the L2 cache holds.
-inline bool plan_semaphore(Plan& p, const Problem& q, const Device& d, int to_a_multiprocessor = 2) {
+inline bool plan_semaphore(Plan& p, const Problem& q, const Device& d) {
   const int64_t image = int64_t{p.geometry.rows} * p.geometry.cols * q.element;
-  const int resident = to_a_multiprocessor * d.count;
   const int64_t in_cache = std::max<int64_t>(1, d.l2_bytes / 2 / std::max<int64_t>(image, 1));
-  p.teams = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>({p.geometry.N, in_cache, resident})));
+  p.teams = static_cast<int>(std::max<int64_t>(1, std::min<int64_t>({p.geometry.N, in_cache, d.count})));
   const int wanted = std::max(1, ceil_div(image, 1 << 14));
-  divide(p, q, std::max(1, std::min({resident / p.teams, wanted, p.geometry.rows})), 0, 0);
+  divide(p, q, std::max(1, std::min({d.count / p.teams, wanted, p.geometry.rows})), 0, 0);
   p.variant = kSemaphore;
   p.why = p.access == kNarrow ? "images do not begin at multiples of 16 bytes: teams of blocks meet at "
                                 "semaphores, images stay in L2"
-          : d.sm < 90
-              ? "no clusters before sm_90: teams of blocks meet at semaphores, images stay in L2"
-              : "an image does not fit a cluster: teams of blocks meet at semaphores, images stay in L2";
-  if (to_a_multiprocessor == 1) return p.shared_bytes <= d.shared_bytes;
-  return p.shared_bytes <= half_of(d) || plan_semaphore(p, q, d, 1);
+          : d.sm < 90 ? "no clusters before sm_90: teams of blocks meet at semaphores, images stay in L2"
+                      : "no cluster holds an image: teams of blocks meet at semaphores, images stay in L2";
+  return p.shared_bytes <= d.shared_bytes;
 }
 
-inline Plan plan(const Problem& q, const Device& d) {
+// One block to a multiprocessor, wherever it is: the device may know better (launch.h).
+struct AnyPlace {
+  const Device& device;
+  int operator()(const Plan& p) const { return std::max(1, device.count / p.geometry.team); }
+};
+
+template <class Clusters>
+Plan plan(const Problem& q, const Device& d, const Clusters& clusters) {
   Plan p;
   constexpr int64_t kMost = (int64_t{1} << 31) - (1 << 16);  // indices may go one turn of all threads too far
   if (q.C * q.P > kMost || q.C * q.R > kMost || (q.window && q.P >= (1 << 24))) {
@@ -274,14 +317,14 @@ inline Plan plan(const Problem& q, const Device& d) {
   g.C = static_cast<int>(q.C), g.P = static_cast<int>(q.P), g.R = static_cast<int>(q.R);
   g.rows = q.nhwc ? g.P : g.C, g.cols = q.nhwc ? g.C : g.P;
   g.W = q.W, g.window = q.window;
-  p.threads = q.threads ? q.threads : q.backward || q.window ? kFewThreads : kThreads;
+  p.threads = q.threads ? q.threads : kThreads;
   const int64_t image = q.C * q.P * q.element;
   const bool whole = q.aligned && image % 16 == 0 && q.stride_n * q.element % 16 == 0;
   p.access = !whole ? kNarrow : g.cols * int64_t{q.element} % 16 == 0 ? kWideRows : kRagged;
   const bool copies = d.sm >= 90 && whole;   // in bulk, of 16 bytes and multiples
   const bool both = q.window && q.backward;  // which comes back to x, and then to grad
   p.one_launch = q.backward && q.N * image <= kSmallMaps;
-  if (!(copies && ((both && plan_cluster(p, q, d, 2)) || plan_cluster(p, q, d, 1))) &&
+  if (!(copies && ((both && plan_cluster(p, q, d, 2, clusters)) || plan_cluster(p, q, d, 1, clusters))) &&
       !plan_semaphore(p, q, d)) {
     p.variant = kRefused;
     p.why = "the gates of a map of this size do not fit the shared memory of a thread block";
@@ -294,5 +337,7 @@ inline Plan plan(const Problem& q, const Device& d) {
   }
   return p;
 }
+
+inline Plan plan(const Problem& q, const Device& d) { return plan(q, d, AnyPlace{d}); }
 
 }  // namespace visattn::cuda

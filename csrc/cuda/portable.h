@@ -3,6 +3,10 @@
 // which the emulation overloads for pointers that check each access.
 #pragma once
 
+#ifdef __CUDACC__
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#endif
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
@@ -35,6 +39,17 @@ struct Peak {
 VF_DEVICE bool beats(const Peak& a, const Peak& b) {
   if (a.value != a.value) return b.value == b.value || a.at < b.at;
   return a.value > b.value || (a.value == b.value && a.at < b.at);
+}
+
+// The maximum, which NaN wins.
+VF_DEVICE float larger(float a, float b) {
+#ifdef __CUDA_ARCH__
+  float most;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(most) : "f"(a), "f"(b));
+  return most;
+#else
+  return a > b || a != a ? a : b;
+#endif
 }
 
 // V elements that are read or written at once, 16 bytes at most.
@@ -105,11 +120,90 @@ VF_DEVICE void put_map(T* p, int64_t i, const Pack<T, V>& pack) {
   kStreaming ? __stcs(reinterpret_cast<Bits*>(p + i), bits) : __stcg(reinterpret_cast<Bits*>(p + i), bits);
 }
 
+// Of a map in global memory that is read once.
+template <int V, class T>
+VF_DEVICE Pack<T, V> get_map(const T* p, int64_t i) {
+  using Bits = typename BitsOf<sizeof(T) * V>::type;
+  const Bits bits = __ldcs(reinterpret_cast<const Bits*>(p + i));
+  Pack<T, V> pack;
+  memcpy(&pack, &bits, sizeof(bits));
+  return pack;
+}
+
 template <class U>
 VF_DEVICE const U* cast(const char* p) {
   return reinterpret_cast<const U*>(p);
 }
+VF_DEVICE const float* cast_floats(const int* p) { return reinterpret_cast<const float*>(p); }
 #endif  // __CUDACC__
+
+// v [W] from element i of a vector of floats on, of which i is a multiple: 16 bytes at a time.
+template <class Vector, int W>
+VF_DEVICE void get_floats(const Vector& vector, int i, float (&v)[W]) {
+  constexpr int kStep = W % 4 ? 1 : 4;
+  VF_UNROLL
+  for (int j = 0; j < W; j += kStep) {
+    const auto pack = get_pack<kStep>(vector, i + j);
+    VF_UNROLL
+    for (int k = 0; k < kStep; ++k) v[j + k] = pack.v[k];
+  }
+}
+template <class Vector, int W>
+VF_DEVICE void put_floats(const Vector& vector, int i, const float (&v)[W]) {
+  constexpr int kStep = W % 4 ? 1 : 4;
+  VF_UNROLL
+  for (int j = 0; j < W; j += kStep) {
+    Pack<float, kStep> pack;
+    VF_UNROLL
+    for (int k = 0; k < kStep; ++k) pack.v[k] = v[j + k];
+    put_pack(vector, i + j, pack);
+  }
+}
+
+// One instruction for each element: a bfloat16 is the upper half of a float.
+template <class T, int V>
+VF_DEVICE void to_floats(const Pack<T, V>& pack, float (&v)[V]) {
+#ifdef __CUDA_ARCH__
+  if constexpr (std::is_same_v<T, BFloat16> && V % 2 == 0) {
+    unsigned pairs[V / 2];
+    memcpy(pairs, &pack, sizeof(pack));
+    VF_UNROLL
+    for (int j = 0; j < V; j += 2) {
+      v[j] = __uint_as_float(pairs[j / 2] << 16);
+      v[j + 1] = __uint_as_float(pairs[j / 2] & 0xffff0000u);
+    }
+  } else
+#endif
+  {
+    VF_UNROLL
+    for (int j = 0; j < V; ++j) v[j] = static_cast<float>(pack.v[j]);
+  }
+}
+
+// Two elements in one instruction, where they have two bytes.
+template <class T, int V>
+VF_DEVICE Pack<T, V> of_floats(const float (&v)[V]) {
+  Pack<T, V> pack;
+#ifdef __CUDA_ARCH__
+  if constexpr (sizeof(T) == 2 && V % 2 == 0) {
+    VF_UNROLL
+    for (int j = 0; j < V; j += 2) {
+      if constexpr (std::is_same_v<T, BFloat16>) {
+        const __nv_bfloat162 two = __floats2bfloat162_rn(v[j], v[j + 1]);
+        memcpy(&pack.v[j], &two, sizeof(two));
+      } else {
+        const __half2 two = __floats2half2_rn(v[j], v[j + 1]);
+        memcpy(&pack.v[j], &two, sizeof(two));
+      }
+    }
+  } else
+#endif
+  {
+    VF_UNROLL
+    for (int j = 0; j < V; ++j) pack.v[j] = static_cast<T>(v[j]);
+  }
+  return pack;
+}
 
 // v, of which the compiler does not know that it is the same in every turn of a loop: what follows from it
 // (a divisor's reciprocal, say) is not kept in registers over all turns.
@@ -143,6 +237,18 @@ VF_DEVICE float get(const Weight<Memory>& w, int64_t i) {
   return get(cast<float>(w.p), i);
 }
 
+// f(elements) with a weight in its own dtype: one branch, and none in the loops of f.
+template <class Memory, class F>
+VF_DEVICE void with_elements(const Weight<Memory>& w, const F& f) {
+  if (w.type == kHalfWeight) {
+    f(cast<Half>(w.p));
+  } else if (w.type == kBFloat16Weight) {
+    f(cast<BFloat16>(w.p));
+  } else {
+    f(cast<float>(w.p));
+  }
+}
+
 // ---- activations; the codes are the ops' ----
 
 enum Activation : int { kNone = 0, kRelu = 1, kSilu = 2 };
@@ -150,10 +256,19 @@ enum GateActivation : int { kSigmoid = 0, kHardSigmoid = 1 };
 
 VF_DEVICE float sigmoid(float v) { return 1.0f / (1.0f + expf(-v)); }
 
+// Of elements of maps, of which there are many: within some units of the last place.
+VF_DEVICE float quick_sigmoid(float v) {
+#ifdef __CUDA_ARCH__
+  return __fdividef(1.0f, 1.0f + __expf(-v));
+#else
+  return sigmoid(v);
+#endif
+}
+
 // NaN stays NaN, as in all of these.
 VF_DEVICE float activate(float v, int activation) {
   if (activation == kRelu) return v < 0.0f ? 0.0f : v;
-  if (activation == kSilu) return v * sigmoid(v);
+  if (activation == kSilu) return v * quick_sigmoid(v);
   return v;
 }
 
@@ -161,10 +276,32 @@ VF_DEVICE float activate(float v, int activation) {
 VF_DEVICE float activate_grad(float g, float v, int activation) {
   if (activation == kRelu) return v <= 0.0f ? 0.0f : g;
   if (activation == kSilu) {
-    const float s = sigmoid(v);
+    const float s = quick_sigmoid(v);
     return g * (s * (1.0f + v * (1.0f - s)));
   }
   return g;
+}
+
+// The same of V elements, with one branch.
+template <int V>
+VF_DEVICE void activate(float (&v)[V], int activation) {
+  if (activation == kRelu) {
+    VF_UNROLL
+    for (int j = 0; j < V; ++j) v[j] = activate(v[j], kRelu);
+  } else if (activation == kSilu) {
+    VF_UNROLL
+    for (int j = 0; j < V; ++j) v[j] = activate(v[j], kSilu);
+  }
+}
+template <int V>
+VF_DEVICE void activate_grad(float (&g)[V], const float (&v)[V], int activation) {
+  if (activation == kRelu) {
+    VF_UNROLL
+    for (int j = 0; j < V; ++j) g[j] = activate_grad(g[j], v[j], kRelu);
+  } else if (activation == kSilu) {
+    VF_UNROLL
+    for (int j = 0; j < V; ++j) g[j] = activate_grad(g[j], v[j], kSilu);
+  }
 }
 
 VF_DEVICE float gate_of(float v, int gate_activation) {

@@ -1,90 +1,141 @@
 // Sums over the rows and the columns of a block's slab, in an order that the shape alone decides.
 #pragma once
 
-#include "team.h"
+#include "walk.h"
 
 namespace visattn::cuda {
 
-// partial [rows, parts], where parts is returned: sums of values(offset, out [V]) over each row [cols].
-template <int V, int kUnroll, class Exec, class Partial, class Values>
-VF_DEVICE int row_sums(Exec& ex, int rows, int cols, Partial partial, const Values& values) {
-  const int warps = ex.threads() / kWarp, warp = ex.thread() / kWarp, lane = ex.thread() % kWarp;
-  const int parts = rows < 1 || rows >= warps ? 1 : warps / rows;
-  const int packs = cols / V, part_packs = (packs + parts - 1) / parts;
-  for (int unit = warp; unit < rows * parts; unit += warps) {
-    const int begin = unit % parts * part_packs;
-    const int end = begin + part_packs < packs ? begin + part_packs : packs, row = unit / parts * cols;
-    float total[V] = {};
-#pragma unroll kUnroll
-    for (int i = begin + lane; i < end; i += kWarp) {
-      float v[V];
-      values(row + i * V, v);
-      VF_UNROLL
-      for (int j = 0; j < V; ++j) total[j] += v[j];
-    }
+// Partial sums of the rows of a slab [rows, cols] or, with kDown, of its columns: `rows` of them after the
+// other, `count` of each, `distance` apart.
+struct Partials {
+  int count, distance;
+};
+
+template <class Data, int V>
+struct LineSum {
+  Data data;
+  float total[V];
+};
+
+// partial: sums of values(data, offset, out [V]) along rows, or down columns with kDown; data = begin(line)
+// is what belongs to the row, or to the V columns from `line` on.
+template <int V, int kUnroll, bool kDown, class Exec, class Partial, class Begin, class Values>
+VF_DEVICE Partials line_sums(Exec& ex, int rows, int cols, Partial partial, const Begin& begin,
+                             const Values& values) {
+  using Sum = LineSum<decltype(begin(0)), V>;
+  const auto start = [&](int line) {
+    Sum sum = {};
+    sum.data = begin(line);
+    return sum;
+  };
+  const auto visit = [&](Sum& sum, int offset) {
+    float v[V];
+    values(sum.data, offset, v);
     VF_UNROLL
-    for (int j = 1; j < V; ++j) total[0] += total[j];
-    const float sum = ex.warp_sum(total[0]);
-    if (lane == 0) put(partial, unit, sum);
+    for (int j = 0; j < V; ++j) sum.total[j] += v[j];
+  };
+  Partials p;
+  if constexpr (kDown) {
+    p.count = for_columns<V, kUnroll>(
+        ex, rows, cols, [&](int, int column) { return start(column); },
+        [&](Sum& sum, int, int offset) { visit(sum, offset); },
+        [&](int group, int column, Sum& sum) { put_floats(partial, group * cols + column, sum.total); });
+    p.distance = cols;
+  } else {
+    const int lanes = RowShare(rows, cols, V, ex.threads()).lanes;
+    p.count = for_rows<V, kUnroll>(ex, rows, cols, start, visit, [&](int unit, Sum& sum) {
+                VF_UNROLL
+                for (int j = 1; j < V; ++j) sum.total[0] += sum.total[j];
+                const float total = ex.template warp_sum<kRowLanes>(sum.total[0], lanes);
+                if (unit >= 0) put(partial, unit, total);
+              }).parts;
+    p.distance = 1;
   }
   ex.sync_block();
-  return parts;
+  return p;
 }
 
-// partial [groups, cols], where groups is returned: sums of values(offset, out [V]) down the columns.
-template <int V, int kUnroll, class Exec, class Partial, class Values>
-VF_DEVICE int column_sums(Exec& ex, int rows, int cols, Partial partial, const Values& values) {
-  const int packs = cols / V, groups = packs < 1 || packs >= ex.threads() ? 1 : ex.threads() / packs;
-#pragma unroll 1
-  for (int unit = ex.thread(); unit < packs * groups; unit += ex.threads()) {
-    const int group = unit / packs, column = unit % packs * V;
-    float total[V] = {};
-#pragma unroll kUnroll
-    for (int r = group; r < rows; r += groups) {
-      float v[V];
-      values(r * cols + column, v);
-      VF_UNROLL
-      for (int j = 0; j < V; ++j) total[j] += v[j];
-    }
-    VF_UNROLL
-    for (int j = 0; j < V; ++j) put(partial, group * cols + column + j, total[j]);
-  }
-  ex.sync_block();
-  return groups;
-}
-
-// Element i of the sum over `count` rows [width] of partial sums.
+// The sum of `count` values from `i` on, `distance` apart.
 template <class Partial>
-VF_DEVICE float down(Partial partial, int count, int width, int i) {
+VF_DEVICE float sum_of(Partial partial, const Partials& p, int i) {
   float total = get(partial, i);
-  for (int k = 1; k < count; ++k) total += get(partial, k * width + i);
+#pragma unroll 4
+  for (int k = 1; k < p.count; ++k) total += get(partial, i + k * p.distance);
   return total;
 }
 
-// finish(o, sum over i of w[o, i] x[i]) for each row o of [begin, end) of w [outputs, inputs], by one lane.
-template <class Exec, class W, class X, class Finish>
-VF_DEVICE void product(Exec& ex, const W& w, int begin, int end, int inputs, X x, const Finish& finish) {
-  const int warps = ex.threads() / kWarp, lane = ex.thread() % kWarp;
-  for (int o = begin + ex.thread() / kWarp; o < end; o += warps) {
-    float total = 0;
-#pragma unroll 4
-    for (int i = lane; i < inputs; i += kWarp) total += get(w, int64_t{o} * inputs + i) * get(x, i);
-    const float sum = ex.warp_sum(total);
-    if (lane == 0) finish(o, sum);
-  }
+// Element i of the sum of what the team's blocks have in `part`.
+template <class Exec>
+VF_DEVICE float over_team(Exec& ex, typename Exec::Exchange part, int i) {
+  float total = get(ex.peer(part, 0), i);
+#pragma unroll 8
+  for (int r = 1; r < ex.team_size(); ++r) total += get(ex.peer(part, r), i);
+  return total;
 }
 
-// finish(o, sum over i of w[i, o] x[i]) for each column o of [begin, end) of w [inputs, outputs].
-template <class Exec, class W, class X, class Partial, class Finish>
-VF_DEVICE void product_transposed(Exec& ex, const W& w, int begin, int end, int inputs, int outputs, X x,
-                                  Partial partial, const Finish& finish) {
-  const int width = end > begin ? end - begin : 0;
-  const int groups = column_sums<1, 2>(ex, inputs, width, partial, [&](int offset, float (&v)[1]) {
-    const int i = offset / width, o = begin + offset % width;
-    v[0] = get(w, int64_t{i} * outputs + o) * get(x, i);
-  });
+// From `begin` to `end`, of the inputs or the outputs of a product.
+struct Span {
+  int begin, end;
+};
+
+// finish(o, sum over the inputs of w[o, i] x[i]) for rows o of w [.., width], by one lane.
+template <class Exec, class W, class X, class Finish>
+VF_DEVICE void product(Exec& ex, const W& w, Span outputs, Span inputs, int width, X x,
+                       const Finish& finish) {
+  // As few lanes a row as keep all threads busy and 32 bytes in one piece, or eight loads of a short row on
+  // the way.
+  const int count = inputs.end - inputs.begin, least = count > 64 ? 8 : count / 8;
+  int lanes = kWarp;
+  while (lanes > 1 &&
+         (lanes / 2 >= count || (lanes > least && lanes * (outputs.end - outputs.begin) > ex.threads()))) {
+    lanes /= 2;
+  }
+  const int lane = ex.thread() % lanes, inside = kWarp / lanes;
+  with_elements(w, [&](const auto& elements) {
 #pragma unroll 1
-  for (int o = ex.thread(); o < width; o += ex.threads()) finish(begin + o, down(partial, groups, width, o));
+    for (int first = outputs.begin + ex.thread() / kWarp * inside; first < outputs.end;
+         first += ex.threads() / lanes) {
+      const int o = first + ex.thread() % kWarp / lanes;
+      float total = 0;
+#pragma unroll 8
+      for (int i = inputs.begin + lane; i < (o < outputs.end ? inputs.end : 0); i += lanes)
+        total += static_cast<float>(get(elements, int64_t{o} * width + i)) * get(x, i);
+      const float sum = ex.warp_sum(total, lanes);
+      if (lane == 0 && o < outputs.end) finish(o, sum);
+    }
+  });
+}
+
+// finish(o, sums [B]) with the sums over the inputs of w[i, o] x[b, i], for columns o of w [.., width], by
+// one thread; x [B] begin `stride` apart.
+template <int B, class Exec, class W, class X, class Partial, class Finish>
+VF_DEVICE void product_transposed(Exec& ex, const W& w, Span outputs, Span inputs, int width, X x, int stride,
+                                  Partial partial, const Finish& finish) {
+  const int count = outputs.end > outputs.begin ? outputs.end - outputs.begin : 0;
+  const int groups = count < 1 || count >= ex.threads() ? 1 : ex.threads() / count;
+  with_elements(w, [&](const auto& elements) {
+#pragma unroll 1
+    for (int unit = ex.thread(); unit < count * groups; unit += ex.threads()) {
+      const int o = outputs.begin + unit % count;
+      float total[B] = {};
+#pragma unroll 4
+      for (int i = inputs.begin + unit / count; i < inputs.end; i += groups) {
+        const float weight = static_cast<float>(get(elements, int64_t{i} * width + o));
+        VF_UNROLL
+        for (int b = 0; b < B; ++b) total[b] += weight * get(x, b * stride + i);
+      }
+      VF_UNROLL
+      for (int b = 0; b < B; ++b) put(partial, b * count * groups + unit, total[b]);
+    }
+  });
+  ex.sync_block();
+#pragma unroll 1
+  for (int o = ex.thread(); o < count; o += ex.threads()) {
+    float sums[B];
+    VF_UNROLL
+    for (int b = 0; b < B; ++b) sums[b] = sum_of(partial, {groups, count}, b * count * groups + o);
+    finish(outputs.begin + o, sums);
+  }
 }
 
 // The channels of the V elements from `offset` on of a slab whose first row is `row0`: f(j, channel).
@@ -105,6 +156,33 @@ VF_DEVICE void for_channels(int offset, int row0, int cols, const F& f) {
         ++channel, left = cols;
       }
     }
+  }
+}
+
+// visit(offset, coefficients) for each pack of the block's slab; vectors [C] are of the channels.
+template <int V, int kUnroll, bool kNhwc, int kAccess, int K, class Exec, class Vector, class Visit>
+VF_DEVICE void for_scaled(Exec& ex, const Geometry& g, int count, const Vector (&vectors)[K],
+                          const Visit& visit) {
+  const int row0 = ex.rank() * g.slab, rows = count / g.cols;
+  if constexpr (kAccess == kRagged) {
+#pragma unroll 1
+    for (int i = ex.thread() * V; i < count; i += ex.threads() * V) {
+      Coefficients<K, V> c;
+      for_channels<V, kNhwc, kAccess>(i, row0, g.cols, [&](int j, int channel) {
+        VF_UNROLL
+        for (int k = 0; k < K; ++k) c.v[k][j] = get(vectors[k], channel);
+      });
+      visit(i, c);
+    }
+  } else if constexpr (kNhwc) {
+    for_columns<V, kUnroll>(
+        ex, rows, g.cols, [&](int, int column) { return coefficients<V>(vectors, column); },
+        [&](const Coefficients<K, V>& c, int, int offset) { visit(offset, c); },
+        [](int, int, const auto&) {});
+  } else {
+    for_rows<V, kUnroll>(
+        ex, rows, g.cols, [&](int row) { return coefficients<1>(vectors, row0 + row); },
+        [&](const Coefficients<K, 1>& c, int offset) { visit(offset, c); }, [](int, const auto&) {});
   }
 }
 

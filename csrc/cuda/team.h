@@ -5,9 +5,11 @@
 // (device.cuh), and the emulation's own. An Exec offers
 //   thread, threads, rank, team_size, team, teams   where this thread is
 //   sync_block, sync_team, sync_grid                barriers
-//   warp_sum(v, lanes), warp_peak                   over the warp, or `lanes` of it: the same for all of them
+//   warp_sum(v, lanes), warp_peak, warp_sums        over the warp, or `lanes` of it: the same for all of them
+//   warp_any(p)                                     whether it is true in any lane
 //   shared<T>(bytes), exchange(floats), peer(p, r)  memory of the block, of it for its team, and of block r
 //   copy_init, copy_async, copy_wait, fence_async   copies into the slabs, and their end (kResident)
+//   prefetch                                        what is copied later, into the L2 cache
 #pragma once
 
 #include "plan.h"
@@ -68,7 +70,11 @@ class Slabs {
     if constexpr (!Exec::kResident) {
       return x_ + source(turn);
     } else {
-      if (count_) ex_.copy_wait(stage(turn), turn / g_.stages & 1);
+      if (count_) {
+        ex_.copy_wait(stage(turn), turn / g_.stages & 1);
+        // Without room here the next image comes as far as the L2 cache, while this one is at work.
+        if (g_.stages == 1 && exists(turn + 1)) ex_.prefetch(x_ + source(turn + 1), count_);
+      }
       return slab(turn);
     }
   }
@@ -102,8 +108,10 @@ class Slabs {
     return (ex_.team() + int64_t{turn} * ex_.teams()) * stride_n_ + first_;
   }
 
+  VF_DEVICE bool exists(int turn) const { return ex_.team() + int64_t{turn} * ex_.teams() < g_.N; }
+
   VF_DEVICE void issue(int turn) {
-    if (count_ == 0 || ex_.team() + int64_t{turn} * ex_.teams() >= g_.N) return;
+    if (count_ == 0 || !exists(turn)) return;
     ex_.copy_async(stage(turn), slab(turn), x_ + source(turn), count_);
   }
 

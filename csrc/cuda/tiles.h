@@ -6,21 +6,28 @@
 
 namespace visattn::cuda {
 
-// visit(row, column, chunk, data) for each pack of the slab, by all lanes of a warp together, with column -1
-// in those that have none. begin(column) gives the data of a pack's columns, once for all rows of a group;
-// finish(group, column, data) takes it back.
-template <int V, class Exec, class Begin, class Visit, class Finish>
+// visit(row, columns [K], chunk, data [K]) for K packs of every B-th row of a group, by all lanes of a warp
+// together. The rows between are t.groups apart; any may be past the last one, and a column is -1 for a pack
+// that a lane has not. begin(column) gives the data of a pack's columns, once for all rows of a group;
+// finish(group, columns, data) takes it back.
+template <int V, int K, int B, class Exec, class Begin, class Visit, class Finish>
 VF_DEVICE void for_tiles(Exec& ex, const Tiling& t, int rows, int cols, const Begin& begin,
                          const Visit& visit, const Finish& finish) {
   const int lane = ex.thread() % kWarp, below = lane / t.lanes, high = kWarp / t.lanes;
 #pragma unroll 1
   for (int unit = ex.thread() / kWarp; unit < t.chunks * (t.groups / high); unit += ex.threads() / kWarp) {
     const int chunk = unit % t.chunks, group = unit / t.chunks * high + below;
-    const int place = (chunk * t.lanes + lane % t.lanes) * V, column = place < cols ? place : -1;
-    auto data = begin(column);
+    int columns[K];
+    decltype(begin(0)) data[K];
+    VF_UNROLL
+    for (int k = 0; k < K; ++k) {
+      const int place = ((chunk * K + k) * t.lanes + (lane & (t.lanes - 1))) * V;
+      columns[k] = place < cols ? place : -1;
+      data[k] = begin(columns[k]);
+    }
 #pragma unroll 1
-    for (int r = group; r - below < rows; r += t.groups) visit(r, r < rows ? column : -1, chunk, data);
-    if (column >= 0) finish(group, column, data);
+    for (int r = group; r - below < rows; r += B * t.groups) visit(r, columns, chunk, data);
+    finish(group, columns, data);
   }
 }
 
@@ -45,34 +52,59 @@ template <int V, bool kRows, bool kColumns, class Exec, class Partial, class Beg
 VF_DEVICE void cross_sums(Exec& ex, int rows, int cols, Partial partial, const Begin& begin, const Add& add,
                           const Finish& finish, const Take& take) {
   const Tiling t = tiling_of(cols, V, ex.threads());
-  const Partial columns = partial + (kRows ? rows * t.chunks : 0);
-  for_tiles<V>(
-      ex, t, rows, cols, [&](int column) { return Columns<decltype(begin(column)), V>{begin(column), {}}; },
-      [&](int row, int column, int chunk, auto& c) {
-        float along = 0;
-        if (column >= 0) add(row, column, c.data, along, c.down);
+  const Partial columns = partial + (kRows ? (rows * t.chunks + 3) / 4 * 4 : 0);
+  using Data = Columns<decltype(begin(0)), V>;
+  constexpr int B = 4;  // rows at a time, whose sums share their shuffles
+  for_tiles<V, 1, B>(
+      ex, t, rows, cols,
+      [&](int column) {
+        Data c = {};
+        c.data = begin(column);
+        return c;
+      },
+      [&](int row, const int (&column)[1], int chunk, Data(&c)[1]) {
+        float along[B] = {};
+        if (column[0] >= 0 && row + (B - 1) * t.groups < rows) {
+          VF_UNROLL
+          for (int b = 0; b < B; ++b) add(row + b * t.groups, column[0], c[0].data, along[b], c[0].down);
+        } else if (column[0] >= 0) {
+#pragma unroll 1
+          for (int b = 0; b < B && row + b * t.groups < rows; ++b) {
+            float one = 0;
+            add(row + b * t.groups, column[0], c[0].data, one, c[0].down);
+            VF_UNROLL
+            for (int k = 0; k < B; ++k) along[k] = k == b ? one : along[k];
+          }
+        }
         if constexpr (kRows) {
-          along = ex.warp_sum(along, t.lanes);
-          if (ex.thread() % t.lanes == 0 && row < rows) put(partial, row * t.chunks + chunk, along);
+          const int lane = ex.thread() & (t.lanes - 1);
+          if (t.lanes < B) {
+            VF_UNROLL
+            for (int b = 0; b < B; ++b) {
+              const float sum = ex.template warp_sum<B>(along[b], t.lanes);
+              if (lane == 0 && row + b * t.groups < rows)
+                put(partial, (row + b * t.groups) * t.chunks + chunk, sum);
+            }
+          } else {
+            const float sum = ex.warp_sums(along, t.lanes);
+            const int mine = row + lane * t.groups;
+            if (lane < B && mine < rows) put(partial, mine * t.chunks + chunk, sum);
+          }
         }
       },
-      [&](int group, int column, auto& c) {
+      [&](int group, const int (&column)[1], Data(&c)[1]) {
         if constexpr (kColumns) {
+          if (column[0] < 0) return;
+          if (t.groups > 1) return put_floats(columns, group * cols + column[0], c[0].down);
           VF_UNROLL
-          for (int j = 0; j < V; ++j) {
-            if (t.groups == 1) {
-              take(column + j, c.down[j]);
-            } else {
-              put(columns, group * cols + column + j, c.down[j]);
-            }
-          }
+          for (int j = 0; j < V; ++j) take(column[0] + j, c[0].down[j]);
         }
       });
   ex.sync_block();
   if constexpr (kColumns) {
 #pragma unroll 1
     for (int c = ex.thread(); t.groups > 1 && c < cols; c += ex.threads())
-      take(c, down(columns, t.groups, cols, c));
+      take(c, sum_of(columns, {t.groups, cols}, c));
   }
   if constexpr (kRows) {
 #pragma unroll 1

@@ -135,7 +135,8 @@ struct EmulatedExec {
     ++f.epochs.warp, ++f.epochs.block;
   }
 
-  float warp_sum(float v, int of = kWarp) {
+  template <int kMost = kWarp>
+  float warp_sum(float v, int of = kMost) {
     Warp& w = block().warps[f.thread / kWarp];
     auto values = &w.values[shuffles++ & 1];
     (*values)[f.thread % kWarp] = v;
@@ -148,14 +149,24 @@ struct EmulatedExec {
     return sums[f.thread % kWarp / of * of];
   }
 
-  Peak warp_peak(Peak p) {
+  float warp_sums(const float (&v)[4], int of) {
+    float sums[4];
+    for (int k = 0; k < 4; ++k) sums[k] = warp_sum(v[k], of);
+    return sums[f.thread % 4];
+  }
+
+  bool warp_any(bool p) { return warp_sum(p ? 1.0f : 0.0f) > 0; }
+
+  template <int kMost = kWarp>
+  Peak warp_peak(Peak p, int of = kMost) {
     Warp& w = block().warps[f.thread / kWarp];
     auto peaks = &w.peaks[shuffles++ & 1];
     (*peaks)[f.thread % kWarp] = p;
     grid.scheduler.meet(w.barrier);
     ++f.epochs.warp;
-    for (const Peak& other : *peaks) {
-      if (beats(other, p)) p = other;
+    const int first = f.thread % kWarp / of * of;
+    for (int i = first; i < first + of; ++i) {
+      if (beats((*peaks)[i], p)) p = (*peaks)[i];
     }
     return p;
   }
@@ -243,6 +254,14 @@ struct EmulatedExec {
       pause();
     }
     f.seen[stage] = b.completed[stage];
+  }
+
+  template <class T>
+  void prefetch(Checked<const T> from, int count) {  // no traffic: the copy that follows has it
+    const int64_t bytes = int64_t{count} * static_cast<int64_t>(sizeof(T));
+    if (from.offset < 0 || from.offset + bytes > from.region->bytes || bytes % 16 ||
+        reinterpret_cast<uintptr_t>(from.region->data + from.offset) % 16)
+      grid.scheduler.fault("a prefetch out of bounds or not aligned to 16 bytes");
   }
 
   void fence_async() {

@@ -127,6 +127,11 @@ void put_map(const Checked<T>& p, int64_t i, const Pack<T, V>& pack) {
   put_pack(p, i, pack);
 }
 
+template <int V, class T>
+Pack<std::remove_const_t<T>, V> get_map(const Checked<T>& p, int64_t i) {
+  return get_pack<V>(p, i);
+}
+
 template <class T>
 std::remove_const_t<T> get(const Checked<T>& p, int64_t i) {
   return get_pack<1>(p, i).v[0];
@@ -136,6 +141,8 @@ template <class T>
 void put(const Checked<T>& p, int64_t i, std::type_identity_t<T> value) {
   put_pack(p, i, Pack<T, 1>{{value}});
 }
+
+inline Checked<const float> cast_floats(const Checked<const int>& p) { return {p.region, p.offset}; }
 
 template <class U>
 Checked<const U> cast(const Checked<const char>& p) {
