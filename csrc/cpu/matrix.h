@@ -278,8 +278,10 @@ VF_INLINE inline void products_group(const Matrix<const T>& a, const Matrix<cons
     weight[r] = set1<A>(u ? u[r0 + r] : A(1));
     total[r] = set1<A>(0);
   }
-  for (int64_t c0 = 0; c0 < a.cols; c0 += kChunk * kLanes<A>) {
-    const int64_t count = a.cols - c0 < kChunk * kLanes<A> ? a.cols - c0 : kChunk * kLanes<A>;
+  // What is left of a short row costs less one by one than as a vector that is filled and emptied.
+  const int64_t cols = kColumn ? a.cols : a.cols - a.cols % kLanes<A>;
+  for (int64_t c0 = 0; c0 < cols; c0 += kChunk * kLanes<A>) {
+    const int64_t count = cols - c0 < kChunk * kLanes<A> ? cols - c0 : kChunk * kLanes<A>;
     Vec<A> part[R];
     for (int r = 0; r < R; ++r) part[r] = set1<A>(0);
     for_vectors<A>(count, [&](int64_t i, auto lanes) VF_INLINE {
@@ -299,7 +301,11 @@ VF_INLINE inline void products_group(const Matrix<const T>& a, const Matrix<cons
     for (int r = 0; r < R; ++r) total[r] += part[r];
   }
   if constexpr (kRow) {
-    for (int r = 0; r < R; ++r) per_row[r0 + r] = sum_lanes<A>(total[r]);
+    for (int r = 0; r < R; ++r) {
+      A sum = sum_lanes<A>(total[r]);
+      for (int64_t c = cols; c < a.cols; ++c) sum += static_cast<A>(pa[r][c]) * static_cast<A>(pb[r][c]);
+      per_row[r0 + r] = sum;
+    }
   }
 }
 

@@ -126,9 +126,8 @@ VF_INLINE inline void store(BFloat16* p, Vec<float> v, Full = {}) {
 
 template <class T>
 VF_INLINE inline Vec<Acc<T>> load(const T* p, Tail tail) {
-  T lanes[kLanes<Acc<T>>];
-  // Of a fixed length: of tail.n elements GCC would make a call of memcpy.
-  for (int j = 0; j < kLanes<Acc<T>>; ++j) lanes[j] = j < tail.n ? p[j] : T(0);
+  T lanes[kLanes<Acc<T>>] = {};
+  for (int j = 0; j < tail.n; ++j) lanes[j] = p[j];
   return load(lanes, Full{});
 }
 
@@ -136,9 +135,7 @@ template <class T>
 VF_INLINE inline void store(T* p, Vec<Acc<T>> v, Tail tail) {
   T lanes[kLanes<Acc<T>>];
   store(lanes, v, Full{});
-  for (int j = 0; j < kLanes<Acc<T>>; ++j) {
-    if (j < tail.n) p[j] = lanes[j];
-  }
+  for (int j = 0; j < tail.n; ++j) p[j] = lanes[j];
 }
 
 template <class A>
