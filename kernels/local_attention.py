@@ -58,6 +58,11 @@ def _registers(x: torch.Tensor, t: Tile, activation: int) -> dict[str, int]:
     return {"maxnreg": 128}
 
 
+def _stages(x: torch.Tensor, t: Tile, S: int, maps: int) -> int:
+    """How many tiles of each map may be under way beside the hidden units' in the 99 KB that many cards have."""
+    return 2 if maps * t.BLOCK_C * t.BLOCK_P * x.element_size() > 40 << 10 or S > HELD // 2 else 3
+
+
 def _hidden_gate(
     x: torch.Tensor, layout: Layout, p1: torch.Tensor, q1: torch.Tensor | None, p2: torch.Tensor,
     q2: torch.Tensor | None, like: torch.Tensor,
@@ -128,8 +133,9 @@ def _hidden_grads(
             grad, x, None if residual is None else layout.dense(residual), channel_gate, spatial_gate, signs,
             dresidual if activation else None, dchannel, sums, counts, dz_s, N * blocks, C, HW, S,
             layout.stride_n, layout.stride_o, steps, ACTIVATION=activation, COMBINE=PRODUCT.value, **product(x, p1),
-            BLOCK_S=_units(S, HELD), num_stages=2, **t._asdict(), **_registers(x, t, activation),
-        )  # fmt: skip  # three stages of grad, x and residual are more than the 99 KB of many cards
+            BLOCK_S=_units(S, HELD), num_stages=_stages(x, t, S, 3 if activation else 2),
+            **t._asdict(), **_registers(x, t, activation),
+        )  # fmt: skip
         g, dz_c = dresidual if activation else grad, combine(dchannel, channel_gate, torch.empty_like(channel_gate))
     sums, counts = combine(sums, None, dz_s.new_empty((1, S * C))), combine(counts, None, dz_s.new_empty((1, S)))
     return _Grads(g, dresidual, dz_c, dz_s, sums.view(S, C), counts.view(S))

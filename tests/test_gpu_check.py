@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 
 import pytest
@@ -28,7 +29,7 @@ def test_rehearsal(tmp_path, monkeypatch, capsys):
     assert gpu_check.main(["--rehearse", "--out", str(tmp_path)]) == 0
     result = written(tmp_path)
     assert result["complete"]
-    assert result["tests"]["summary"].startswith("small: 2 tests collected in ")
+    assert re.match(r"small: \d+ tests collected in ", result["tests"]["summary"])
     assert result["sanitizer"] == "compute-sanitizer, 2 small runs: no error"
     assert {row["contender"] for row in result["rows"]} == {"copy", "eager", "fused"}
     assert all(row["p20_ms"] <= row["p50_ms"] <= row["p80_ms"] for row in result["rows"])
@@ -106,13 +107,13 @@ def test_no_time_and_no_memory(tmp_path, monkeypatch):
 
 def test_a_step_has_a_limit(monkeypatch):
     """A process past it is interrupted, and killed where that is of no use; what it said is kept."""
-    monkeypatch.setattr(gpu_check, "GRACE", 0.3)
+    monkeypatch.setattr(gpu_check, "GRACE", 1.0)
     deaf = (
         "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); print('here', flush=True); time.sleep(60)"
     )
     assert gpu_check.bounded([sys.executable, "-c", deaf], 1.0) == (None, "here\n")
     hears = "import time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('heard')"
-    assert gpu_check.bounded([sys.executable, "-c", hears], 1.0) == (None, "heard\n")
+    assert gpu_check.bounded([sys.executable, "-c", hears], 3.0) == (None, "heard\n")
     assert gpu_check.bounded([sys.executable, "-c", "raise SystemExit(3)"], 20.0) == (3, "")
 
 
