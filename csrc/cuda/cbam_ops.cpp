@@ -106,7 +106,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cbam_bwd(
     a.hidden = in<float>(hidden), a.channel_gate = in<float>(channel_gate), a.maps = in<float>(maps);
     a.spatial_gate = in<float>(spatial_gate);
     a.argmax_hw = in<int>(argmax_hw), a.argmax_c = in<int>(argmax_c);
-    const bool aligned = is_aligned({a.grad, a.x, a.residual, a.dx, a.dresidual});
+    const bool aligned = is_aligned({a.grad, a.x, a.residual, a.dx, a.dresidual, a.spatial_gate, a.argmax_c});
     const Plan p = plan_of(a, x, R, k, aligned, call);
     const int64_t dz = N * C, dhidden = 2 * N * R, dconv = N * (2 * k * k + 1);
     Scratchpad scratch(t, dz + dhidden + dconv + p.workspace_words());

@@ -25,10 +25,11 @@ void check(cudaError_t error, const char* name, const Plan& p, const Call& call,
                   " bytes of shared memory each)");
 }
 
-// What a kernel must be told before blocks of this size can be launched.
-cudaError_t prepare(Kernel kernel, const Plan& p) {
-  const cudaError_t error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, p.shared_bytes);
+// What a kernel must be told before blocks of this size can be launched. The cap on shared memory is the
+// function's, which other threads launch with other sizes: always all there is.
+cudaError_t prepare(Kernel kernel, const Plan& p, int device) {
+  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                 device_of(device).shared_bytes);
   if (error != cudaSuccess || p.variant != kCluster || p.geometry.team <= 8) return error;
   return cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
 }
@@ -68,9 +69,9 @@ int resident_clusters(Kernel kernel, const Plan& p, int device) {
   static std::map<std::tuple<Kernel, int, int, int>, int> known;
   static std::mutex mutex;
   const std::lock_guard<std::mutex> lock(mutex);
-  const auto [at, is_new] = known.try_emplace({kernel, device, p.geometry.team, p.shared_bytes}, 0);
-  if (!is_new) return at->second;
-  cudaLaunchAttribute cluster;
+  const std::tuple key{kernel, device, p.geometry.team, p.shared_bytes};
+  if (const auto at = known.find(key); at != known.end()) return at->second;
+  cudaLaunchAttribute cluster = {};
   cudaLaunchConfig_t config = config_of(p, nullptr);
   config.gridDim = dim3(static_cast<unsigned>(p.geometry.team));
   cluster.id = cudaLaunchAttributeClusterDimension;
@@ -78,19 +79,24 @@ int resident_clusters(Kernel kernel, const Plan& p, int device) {
   config.attrs = &cluster, config.numAttrs = 1;
   cudaFuncAttributes compiled = {};
   int count = 0;
-  if (cudaFuncGetAttributes(&compiled, kernel) == cudaSuccess && compiled.ptxVersion >= 90 &&
-      prepare(kernel, p) == cudaSuccess &&
-      cudaOccupancyMaxActiveClusters(&count, kernel, &config) == cudaSuccess) {
-    at->second = count;
+  cudaError_t error = cudaFuncGetAttributes(&compiled, kernel);
+  if (error == cudaSuccess && compiled.ptxVersion >= 90) {
+    error = prepare(kernel, p, device);
+    if (error == cudaSuccess) error = cudaOccupancyMaxActiveClusters(&count, kernel, &config);
+    if (error != cudaSuccess) count = 0;
   }
-  cudaGetLastError();  // what was refused is not the launch's error
-  return at->second;
+  if (error != cudaSuccess) cudaGetLastError();  // what was refused is not the launch's error
+  // A size that the device cannot place stays one; other errors may pass.
+  if (error == cudaSuccess || error == cudaErrorInvalidClusterSize || error == cudaErrorInvalidValue) {
+    known.emplace(key, count);
+  }
+  return count;
 }
 
 void launch(const char* name, Kernel kernel, void* args, const Plan& p, float* memory, const Call& call) {
   STD_TORCH_CHECK(p.variant != kRefused, name, " has no CUDA kernel for this shape: ", p.why);
   const auto checked = [&](cudaError_t error, const char* step) { check(error, name, p, call, step); };
-  checked(prepare(kernel, p), "sizing");
+  checked(prepare(kernel, p, call.device), "sizing");
   cudaLaunchAttribute attributes[2] = {};
   cudaLaunchConfig_t config = config_of(p, call.stream);
   config.attrs = attributes;

@@ -308,7 +308,7 @@ template <class Clusters>
 Plan plan(const Problem& q, const Device& d, const Clusters& clusters) {
   Plan p;
   constexpr int64_t kMost = (int64_t{1} << 31) - (1 << 16);  // indices may go one turn of all threads too far
-  if (q.C * q.P > kMost || q.C * q.R > kMost || (q.window && q.P >= (1 << 24))) {
+  if (q.C * q.P > kMost || q.C * q.R > kMost || q.C > (1 << 24) || (q.window && q.P >= (1 << 24))) {
     p.why = "an image, a map or a weight is too large for 32-bit indices";
     return p;
   }
