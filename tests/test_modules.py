@@ -251,7 +251,9 @@ def graph_ops(graphs):
     return backend
 
 
-@pytest.mark.parametrize(("name", "most"), [("se", 25), ("gam", 49), ("nam", 196), ("simam", 196), ("soca", 196)])
+@pytest.mark.parametrize(
+    ("name", "most"), [("se", 25), ("gam", 49), ("split_attention", 49), ("nam", 196), ("simam", 196), ("soca", 196)]
+)
 def test_compiled_tiny_maps_are_the_references(name, most):
     """Where they are known to be tiny: a chosen backend stands, and sizes that may vary get the op, in one graph."""
     fast, plain = catalogue.ENTRIES[name].pair(16)

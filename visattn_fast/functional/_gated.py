@@ -17,7 +17,7 @@ from ..reference.nam import check_nam
 # Compiled, maps of at most so many pixels are the reference's, which Inductor makes faster code of: docs/compile.md.
 TINY: dict[Callable[..., Tensor], int] = {
     ops.se_mathematics: 25, reference.nam: 196, reference.simam: 196, reference.soca: 196,
-    reference.channel_mlp: 49, reference.norm_gate: 49,
+    reference.channel_mlp: 49, reference.norm_gate: 49, reference.split_attention: 49,
 }  # fmt: skip
 
 

@@ -7,6 +7,7 @@ from torch import Tensor
 from .. import ops, reference
 from ..backends import fused
 from ..reference.s2mlpv2 import check_split_attention
+from ._gated import TINY
 
 
 def split_attention(u: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
@@ -31,6 +32,6 @@ def split_attention(u: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
     Source: Yu et al., "S2-MLPv2: Improved Spatial-Shift MLP Architecture for Vision", 2021.
     """
     check_split_attention(u, w1, w2)
-    if not fused(u):
+    if not fused(u, TINY[reference.split_attention]):
         return ops.mixed(reference.split_attention, u, w1, w2)
     return ops.run(ops.SplitAttentionFunction, u, w1, w2)[0]
