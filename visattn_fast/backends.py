@@ -109,10 +109,17 @@ def fused(x: torch.Tensor, tiny: int = 0) -> bool:
     Raises:
         RuntimeError: the chosen backend cannot serve x.
     """
-    asked = _asked()
-    if tiny and asked == "auto" and _compiling() and _known_to_hold(x.shape[2] * x.shape[3] <= tiny):
+    if tiny and is_tiny(x.shape[2] * x.shape[3], tiny):
         return False
-    return select(x.device, x.dtype, asked) != "reference"
+    return select(x.device, x.dtype, _asked()) != "reference"
+
+
+def is_tiny(pixels: int, most: int) -> bool:
+    """Whether `torch.compile` traces the call of a map of at most ``most`` pixels, and no backend was chosen.
+
+    Asked of sizes that the graph fixes: of others nothing is known.
+    """
+    return _compiling() and _asked() == "auto" and _known_to_hold(pixels <= most)
 
 
 def serving(x: torch.Tensor) -> str:

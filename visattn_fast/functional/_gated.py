@@ -15,9 +15,9 @@ from ..reference.checks import ACTIVATIONS, check_choice, check_residual
 from ..reference.nam import check_nam
 
 # Compiled, maps of at most so many pixels are the reference's, which Inductor makes faster code of: docs/compile.md.
-TINY: dict[Callable[..., Tensor], int] = {
-    ops.se_mathematics: 25, reference.nam: 196, reference.simam: 196, reference.soca: 196,
-    reference.channel_mlp: 49, reference.norm_gate: 49, reference.split_attention: 49,
+TINY: dict[Callable[..., Any], int] = {
+    ops.se_mathematics: 25, reference.channel_mlp: 49, reference.norm_gate: 49, reference.split_attention: 49,
+    reference.nam: 196, reference.simam: 196, reference.soca: 196, reference.attention2d: 196,
 }  # fmt: skip
 
 

@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import ops, reference
-from ..backends import fused, reference_asked
+from ..backends import fused, is_tiny, reference_asked
 from ..reference.attention2d import check_attention2d, relative_bias, split_heads
+from ._gated import TINY
 
 
 def attention2d(
@@ -20,8 +21,9 @@ def attention2d(
 ) -> tuple[Tensor, Tensor | None]:
     """``softmax(scale q k^T + bias) v`` of every head over the positions of a map, and its weights if asked for.
 
-    No map of weights and no bias ``[heads, H W, H W]`` is made, neither forward nor backward, unless all weights are
-    asked for: then it is the reference. The mean weights take one more pass over queries and keys.
+    No map of weights and no bias ``[heads, H W, H W]`` is made, neither forward nor backward, unless all weights
+    are asked for, or a map is tiny and compiled (docs/compile.md): then it is the reference. The mean weights take
+    one more pass over queries and keys.
 
     Args:
         qkv: queries, keys and values side by side, ``[N, H, W, 3, heads, d]``, any floating dtype.
@@ -44,7 +46,8 @@ def attention2d(
     check_attention2d(qkv, table, key_mask, need_weights)
     scale = float(qkv.shape[5] ** -0.5 if scale is None else scale)
     own = fused(qkv) or (qkv.is_cpu and not reference_asked())  # on CPUs the ops are PyTorch's operations
-    if need_weights == "full" or reference_asked() or not (own or need_weights == "none"):
+    tiny = is_tiny(qkv.shape[1] * qkv.shape[2], TINY[reference.attention2d])
+    if need_weights == "full" or tiny or reference_asked() or not (own or need_weights == "none"):
         return reference.attention2d(qkv, table, key_mask, scale, need_weights)
     if not own:
         return _scaled_dot_product(qkv, table, key_mask, scale), None
