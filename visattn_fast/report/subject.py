@@ -17,8 +17,8 @@ from .steps import TRAINING, Results, step
 from .timing import ready
 
 _CANCELLED = 1e-10  # of the largest value of a run: below it a tensor is rounding
-# Units in the last place of a tensor's largest value: the rounding that is granted beside eager's error, and to Inductor,
-# which sums one after the other what eager sums in pairs.
+# Units in the last place of a tensor's largest value: the rounding that is granted beside eager's error, to Inductor,
+# too, which sums one after the other what eager sums in pairs.
 _BAND = 8
 
 
