@@ -112,17 +112,16 @@ class Maps(NamedTuple):
     def tensors(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         return self.qkv, self.table
 
-    @property
-    def registers(self) -> dict[str, int]:
+    def registers(self, warps: int) -> dict[str, int]:
         """An option of kernels."""
-        return all_registers(self.qkv) if self.wide or self.head.ALIGN < 16 else {}
+        return all_registers(self.qkv, warps) if self.wide or self.head.ALIGN < 16 else {}
 
     def blocks(self, block: int, step: int, warps: int, stages: int) -> dict[str, Any]:
         """At most so many rows, or as a map has. Triton's interpreter, on a CPU, has no registers to fill."""
         rows = max(next_power_of_2(self.size.L), 16)
         block, step = (64, 64) if self.qkv.is_cpu else (block, step)
-        blocks = Blocks(min(block, rows), min(step, rows), warps if rows > 32 else min(warps, 4), stages)._asdict()
-        return blocks | self.registers
+        warps = warps if rows > 32 else min(warps, 4)
+        return Blocks(min(block, rows), min(step, rows), warps, stages)._asdict() | self.registers(warps)
 
     def programs(self, block: int) -> int:
         """One for every block of every head of every image."""

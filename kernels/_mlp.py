@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._heuristics import cdiv, linear_blocks, next_power_of_2
+from ._heuristics import all_registers, cdiv, linear_blocks, next_power_of_2
 from ._launch import launch
 from ._pool import Parts, combine, combine_parts, parts_max, parts_sum
 from ._tiles import NONE, RELU, SIGMOID, activate, activation_grad, gate_grad
@@ -240,8 +240,8 @@ def gate_mlp_bwd(
         launch(
             _mlp_gate_bwd_kernel, N,
             parts, gate, w1.contiguous(), w2.contiguous(), hidden, None if known else dz, dhidden, dpooled, S, C, R,
-            BRANCHES=rows, HIDDEN_ACTIVATION=hidden_activation,
-            GATE=gate_activation, **blocks,
+            BRANCHES=rows, HIDDEN_ACTIVATION=hidden_activation, GATE=gate_activation, **blocks,
+            **all_registers(parts, blocks["num_warps"]),
         )  # fmt: skip
     return dpooled, mlp_grads(dz, dhidden, w1, w2, pooled, hidden, hidden_activation, biases, dtype)
 

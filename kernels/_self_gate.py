@@ -197,7 +197,8 @@ def self_gate_bwd(
         grad, x, z, residual, mean, scale, *gate.parameters, dresidual, dx if fixed else None, dz if fixed else None,
         partial,
         C, HW, gate.width, layout.stride_n, layout.stride_o, stats_n, steps,
-        KIND=gate.kind.value, ACTIVATION=activation, **t._asdict(), parts=parts, **_heuristics.all_registers(x),
+        KIND=gate.kind.value, ACTIVATION=activation, **t._asdict(), parts=parts,
+        **_heuristics.all_registers(x, t.num_warps),
     )  # fmt: skip
     partial = partial.view(layout.N, parts, 2 * C)
     sums = sum_images(partial) if gate.shared else combine(partial, None, mean.new_empty((layout.N, 2 * C)))

@@ -155,7 +155,7 @@ def _resident_fwd(
         _eca_resident_fwd_kernel, layout.N * team.size,
         x, weight.reshape(-1).contiguous(), None if residual is None else layout.dense(residual), y, mean, gate,
         *exchange(layout, team, mean), layout.C, layout.HW, layout.stride_n, layout.stride_o,
-        K=weight.numel(), ACTIVATION=activation, **blocks(team),
+        K=weight.numel(), ACTIVATION=activation, **blocks(x, team),
     )  # fmt: skip
     return y, mean, gate
 
@@ -172,7 +172,7 @@ def _resident_bwd(
         layout.dense(grad), x, weight.reshape(-1).contiguous(),
         layout.dense(residual) if activation and residual is not None else None,
         gate, dx, dresidual, dz, *exchange(layout, team, gate), layout.C, layout.HW, layout.stride_n, layout.stride_o,
-        K=weight.numel(), ACTIVATION=activation, **blocks(team),
+        K=weight.numel(), ACTIVATION=activation, **blocks(x, team),
     )  # fmt: skip
     dweight = _eca_gate_bwd(dz[:, None], None, weight, mean)[1]
     dweight.run()

@@ -204,7 +204,7 @@ def _table_grad(table: torch.Tensor, x: Maps, tensors: tuple[torch.Tensor | None
     head = x.head._replace(CHUNK=min(x.head.CHUNK, 32)) if x.wide else x.head
     launch(
         _dtable_kernel, tiles if x.N else 0, *tensors, sums, rows[0].numel(), x.N, images, x.size, HEAD=head,
-        BLOCK=block, STEP=block, num_warps=4, num_stages=1, parts=parts, **x.registers,
+        BLOCK=block, STEP=block, num_warps=4, num_stages=1, parts=parts, **x.registers(4),
     )  # fmt: skip
     # Keys reversed and padded to rows of 2 W, read as rows of 2 W - 1, an offset x - x' is a column.
     skewed = F.pad(sums.sum(0).flip(3), (0, W)).flatten(2)[..., : W * (2 * W - 1)]

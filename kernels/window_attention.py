@@ -98,7 +98,7 @@ def window_attention_fwd(
 def _tiles(x: Windows) -> tuple[int, int, int]:
     """BLOCK, STEP and warps: all queries of a window, where registers hold them."""
     D = x.head.D
-    if x.wide and (D > 32 or (x.tokens > 128 and x.tokens % 16)):  # tiles that are masked take registers for it
+    if x.wide and (D > 32 or x.tokens > WHOLE):
         return 64, 32, 8
     if x.tokens <= WHOLE:
         return WHOLE, WHOLE, 8 if x.wide else 4
