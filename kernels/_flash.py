@@ -112,16 +112,13 @@ class Maps(NamedTuple):
     def tensors(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         return self.qkv, self.table
 
-    def registers(self, warps: int) -> dict[str, int]:
-        """An option of kernels."""
-        return all_registers(self.qkv, warps) if self.wide or self.head.ALIGN < 16 else {}
-
     def blocks(self, block: int, step: int, warps: int, stages: int) -> dict[str, Any]:
         """At most so many rows, or as a map has. Triton's interpreter, on a CPU, has no registers to fill."""
         rows = max(next_power_of_2(self.size.L), 16)
-        block, step = (64, 64) if self.qkv.is_cpu else (block, step)
+        block, step = (64, 64) if self.qkv.is_cpu else (block, min(step, max(rows // 2, 16)))
         warps = warps if rows > 32 else min(warps, 4)
-        return Blocks(min(block, rows), min(step, rows), warps, stages)._asdict() | self.registers(warps)
+        registers = all_registers(self.qkv, warps) if self.wide or self.head.ALIGN < 16 else {}
+        return Blocks(min(block, rows), min(step, rows), warps, stages)._asdict() | registers
 
     def programs(self, block: int) -> int:
         """One for every block of every head of every image."""

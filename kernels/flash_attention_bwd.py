@@ -16,7 +16,7 @@ import triton.language as tl
 
 from ._attention import LOG2E, Rows, add_product, finite_or_zero, load_rows, pairs, store_rows, zero_rows
 from ._flash import Maps, keys_seen, mask_bytes, offset_bias, pair_bias, prepare, program_head, scores
-from ._heuristics import cdiv, next_power_of_2, splits
+from ._heuristics import all_registers, cdiv, next_power_of_2, splits
 from ._launch import device_guard, launch
 
 
@@ -188,8 +188,8 @@ def _blocks(x: Maps, of_keys: bool) -> dict[str, Any]:
             return x.blocks(16, 16, 8, 1) if of_keys else x.blocks(16, 32, 4, 1)
         return x.blocks(16, 16 if biased or (of_keys and D > 32) else 32, 4, 1)
     if D > 64:
-        return x.blocks(32, 32, 4, 2) if biased and of_keys else x.blocks(64, 32, 8, 2)
-    return x.blocks(64, 32 if biased and D > 32 else 64, 4, 2)
+        return x.blocks(32, 32, 4, 2) if biased else x.blocks(64, 32, 8, 2)
+    return x.blocks(64, 32 if biased else 64, 4, 2)
 
 
 def _table_grad(table: torch.Tensor, x: Maps, tensors: tuple[torch.Tensor | None, ...]) -> torch.Tensor:
@@ -204,7 +204,7 @@ def _table_grad(table: torch.Tensor, x: Maps, tensors: tuple[torch.Tensor | None
     head = x.head._replace(CHUNK=min(x.head.CHUNK, 32)) if x.wide else x.head
     launch(
         _dtable_kernel, tiles if x.N else 0, *tensors, sums, rows[0].numel(), x.N, images, x.size, HEAD=head,
-        BLOCK=block, STEP=block, num_warps=4, num_stages=1, parts=parts, **x.registers(4),
+        BLOCK=block, STEP=block, num_warps=4, num_stages=1, parts=parts, **all_registers(x.qkv, 4),
     )  # fmt: skip
     # Keys reversed and padded to rows of 2 W, read as rows of 2 W - 1, an offset x - x' is a column.
     skewed = F.pad(sums.sum(0).flip(3), (0, W)).flatten(2)[..., : W * (2 * W - 1)]

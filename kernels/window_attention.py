@@ -102,6 +102,6 @@ def _tiles(x: Windows) -> tuple[int, int, int]:
         return 64, 32, 8
     if x.tokens <= WHOLE:
         return WHOLE, WHOLE, 8 if x.wide else 4
-    if D > 64:
+    if D > 64 or x.tokens % 16:  # tiles that are masked take registers for it
         return 128, 16, 8
     return LARGEST, 16, 16 if x.tokens > 128 and D > 32 and not _heuristics.amd() else 8

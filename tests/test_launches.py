@@ -33,7 +33,7 @@ LAUNCHES = {
     "channel_attention": (2, 2),
     "spatial_attention": ((2, 3), 3),
     "shuffle_attention": ((1, 3), (4, 6)),
-    "coord_att": ((28, 29), (31, 33)),
+    "coord_att": ((11, 12), (9, 10)),
 }
 
 

@@ -87,7 +87,7 @@ _COORD_ATT = Entry(
     3,
     4,
     takes=lambda shape: shape[0] * (shape[2] + shape[3]) >= 8,
-    ops=("axis_mean", "axis_scale", "axis_scale_bwd", "axis_input_grad"),
+    ops=("axis_mean", "line_gates_fwd", "axis_scale", "axis_scale_bwd", "line_gates_bwd", "axis_input_grad"),
 )
 _SK = Entry(
     "sk",

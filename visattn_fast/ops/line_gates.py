@@ -1,0 +1,119 @@
+"""A gate for every row and column of a channel, from the means of all of them: ops.
+
+Lines ``[N, C, L]``, ``L = H + W``, become rows ``[N, L, M]`` of M hidden channels, are normed and activated, and become
+lines again: ``gates = sigmoid(w hardswish(bn(w1 means + b1)) + b)``, w and b those of rows or of columns. Given
+statistics are the norm's, else the batch's, which are results. Results are dense as the means are.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ._layout import converted, empty_small
+from ._library import define
+
+
+def _normed(z, bn_weight, bn_bias, mean, var, eps):
+    """The batch norm without and with its weight and bias, and the factor of z in it."""
+    inverse = torch.rsqrt(var.to(z.dtype) + eps)
+    normal = (z - mean.to(z.dtype)) * inverse
+    affine = normal if bn_weight is None else normal * bn_weight
+    affine = affine if bn_bias is None else affine + bn_bias
+    return normal, affine, inverse if bn_weight is None else inverse * bn_weight
+
+
+def _to_rows(lines: Tensor, weight: Tensor, bias: Tensor | None, channels_inside: bool) -> Tensor:
+    """``[N, C, L]`` -> ``[N, L, M]``, dense."""
+    if channels_inside:
+        return F.linear(lines.mT, weight, bias)
+    product = torch.bmm(lines.mT, weight.t().expand(lines.shape[0], -1, -1))
+    return product if bias is None else product.add_(bias)
+
+
+def _to_lines(rows: Tensor, weight: Tensor, bias: Tensor | None, channels_inside: bool) -> Tensor:
+    """``[N, L, M]`` -> ``[N, C, L]``, dense as lines are."""
+    if channels_inside:
+        return F.linear(rows, weight, bias).mT
+    product = torch.bmm(weight.expand(rows.shape[0], -1, -1), rows.mT)
+    return product if bias is None else product.add_(bias[:, None])
+
+
+def _line_gates_fwd_reference(
+    means, height, w1, b1, bn_weight, bn_bias, mean, var, w_h, b_h, w_w, b_w, eps
+):  # fmt: skip
+    weights = (w1.flatten(1), w_h.flatten(1), w_w.flatten(1), b1, bn_weight, bn_bias, b_h, b_w)
+    w1, w_h, w_w, b1, bn_weight, bn_bias, b_h, b_w = converted(weights, [means.dtype] * len(weights))
+    inside = not means.is_contiguous()
+    z = _to_rows(means, w1, b1, inside)
+    statistics = means.new_empty(0), means.new_empty(0)
+    if mean is None:
+        # Of equal values var_mean finds exactly their value, and zero. It warns of an empty batch.
+        units = z.flatten(0, 1)
+        var, mean = torch.var_mean(units, 0, correction=0) if len(units) else (units.sum(0), units.sum(0))
+        statistics = mean, var
+    hidden = F.hardswish(_normed(z, bn_weight, bn_bias, mean, var, eps)[1])
+    rows = _to_lines(hidden[:, :height], w_h, b_h, inside)
+    columns = _to_lines(hidden[:, height:], w_w, b_w, inside)
+    logits = torch.cat([rows.mT, columns.mT], 1).mT if inside else torch.cat([rows, columns], 2)
+    return logits.sigmoid_(), z, *statistics
+
+
+def _line_gates_bwd_reference(
+    dgates, gates, means, z, height, w1, bn_weight, bn_bias, mean, var, w_h, w_w, eps, fixed
+):  # fmt: skip
+    inside = not means.is_contiguous()
+    weights = (w1.flatten(1), w_h.flatten(1), w_w.flatten(1), bn_weight, bn_bias)
+    w1_, w_h_, w_w_, bn_weight, bn_bias = converted(weights, [means.dtype] * len(weights))
+    normal, affine, gain = _normed(z, bn_weight, bn_bias, mean, var, eps)
+    hidden = F.hardswish(affine)
+    dlines = torch.ops.aten.sigmoid_backward(dgates, gates)
+    drows, dcolumns = dlines[:, :, :height], dlines[:, :, height:]
+    dw_h = torch.bmm(drows, hidden[:, :height]).sum(0).view(w_h.shape)
+    dw_w = torch.bmm(dcolumns, hidden[:, height:]).sum(0).view(w_w.shape)
+    # [C, L] first: the images lie behind each other, whereas the lines of a channel have gaps between them.
+    images = dlines.sum(0)
+    db_h, db_w = images[:, :height].sum(1), images[:, height:].sum(1)
+    daffine = torch.ops.aten.hardswish_backward(torch.cat([drows.mT @ w_h_, dcolumns.mT @ w_w_], 1), affine)
+    dbias, dweight = daffine.sum((0, 1)), (daffine * normal).sum((0, 1))
+    if not fixed:
+        count = max(normal.shape[0] * normal.shape[1], 1)
+        daffine = torch.addcmul(torch.sub(daffine, dbias, alpha=1 / count), normal, dweight, value=-1 / count)
+    db1 = dbias * gain if fixed else torch.zeros_like(dbias)  # the batch's mean takes it out
+    dz = daffine * gain
+    dw1 = torch.bmm(dz.mT, means.mT).sum(0).view(w1.shape)
+    return _to_lines(dz, w1_.t(), None, inside), torch.stack([dbias, dweight, db1]), dw1, dw_h, db_h, dw_w, db_w
+
+
+def _line_gates_fwd_fake(means, height, w1, b1, bn_weight, bn_bias, mean, var, w_h, b_h, w_w, b_w, eps):
+    n, _, lines = means.shape
+    z, of_batch = empty_small(means, n, lines, w1.shape[0]), 0 if mean is not None else w1.shape[0]
+    return torch.empty_like(means), z, empty_small(means, of_batch), empty_small(means, of_batch)
+
+
+def _line_gates_bwd_fake(
+    dgates, gates, means, z, height, w1, bn_weight, bn_bias, mean, var, w_h, w_w, eps, fixed
+):  # fmt: skip
+    new, c = means.new_empty, means.shape[1]
+    return torch.empty_like(means), new(3, w1.shape[0]), new(w1.shape), new(w_h.shape), new(c), new(w_w.shape), new(c)
+
+
+line_gates_fwd = define(
+    "line_gates_fwd(Tensor means, SymInt height, Tensor w1, Tensor? b1, Tensor? bn_weight, Tensor? bn_bias, Tensor? mean,"
+    " Tensor? var, Tensor w_h, Tensor? b_h, Tensor w_w, Tensor? b_w, float eps)"
+    " -> (Tensor gates, Tensor z, Tensor mean, Tensor var)",
+    "line_gates",
+    _line_gates_fwd_reference,
+    _line_gates_fwd_fake,
+)
+# sums are the gradients of the norm's bias and weight, and of b1.
+line_gates_bwd = define(
+    "line_gates_bwd(Tensor dgates, Tensor gates, Tensor means, Tensor z, SymInt height, Tensor w1, Tensor? bn_weight,"
+    " Tensor? bn_bias, Tensor mean, Tensor var, Tensor w_h, Tensor w_w, float eps, bool fixed)"
+    " -> (Tensor dmeans, Tensor sums, Tensor dw1, Tensor dw_h, Tensor db_h, Tensor dw_w, Tensor db_w)",
+    "line_gates",
+    _line_gates_bwd_reference,
+    _line_gates_bwd_fake,
+    gradients_of=("w1", "w_h", "w_h", "w_w", "w_w"),
+)
