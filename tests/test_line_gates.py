@@ -80,14 +80,16 @@ def test_equal_lines(device):
     means = given[0][:1, :, :1].expand(N, C, H + W).contiguous()
     given[2][:, 1:] = 0  # sums in any order are exact
     _, z, mean, var = kernels.line_gates_fwd(means, *given[1:])
-    assert torch.equal(mean, z[0, 0]) and not var.any()
+    assert torch.equal(mean, z[0, 0])
+    assert not var.any()
 
 
 @on_devices
 def test_no_images(device):
     given, grad = arguments(device)
     gates, z, *sums = both(kernels.line_gates_fwd, kernels.line_gates_bwd, (given[0][:0], *given[1:]), grad[:0])
-    assert gates.shape == (0, C, H + W) and z.shape == (0, H + W, HIDDEN)
+    assert gates.shape == (0, C, H + W)
+    assert z.shape == (0, H + W, HIDDEN)
     assert not any(s.any() for s in sums)
 
 

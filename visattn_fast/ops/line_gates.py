@@ -100,8 +100,8 @@ def _line_gates_bwd_fake(
 
 
 line_gates_fwd = define(
-    "line_gates_fwd(Tensor means, SymInt height, Tensor w1, Tensor? b1, Tensor? bn_weight, Tensor? bn_bias, Tensor? mean,"
-    " Tensor? var, Tensor w_h, Tensor? b_h, Tensor w_w, Tensor? b_w, float eps)"
+    "line_gates_fwd(Tensor means, SymInt height, Tensor w1, Tensor? b1, Tensor? bn_weight, Tensor? bn_bias,"
+    " Tensor? mean, Tensor? var, Tensor w_h, Tensor? b_h, Tensor w_w, Tensor? b_w, float eps)"
     " -> (Tensor gates, Tensor z, Tensor mean, Tensor var)",
     "line_gates",
     _line_gates_fwd_reference,
