@@ -232,3 +232,41 @@ def _table_kernel(
         p = tl.exp2(s - lse[:, None])
         dposition += p * (pairs(g_rows, g, v_rows, v, HEAD) - mean[:, None])
     _store_table(dtable_ptr, dposition, own, j, WINDOW, ROWS)
+
+
+@triton.jit
+def _sum_column(ptr, rows, stride, there, BLOCK_S: tl.constexpr):
+    """Of so many rows, so far apart, in a fixed order; columns are where ptr points."""
+    s = tl.arange(0, BLOCK_S)
+    total = tl.zeros([BLOCK_S, ptr.shape[0]], ptr.dtype.element_ty)
+    for start in range(0, rows, BLOCK_S):
+        mask = (start + s < rows)[:, None] & there[None, :]
+        total += tl.load(ptr[None, :] + (start + s)[:, None].to(tl.int64) * stride, mask=mask, other=0.0)
+    return tl.sum(total, 0)
+
+
+@triton.jit
+def _totals_kernel(
+    table_parts_ptr, bias_parts_ptr, dtable_ptr, dbias_ptr, table_rows, bias_rows, T, heads, D, steps,
+    BLOCK_S: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """dtable [T, heads] of parts [rows, heads, T], and dbias [3, heads, D] of parts [rows, heads, steps, 2, D].
+
+    The keys' bias has a gradient of 0, or NaN where the queries' has.
+    """
+    k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    if tl.program_id(0) < tl.cdiv(heads * T, BLOCK):
+        total = _sum_column(table_parts_ptr + k, table_rows, heads * T, k < heads * T, BLOCK_S)
+        tl.store(dtable_ptr + k % T * heads + k // T, total, mask=k < heads * T)
+    else:
+        k -= tl.cdiv(heads * T, BLOCK) * BLOCK
+        there = k < heads * D
+        column_ptr = bias_parts_ptr + (k // D) * steps * 2 * D + k % D
+        q = tl.zeros([BLOCK], dbias_ptr.dtype.element_ty)
+        v = tl.zeros([BLOCK], dbias_ptr.dtype.element_ty)
+        for step in range(steps):
+            q += _sum_column(column_ptr + step * 2 * D, bias_rows, heads * steps * 2 * D, there, BLOCK_S)
+            v += _sum_column(column_ptr + (step * 2 + 1) * D, bias_rows, heads * steps * 2 * D, there, BLOCK_S)
+        tl.store(dbias_ptr + k, q, mask=there)
+        tl.store(dbias_ptr + heads * D + k, 0 * q, mask=there)
+        tl.store(dbias_ptr + 2 * heads * D + k, v, mask=there)

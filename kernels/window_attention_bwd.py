@@ -13,7 +13,13 @@ import torch
 from . import _heuristics
 from ._heuristics import cdiv
 from ._launch import device_guard, launch
-from ._window_attention_bwd_kernels import _backward_kernel, _keys_kernel, _queries_kernel, _table_kernel
+from ._window_attention_bwd_kernels import (
+    _backward_kernel,
+    _keys_kernel,
+    _queries_kernel,
+    _table_kernel,
+    _totals_kernel,
+)
 from ._windows import WHOLE, Windows, prepare
 
 
@@ -36,23 +42,35 @@ def window_attention_bwd(
         dqkv = torch.empty_like(x.qkv)
         # Of the smallest tiles; where a kernel has larger ones, zeros are left.
         tiles = 1 if together else max(parts, parts_of_keys)
-        dbias = x.table.new_zeros((tiles, groups, heads, grid.steps, 2, x.head.D))
+        sums = x.table.new_zeros((tiles, groups, heads, grid.steps, 2, x.head.D))
         rows = (None, None) if together else x.table.new_empty((2, heads, *qkv.shape[:3])).unbind()
         if whole:
-            dtable = x.table.new_empty((groups, *x.table.shape))
+            tables = x.table.new_empty((groups, *x.table.shape))
             meta, _ = x.tiles(WHOLE, 0, _warps(x), ROWS=16)
-            launch(_backward_kernel, programs, *tensors, dqkv, *rows, dtable, dbias, grid, **meta)
+            launch(_backward_kernel, programs, *tensors, dqkv, *rows, tables, sums, grid, **meta)
         else:
-            launch(_queries_kernel, programs, *tensors, dqkv, *rows, dbias, grid, **meta, parts=parts)
+            launch(_queries_kernel, programs, *tensors, dqkv, *rows, sums, grid, **meta, parts=parts)
             meta, parts = x.tiles(*_of_pairs(x), ROWS=16)
             parts *= cdiv(x.tokens, meta["STEP"])
             groups, of_pairs = x.shared(parts)
-            dtable = x.table.new_empty((parts * groups, *x.table.shape))
-            launch(_table_kernel, groups * heads, *tensors, *rows, dtable, of_pairs, **meta, parts=parts)
+            tables = x.table.new_empty((parts * groups, *x.table.shape))
+            launch(_table_kernel, groups * heads, *tensors, *rows, tables, of_pairs, **meta, parts=parts)
         for which in [] if together else _passes(x):
-            launch(_keys_kernel, programs, *tensors, dqkv, *rows, dbias, grid, **of_keys, **which, parts=parts_of_keys)
-        q, v = dbias.sum((0, 1, 3)).unbind(1) if bias is not None else dbias.new_zeros(2, heads, x.head.D)
-        return dqkv, torch.stack([q, 0 * q, v]).flatten(), dtable.sum(0).t().contiguous()  # 0 * q: NaN stays
+            launch(_keys_kernel, programs, *tensors, dqkv, *rows, sums, grid, **of_keys, **which, parts=parts_of_keys)
+        return dqkv, *_totals(x, sums, tables)
+
+
+def _totals(x: Windows, sums: torch.Tensor, tables: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """dbias [3 C] and dtable [T, heads] from what programs have of them."""
+    parts, heads, T = tables.shape
+    tiles, groups, _, steps, _, D = sums.shape
+    dbias = (sums.new_zeros if x.bias is None else sums.new_empty)(3 * heads * D)
+    dtable, programs = sums.new_empty((T, heads)), cdiv(heads * T, 32)
+    launch(
+        _totals_kernel, programs if x.bias is None else programs + cdiv(heads * D, 32), tables, sums, dtable, dbias,
+        parts, tiles * groups, T, heads, D, steps, BLOCK_S=32, BLOCK=32,
+    )  # fmt: skip
+    return dbias, dtable
 
 
 def _together(x: Windows) -> bool:

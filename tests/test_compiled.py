@@ -68,19 +68,19 @@ def test_little_shared_memory():
 
 
 @pytest.mark.parametrize(
-    ("window", "heads", "dtype", "target"),
+    ("window", "head", "dtype", "target"),
     [
-        (12, 6, torch.bfloat16, "sm_80"),
-        (9, 3, torch.bfloat16, "sm_80"),  # more tokens are masked than in other windows
-        (12, 2, torch.bfloat16, "sm_90"),
-        (8, 3, torch.float32, "gfx942"),
-        (12, 2, torch.float32, "sm_80"),
+        (12, 32, torch.bfloat16, "sm_80"),
+        (13, 64, torch.bfloat16, "sm_90"),  # many tokens are masked
+        (12, 96, torch.bfloat16, "sm_90"),
+        (8, 64, torch.float32, "gfx942"),
+        (12, 96, torch.float32, "sm_80"),
     ],
     ids=str,
 )
-def test_windows(window, heads, dtype, target):
+def test_windows(window, head, dtype, target):
     """Window attention where registers are scarcest: keys are met block by block, heads are wide, float32."""
-    calls = compiled.window_calls([window], [heads], [dtype])
+    calls = compiled.window_calls([window], [head], [dtype])
     kernels = compiled.compile_all(compiled.variants(calls, [target]))
     names = {"forward", "queries", "table", "keys"}
     assert {kernel.variant.kernel for kernel in kernels} == {f"_{n}_kernel" for n in names}, (

@@ -43,8 +43,12 @@ SHAPES = ((64, 256, 56, 56), (64, 64, 112, 112), (32, 512, 28, 28), (32, 2048, 7
 # More than 2^31 elements: in many images, in one image, and between the rows of a slice.
 HUGE = ((4096, 256, 56, 56), (1, 2048, 1100, 1100), (2, 3, 32000, 32000))
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-WINDOWS = (8, 9, 12, 16)  # of window attention, beside the catalogue's, with heads of 32, 64 and 96
-WINDOW_DTYPES = (torch.bfloat16, torch.float32)
+# Of window attention, beside the catalogue's; in brackets all that are worth a look.
+WINDOWS = (8, 9, 12, 16)
+EVERY_WINDOW = range(7, 17)
+HEADS = (32, 64, 96)
+EVERY_HEAD = (16, 24, 32, 48, 64, 96, 128)
+MAPS = ((7, 7), (14, 14), (16, 16), (32, 32), (64, 64), (13, 15))
 WIDE = 16  # bytes of the widest load of one thread that every target has
 
 
@@ -235,25 +239,34 @@ def calls(
 
 
 def window_calls(
-    windows: Sequence[int] = WINDOWS, heads: Sequence[int] = (6, 3, 2), dtypes: Sequence[torch.dtype] = WINDOW_DTYPES
+    windows: Iterable[int] = WINDOWS, heads: Iterable[int] = HEADS, dtypes: Iterable[torch.dtype] = DTYPES[::2]
 ) -> list[Call]:
-    """Window attention on Swin's second stage, with so many heads of its 192 channels."""
+    """Window attention, shifted, with four heads of so many channels."""
     entry = catalogue.ENTRIES["window_attention"]
     return [
-        Call(
-            replace(
-                entry,
-                name=f"{entry.name}_{window}_{count}",
-                arguments=lambda c, w=window, h=count: {"channels": c, "window": w, "heads": h, "shift": w // 2},
-            ),
-            (4, 192, 4 * window, 4 * window),
-            "channels_last",
-            dtype,
-        )
-        for window in windows
-        for count in heads
-        for dtype in dtypes
+        _attention_call(entry, (4 * window, 5 * window), head, dtype, window=window, shift=window // 2)
+        for window, head, dtype in itertools.product(windows, heads, dtypes)
     ]
+
+
+def attention_calls() -> list[Call]:
+    """All windows, heads and dtypes, and attention over maps of all sizes, with and without a bias of positions."""
+    entry = catalogue.ENTRIES["self_attention"]
+    return window_calls(EVERY_WINDOW, EVERY_HEAD, DTYPES) + [
+        _attention_call(entry, size, head, dtype, position_bias=bias)
+        for size, head, dtype in itertools.product(MAPS, EVERY_HEAD, DTYPES)
+        for bias in (None, size)
+    ]
+
+
+def _attention_call(
+    entry: catalogue.Entry, size: tuple[int, int], head: int, dtype: torch.dtype, **arguments: Any
+) -> Call:
+    def with_heads(channels: int) -> dict[str, Any]:
+        return {"channels": channels, "heads": 4, **arguments}
+
+    name = f"{entry.name}-{head}" + "".join(f"-{value}" for value in arguments.values())
+    return Call(replace(entry, name=name, arguments=with_heads), (4, 4 * head, *size), "channels_last", dtype)
 
 
 def every_call(shapes: Sequence[Shape] = SHAPES) -> list[Call]:
@@ -266,8 +279,9 @@ def main() -> int:
     parser.add_argument("--targets", nargs="+", choices=EVERY, default=list(TARGETS))
     parser.add_argument("--shapes", nargs="+", type=lambda s: tuple(map(int, s.split("x"))), default=SHAPES)
     parser.add_argument("--kernels", default="", help="those alone whose name holds this")
+    parser.add_argument("--attention", action="store_true", help="attention alone, in all windows, heads and dtypes")
     options = parser.parse_args()
-    found = variants(every_call(options.shapes), options.targets)
+    found = variants(attention_calls() if options.attention else every_call(options.shapes), options.targets)
     done = compile_all(v for v in found if options.kernels in v.kernel)
     done.sort(key=lambda c: (c.variant.kernel, c.variant.label, c.variant.dtype, c.variant.target))
     faults, rows = [], []

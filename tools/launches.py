@@ -206,11 +206,11 @@ class _Live(TorchDispatchMode):
 
 
 def launches_something(func: Any, inputs: Any, outputs: Any) -> bool:
-    """Whether an operation of PyTorch does more than to allocate or to make a view: `contiguous` may do either."""
+    """Whether an operation of PyTorch does more than to allocate or to make a view: `contiguous` and `to` may not."""
     if "empty" in str(func):
         return False
     given, made = ({t.untyped_storage()._cdata for t in tree_leaves(v) if _is_tensor(t)} for v in (inputs, outputs))
-    return not func.is_view or not made <= given
+    return func._schema.is_mutable or not made <= given
 
 
 def _is_tensor(value: Any) -> bool:
