@@ -33,14 +33,16 @@ def _offsets(image, c, r, j, J, stride_o, CHANNELS_LAST: tl.constexpr, ALIGN: tl
     """Offsets [BLOCK_C, BLOCK_R, BLOCK_J] of an image, int64; see `tile_offsets`."""
     p = r[None, :, None] * J + j[None, None, :]
     if CHANNELS_LAST:
-        return tl.multiple_of(image + (c[:, None, None] + p.to(tl.int64) * stride_o), [ALIGN, 1, 1])
-    return tl.multiple_of(image + (c[:, None, None].to(tl.int64) * stride_o + p), [1, 1, ALIGN])
+        offsets = image + (c[:, None, None] + p.to(tl.int64) * stride_o)
+    else:
+        offsets = image + (c[:, None, None].to(tl.int64) * stride_o + p)
+    return offsets if ALIGN == 1 else tl.multiple_of(offsets, [ALIGN, 1, 1] if CHANNELS_LAST else [1, 1, ALIGN])
 
 
 @triton.jit
 def _mask(c, r, j, C, groups, J, CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr):
     mask = (c < C)[:, None, None] & (r < groups)[None, :, None] & (j < J)[None, None, :]
-    return tl.max_constancy(mask, [ALIGN, 1, 1] if CHANNELS_LAST else [1, 1, ALIGN])
+    return mask if ALIGN == 1 else tl.max_constancy(mask, [ALIGN, 1, 1] if CHANNELS_LAST else [1, 1, ALIGN])
 
 
 @triton.jit

@@ -117,7 +117,7 @@ class Maps(NamedTuple):
         rows = max(next_power_of_2(self.size.L), 16)
         block, step = (64, 64) if self.qkv.is_cpu else (block, min(step, max(rows // 2, 16)))
         warps = warps if rows > 32 else min(warps, 4)
-        registers = all_registers(self.qkv, warps) if self.wide or self.head.ALIGN < 16 or rows <= 64 else {}
+        registers = all_registers(self.qkv, warps) if self.wide or self.head.ALIGN < 16 else {}
         return Blocks(min(block, rows), min(step, rows), warps, stages)._asdict() | registers
 
     def programs(self, block: int) -> int:

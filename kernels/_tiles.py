@@ -34,14 +34,16 @@ def tile_offsets(image, c, p, stride_o, CHANNELS_LAST: tl.constexpr, ALIGN: tl.c
         offsets = c[:, None] + p[None, :].to(tl.int64) * stride_o
     else:
         offsets = c[:, None].to(tl.int64) * stride_o + p[None, :]
-    return tl.multiple_of(image + offsets, [ALIGN, 1] if CHANNELS_LAST else [1, ALIGN])
+    offsets += image
+    # Triton does not compile a hint about a tile of one element.
+    return offsets if ALIGN == 1 else tl.multiple_of(offsets, [ALIGN, 1] if CHANNELS_LAST else [1, ALIGN])
 
 
 @triton.jit
 def tile_mask(c, p, C, HW, CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr):
     """[BLOCK_C, BLOCK_P]; constant over ALIGN neighbours, which lets a masked load stay wide."""
     mask = (c < C)[:, None] & (p < HW)[None, :]
-    return tl.max_constancy(mask, [ALIGN, 1] if CHANNELS_LAST else [1, ALIGN])
+    return mask if ALIGN == 1 else tl.max_constancy(mask, [ALIGN, 1] if CHANNELS_LAST else [1, ALIGN])
 
 
 @triton.jit

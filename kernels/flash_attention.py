@@ -96,7 +96,7 @@ def _blocks(x: Maps) -> dict[str, Any]:
     D = x.head.D
     if x.wide:
         return x.blocks(64, 32, 8, 2) if D <= 32 else x.blocks(32, 32, 4, 2) if D <= 64 else x.blocks(32, 16, 4, 1)
-    return x.blocks(128, 32 if x.biased else 64, 8 if x.biased or D > 64 else 4, 2)
+    return x.blocks(128, 32 if x.biased else 64, 8 if x.biased or D > 32 else 4, 2)
 
 
 def attention_mean(

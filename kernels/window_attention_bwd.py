@@ -119,4 +119,6 @@ def _of_pairs(x: Windows) -> tuple[int, int, int]:
     D = x.head.D
     if x.wide:
         return (64, 32, 8) if D <= 64 else (32, 32, 4)
-    return (64, 64, 4) if D <= 32 else (64, 32, 4) if D <= 64 else (64, 32, 8)
+    if D > 64:
+        return 32 if x.tokens % 16 else 64, 32, 8
+    return (64, 64, 4) if D <= 32 else (64, 32, 4)

@@ -57,6 +57,25 @@ def test_sizes_that_16_does_not_divide():
     assert not faults, "\n".join(faults)
 
 
+def test_maps_of_one_element():
+    """Triton compiles sizes of 1 into the kernel, and folds a tile of one element into a number."""
+    entries = [e for e in catalogue.ENTRIES.values() if e.takes((8, 1, 1, 1)) and not e.layers]
+    kernels = compiled.compile_all(compiled.variants([Call(e, (8, 1, 1, 1)) for e in entries], ["sm_90"]))
+    assert len(kernels) > 20, "the launches were not seen"
+    faults = [fault for kernel in kernels for fault in kernel.faults]
+    assert not faults, "\n".join(faults)
+
+
+def test_float64():
+    """Compiles, and fits the chip; doubles take twice the registers, so some of it spills."""
+    names = ("coord_att", "local_attention", "window_attention", "simam")  # products, staged maps, whole planes
+    calls = [Call(catalogue.ENTRIES[name], (2, 64, 28, 28), dtype=torch.float64) for name in names]
+    kernels = compiled.compile_all(compiled.variants(calls, ["sm_90"]))
+    assert len(kernels) > 20, "the launches were not seen"
+    faults = [fault for kernel in kernels for fault in kernel.faults if "spills" not in fault]
+    assert not faults, "\n".join(faults)
+
+
 def test_little_shared_memory():
     """The kernel that stages three maps fits cards with 99 KB."""
     calls = [Call(catalogue.ENTRIES["local_attention"], compiled.SHAPES[0], layout, residual=True, activation="relu")
