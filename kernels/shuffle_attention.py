@@ -83,7 +83,6 @@ def shuffle_attention_bwd(
         dx, dresidual, sums = self_gate_bwd(grad, x, layout, gate, mean, rstd, residual, activation)
         if not layout.N:
             return dx, dresidual, *(mean.new_zeros(w.shape) for w in weights)
-        assert sums is not None
         K, groups = gate.width, layout.C // (2 * gate.width)
         dweights = tuple(mean.new_empty(w.shape) for w in weights)
         block = vector_block(K, 64)
