@@ -33,9 +33,9 @@ LAUNCHES = {
     "channel_attention": (2, 2),
     "spatial_attention": ((2, 3), 3),
     "shuffle_attention": ((1, 3), (4, 6)),
-    "nam": (9, 4),
-    "gam": ((16, 17), (13, 14)),
-    "coord_att": ((28, 29), (31, 33)),
+    "nam": (8, 4),
+    "gam": ((15, 16), (13, 14)),
+    "coord_att": ((27, 28), (31, 33)),
 }
 
 
