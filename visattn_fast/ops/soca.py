@@ -217,9 +217,10 @@ def _gradients(grad, tensors, small, options):
     dgate, dresidual = channel_scale_bwd(grad, x, gate, residual, *options)
     dcov, dw1, db1, dw2, db2 = soca_gate_bwd(dgate, cov, w1, w2, pooled, hidden, gate)
     # dx = g gate + 2 / HW dcov (x - mean); the mean's part is the same for every pixel of a channel.
-    dmean = -2 * (mean[:, None] @ dcov)[:, 0]
+    dmean = torch.baddbmm(empty_small(x, 1, 1, 1), mean[:, None], dcov, beta=0, alpha=-2)[:, 0]
     dx = channel_input_grad(dresidual if options[0] else grad, x, gate, dmean)
-    _add_product(dx, (dcov * (2 / (x.shape[2] * x.shape[3]))).to(x.dtype), x)
+    scaled = torch.mul(dcov, 2 / (x.shape[2] * x.shape[3]), out=torch.empty_like(dcov, dtype=x.dtype))
+    _add_product(dx, scaled, x)
     return dx, dw1, db1, dw2, db2, dresidual
 
 
