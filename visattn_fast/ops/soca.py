@@ -67,46 +67,65 @@ class _Vectors:
     """The Newton-Schulz iterates of a symmetric matrix a ``[N, C, C]``, applied to row vectors ``[N, 1, C]``.
 
     ``Y_0 = a``, ``Z_0 = 1``; ``T_k = (3 - Z_{k-1} Y_{k-1}) / 2``, ``Y_k = Y_{k-1} T_k``, ``Z_k = T_k Z_{k-1}``; Y_k
-    tends to the square root of a. Remembers what a was multiplied by; the gradient takes it back in reverse.
+    tends to the square root of a. Remembers what a was multiplied by; the gradient takes it back in reverse, and the
+    factor -1/2 of every T around a product as a power.
     """
 
     def __init__(self, a: Tensor) -> None:
         self.a = a
         self.inputs: list[Tensor] = []
-        self.gradients: list[Tensor] = []
+        self.gradients: list[tuple[Tensor, int]] = []
 
     def y(self, k: int, v: Tensor) -> Tensor:
         if k == 0:
             self.inputs.append(v)
-            return v @ self.a
+            return torch.bmm(v, self.a)
         return self.t(k, self.y(k - 1, v))
 
     def z(self, k: int, v: Tensor) -> Tensor:
         return v if k == 0 else self.t(k, self.z(k - 1, v))
 
     def t(self, k: int, v: Tensor) -> Tensor:
-        return torch.sub(1.5 * v, self.y(k - 1, self.z(k - 1, v)), alpha=0.5)
+        if k == 1:
+            self.inputs.append(v)
+            return self._first(v)
+        return self._half(v, self.y(k - 1, self.z(k - 1, v)))
 
-    def y_backward(self, k: int, g: Tensor) -> Tensor:
+    def _first(self, v: Tensor) -> Tensor:
+        """v T_1."""
+        return torch.baddbmm(v, v, self.a, beta=1.5, alpha=-0.5)
+
+    def _half(self, v: Tensor, product: Tensor) -> Tensor:
+        """``(3 v - product) / 2``, in one call."""
+        return torch.lerp(v, product, -0.5)
+
+    def y_backward(self, k: int, g: Tensor, power: int) -> Tensor:
         if k == 0:
-            self.gradients.append(g)
-            return g @ self.a
-        return self.y_backward(k - 1, self.t_backward(k, g))
+            self.gradients.append((g, power))
+            return torch.bmm(g, self.a)
+        return self.y_backward(k - 1, self.t_backward(k, g, power), power)
 
-    def z_backward(self, k: int, g: Tensor) -> Tensor:
-        return g if k == 0 else self.z_backward(k - 1, self.t_backward(k, g))
+    def z_backward(self, k: int, g: Tensor, power: int) -> Tensor:
+        return g if k == 0 else self.z_backward(k - 1, self.t_backward(k, g, power), power)
 
-    def t_backward(self, k: int, g: Tensor) -> Tensor:
-        return 1.5 * g + self.z_backward(k - 1, self.y_backward(k - 1, -0.5 * g))
+    def t_backward(self, k: int, g: Tensor, power: int) -> Tensor:
+        if k == 1:
+            self.gradients.append((g, power + 1))
+            return self._first(g)
+        return self._half(g, self.z_backward(k - 1, self.y_backward(k - 1, g, power + 1), power + 1))
 
     def apply(self, v: Tensor) -> Tensor:
         return self.y(STEPS, v)
 
     def gradient(self, v: Tensor, g: Tensor) -> Tensor:
         self.y(STEPS, v)
-        self.y_backward(STEPS, g)
-        inputs, gradients = torch.cat(self.inputs, 1), torch.cat(self.gradients[::-1], 1)
-        return _symmetric(inputs.mT @ gradients)
+        self.y_backward(STEPS, g, 0)
+        found = torch.zeros_like(self.a)
+        for power in range(STEPS + 1):
+            pairs = [(v, g) for v, (g, p) in zip(self.inputs, self.gradients[::-1], strict=True) if p == power]
+            inputs, gradients = (torch.cat(vectors, 1) for vectors in zip(*pairs, strict=True))
+            found.baddbmm_(inputs.mT, gradients, alpha=(-0.5) ** power)
+        return _symmetric(found)
 
 
 class _Matrices:
