@@ -10,8 +10,10 @@ import triton
 import triton.language as tl
 
 from ._pixel import upstream_tile
+from ._pool import parts_sum
 from ._product import dot
 from ._tiles import SIGMOID, gate_grad, sigmoid, tile_mask, tile_offsets
+from ._weight_grads import weight_grads_first
 
 WORD = tl.constexpr(32)  # hidden units whose signs share an integer
 
@@ -87,10 +89,11 @@ def _masked(dz, signs_ptr, n, s, p, S, HW):
 
 
 @triton.jit
-def _store_sums(sums_ptr, counts_ptr, sums, counts, part, c, s, C, S, with_counts):
+def _store_sums(sums_ptr, counts_ptr, sums, counts, total, part, c, s, C, S, with_counts, with_total):
     mask = (c < C)[:, None] & (s < S)[None, :]
     tl.store(sums_ptr + (part * S + s[None, :]) * C + c[:, None], sums, mask=mask)
-    tl.store(counts_ptr + part * S + s, counts, mask=(s < S) & with_counts)
+    tl.store(counts_ptr + part * (S + 1) + s, counts, mask=(s < S) & with_counts)
+    tl.store(counts_ptr + part * (S + 1) + S, tl.sum(total, 0), mask=with_total)
 
 
 @triton.jit
@@ -104,7 +107,8 @@ def _hidden_grads_kernel(
     """All sums of g' x and x in one read of both, where a program can hold all channels of its pixels.
 
     Stores g' and dz [N, HW]; dchannel [N, blocks of pixels, C], the sums of g' x * spatial_gate over a block; over the
-    tiles of all images that a program walks, sums [parts, S, C] of mask dz x and counts [parts, S] of mask dz.
+    tiles of all images that a program walks, sums [parts, S, C] of mask dz x, and counts [parts, S + 1] of mask dz and,
+    last, of dz.
     """
     acc_ty = channel_gate_ptr.dtype.element_ty
     blocks = tl.cdiv(HW, BLOCK_P)
@@ -112,6 +116,7 @@ def _hidden_grads_kernel(
     s = tl.arange(0, BLOCK_S)
     sums = tl.zeros([BLOCK_C, BLOCK_S], acc_ty)
     counts = tl.zeros([BLOCK_S], acc_ty)
+    total = tl.zeros([BLOCK_P], acc_ty)
     first = tl.program_id(0) * steps
     for tile in range(first, min(first + steps, tiles)):
         n = (tile // blocks).to(tl.int64)
@@ -127,8 +132,9 @@ def _hidden_grads_kernel(
         masked = _masked(dz, signs_ptr, n, s, p, S, HW)
         sums = dot(x, masked, sums, DOT, PRECISION)
         counts += tl.sum(masked, 0)
+        total += dz
     part = tl.program_id(0).to(tl.int64)
-    _store_sums(sums_ptr, counts_ptr, sums, counts, part, c, s, C, S, True)
+    _store_sums(sums_ptr, counts_ptr, sums, counts, total, part, c, s, C, S, True, True)
 
 
 @triton.jit
@@ -137,7 +143,7 @@ def _hidden_sums_kernel(
     DOT: tl.constexpr, PRECISION: tl.constexpr, CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr,
     BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """The same sums [parts, S, C] and counts [parts, S] alone, by blocks of channels and hidden units."""
+    """The same sums [parts, S, C] and counts [parts, S + 1] alone, by blocks of channels and hidden units."""
     acc_ty = dz_ptr.dtype.element_ty
     blocks = tl.cdiv(HW, BLOCK_P)
     blocks_c = tl.cdiv(C, BLOCK_C)
@@ -145,6 +151,7 @@ def _hidden_sums_kernel(
     s = tl.program_id(0) // blocks_c * BLOCK_S + tl.arange(0, BLOCK_S)
     sums = tl.zeros([BLOCK_C, BLOCK_S], acc_ty)
     counts = tl.zeros([BLOCK_S], acc_ty)
+    total = tl.zeros([BLOCK_P], acc_ty)
     first = tl.program_id(1) * steps
     for tile in range(first, min(first + steps, tiles)):
         n = (tile // blocks).to(tl.int64)
@@ -155,8 +162,47 @@ def _hidden_sums_kernel(
         masked = _masked(dz, signs_ptr, n, s, p, S, HW)
         sums = dot(x, masked, sums, DOT, PRECISION)
         counts += tl.sum(masked, 0)
+        total += dz
     part = tl.program_id(1).to(tl.int64)
-    _store_sums(sums_ptr, counts_ptr, sums, counts, part, c, s, C, S, tl.program_id(0) % blocks_c == 0)
+    block = tl.program_id(0)
+    _store_sums(sums_ptr, counts_ptr, sums, counts, total, part, c, s, C, S, block % blocks_c == 0, block == 0)
+
+
+@triton.jit(do_not_specialize=["N"])
+def _hidden_weights_kernel(
+    dz_ptr, hidden_ptr, dhidden_ptr, pooled_ptr, dw1_ptr, db1_ptr, dw2_ptr, db2_ptr, N, C, R,
+    sums_ptr, counts_ptr, p1_ptr, q1_ptr, p2_ptr, dp1_ptr, dq1_ptr, dp2_ptr, dq2_ptr, product_ptr, parts, S,
+    BRANCHES: tl.constexpr, HIDDEN_ACTIVATION: tl.constexpr, WEIGHT_C: tl.constexpr, WEIGHT_R: tl.constexpr,
+    SUM_S: tl.constexpr, SUM_L: tl.constexpr,
+):  # fmt: skip
+    """The weights' gradients of the channel gate, then those of the perceptron, a hidden unit in each program.
+
+    Of parts of S and t: dp1 = p2 S, dq1 = p2 t, dp2 = p1 S + q1 t, dq2 = sum dz. product [S, C] is p2 p1.
+    """
+    place = weight_grads_first(
+        tl.program_id(0), dz_ptr, hidden_ptr, dhidden_ptr, pooled_ptr, dw1_ptr, db1_ptr, dw2_ptr, db2_ptr, N, C, R,
+        None, None, 0, 0, None, None, 0, 0, BRANCHES, HIDDEN_ACTIVATION, WEIGHT_C, WEIGHT_R, 1, 1, 1, 1,
+    )  # fmt: skip
+    if place >= 0:
+        acc_ty = sums_ptr.dtype.element_ty
+        s = place + tl.arange(0, 1)
+        p2 = tl.load(p2_ptr + s).to(acc_ty)
+        dp2 = tl.zeros([SUM_L], acc_ty)
+        for start in range(0, C, SUM_L):
+            c = start + tl.arange(0, SUM_L)
+            k = place * C + c
+            p1 = tl.load(p1_ptr + k, mask=c < C, other=0.0).to(acc_ty)
+            total = tl.where(c < C, parts_sum(sums_ptr, 0, k, S * C, parts, 1, SUM_S), 0.0)
+            dp2 += p1 * total
+            tl.store(dp1_ptr + k, p2 * total, mask=c < C)
+            tl.store(product_ptr + k, p2 * p1, mask=c < C)
+        count = parts_sum(counts_ptr, 0, s, S + 1, parts, 1, SUM_S)
+        tl.store(dq1_ptr + s, p2 * count)
+        tl.store(dq2_ptr + s, parts_sum(counts_ptr, 0, S + s, S + 1, parts, 1, SUM_S), mask=s == 0)
+        q1 = tl.zeros([1], acc_ty)
+        if q1_ptr is not None:
+            q1 = tl.load(q1_ptr + s).to(acc_ty)
+        tl.store(dp2_ptr + s, tl.sum(dp2, 0) + q1 * count)
 
 
 @triton.jit

@@ -206,18 +206,10 @@ def pooled_gate(
     return pooled, argmax, hidden
 
 
-def mlp_gate(
-    pooled: torch.Tensor, w1: torch.Tensor, b1: torch.Tensor | None, w2: torch.Tensor, b2: torch.Tensor | None,
-    gate: torch.Tensor, hidden_activation: int = RELU.value, gate_activation: int = SIGMOID.value,
-) -> torch.Tensor:  # fmt: skip
-    """`pooled_gate` of what is pooled; returns hidden."""
-    return pooled_gate(Parts(pooled, None, 1, 1), w1, b1, w2, b2, gate, hidden_activation, gate_activation)[2]
-
-
 def gate_mlp_bwd(
     parts: torch.Tensor, gate: torch.Tensor | None, w1: torch.Tensor, w2: torch.Tensor, pooled: torch.Tensor,
     hidden: torch.Tensor, hidden_activation: int = RELU.value, gate_activation: int = SIGMOID.value,
-    biases: bool = True, dtype: torch.dtype | None = None,
+    biases: bool = True,
 ) -> tuple[torch.Tensor, MLPGrads]:  # fmt: skip
     """From parts [N, S, C] of the gate's gradient: (dpooled like pooled, the weights' gradients, yet to be written).
 
@@ -243,14 +235,4 @@ def gate_mlp_bwd(
             BRANCHES=rows, HIDDEN_ACTIVATION=hidden_activation, GATE=gate_activation, **blocks,
             **all_registers(parts, blocks["num_warps"]),
         )  # fmt: skip
-    return dpooled, mlp_grads(dz, dhidden, w1, w2, pooled, hidden, hidden_activation, biases, dtype)
-
-
-def mlp_gate_bwd(
-    dz: torch.Tensor, w1: torch.Tensor, w2: torch.Tensor, pooled: torch.Tensor, hidden: torch.Tensor,
-    hidden_activation: int = RELU.value,
-) -> tuple[torch.Tensor, ...]:  # fmt: skip
-    """From dz [N, C], the gradient before the sigmoid: (dpooled like pooled, dw1, db1, dw2, db2), in dz's dtype."""
-    dpooled, grads = gate_mlp_bwd(dz[:, None], None, w1, w2, pooled, hidden, hidden_activation, dtype=dz.dtype)
-    grads.run()
-    return dpooled, *grads.results
+    return dpooled, mlp_grads(dz, dhidden, w1, w2, pooled, hidden, hidden_activation, biases)

@@ -153,15 +153,3 @@ def both_grads(
         ACTIVATION=activation, COMBINE=combine_gates.value, ONE_TILE=t.BLOCK_C >= C, **t._asdict(),
     )  # fmt: skip
     return PixelGrads(dresidual if activation else grad, dresidual, dchannel, dz, dweight, dbias)
-
-
-def pixel_grads(
-    grad: torch.Tensor, x: torch.Tensor, layout: Layout, channel_gate: torch.Tensor, spatial_gate: torch.Tensor,
-    residual: torch.Tensor | None, activation: int, combine_gates: tl.constexpr,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, None]:  # fmt: skip
-    """g, dresidual, dz [N, C] of the channel gate before its sigmoid, dz [N, HW] of the spatial one; see `both_grads`.
-
-    For the product of the gates.
-    """
-    d = both_grads(grad, x, layout, channel_gate, spatial_gate, residual, activation, combine_gates)
-    return d.g, d.dresidual, combine(d.parts, channel_gate, torch.empty_like(channel_gate)), d.dz, None

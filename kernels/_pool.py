@@ -259,12 +259,3 @@ def combine(
         GATE=activation, RESULT=result.value, BLOCK_S=block_s, BLOCK_L=block,
     )  # fmt: skip
     return out
-
-
-def sum_images(parts: torch.Tensor) -> torch.Tensor:
-    """[N, S, L] -> [L], in a fixed order: the parts of each image first, then the images."""
-    N, S, L = parts.shape
-    if not N:
-        return parts.new_zeros(L)
-    images = parts if S == 1 else combine(parts, None, parts.new_empty((N, L)))
-    return combine(images.view(1, N, L), None, parts.new_empty(L))

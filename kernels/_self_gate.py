@@ -1,9 +1,9 @@
 """Gates that each element computes of itself and of its channel: SimAM and its like.
 
-y = act(x * sigmoid((q d + a) d + b) + residual), d = x - m; a gate whose statistics the batch shares may scale another
-map, z, instead of x. Each KIND derives m, q, a, b from two statistics of a channel, its mean and a scale, and from
-parameters. Where whole planes fit in a tile, a program reads them once and does all; else the passes stream: moments,
-gate; backward sums, dx.
+y = act(x * sigmoid((q d + a) d + b) + residual), d = x - m. Each KIND derives m, q, a, b from two statistics of a
+channel, its mean and a scale, and from parameters. Where whole planes fit in a tile, a program reads them once and does
+all; else the passes stream: moments, gate; backward sums, dx. Those take statistics [N, C] of each image, or [C] of the
+batch; a gate with the latter may scale another map, z, instead of x.
 
 Shuffled kinds exchange channels behind the gate: channel h C / 2 + j of x becomes channel 2 j + h of y. Their tiles are
 in the order of y; with the channels inside, the two halves of x are read side by side, so that accesses stay wide.
@@ -34,7 +34,7 @@ from ._heuristics import (
 )
 from ._launch import launch
 from ._layout import Layout, accumulation_dtype
-from ._pool import combine, sum_images
+from ._pool import combine
 from ._self_gate_kernels import (
     _combine_moments_kernel,
     _gate_kernel,
@@ -44,20 +44,15 @@ from ._self_gate_kernels import (
     _self_gate_dx_kernel,
     _sums_kernel,
 )
-from ._self_gate_tiles import SHUFFLE, SIMAM
+from ._self_gate_tiles import SHUFFLE
 
 
 class Gate(NamedTuple):
-    """What a module brings: its KIND, up to six parameters, eps, and whether the batch shares the statistics."""
+    """What a module brings: its KIND, up to six parameters, and eps."""
 
     kind: Any
     parameters: tuple[torch.Tensor | None, ...] = (None,) * 6
     eps: float = 0.0
-    shared: bool = False
-
-    def groups(self, layout: Layout) -> tuple[int, int]:
-        """How many groups of images have statistics of their own, and the images in each."""
-        return (1, layout.N) if self.shared else (layout.N, 1)
 
     @property
     def width(self) -> int:
@@ -84,7 +79,7 @@ def _plane_tile(layout: Layout, gate: Gate, backward: bool = False) -> Tile | No
     # Backward keeps x and grad in registers. Halves of a shuffled tile meet in shared memory, of which not every chip
     # has enough for the largest tiles.
     exchanges = _exchanges(layout, gate)
-    t = None if gate.shared else plane_tile(layout, PLANE_TILE // 2 if backward or exchanges else PLANE_TILE)
+    t = plane_tile(layout, PLANE_TILE // 2 if backward or exchanges else PLANE_TILE)
     if t is None or (backward and exchanges and not _heuristics.amd()):
         return t  # x in its two orders, and grad: twice as much a thread would be more registers than there are
     return _tile(t, layout, gate)
@@ -96,17 +91,28 @@ def _reduction(layout: Layout, channels: int = 64, programs: int = PROGRAMS, a_t
     return reduction(layout, over_c=False, inner_block=inner_block, a_thread=a_thread, programs=programs)
 
 
+def _stats_n(mean: torch.Tensor, layout: Layout) -> int:
+    """How far statistics of one image lie from those of the next one: the batch's are the same for all."""
+    return layout.C if mean.dim() == 2 else 0
+
+
 def self_gate(
     x: torch.Tensor, layout: Layout, gate: Gate, residual: torch.Tensor | None, activation: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """y, and of each channel the mean and the scale [G, C]. Reads x once if planes fit in a tile, else twice."""
+    """y, and of each channel the mean and the scale [N, C]. Reads x once if planes fit in a tile, else twice."""
     t = _plane_tile(layout, gate)
-    if t is None:
-        mean, scale = statistics(x, layout, gate)
-        return apply_gate(x, layout, gate, mean, scale, residual, activation), mean, scale
-    y = layout.empty(x)
     mean = x.new_empty((layout.N, layout.C), dtype=accumulation_dtype(x))
     scale = torch.empty_like(mean)
+    if t is None:
+        values, span = moments(x, layout)
+        parts, block = values.shape[1], vector_block(layout.C, 16)
+        launch(
+            _combine_moments_kernel, layout.N * cdiv(layout.C, block),
+            values, mean, scale, layout.C, layout.HW, parts, span,
+            EPS=gate.eps, KIND=gate.kind.value, BLOCK_S=min(next_power_of_2(parts), TILE // 2 // block), BLOCK_L=block,
+        )  # fmt: skip
+        return apply_gate(x, layout, gate, mean, scale, residual, activation), mean, scale
+    y = layout.empty(x)
     launch(
         _plane_fwd_kernel, tiles(layout, t),
         x, None if residual is None else layout.dense(residual), y, mean, scale, *gate.parameters,
@@ -116,40 +122,28 @@ def self_gate(
     return y, mean, scale
 
 
-def statistics(x: torch.Tensor, layout: Layout, gate: Gate) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and scale [G, C]. Reads x once."""
+def moments(x: torch.Tensor, layout: Layout) -> tuple[torch.Tensor, int]:
+    """Mean and second moment [N, parts, 2, C] of parts of the pixels, and how many each has. Reads x once."""
     t, blocks, parts, steps = _reduction(layout)
-    groups, images = gate.groups(layout)
-    partial = x.new_empty((layout.N, parts, 2, layout.C), dtype=accumulation_dtype(x))
-    mean = partial.new_empty((groups, layout.C))
-    scale = torch.empty_like(mean)
+    values = x.new_empty((layout.N, parts, 2, layout.C), dtype=accumulation_dtype(x))
     launch(
-        _moments_kernel, layout.N * blocks, x, partial, layout.C, layout.HW, layout.stride_n, layout.stride_o, steps,
+        _moments_kernel, layout.N * blocks, x, values, layout.C, layout.HW, layout.stride_n, layout.stride_o, steps,
         **t._asdict(), parts=parts,
     )  # fmt: skip
-    if not layout.N:
-        return mean.zero_(), scale.zero_()
-    rows = images * parts
-    block = vector_block(layout.C, 16)  # few channels to a program: of statistics of a batch there are many rows
-    launch(
-        _combine_moments_kernel, groups * cdiv(layout.C, block),
-        partial, mean, scale, layout.C, layout.HW, rows, parts, steps * t.BLOCK_P, images * layout.HW,
-        EPS=gate.eps, KIND=gate.kind.value, BLOCK_S=min(next_power_of_2(rows), TILE // 2 // block), BLOCK_L=block,
-    )  # fmt: skip
-    return mean, scale
+    return values, steps * t.BLOCK_P
 
 
 def apply_gate(
     x: torch.Tensor, layout: Layout, gate: Gate, mean: torch.Tensor, scale: torch.Tensor,
     residual: torch.Tensor | None, activation: int, z: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
-    """y from statistics [G, C]. Reads x once; z, which may be scaled instead, is dense as y is."""
+    """y from the statistics. Reads x once; z, which may be scaled instead, is dense as y is."""
     y = layout.empty(x)
     t = _tile(tile(layout, SCALE_TILE), layout, gate)
     launch(
         _gate_kernel, tiles(layout, t),
         x, z, None if residual is None else layout.dense(residual), y, mean, scale, *gate.parameters,
-        layout.C, layout.HW, gate.width, layout.stride_n, layout.stride_o, 0 if gate.shared else layout.C,
+        layout.C, layout.HW, gate.width, layout.stride_n, layout.stride_o, _stats_n(mean, layout),
         KIND=gate.kind.value, ACTIVATION=activation, **t._asdict(),
     )  # fmt: skip
     return y
@@ -157,32 +151,43 @@ def apply_gate(
 
 def self_gate_bwd(
     grad: torch.Tensor, x: torch.Tensor, layout: Layout, gate: Gate, mean: torch.Tensor, scale: torch.Tensor,
-    residual: torch.Tensor | None, activation: int, fixed: bool = False, z: torch.Tensor | None = None,
-    dz: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:  # fmt: skip
-    """(dx, dresidual, sums): sums [G, 2, C] are of r and r d in the order of y, None where not needed.
+    residual: torch.Tensor | None, activation: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """(dx, dresidual, sums): sums [N, 2, C] are of r and r d in the order of y; SimAM, without weights, needs none.
 
-    Reads x and grad once if planes fit in a tile, or if the statistics are `fixed`, else twice. With an activation, g'
-    is written once more and returned as dresidual (else empty: it is grad), and a residual is read once. z, which may
-    be scaled instead of x, is read as often as x, and dz written once; both are dense as dx is.
+    Reads x and grad once if planes fit in a tile, else twice. With an activation, g' is written once more and returned
+    as dresidual (else empty: it is grad), and a residual is read once.
+    """
+    N, C, HW = layout.N, layout.C, layout.HW
+    dx, sums = layout.empty(x), mean.new_empty((N, 2, C))
+    t = _plane_tile(layout, gate, backward=True)
+    if t is None:
+        g, dresidual, parts = logit_sums(grad, x, layout, gate, mean, scale, residual, activation)
+        combine(parts.flatten(2), None, sums)
+        gate_dx(g, x, layout, gate, mean, scale, sums, dx)
+        return dx, dresidual, sums
+    dresidual = layout.empty(x) if activation else x.new_empty(0)
+    launch(
+        _plane_bwd_kernel, tiles(layout, t),
+        layout.dense(grad), x, layout.dense(residual) if activation and residual is not None else None,
+        mean, scale, *gate.parameters, dx, dresidual, sums, C, HW, gate.width, layout.stride_n, layout.stride_o,
+        KIND=gate.kind.value, ACTIVATION=activation, **t._asdict(),
+    )  # fmt: skip
+    return dx, dresidual, sums
+
+
+def logit_sums(
+    grad: torch.Tensor, x: torch.Tensor, layout: Layout, gate: Gate, mean: torch.Tensor, scale: torch.Tensor,
+    residual: torch.Tensor | None, activation: int, z: torch.Tensor | None = None, dx: torch.Tensor | None = None,
+    dz: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """(g', dresidual, parts [N, parts, 2, C] of the sums of r and r d). Reads x, grad and z once.
+
+    Writes dx, and dz, where given: if the statistics do not depend on x, that is all of the backward pass.
     """
     C, HW = layout.C, layout.HW
     grad = layout.dense(grad)
-    residual = None if residual is None or not activation else layout.dense(residual)
-    dx, dresidual = layout.empty(x), layout.empty(x) if activation else x.new_empty(0)
-    if not layout.N:
-        return dx, dresidual, None
-    t = _plane_tile(layout, gate, backward=True)
-    if t is not None:
-        sums = None if gate.kind == SIMAM else mean.new_empty((layout.N, 2, C))
-        launch(
-            _plane_bwd_kernel, tiles(layout, t),
-            grad, x, residual, mean, scale, *gate.parameters, dx, dresidual, sums,
-            C, HW, gate.width, layout.stride_n, layout.stride_o,
-            KIND=gate.kind.value, ACTIVATION=activation, **t._asdict(),
-        )  # fmt: skip
-        return dx, dresidual, sums
-    stats_n = 0 if gate.shared else C
+    dresidual = layout.empty(x) if activation else x.new_empty(0)
     # Registers let a chip run less than PROGRAMS at once: of more programs, the last ones are a smaller share.
     exchanges = _exchanges(layout, gate)
     channels = 256 // x.element_size() if exchanges else 64  # 128 bytes of each half
@@ -191,24 +196,28 @@ def self_gate_bwd(
     t, blocks, parts, steps = _reduction(layout, channels, 4 * PROGRAMS, a_thread)
     if exchanges and _heuristics.amd():
         t = _halved(t)
-    partial = mean.new_empty((layout.N, parts, 2, C))
+    sums = mean.new_empty((layout.N, parts, 2, C))
     launch(
         _sums_kernel, layout.N * blocks,
-        grad, x, z, residual, mean, scale, *gate.parameters, dresidual, dx if fixed else None, dz if fixed else None,
-        partial,
-        C, HW, gate.width, layout.stride_n, layout.stride_o, stats_n, steps,
+        grad, x, z, layout.dense(residual) if activation and residual is not None else None, mean, scale,
+        *gate.parameters, dresidual, dx, dz, sums,
+        C, HW, gate.width, layout.stride_n, layout.stride_o, _stats_n(mean, layout), steps,
         KIND=gate.kind.value, ACTIVATION=activation, **t._asdict(), parts=parts,
         **_heuristics.all_registers(x, t.num_warps),
     )  # fmt: skip
-    partial = partial.view(layout.N, parts, 2 * C)
-    sums = sum_images(partial) if gate.shared else combine(partial, None, mean.new_empty((layout.N, 2 * C)))
-    sums = sums.view(-1, 2, C)
-    if not fixed:
-        t = _tile(tile(layout, SCALE_TILE), layout, gate)
-        launch(
-            _self_gate_dx_kernel, tiles(layout, t),
-            dresidual if activation else grad, x, z, mean, scale, sums, *gate.parameters, dx, dz,
-            C, HW, gate.width, layout.stride_n, layout.stride_o, stats_n, gate.groups(layout)[1] * HW,
-            KIND=gate.kind.value, **t._asdict(),
-        )  # fmt: skip
-    return dx, dresidual, sums
+    return dresidual if activation else grad, dresidual, sums
+
+
+def gate_dx(
+    g: torch.Tensor, x: torch.Tensor, layout: Layout, gate: Gate, mean: torch.Tensor, scale: torch.Tensor,
+    sums: torch.Tensor, dx: torch.Tensor, z: torch.Tensor | None = None, dz: torch.Tensor | None = None,
+) -> None:  # fmt: skip
+    """Writes dx, and dz if there is a z, from g' and the sums [N, 2, C] or [2, C]. Reads g', x and z once."""
+    t = _tile(tile(layout, SCALE_TILE), layout, gate)
+    stats_n = _stats_n(mean, layout)
+    launch(
+        _self_gate_dx_kernel, tiles(layout, t),
+        g, x, z, mean, scale, sums, *gate.parameters, dx, dz,
+        layout.C, layout.HW, gate.width, layout.stride_n, layout.stride_o, stats_n,
+        layout.HW if stats_n else layout.N * layout.HW, KIND=gate.kind.value, **t._asdict(),
+    )  # fmt: skip

@@ -117,35 +117,45 @@ def _moments_kernel(
 
 
 @triton.jit
-def _combine_moments_kernel(
-    parts_ptr, mean_ptr, scale_ptr, C, HW, rows, parts, span, count,
-    EPS: tl.constexpr, KIND: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_L: tl.constexpr,
-):  # fmt: skip
-    """[G, rows, 2, C] -> mean and scale [G, C], rows in order; row i has the pixels of part i % parts, `span` each."""
-    acc_ty = mean_ptr.dtype.element_ty
-    blocks = tl.cdiv(C, BLOCK_L)
-    group = (tl.program_id(0) // blocks).to(tl.int64)
-    c = tl.program_id(0) % blocks * BLOCK_L + tl.arange(0, BLOCK_L)
-    first = tl.load(parts_ptr + group * rows * 2 * C + c, mask=c < C, other=0.0)
+def combined_moments(parts_ptr, c, C, HW, rows, parts, span, count, BLOCK_S: tl.constexpr):
+    """Mean and second moment of channels c, from those of parts [rows, 2, C] in order.
+
+    Row i has the pixels of part i % parts of an image, `span` of them but for the last one's; in all there are `count`.
+    """
+    acc_ty = parts_ptr.dtype.element_ty
+    first = tl.load(parts_ptr + c, mask=c < C, other=0.0)
     first = tl.where(tl.abs(first) < float("inf"), first, 0.0)  # of equal means the differences are 0
-    total = tl.zeros([BLOCK_S, BLOCK_L], acc_ty)
+    total = tl.zeros([BLOCK_S, c.shape[0]], acc_ty)
     for start in range(0, rows, BLOCK_S):
         i = start + tl.arange(0, BLOCK_S)
         mask = (i < rows)[:, None] & (c < C)[None, :]
         values = tl.minimum(HW - i % parts * span, span).to(acc_ty)[:, None]
-        at = parts_ptr + (group * rows + i[:, None]) * 2 * C + c[None, :]
+        at = parts_ptr + i[:, None].to(tl.int64) * 2 * C + c[None, :]
         total += values * tl.where(mask, tl.load(at, mask=mask, other=0.0) - first[None, :], 0.0)
     mean = first + tl.sum(total, 0) / count
-    total = tl.zeros([BLOCK_S, BLOCK_L], acc_ty)
+    total = tl.zeros([BLOCK_S, c.shape[0]], acc_ty)
     for start in range(0, rows, BLOCK_S):
         i = start + tl.arange(0, BLOCK_S)
         mask = (i < rows)[:, None] & (c < C)[None, :]
         values = tl.minimum(HW - i % parts * span, span).to(acc_ty)[:, None]
-        at = parts_ptr + (group * rows + i[:, None]) * 2 * C + c[None, :]
+        at = parts_ptr + i[:, None].to(tl.int64) * 2 * C + c[None, :]
         apart = tl.where(mask, tl.load(at, mask=mask, other=0.0) - mean[None, :], 0.0)
         total += tl.load(at + C, mask=mask, other=0.0) + values * apart * apart
-    tl.store(mean_ptr + group * C + c, mean, mask=c < C)
-    tl.store(scale_ptr + group * C + c, scale_of(tl.sum(total, 0), count, EPS, KIND), mask=c < C)
+    return mean, tl.sum(total, 0)
+
+
+@triton.jit
+def _combine_moments_kernel(
+    parts_ptr, mean_ptr, scale_ptr, C, HW, parts, span,
+    EPS: tl.constexpr, KIND: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_L: tl.constexpr,
+):  # fmt: skip
+    """Parts of each image [N, parts, 2, C] -> mean and scale [N, C]."""
+    blocks = tl.cdiv(C, BLOCK_L)
+    n = (tl.program_id(0) // blocks).to(tl.int64)
+    c = tl.program_id(0) % blocks * BLOCK_L + tl.arange(0, BLOCK_L)
+    mean, second = combined_moments(parts_ptr + n * parts * 2 * C, c, C, HW, parts, parts, span, HW, BLOCK_S)
+    tl.store(mean_ptr + n * C + c, mean, mask=c < C)
+    tl.store(scale_ptr + n * C + c, scale_of(second, HW, EPS, KIND), mask=c < C)
 
 
 @triton.jit

@@ -76,10 +76,8 @@ def channel_tile(C, HW, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr):
 
 @triton.jit
 def scale_of(second, count, EPS: tl.constexpr, KIND: tl.constexpr):
-    """The statistic beside the mean, from the second moment over `count` values: of AFFINE kinds the variance."""
-    scale = second / count
-    if KIND == SHUFFLE:
-        scale = 1 / tl.sqrt(scale + EPS)
+    """The statistic beside the mean, from the second moment over `count` values."""
+    scale = 1 / tl.sqrt(second / count + EPS)
     if KIND == SIMAM:
         scale = 1 / (4 * (second / tl.maximum(count - 1, 1) + EPS))
     return scale

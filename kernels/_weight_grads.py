@@ -166,14 +166,13 @@ class RowSum(NamedTuple):
 
 def mlp_grads(
     dz: torch.Tensor, dhidden: torch.Tensor, w1: torch.Tensor, w2: torch.Tensor, pooled: torch.Tensor,
-    hidden: torch.Tensor, hidden_activation: int = RELU.value, biases: bool = True, dtype: torch.dtype | None = None,
+    hidden: torch.Tensor, hidden_activation: int = RELU.value, biases: bool = True,
 ) -> MLPGrads:  # fmt: skip
-    """Gradients that are yet to be written, in ``dtype`` or else each in its weight's dtype."""
+    """Gradients that are yet to be written, each in its weight's dtype."""
     (N, C), R = dz.shape, w1.shape[0]
     new = dz.new_empty if N else dz.new_zeros
-    first, second = dtype or w1.dtype, dtype or w2.dtype
-    db1, db2 = (new(R, dtype=first), new(C, dtype=second)) if biases else (None, None)
-    dw1, dw2 = new(w1.shape, dtype=first), new(w2.shape, dtype=second)
+    db1, db2 = (new(R, dtype=w1.dtype), new(C, dtype=w2.dtype)) if biases else (None, None)
+    dw1, dw2 = new(w1.shape, dtype=w1.dtype), new(w2.shape, dtype=w2.dtype)
     return MLPGrads(dz, hidden, dhidden, pooled, hidden_activation, dw1, db1, dw2, db2)
 
 

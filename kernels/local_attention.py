@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 
 from ._gate import PRODUCT, scale
-from ._heuristics import Tile, cdiv, next_power_of_2, splits
+from ._heuristics import Tile, all_registers, cdiv, next_power_of_2, splits
 from ._launch import device_guard, launch
 from ._layout import Layout, accumulation_dtype, canonical
 from ._local_attention_kernels import (
@@ -16,15 +14,18 @@ from ._local_attention_kernels import (
     _hidden_gate_kernel,
     _hidden_grads_kernel,
     _hidden_sums_kernel,
+    _hidden_weights_kernel,
 )
-from ._mlp import mlp_gate, mlp_gate_bwd
-from ._pixel import pixel_grads
-from ._pool import combine, sum_images
+from ._mlp import gate_mlp_bwd, pooled_gate
+from ._pixel import PixelGrads, both_grads
+from ._pool import Parts
 from ._product import product
+from ._weight_grads import MLPGrads
 
 FEWER = 4  # times fewer programs than other reductions have: each leaves sums as large as a tile
 WIDEST, HELD = 256, 64  # channels and hidden units that a program can hold
 SUMS = 8192  # products of them that it can sum up meanwhile
+PARTS = 16384  # parts of such sums that a program puts together at a time
 
 
 def _units(S: int, limit: int) -> int:
@@ -66,8 +67,8 @@ def _stages(x: torch.Tensor, t: Tile, S: int, maps: int) -> int:
 def _hidden_gate(
     x: torch.Tensor, layout: Layout, p1: torch.Tensor, q1: torch.Tensor | None, p2: torch.Tensor,
     q2: torch.Tensor | None, like: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Channel means [N, C], gate [N, H, W] and signs [N, words, H, W]; reads x once. ``like``: the small dtype."""
+) -> tuple[Parts, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Parts of the channel means, gate [N, H, W], signs [N, words, H, W]; reads x once. ``like``: the small dtype."""
     N, C, HW, S = layout.N, layout.C, layout.HW, p1.shape[0]
     block_s = _units(S, 256)
     # Whole cache lines of channels, too, and few steps along them: each sums them up, and stores the sums.
@@ -80,18 +81,7 @@ def _hidden_gate(
         x, p1.reshape(S, C).contiguous(), q1, p2.reshape(-1).contiguous(), q2, sums, gate, signs, C, HW, S,
         layout.stride_n, layout.stride_o, **product(x, p1), MORE=block_s < S, BLOCK_S=block_s, **t._asdict(),
     )  # fmt: skip
-    return combine(sums, None, like.new_empty((N, C)), divisor=HW), gate, signs
-
-
-class _Grads(NamedTuple):
-    """Of both gates: g' and dresidual as `gate_grads` has them, dz before each sigmoid, and the perceptron's sums."""
-
-    g: torch.Tensor
-    dresidual: torch.Tensor
-    dz_c: torch.Tensor  # [N, C]
-    dz_s: torch.Tensor  # [N, HW]
-    sums: torch.Tensor  # [S, C], of mask dz_s x
-    counts: torch.Tensor  # [S], of mask dz_s
+    return Parts(sums.view(-1, C), None, blocks, HW), gate, signs
 
 
 def _fits(layout: Layout, S: int) -> bool:
@@ -102,43 +92,58 @@ def _fits(layout: Layout, S: int) -> bool:
 def _hidden_grads(
     grad: torch.Tensor, x: torch.Tensor, layout: Layout, p1: torch.Tensor, channel_gate: torch.Tensor,
     spatial_gate: torch.Tensor, signs: torch.Tensor, residual: torch.Tensor | None, activation: int,
-) -> _Grads:  # fmt: skip
-    """Reads grad and x once where the sums fit a program; else x a second time, as dz wants all channels first."""
+) -> tuple[PixelGrads, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Those of both gates, and of the perceptron the parts of sums [parts, S, C] and counts [parts, S + 1].
+
+    Reads grad and x once where the sums fit a program; else x a second time, as dz wants all channels first.
+    """
     N, C, HW, S = layout.N, layout.C, layout.HW, p1.shape[0]
-    if not N or not _fits(layout, S):
-        g, dresidual, dz_c, dz_s, _ = pixel_grads(
-            grad, x, layout, channel_gate, spatial_gate, residual, activation, PRODUCT
-        )
-        if not N:
-            return _Grads(g, dresidual, dz_c, dz_s, dz_s.new_zeros((S, C)), dz_s.new_zeros(S))
+    new = channel_gate.new_empty
+    if not _fits(layout, S):
+        d = both_grads(grad, x, layout, channel_gate, spatial_gate, residual, activation, PRODUCT)
         block_s, t = _units(S, 64), _tile(layout, x.element_size(), 64, 128 // x.element_size())
         programs, tiles = cdiv(C, t.BLOCK_C) * cdiv(S, block_s), N * cdiv(HW, t.BLOCK_P)
         parts, steps = splits(programs, tiles)
-        sums, counts = dz_s.new_empty((1, parts, S * C)), dz_s.new_empty((1, parts, S))
+        sums, counts = new((parts, S, C)), new((parts, S + 1))
         launch(
             _hidden_sums_kernel, programs,
-            x, dz_s, signs, sums, counts, tiles, C, HW, S, layout.stride_n, layout.stride_o, steps,
+            x, d.dz, signs, sums, counts, tiles, C, HW, S, layout.stride_n, layout.stride_o, steps,
             **product(x, p1), BLOCK_S=block_s, **t._asdict(), parts=parts, num_stages=2,
         )  # fmt: skip
-    else:
-        t = _grads_tile(layout, x.element_size())
-        blocks = cdiv(HW, t.BLOCK_P)
-        parts, steps = splits(FEWER, N * blocks)
-        sums, counts = channel_gate.new_empty((1, parts, S * C)), channel_gate.new_empty((1, parts, S))
-        dchannel, dz_s = channel_gate.new_empty((N, blocks, C)), channel_gate.new_empty((N, HW))
-        grad = layout.dense(grad)
-        dresidual = layout.empty(x) if activation else x.new_empty(0)
-        launch(
-            _hidden_grads_kernel, parts,
-            grad, x, None if residual is None else layout.dense(residual), channel_gate, spatial_gate, signs,
-            dresidual if activation else None, dchannel, sums, counts, dz_s, N * blocks, C, HW, S,
-            layout.stride_n, layout.stride_o, steps, ACTIVATION=activation, COMBINE=PRODUCT.value, **product(x, p1),
-            BLOCK_S=_units(S, HELD), num_stages=_stages(x, t, S, 3 if activation else 2),
-            **t._asdict(), **_registers(x, t, activation),
-        )  # fmt: skip
-        g, dz_c = dresidual if activation else grad, combine(dchannel, channel_gate, torch.empty_like(channel_gate))
-    sums, counts = combine(sums, None, dz_s.new_empty((1, S * C))), combine(counts, None, dz_s.new_empty((1, S)))
-    return _Grads(g, dresidual, dz_c, dz_s, sums.view(S, C), counts.view(S))
+        return d, sums, counts
+    t = _grads_tile(layout, x.element_size())
+    blocks = cdiv(HW, t.BLOCK_P)
+    parts, steps = splits(FEWER, N * blocks)
+    sums, counts = new((parts, S, C)), new((parts, S + 1))
+    dchannel, dz = new((N, blocks, C)), new((N, HW))
+    grad = layout.dense(grad)
+    dresidual = layout.empty(x) if activation else x.new_empty(0)
+    launch(
+        _hidden_grads_kernel, parts,
+        grad, x, None if residual is None else layout.dense(residual), channel_gate, spatial_gate, signs,
+        dresidual if activation else None, dchannel, sums, counts, dz, N * blocks, C, HW, S,
+        layout.stride_n, layout.stride_o, steps, ACTIVATION=activation, COMBINE=PRODUCT.value, **product(x, p1),
+        BLOCK_S=_units(S, HELD), num_stages=_stages(x, t, S, 3 if activation else 2),
+        **t._asdict(), **_registers(x, t, activation),
+    )  # fmt: skip
+    return PixelGrads(dresidual if activation else grad, dresidual, dchannel, dz, None, None), sums, counts
+
+
+def _hidden_weights(
+    mlp: MLPGrads, sums: torch.Tensor, counts: torch.Tensor, p1: torch.Tensor, q1: torch.Tensor | None,
+    p2: torch.Tensor,
+) -> tuple[torch.Tensor, list[torch.Tensor]]:  # fmt: skip
+    """p2 p1 [S, C], and the perceptron's gradients, of which `_hidden_grads` has parts; writes those of mlp, too."""
+    parts, S, C = sums.shape
+    weights = p1.new_empty(p1.shape), p1.new_empty(S), p2.new_empty(p2.shape), p2.new_empty(1)
+    weight, block_s = sums.new_empty((S, C)), next_power_of_2(parts)
+    launch(
+        _hidden_weights_kernel, mlp.programs() + S,
+        *mlp.arguments, sums, counts, p1.contiguous(), q1, p2.contiguous(), *weights, weight, parts, S,
+        **mlp.meta(), SUM_S=block_s, SUM_L=min(next_power_of_2(C), PARTS // block_s), num_warps=8,
+        **all_registers(sums, 8),
+    )  # fmt: skip
+    return weight, [*weights]
 
 
 def _hidden_dx(
@@ -172,9 +177,9 @@ def local_attention_fwd(
     with device_guard(x):
         x, layout = canonical(x)
         like = x.new_empty(0, dtype=accumulation_dtype(x))
-        mean, spatial_gate, signs = _hidden_gate(x, layout, p1, q1, p2, q2, like)
-        channel_gate = torch.empty_like(mean)
-        hidden = mlp_gate(mean, w1, b1, w2, b2, channel_gate)
+        parts, spatial_gate, signs = _hidden_gate(x, layout, p1, q1, p2, q2, like)
+        channel_gate = like.new_empty((layout.N, layout.C))
+        mean, _, hidden = pooled_gate(parts, w1, b1, w2, b2, channel_gate)
         y = scale(x, layout, channel_gate, spatial_gate, residual, activation)
         return y, mean, hidden, channel_gate, spatial_gate, signs
 
@@ -193,12 +198,12 @@ def local_attention_bwd(
     """
     with device_guard(x):
         x, layout = canonical(x)
-        d = _hidden_grads(grad, x, layout, p1, channel_gate, spatial_gate, signs, residual, activation)
-        dmean, *dweights = mlp_gate_bwd(d.dz_c, w1, w2, mean, hidden)
-        first, second = p1.flatten(1).to(d.sums.dtype), p2.flatten().to(d.sums.dtype)
-        weight = second[:, None] * first
-        dx = _hidden_dx(d.g, x, layout, channel_gate, spatial_gate, dmean, p1, weight, d.dz_s, signs)
-        dp2 = (first * d.sums).sum(1) + (0 if q1 is None else q1.to(d.sums.dtype) * d.counts)
-        dp1 = (second[:, None] * d.sums).view(p1.shape)
-        dq2 = sum_images(d.dz_s.view(layout.N, layout.HW, 1))
-        return dx, d.dresidual, *dweights, dp1, second * d.counts, dp2.view(p2.shape), dq2
+        if not layout.N:
+            dresidual = layout.empty(x) if activation else x.new_empty(0)
+            biased = (p for w in (w1, w2, p1, p2) for p in (w.new_zeros(w.shape), w.new_zeros(w.shape[0])))
+            return layout.empty(x), dresidual, *biased
+        d, sums, counts = _hidden_grads(grad, x, layout, p1, channel_gate, spatial_gate, signs, residual, activation)
+        dmean, mlp = gate_mlp_bwd(d.parts, channel_gate, w1, w2, mean, hidden)
+        weight, dhidden = _hidden_weights(mlp, sums, counts, p1, q1, p2)
+        dx = _hidden_dx(d.g, x, layout, channel_gate, spatial_gate, dmean, p1, weight, d.dz, signs)
+        return dx, d.dresidual, *mlp.results, *dhidden

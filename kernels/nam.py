@@ -4,17 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from ._batch_gate import batch_gate_bwd, batch_gate_fwd
 from ._launch import device_guard
-from ._layout import accumulation_dtype, canonical
-from ._self_gate import Gate, apply_gate, self_gate_bwd, statistics
-from ._self_gate_tiles import AFFINE
-
-
-def _gate(weight: torch.Tensor, bias: torch.Tensor, dtype: torch.dtype) -> tuple[Gate, torch.Tensor]:
-    weight, bias = weight.to(dtype), bias.to(dtype)
-    share = weight.abs()
-    share /= share.sum()
-    return Gate(AFFINE, (weight * share, bias * share, None, None, None, None), shared=True), share
+from ._layout import canonical
 
 
 def nam_fwd(
@@ -27,13 +19,7 @@ def nam_fwd(
     """
     with device_guard(x):
         x, layout = canonical(x)
-        dtype = accumulation_dtype(x)
-        gate, _ = _gate(weight, bias, dtype)
-        if mean is None or var is None:
-            mean, var = (t.view(-1) for t in statistics(x, layout, gate))
-        else:
-            mean, var = mean.to(dtype, copy=True), var.to(dtype, copy=True)
-        return apply_gate(x, layout, gate, mean, (var + eps).rsqrt_(), residual, activation), mean, var
+        return batch_gate_fwd(x, layout, weight, bias, mean, var, residual, activation, eps, shares=True)
 
 
 def nam_bwd(
@@ -43,10 +29,7 @@ def nam_bwd(
     """(dx, dresidual, dweight, dbias). Moves 5 times the bytes of x, 3 times where the statistics are `fixed`."""
     with device_guard(x):
         x, layout = canonical(x)
-        gate, share = _gate(weight, bias, mean.dtype)
-        rstd = (var + eps).rsqrt_()
-        dx, dresidual, sums = self_gate_bwd(grad, x, layout, gate, mean, rstd, residual, activation, fixed)
-        if not layout.N:
-            return dx, dresidual, torch.zeros_like(mean), torch.zeros_like(mean)
-        assert sums is not None
-        return dx, dresidual, share * rstd * sums[0, 1], share * sums[0, 0]
+        dx, _, dresidual, dweight, dbias = batch_gate_bwd(
+            grad, x, layout, weight, bias, residual, mean, var, activation, eps, fixed, shares=True
+        )
+        return dx, dresidual, dweight, dbias

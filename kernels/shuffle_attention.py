@@ -82,10 +82,9 @@ def shuffle_attention_bwd(
         gate = _gate(weights)
         dx, dresidual, sums = self_gate_bwd(grad, x, layout, gate, mean, rstd, residual, activation)
         if not layout.N:
-            return dx, dresidual, *(mean.new_zeros(w.shape) for w in weights)
-        assert sums is not None
+            return dx, dresidual, *(w.new_zeros(w.shape) for w in weights)
         K, groups = gate.width, layout.C // (2 * gate.width)
-        dweights = tuple(mean.new_empty(w.shape) for w in weights)
+        dweights = tuple(w.new_empty(w.shape) for w in weights)
         block = vector_block(K, 64)
         launch(
             _weight_grads_kernel, cdiv(K, block),

@@ -17,7 +17,10 @@ counted = pytest.importorskip("tools.launches", reason="not beside the repositor
 mlp, eca = (importlib.import_module(f"visattn_fast.kernels.{name}") for name in ("_mlp", "eca"))
 
 WITH_KERNELS = [e for e in catalogue.ENTRIES.values() if e.forward_passes]
-MERGED = ("se", "eca", "cbam", "scse", "channel_attention", "spatial_attention")
+MERGED = (
+    "se", "eca", "cbam", "scse", "channel_attention", "spatial_attention", "nam", "local_attention",
+    "shuffle_attention",
+)  # fmt: skip
 DEVICES = [device for device, backend in TARGETS if backend == "triton"]
 NEEDS_DEVICE = pytest.mark.skip(reason="needs a GPU or TRITON_INTERPRET=1")
 on_devices = pytest.mark.parametrize("device", DEVICES or [pytest.param("none", marks=NEEDS_DEVICE)])
@@ -32,8 +35,14 @@ LAUNCHES = {
     "scse": (4, (3, 4)),
     "channel_attention": (2, 2),
     "spatial_attention": ((2, 3), 3),
-    "shuffle_attention": ((1, 3), (4, 6)),
-    "coord_att": ((11, 12), (9, 10)),
+    "shuffle_attention": ((1, 3), (2, 4)),
+    "simam": ((1, 3), (1, 3)),
+    "local_attention": (3, 5),
+    "nam": (8, 4),
+    "gam": ((19, 20), (24, 25)),
+    "soca": ((183, 194), 389),
+    "coord_att": ((10, 11), (9, 10)),
+    "window_attention": ((6, 8), (13, 15)),
 }
 
 

@@ -156,7 +156,7 @@ def routed(op: str, observe: Observer, operation: Operation | None = None, betwe
 
     Args:
         op: the name that launches and operations are seen under.
-        between: sees, too, what PyTorch does between the package's ops.
+        between: sees, too, what PyTorch does between the package's ops, and in those that have no kernels.
     """
     backends = importlib.import_module("visattn_fast.backends")  # the package has a function of that name
     with mock.patch.object(backends, "select", return_value="triton"), _Router(op, observe, operation, between):
@@ -231,7 +231,10 @@ class _Router(TorchDispatchMode):
         op = func._schema.name.removeprefix("visattn_fast::")
         launcher = _library.OPS[op].launcher
         if launcher is None:
-            return func(*args, **(kwargs or {}))
+            if not (self.between and self.operation):
+                return func(*args, **(kwargs or {}))
+            with _Operations(self.op, self.operation):
+                return _library.OPS[op].reference(*args, **(kwargs or {}))
         launchers = importlib.import_module(f"visattn_fast.kernels.{launcher}")
         with watched(self.op, self.observe, self.operation):
             return getattr(launchers, op)(*args, **(kwargs or {}))

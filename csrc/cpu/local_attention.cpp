@@ -244,7 +244,9 @@ local_attention_bwd(Tensor grad, Tensor x, Tensor w1, Tensor w2, Tensor p1, std:
       data<A>(dp2)[r] = static_cast<A>(dot);
     }
     *data<A>(dq2) = total[size - 1];
-    return std::make_tuple(dx, dresidual, dw1, db1, dw2, db2, dp1, dq1, dp2, dq2);
+    return std::make_tuple(dx, dresidual, gradient_of(w1, dw1), gradient_of(w1, db1), gradient_of(w2, dw2),
+                           gradient_of(w2, db2), gradient_of(p1, dp1), gradient_of(p1, dq1),
+                           gradient_of(p2, dp2), gradient_of(p2, dq2));
   });
 }
 

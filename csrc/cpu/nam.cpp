@@ -32,7 +32,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> nam_bwd(Tensor grad, Tensor x, Tensor
     Tensor dweight = empty({s.C}, kDtype<A>), dbias = empty({s.C}, kDtype<A>);
     algebra.grads_to(data<A>(dweight), data<A>(dbias));
     auto [dx, dresidual] = self_gate_bwd<T>(grad, feature_map(x), s, residual, activation, algebra);
-    return std::make_tuple(dx, dresidual, dweight, dbias);
+    return std::make_tuple(dx, dresidual, gradient_of(weight, dweight), gradient_of(bias, dbias));
   });
 }
 

@@ -46,7 +46,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> norm_gate_bwd(Tensor grad, Te
     algebra.grads_to(data<A>(dweight), data<A>(dbias));
     auto [dm, dresidual] =
         self_gate_bwd<T>(grad, beside(m, s, nhwc), s, residual, activation, algebra, &scaled);
-    return std::make_tuple(scaled.grad, dm, dresidual, dweight, dbias);
+    return std::make_tuple(scaled.grad, dm, dresidual, gradient_of(weight, dweight),
+                           gradient_of(bias, dbias));
   });
 }
 

@@ -127,6 +127,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> shuff
       out[i] = data<A>(dw[i]);
     }
     algebra.weight_grads(out);
+    for (int i = 0; i < 6; ++i) dw[i] = gradient_of(weights[i], dw[i]);
     return std::make_tuple(dx, dresidual, dw[0], dw[1], dw[2], dw[3], dw[4], dw[5]);
   });
 }

@@ -85,6 +85,7 @@ local_attention_bwd = define(
     "local_attention",
     _local_attention_bwd_reference,
     _local_attention_bwd_fake,
+    gradients_of=("w1", "w1", "w2", "w2", "p1", "p1", "p2", "p2"),
 )
 
 

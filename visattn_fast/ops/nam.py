@@ -64,6 +64,7 @@ nam_bwd = define(
     "nam",
     _nam_bwd_reference,
     _nam_bwd_fake,
+    gradients_of=("weight", "bias"),
 )
 
 

@@ -61,6 +61,7 @@ norm_gate_bwd = define(
     "norm_gate",
     _norm_gate_bwd_reference,
     _norm_gate_bwd_fake,
+    gradients_of=("weight", "bias"),
 )
 
 

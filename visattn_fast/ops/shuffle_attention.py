@@ -110,6 +110,7 @@ shuffle_attention_bwd = define(
     "shuffle_attention",
     _shuffle_attention_bwd_reference,
     _shuffle_attention_bwd_fake,
+    gradients_of=("cweight", "cbias", "sweight", "sbias", "gn_weight", "gn_bias"),
 )
 
 

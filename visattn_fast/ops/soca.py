@@ -17,29 +17,30 @@ from .. import reference
 from ..reference.soca import STEPS, trace
 from ._autograd import fused_function, without_autocast
 from ._epilogue import with_epilogue
-from ._layout import accumulation_dtype, empty_small, memory_format
+from ._layout import empty_small, memory_format
 from ._library import define
 from .channel_scale import channel_input_grad, channel_mean, channel_scale_bwd, channel_scale_fwd
 
-_BLOCK = 1 << 18  # elements of x that are centred at a time
+_BLOCK = 1 << 18  # elements of x that are centred at a time; on a GPU, where calls are what smaller ones cost, 32 times
 
 
 def _covariance_reference(x, mean):
-    """Centred block by block: nothing cancels, and no centred copy of x is made."""
+    """Centred some images at a time, or blocks of one: nothing cancels, and no centred copy of x is made."""
     n, c, h, w = x.shape
-    a = accumulation_dtype(x)
     nhwc = memory_format(x) == torch.channels_last
     matrices = x.permute(0, 2, 3, 1).flatten(1, 2) if nhwc else x.flatten(2)
-    if x.numel() <= _BLOCK:
-        centred = matrices.to(a) - (mean[:, None] if nhwc else mean[:, :, None])
-        first, second = (centred.mT, centred) if nhwc else (centred, centred.mT)
-        return torch.baddbmm(empty_small(x, 1, 1, 1), first, second, beta=0, alpha=1 / (h * w))
+    mean = mean[:, None] if nhwc else mean[:, :, None]
     cov = empty_small(x, n, c, c)
-    step = max(_BLOCK // c, 1)
+    limit = _BLOCK if x.is_cpu else 32 * _BLOCK
+    if images := min(limit // (c * h * w), n):
+        for several, mu, out in zip(matrices.split(images), mean.split(images), cov.split(images), strict=True):
+            centred = several - mu  # as wide as mu
+            out.baddbmm_(*((centred.mT, centred) if nhwc else (centred, centred.mT)), beta=0, alpha=1 / (h * w))
+        return cov
     for image, mu, out in zip(matrices, mean, cov, strict=True):
         total = 0
-        for block in image.split(step, 0 if nhwc else 1):
-            block = block.to(a) - (mu if nhwc else mu[:, None])
+        for block in image.split(max(limit // c, 1), 0 if nhwc else 1):
+            block = block - mu
             total = total + (block.t() @ block if nhwc else block @ block.t())
         out.copy_(total / (h * w))
     return cov
@@ -67,46 +68,65 @@ class _Vectors:
     """The Newton-Schulz iterates of a symmetric matrix a ``[N, C, C]``, applied to row vectors ``[N, 1, C]``.
 
     ``Y_0 = a``, ``Z_0 = 1``; ``T_k = (3 - Z_{k-1} Y_{k-1}) / 2``, ``Y_k = Y_{k-1} T_k``, ``Z_k = T_k Z_{k-1}``; Y_k
-    tends to the square root of a. Remembers what a was multiplied by; the gradient takes it back in reverse.
+    tends to the square root of a. Remembers what a was multiplied by; the gradient takes it back in reverse, and the
+    factor -1/2 of every T around a product as a power.
     """
 
     def __init__(self, a: Tensor) -> None:
         self.a = a
         self.inputs: list[Tensor] = []
-        self.gradients: list[Tensor] = []
+        self.gradients: list[tuple[Tensor, int]] = []
 
     def y(self, k: int, v: Tensor) -> Tensor:
         if k == 0:
             self.inputs.append(v)
-            return v @ self.a
+            return torch.bmm(v, self.a)
         return self.t(k, self.y(k - 1, v))
 
     def z(self, k: int, v: Tensor) -> Tensor:
         return v if k == 0 else self.t(k, self.z(k - 1, v))
 
     def t(self, k: int, v: Tensor) -> Tensor:
-        return torch.sub(1.5 * v, self.y(k - 1, self.z(k - 1, v)), alpha=0.5)
+        if k == 1:
+            self.inputs.append(v)
+            return self._first(v)
+        return self._half(v, self.y(k - 1, self.z(k - 1, v)))
 
-    def y_backward(self, k: int, g: Tensor) -> Tensor:
+    def _first(self, v: Tensor) -> Tensor:
+        """v T_1."""
+        return torch.baddbmm(v, v, self.a, beta=1.5, alpha=-0.5)
+
+    def _half(self, v: Tensor, product: Tensor) -> Tensor:
+        """``(3 v - product) / 2``, in one call."""
+        return torch.lerp(v, product, -0.5)
+
+    def y_backward(self, k: int, g: Tensor, power: int) -> Tensor:
         if k == 0:
-            self.gradients.append(g)
-            return g @ self.a
-        return self.y_backward(k - 1, self.t_backward(k, g))
+            self.gradients.append((g, power))
+            return torch.bmm(g, self.a)
+        return self.y_backward(k - 1, self.t_backward(k, g, power), power)
 
-    def z_backward(self, k: int, g: Tensor) -> Tensor:
-        return g if k == 0 else self.z_backward(k - 1, self.t_backward(k, g))
+    def z_backward(self, k: int, g: Tensor, power: int) -> Tensor:
+        return g if k == 0 else self.z_backward(k - 1, self.t_backward(k, g, power), power)
 
-    def t_backward(self, k: int, g: Tensor) -> Tensor:
-        return 1.5 * g + self.z_backward(k - 1, self.y_backward(k - 1, -0.5 * g))
+    def t_backward(self, k: int, g: Tensor, power: int) -> Tensor:
+        if k == 1:
+            self.gradients.append((g, power + 1))
+            return self._first(g)
+        return self._half(g, self.z_backward(k - 1, self.y_backward(k - 1, g, power + 1), power + 1))
 
     def apply(self, v: Tensor) -> Tensor:
         return self.y(STEPS, v)
 
     def gradient(self, v: Tensor, g: Tensor) -> Tensor:
         self.y(STEPS, v)
-        self.y_backward(STEPS, g)
-        inputs, gradients = torch.cat(self.inputs, 1), torch.cat(self.gradients[::-1], 1)
-        return _symmetric(inputs.mT @ gradients)
+        self.y_backward(STEPS, g, 0)
+        found = torch.zeros_like(self.a)
+        for power in range(STEPS + 1):
+            pairs = [(v, g) for v, (g, p) in zip(self.inputs, self.gradients[::-1], strict=True) if p == power]
+            inputs, gradients = (torch.cat(vectors, 1) for vectors in zip(*pairs, strict=True))
+            found.baddbmm_(inputs.mT, gradients, alpha=(-0.5) ** power)
+        return _symmetric(found)
 
 
 class _Matrices:
@@ -217,9 +237,10 @@ def _gradients(grad, tensors, small, options):
     dgate, dresidual = channel_scale_bwd(grad, x, gate, residual, *options)
     dcov, dw1, db1, dw2, db2 = soca_gate_bwd(dgate, cov, w1, w2, pooled, hidden, gate)
     # dx = g gate + 2 / HW dcov (x - mean); the mean's part is the same for every pixel of a channel.
-    dmean = -2 * (mean[:, None] @ dcov)[:, 0]
+    dmean = torch.baddbmm(empty_small(x, 1, 1, 1), mean[:, None], dcov, beta=0, alpha=-2)[:, 0]
     dx = channel_input_grad(dresidual if options[0] else grad, x, gate, dmean)
-    _add_product(dx, (dcov * (2 / (x.shape[2] * x.shape[3]))).to(x.dtype), x)
+    scaled = torch.mul(dcov, 2 / (x.shape[2] * x.shape[3]), out=torch.empty_like(dcov, dtype=x.dtype))
+    _add_product(dx, scaled, x)
     return dx, dw1, db1, dw2, db2, dresidual
 
 

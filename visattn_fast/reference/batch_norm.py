@@ -64,7 +64,7 @@ def update_running_statistics(
     """
     if running_mean is not None and running_var is not None and momentum:
         running_mean.lerp_(mean.to(running_mean.dtype), momentum)
-        running_var.lerp_((var * (count / max(count - 1, 1))).to(running_var.dtype), momentum)
+        running_var.mul_(1 - momentum).add_(var, alpha=momentum * count / max(count - 1, 1))
 
 
 def look_through(bn: nn.modules.batchnorm._BatchNorm, x: Tensor) -> Tensor:
