@@ -42,8 +42,7 @@ class Windows(NamedTuple):
         tokens = max(next_power_of_2(self.tokens), 16)
         block, met = min(block, tokens), {"STEP": min(step, tokens)} if step else {}
         meta = {"HEAD": self.head, "WINDOW": self.window, "BLOCK": block, **met, **more}
-        many = self.wide or self.head.D > 32 or (self.tokens > WHOLE and self.tokens % 16)  # so does what is masked
-        registers = all_registers(self.qkv, warps) if many else {}
+        registers = all_registers(self.qkv, warps) if self.wide or self.head.D > 32 or self.tokens > WHOLE else {}
         return {**meta, **registers, "num_warps": warps, "num_stages": 1}, cdiv(self.tokens, block)
 
     @property

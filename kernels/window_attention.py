@@ -10,7 +10,6 @@ import torch
 import triton
 import triton.language as tl
 
-from . import _heuristics
 from ._attention import add_product, pairs, store_rows, zero_rows
 from ._launch import device_guard, launch
 from ._window_tiles import (
@@ -102,6 +101,5 @@ def _tiles(x: Windows) -> tuple[int, int, int]:
         return 64, 32, 8
     if x.tokens <= WHOLE:
         return WHOLE, WHOLE, 8 if x.wide else 4
-    if D > 64 or x.tokens % 16:  # tiles that are masked take registers for it
-        return 128, 16, 8
-    return LARGEST, 16, 16 if x.tokens > 128 and D > 32 and not _heuristics.amd() else 8
+    # Wide heads take registers, and so does what is masked.
+    return 128 if D > 32 or x.tokens % 16 else LARGEST, 16, 8

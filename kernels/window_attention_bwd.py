@@ -101,9 +101,7 @@ def _of_queries(x: Windows) -> tuple[int, int, int]:
         return 32, 32, 8
     if _heuristics.amd():
         return (64, 64, 4) if D <= 32 else (64, 32, 4)
-    if x.tokens % 16:  # tiles that are masked take registers for it
-        return 64, 32, 8
-    return (64, 64, 8) if D <= 32 else (64, 32, 4)
+    return 64, 32, 8
 
 
 def _of_keys(x: Windows) -> tuple[int, int, int]:
@@ -120,5 +118,5 @@ def _of_pairs(x: Windows) -> tuple[int, int, int]:
     if x.wide:
         return (64, 32, 8) if D <= 64 else (32, 32, 4)
     if D > 64:
-        return 32 if x.tokens % 16 else 64, 32, 8
-    return (64, 64, 4) if D <= 32 else (64, 32, 4)
+        return 32 if x.tokens % 16 else 64, 32, 8  # tiles that are masked take registers for it
+    return 64, 32, 4
