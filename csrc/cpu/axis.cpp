@@ -1,11 +1,11 @@
 // Passes over x along its two axes, each of which reads x once: means over W and over H together, a gate for
 // each row and each column of a channel, and their gradients.
 //
-// Lines are [N, C, H + W]: values of the rows, then of the columns. They are dense along H + W for nchw,
-// along C for nhwc. All threads share an image by its channels, so that no sum is ever split.
+// Lines are as lines.h has them. All threads share an image by its channels, so that no sum is ever split.
 #include <tuple>
 
 #include "channel_scale.h"
+#include "lines.h"
 
 namespace visattn {
 namespace {
@@ -20,18 +20,6 @@ struct Lines {
   VF_INLINE A* row(int64_t c, int64_t h) const { return nhwc ? p + h * C + c : p + c * (H + W) + h; }
   VF_INLINE A* column(int64_t c, int64_t w) const { return row(c, H + w); }
 };
-
-Tensor empty_lines(const Shape& s, bool nhwc, ScalarType dtype) {
-  const int64_t L = s.H + s.W, sizes[] = {s.N, s.C, L}, strides[] = {s.C * L, nhwc ? 1 : L, nhwc ? s.C : 1};
-  return empty_strided(3, sizes, strides, dtype);
-}
-
-// Lines that came from outside, dense as this file wants them.
-Tensor dense_lines(const Tensor& t, bool nhwc) {
-  if (!nhwc) return t.is_contiguous() ? t : torch::stable::contiguous(t);
-  const Tensor rows = torch::stable::transpose(t, 1, 2);
-  return rows.is_contiguous() ? rows : torch::stable::contiguous(rows);
-}
 
 template <class A>
 Lines<A> lines_of(const Tensor& t, const Shape& s, bool nhwc, int64_t n) {
