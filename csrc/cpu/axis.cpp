@@ -28,9 +28,18 @@ Lines<A> lines_of(const Tensor& t, const Shape& s, bool nhwc, int64_t n) {
 
 // ---- sums along both axes: of x, or (kProduct) of g x weighted with the other axis' gate
 
-// R rows of a plane; columns [W] is padded and added to.
+// The first of the channels of an nchw image, up to c1, behind whose rows whole vectors may not be read or
+// written: behind those of earlier ones at least a vector's elements follow, of the map and of lines.
+template <class A>
+VF_INLINE inline int64_t first_guarded(const Shape& s, int64_t c1) {
+  const int64_t L = s.H + s.W, least = s.P < L ? s.P : L;
+  return c1 - (kLanes<A> + least - 1) / least;
+}
+
+// R rows of a plane; columns [W] is padded and added to, rows takes a vector for each row, whose lanes are to
+// be summed.
 template <class T, bool kProduct, int R>
-VF_INLINE inline void plane_rows(const T* x, const T* g, int64_t W, const Acc<T>* gate_h,
+VF_INLINE inline void plane_rows(const T* x, const T* g, int64_t W, bool free, const Acc<T>* gate_h,
                                  const Acc<T>* gate_w, Acc<T>* rows, Acc<T>* columns) {
   using A = Acc<T>;
   Vec<A> weight[R], total[R];
@@ -42,7 +51,7 @@ VF_INLINE inline void plane_rows(const T* x, const T* g, int64_t W, const Acc<T>
     const int64_t count = W - w0 < kChunk * kLanes<A> ? W - w0 : kChunk * kLanes<A>;
     Vec<A> part[R];
     for (int r = 0; r < R; ++r) part[r] = set1<A>(0);
-    for_vectors<A>(count, [&](int64_t i, auto lanes) VF_INLINE {
+    const auto add = [&](int64_t i, auto lanes) VF_INLINE {
       const int64_t w = w0 + i;
       Vec<A> across = set1<A>(0), of_column = across;
       if constexpr (kProduct) of_column = load(gate_w + w);
@@ -59,35 +68,64 @@ VF_INLINE inline void plane_rows(const T* x, const T* g, int64_t W, const Acc<T>
         }
       }
       store(columns + w, load(columns + w) + across);
-    });
+    };
+    const int64_t whole = count - count % kLanes<A>;
+    const int rest = static_cast<int>(count - whole);
+    for (int64_t i = 0; i < whole; i += kLanes<A>) add(i, Full{});
+    if (rest && free) add(whole, Masked{rest});
+    if (rest && !free) add(whole, Tail{rest});
     for (int r = 0; r < R; ++r) total[r] += part[r];
   }
-  for (int r = 0; r < R; ++r) rows[r] = sum_lanes<A>(total[r]);
+  for (int r = 0; r < R; ++r) store(rows + r * kLanes<A>, total[r]);
 }
 
-// Channels [c0, c1) of an nchw image. gate is null unless kProduct.
+// out[i] = the sum of vector i's lanes, in the order of sum_lanes, for as many vectors as there are lanes.
+template <class A>
+VF_INLINE inline Vec<A> sums_of_vectors(const A* vectors) {
+  constexpr int L = kLanes<A>;
+  Vec<A> v[L];
+  for (int i = 0; i < L; ++i) v[i] = load(vectors + i * L);
+  transpose(v);
+  for (int half = L / 2; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) v[i] += v[i + half];
+  }
+  return v[0];
+}
+
+// Channels [c0, c1) of an nchw image. gate is null unless kProduct; else sums are means.
 template <class T, bool kProduct>
 void plane_sums(const T* x, int64_t ld, const T* g, const Shape& s, Lines<const Acc<T>> gate,
                 Lines<Acc<T>> out, int64_t c0, int64_t c1) {
   using A = Acc<T>;
-  Buffer<A> columns(s.W), column_gate(s.W);
-  A *sums = columns.get(), *padded = column_gate.get();
+  constexpr int64_t L = kLanes<A>;
+  Buffer<A> columns(s.W), column_gate(s.W), of_rows((s.H + L) * L);
+  A *sums = columns.get(), *padded = column_gate.get(), *vectors = of_rows.get();
   const int64_t H = s.H, W = s.W, P = s.P;
   simd([=]() VF_INLINE {
+    const int64_t guarded = first_guarded<A>(s, c1);
     for (int64_t c = c0; c < c1; ++c) {
       const T *px = x + c * ld, *pg = kProduct ? g + c * P : nullptr;
-      A* rows = out.row(c, 0);
       const A* row_gate = kProduct ? gate.row(c, 0) : nullptr;
-      for (int64_t w = 0; w < W; w += kLanes<A>) store(sums + w, set1<A>(0));
+      const bool free = c < guarded;
+      for (int64_t w = 0; w < W; w += L) store(sums + w, set1<A>(0));
       if constexpr (kProduct) std::memcpy(padded, gate.column(c, 0), static_cast<size_t>(W) * sizeof(A));
       int64_t h = 0;
-      for (; h + 4 <= H; h += 4) {
-        plane_rows<T, kProduct, 4>(px + h * W, pg + h * W, W, row_gate + h, padded, rows + h, sums);
-      }
-      for (; h < H; ++h) {
-        plane_rows<T, kProduct, 1>(px + h * W, pg + h * W, W, row_gate + h, padded, rows + h, sums);
-      }
-      std::memcpy(out.column(c, 0), sums, static_cast<size_t>(W) * sizeof(A));
+      const auto rows = [&](auto count) VF_INLINE {
+        constexpr int R = decltype(count)::value;
+        for (; h + R <= H; h += R) {
+          plane_rows<T, kProduct, R>(px + h * W, pg + h * W, W, free, row_gate + h, padded, vectors + h * L,
+                                     sums);
+        }
+      };
+      rows(std::integral_constant<int, 4>{});
+      rows(std::integral_constant<int, 1>{});
+      const auto put = [&](A* to, int64_t i, int64_t count, Vec<A> v, int64_t by) VF_INLINE {
+        if constexpr (!kProduct) v = v / static_cast<A>(by);
+        if (free || i + L <= count) return store(to + i, v);
+        store(to + i, v, Tail{static_cast<int>(count - i)});
+      };
+      for (h = 0; h < H; h += L) put(out.row(c, 0), h, H, sums_of_vectors(vectors + h * L), W);
+      for (int64_t w = 0; w < W; w += L) put(out.column(c, 0), w, W, load(sums + w), H);
     }
   });
 }
@@ -159,15 +197,28 @@ template <class A>
 struct Stretch {
   int64_t in, dense, count;  // offsets in x, and in dense maps
   int64_t c, h, w;           // where it begins
+  bool free;                 // whole vectors may be read and written past its end, which is written later
 };
+
+template <class A, class F>
+VF_INLINE inline void along(const Stretch<A>& at, const F& f) {
+  if (!at.free) return cover_vectors<A>(at.count, f);
+  for (int64_t i = 0; i < at.count; i += kLanes<A>) f(i, Full{});
+}
 
 template <class A, bool kNhwc, class F>
 VF_INLINE inline void for_stretches(const Shape& s, int64_t ld, int64_t c0, int64_t c1, const F& f) {
   if constexpr (kNhwc) {
-    for (int64_t p = 0; p < s.P; ++p) f(Stretch<A>{p * ld + c0, p * s.C + c0, c1 - c0, c0, p / s.W, p % s.W});
+    for (int64_t p = 0; p < s.P; ++p) {
+      f(Stretch<A>{p * ld + c0, p * s.C + c0, c1 - c0, c0, p / s.W, p % s.W, false});
+    }
   } else {
-    for (int64_t c = c0; c < c1; ++c)
-      for (int64_t h = 0; h < s.H; ++h) f(Stretch<A>{c * ld + h * s.W, c * s.P + h * s.W, s.W, c, h, 0});
+    const int64_t guarded = first_guarded<A>(s, c1);
+    for (int64_t c = c0; c < c1; ++c) {
+      for (int64_t h = 0; h < s.H; ++h) {
+        f(Stretch<A>{c * ld + h * s.W, c * s.P + h * s.W, s.W, c, h, 0, c < guarded});
+      }
+    }
   }
 }
 
@@ -184,7 +235,7 @@ void scale_as(const T* x, int64_t ld, const Shape& s, Lines<const Acc<T>> gate, 
   simd([=]() VF_INLINE {
     for_stretches<A, kNhwc>(s, ld, c0, c1, [&](const Stretch<A>& at) VF_INLINE {
       const A *row = gate.row(at.c, at.h), *column = gate.column(at.c, at.w);
-      for_vectors<A>(at.count, [&](int64_t i, auto lanes) VF_INLINE {
+      along(at, [&](int64_t i, auto lanes) VF_INLINE {
         Vec<A> v =
             load(x + at.in + i, lanes) * (row_value<kNhwc, A>(row, i, lanes) * load(column + i, lanes));
         if constexpr (kResidual) v = v + load(residual + at.dense + i, lanes);
@@ -201,7 +252,7 @@ void scale_grad_as(const T* x, int64_t ld, const T* g, const Shape& s, Lines<con
   simd([=]() VF_INLINE {
     for_stretches<A, kNhwc>(s, ld, c0, c1, [&](const Stretch<A>& at) VF_INLINE {
       const A *row = gate.row(at.c, at.h), *column = gate.column(at.c, at.w);
-      for_vectors<A>(at.count, [&](int64_t i, auto lanes) VF_INLINE {
+      along(at, [&](int64_t i, auto lanes) VF_INLINE {
         Vec<A> v =
             load(x + at.in + i, lanes) * (row_value<kNhwc, A>(row, i, lanes) * load(column + i, lanes));
         if constexpr (kResidual) v = v + load(residual + at.dense + i, lanes);
@@ -220,7 +271,7 @@ void input_grad_as(const T* g, const Shape& s, Lines<const Acc<T>> gate, Lines<c
     for_stretches<A, kNhwc>(s, kNhwc ? s.C : s.P, c0, c1, [&](const Stretch<A>& at) VF_INLINE {
       const A *row = gate.row(at.c, at.h), *column = gate.column(at.c, at.w);
       const A *drow = dmean.row(at.c, at.h), *dcolumn = dmean.column(at.c, at.w);
-      for_vectors<A>(at.count, [&](int64_t i, auto lanes) VF_INLINE {
+      along(at, [&](int64_t i, auto lanes) VF_INLINE {
         const Vec<A> scale = row_value<kNhwc, A>(row, i, lanes) * load(column + i, lanes);
         const Vec<A> shift =
             row_value<kNhwc, A>(drow, i, lanes) * per_row + load(dcolumn + i, lanes) * per_column;
@@ -269,10 +320,8 @@ Tensor axis_mean(Tensor x) {
       const auto divide = [&](A* first, int64_t count, int64_t by) {
         for (int64_t i = 0; i < count; ++i) first[i] /= static_cast<A>(by);
       };
-      if (map.nhwc) {
-        for (int64_t l = 0; l < s.H + s.W; ++l) divide(out.row(c0, l), c1 - c0, l < s.H ? s.W : s.H);
-      } else {
-        for (int64_t c = c0; c < c1; ++c) divide(out.row(c, 0), s.H, s.W), divide(out.column(c, 0), s.W, s.H);
+      for (int64_t l = 0; map.nhwc && l < s.H + s.W; ++l) {
+        divide(out.row(c0, l), c1 - c0, l < s.H ? s.W : s.H);
       }
     });
     return means;

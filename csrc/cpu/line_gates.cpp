@@ -58,14 +58,11 @@ struct GateWeights {
 
   // Gates of channels [c0, c1) of an image.
   void gates(const LineShape& s, Broadcast<A> hidden, int64_t c0, int64_t c1, A* out) const {
-    simd([=, this]() VF_INLINE {
-      for_parts(s.H, 0, s.L, [&](int part, int64_t l0, int64_t l1) VF_INLINE {
-        const A* b = bias[part].get();
-        to_lines(s, Broadcast<A>{weight[part].get(), stride_c, stride_m}, hidden, c0, c1, l0, l1, out,
-                 [&](int64_t c, int64_t, Vec<A> v)
-                     VF_INLINE { return sigmoid_lanes(v + (s.nhwc ? load(b + c) : set1<A>(b[c]))); });
-      });
+    for_parts(s.H, 0, s.L, [&](int part, int64_t l0, int64_t l1) {
+      const Broadcast<A> factor{weight[part].get(), stride_c, stride_m};
+      to_lines(s, factor, hidden, bias[part].get(), c0, c1, l0, l1, out);
     });
+    for_runs(s, c0, c1, [&](int64_t at, int64_t count) { sigmoid_in_place(out + at, count); });
   }
 };
 
@@ -151,6 +148,7 @@ struct ChannelGrads {
   Buffer<A> dw[3];               // [C, ld], of w_h, w_w and w1
   Buffer<A> images;              // the logits' gradients of all images, as an image lies
   Buffer<A> db[2];               // [C]
+  Buffer<A> nothing;             // [C], in place of a bias
 
   void add(int64_t n, int64_t c0, int64_t c1) {
     const int64_t image = n * s.C * s.L, rows = n * s.L * s.ld;
@@ -165,7 +163,7 @@ struct ChannelGrads {
                                 {means + image, dz + rows, 0, s.L, dw[2].get()}};
     const Broadcast<A> of_means =
         s.nhwc ? Broadcast<A>{dz + rows, s.ld, 1} : Broadcast<A>{dz_along + n * s.M * s.L, 1, s.L};
-    const int64_t runs = s.nhwc ? s.L : 1, length = (c1 - c0) * (s.nhwc ? 1 : s.L), ld = s.ld;
+    const int64_t ld = s.ld;
     A* total = images.get();
     simd([=, &products, this]() VF_INLINE {
       for (const Product& p : products) {
@@ -175,14 +173,13 @@ struct ChannelGrads {
                   store(sum + i * ld + m, load(sum + i * ld + m) + v);
                 });
       }
-      for (int64_t r = 0; r < runs; ++r) {
-        const int64_t at = s.at(c0, r);
-        for_vectors<A>(length, [&](int64_t i, auto lanes) VF_INLINE {
+      for_runs(s, c0, c1, [&](int64_t at, int64_t count) VF_INLINE {
+        for_vectors<A>(count, [&](int64_t i, auto lanes) VF_INLINE {
           store(total + at + i, load(total + at + i, lanes) + load(out + at + i, lanes), lanes);
         });
-      }
-      to_lines(s, w1, of_means, c0, c1, 0, s.L, out, [&](int64_t, int64_t, Vec<A> v) VF_INLINE { return v; });
+      });
     });
+    to_lines(s, w1, of_means, nothing.get(), c0, c1, 0, s.L, out);
   }
 
   void sum_lines(int64_t c0, int64_t c1) {
@@ -266,7 +263,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> line_gates_bw
                           data<A>(dmeans),
                           {Buffer<A>(s.C * s.ld), Buffer<A>(s.C * s.ld), Buffer<A>(s.C * s.ld)},
                           Buffer<A>(s.C * s.L),
-                          {Buffer<A>(s.C), Buffer<A>(s.C)}};
+                          {Buffer<A>(s.C), Buffer<A>(s.C)},
+                          Buffer<A>(s.C)};
     Tensor dw1 = empty_grad(w1, kDtype<A>), dw_h = empty_grad(w_h, kDtype<A>),
            dw_w = empty_grad(w_w, kDtype<A>), db_h = empty({s.C}, kDtype<A>), db_w = empty({s.C}, kDtype<A>);
     const Split parts = channel_parts<A>(s);

@@ -37,6 +37,13 @@ struct LineShape {
   }
 };
 
+// f(offset, count) over what an image holds of channels [c0, c1), in dense runs.
+template <class F>
+VF_INLINE inline void for_runs(const LineShape& s, int64_t c0, int64_t c1, const F& f) {
+  if (!s.nhwc || c1 - c0 == s.C) return f(s.at(c0, 0), (c1 - c0) * s.L);
+  for (int64_t l = 0; l < s.L; ++l) f(s.at(c0, l), c1 - c0);
+}
+
 // f(part, begin, end) of those lines of [begin, end) that are rows (part 0), and that are columns (part 1).
 template <class F>
 VF_INLINE inline void for_parts(int64_t H, int64_t begin, int64_t end, const F& f) {
@@ -90,21 +97,24 @@ VF_INLINE inline void to_rows(const LineShape& s, const A* lines, const A* weigh
           [&](int64_t i, int64_t m, Vec<A> v, auto) VF_INLINE { f(begin + i, m, v); });
 }
 
-// out(c, l) = f(c, l, sum_m weight(c, m) rows(l, m)) for channels [c0, c1) and lines [l0, l1) of an image.
-// The layout says which of the two factors has dense rows, and along what f's vectors lie.
-template <class A, class F>
-VF_INLINE inline void to_lines(const LineShape& s, Broadcast<A> weight, Broadcast<A> rows, int64_t c0,
-                               int64_t c1, int64_t l0, int64_t l1, A* out, const F& f) {
-  const Broadcast<A> w{weight.p + c0 * weight.stride_i, weight.stride_i, weight.stride_k},
-      r{rows.p + l0 * rows.stride_i, rows.stride_i, rows.stride_k};
-  const Broadcast<A>&a = s.nhwc ? r : w, &b = s.nhwc ? w : r;
-  const int64_t channels = c1 - c0, count = l1 - l0, along = s.nhwc ? channels : count;
-  A* first = out + s.at(c0, l0);
-  gemm<A>(a, b.p, b.stride_k, s.nhwc ? count : channels, whole_vectors<A>(along), s.M, kStep,
-          [&](int64_t i, int64_t j, Vec<A> v, auto) VF_INLINE {
-            const int64_t c = c0 + (s.nhwc ? j : i), l = l0 + (s.nhwc ? i : j);
-            store_within(first + i * (s.nhwc ? s.C : s.L), j, along, f(c, l, v));
-          });
+// out(c, l) = sum_m weight(c, m) rows(l, m) + bias[c] for channels [c0, c1) and lines [l0, l1) of an image.
+// The layout says which of the two factors has dense rows, and along what its vectors lie.
+template <class A>
+void to_lines(const LineShape& s, Broadcast<A> weight, Broadcast<A> rows, const A* bias, int64_t c0,
+              int64_t c1, int64_t l0, int64_t l1, A* out) {
+  simd([=]() VF_INLINE {
+    const Broadcast<A> w{weight.p + c0 * weight.stride_i, weight.stride_i, weight.stride_k},
+        r{rows.p + l0 * rows.stride_i, rows.stride_i, rows.stride_k};
+    const Broadcast<A>&a = s.nhwc ? r : w, &b = s.nhwc ? w : r;
+    const int64_t channels = c1 - c0, count = l1 - l0, along = s.nhwc ? channels : count;
+    const int64_t ld = s.nhwc ? s.C : s.L;
+    const A* added = bias + c0;
+    A* first = out + s.at(c0, l0);
+    gemm<A>(a, b.p, b.stride_k, s.nhwc ? count : channels, whole_vectors<A>(along), s.M, kStep,
+            [=](int64_t i, int64_t j, Vec<A> v, auto) VF_INLINE {
+              store_within(first + i * ld, j, along, v + (s.nhwc ? load(added + j) : set1<A>(added[i])));
+            });
+  });
 }
 
 // Rows [L, M] as the factor that to_lines wants: as they are, or dense along L, copied to `along` [M, L].
