@@ -18,4 +18,20 @@ inline Tensor dense_lines(const Tensor& t, bool nhwc) {
   return rows.is_contiguous() ? rows : torch::stable::contiguous(rows);
 }
 
+// A dense image of lines, as its map lies.
+template <class A>
+struct Lines {
+  A* p;
+  int64_t H, W, C;
+  bool nhwc;
+
+  VF_INLINE A* row(int64_t c, int64_t h) const { return nhwc ? p + h * C + c : p + c * (H + W) + h; }
+  VF_INLINE A* column(int64_t c, int64_t w) const { return row(c, H + w); }
+};
+
+template <class A>
+Lines<A> lines_of(const Tensor& t, const Shape& s, bool nhwc, int64_t n) {
+  return {data<A>(t) + n * s.C * (s.H + s.W), s.H, s.W, s.C, nhwc};
+}
+
 }  // namespace visattn
