@@ -39,6 +39,17 @@ Split channel_parts(const LineShape& s) {
 
 // ---- forward
 
+// z [L, M] of an image's lines [begin, end). weight is [C, M].
+template <class A>
+void hidden_rows(const LineShape& s, const A* means, const A* weight, const A* bias, int64_t begin,
+                 int64_t end, A* z) {
+  simd([=]() VF_INLINE {
+    to_rows(s, means, weight, begin, end, [&](int64_t l, int64_t m, Vec<A> v) VF_INLINE {
+      store_within(z + l * s.M, m, s.M, v + load(bias + m));
+    });
+  });
+}
+
 // Weights [C, M] and biases [C] of the rows' gates, and of the columns'.
 template <class A>
 struct GateWeights {
@@ -97,21 +108,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> line_gates_fwd(
     Tensor z = empty({s.N, s.L, s.M}, kDtype<A>),
            of_batch[] = {empty({fixed ? 0 : s.M}, kDtype<A>), empty({fixed ? 0 : s.M}, kDtype<A>)};
     Buffer<double> moments(fixed ? 0 : 2 * s.N * s.ld);
-    const auto hidden_of = [&](int64_t n, int64_t begin, int64_t end) {
-      const A *in = data<A>(lines) + n * s.C * s.L, *w = weight.get(), *b = bias.get();
-      A* out = data<A>(z) + n * s.L * s.M;
-      simd([=]() VF_INLINE {
-        to_rows(s, in, w, begin, end, [&](int64_t l, int64_t m, Vec<A> v) VF_INLINE {
-          store_within(out + l * s.M, m, s.M, v + load(b + m));
-        });
-      });
-    };
     for_images(s.N, s.C * s.L, [&](int64_t begin, int64_t end, const Team& team) {
       for (int64_t n = begin; n < end; ++n) {
-        team.each(s.L, [&](int64_t b, int64_t e) { hidden_of(n, b, e); });
-        if (fixed) continue;
-        double* out = moments.get() + 2 * n * s.ld;
-        line_moments(s, data<A>(z) + n * s.L * s.M, out, out + s.ld);
+        A* rows = data<A>(z) + n * s.L * s.M;
+        team.each(s.L, [&](int64_t b, int64_t e) {
+          hidden_rows(s, data<A>(lines) + n * s.C * s.L, weight.get(), bias.get(), b, e, rows);
+        });
+        if (!fixed) line_moments(s, rows, moments.get() + 2 * n * s.ld);
       }
     });
     if (!fixed) combine_lines(s, moments.get(), data<A>(of_batch[0]), data<A>(of_batch[1]));
@@ -137,6 +140,34 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> line_gates_fwd(
 
 // ---- backward
 
+// dhidden [L, ld] of an image's lines [begin, end). weights, of rows and of columns, are [C, M].
+template <class A>
+void hidden_grad(const LineShape& s, const A* dlines, const A* w_h, const A* w_w, int64_t begin, int64_t end,
+                 A* dhidden) {
+  simd([=]() VF_INLINE {
+    for_parts(s.H, begin, end, [&](int part, int64_t l0, int64_t l1) VF_INLINE {
+      to_rows(s, dlines, part ? w_w : w_h, l0, l1,
+              [&](int64_t l, int64_t m, Vec<A> v) VF_INLINE { store(dhidden + l * s.ld + m, v); });
+    });
+  });
+}
+
+// sums [3, M], the gradients of the norm's bias and weight and of b1, from those of the images [N, 2, ld];
+// and the means [2, ld] of the first two over the batch.
+template <class A>
+void norm_sums(const LineShape& s, const LineNorm<A>& norm, const A* images, bool fixed, A* sums, A* batch) {
+  const A count = static_cast<A>(s.N ? s.N * s.L : 1);
+  for (int64_t m = 0; m < s.M; ++m) {
+    double dbias = 0, dweight = 0;
+    for (int64_t n = 0; n < s.N; ++n) {
+      dbias += images[2 * n * s.ld + m], dweight += images[(2 * n + 1) * s.ld + m];
+    }
+    sums[m] = static_cast<A>(dbias), sums[s.M + m] = static_cast<A>(dweight);
+    sums[2 * s.M + m] = fixed ? sums[m] * norm.gain(m) : A(0);  // the batch's mean takes it out
+    batch[m] = sums[m] / count, batch[s.ld + m] = sums[s.M + m] / count;
+  }
+}
+
 // Sums over the batch for a range of channels, image by image, with what follows from them.
 template <class A>
 struct ChannelGrads {
@@ -147,7 +178,6 @@ struct ChannelGrads {
   A* lines;                      // the gradients of the logits, which those of the means replace
   Buffer<A> dw[3];               // [C, ld], of w_h, w_w and w1
   Buffer<A> images;              // the logits' gradients of all images, as an image lies
-  Buffer<A> db[2];               // [C]
   Buffer<A> nothing;             // [C], in place of a bias
 
   void add(int64_t n, int64_t c0, int64_t c1) {
@@ -182,18 +212,26 @@ struct ChannelGrads {
     to_lines(s, w1, of_means, nothing.get(), c0, c1, 0, s.L, out);
   }
 
-  void sum_lines(int64_t c0, int64_t c1) {
+  // What has been added goes to dw_h and dw_w [C, M], dw1 [M, C], db_h and db_w [C].
+  void finish(int64_t c0, int64_t c1, const Tensor& dw_h, const Tensor& dw_w, const Tensor& dw1,
+              const Tensor& db_h, const Tensor& db_w) const {
+    Buffer<A> sums(c1 - c0);
     for_parts(s.H, 0, s.L, [&](int part, int64_t l0, int64_t l1) {
       const A* first = images.get() + s.at(c0, l0);
       if (s.nhwc) {
-        Buffer<A> sums(c1 - c0);
-        column_stats<A, false, false>(Matrix<const A>{first, s.C, l1 - l0, c1 - c0}, nullptr, sums.get());
-        std::copy_n(sums.get(), c1 - c0, db[part].get() + c0);
+        column_stats<A, false, false>({first, s.C, l1 - l0, c1 - c0}, nullptr, sums.get());
       } else {
-        row_stats<A, false, false>(Matrix<const A>{first, s.L, c1 - c0, l1 - l0}, nullptr,
-                                   db[part].get() + c0);
+        row_stats<A, false, false>({first, s.L, c1 - c0, l1 - l0}, nullptr, sums.get());
       }
+      std::copy_n(sums.get(), c1 - c0, data<A>(part ? db_w : db_h) + c0);
     });
+    for (int64_t c = c0; c < c1; ++c) {
+      for (int64_t m = 0; m < s.M; ++m) {
+        data<A>(dw_h)[c * s.M + m] = dw[0].get()[c * s.ld + m];
+        data<A>(dw_w)[c * s.M + m] = dw[1].get()[c * s.ld + m];
+        data<A>(dw1)[m * s.C + c] = dw[2].get()[c * s.ld + m];
+      }
+    }
   }
 };
 
@@ -213,15 +251,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> line_gates_bw
     Buffer<A> hidden(s.N * s.L * s.ld), dz(s.N * s.L * s.ld), of_norm(2 * s.N * s.ld), batch(2 * s.ld),
         along(s.nhwc ? 0 : s.N * s.L * s.M);
 
-    const auto hidden_grad = [&](const A* dlines, int64_t begin, int64_t end, A* out) {
-      const A* w[] = {weights[0].get(), weights[1].get()};
-      simd([=]() VF_INLINE {
-        for_parts(s.H, begin, end, [&](int part, int64_t l0, int64_t l1) VF_INLINE {
-          to_rows(s, dlines, w[part], l0, l1,
-                  [&](int64_t l, int64_t m, Vec<A> v) VF_INLINE { store(out + l * s.ld + m, v); });
-        });
-      });
-    };
     for_images(s.N, s.C * s.L, [&](int64_t begin, int64_t end, const Team& team) {
       for (int64_t n = begin; n < end; ++n) {
         const int64_t image = n * s.C * s.L, rows = n * s.L * s.ld;
@@ -229,27 +258,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> line_gates_bw
         team.each(s.C * s.L, [&](int64_t b, int64_t e) {
           sigmoid_grad(data<A>(given) + image + b, data<A>(kept) + image + b, e - b, dlines + b);
         });
-        team.each(s.L, [&](int64_t b, int64_t e) { hidden_grad(dlines, b, e, dz.get() + rows); });
+        team.each(s.L, [&](int64_t b, int64_t e) {
+          hidden_grad(s, dlines, weights[0].get(), weights[1].get(), b, e, dz.get() + rows);
+        });
         activate_rows_grad(s, norm, data<A>(units) + n * s.L * s.M, hidden.get() + rows, dz.get() + rows,
                            of_norm.get() + 2 * n * s.ld);
       }
     });
 
-    const A count = static_cast<A>(s.N * s.L);
-    A* total = data<A>(sums);
-    for (int64_t m = 0; m < s.M; ++m) {
-      double dbias = 0, dweight = 0;
-      for (int64_t n = 0; n < s.N; ++n) {
-        dbias += of_norm[2 * n * s.ld + m], dweight += of_norm[(2 * n + 1) * s.ld + m];
-      }
-      total[m] = static_cast<A>(dbias), total[s.M + m] = static_cast<A>(dweight);
-      total[2 * s.M + m] = fixed ? total[m] * norm.gain(m) : A(0);  // the batch's mean takes it out
-      if (!fixed && s.N) batch[m] = total[m] / count, batch[s.ld + m] = total[s.M + m] / count;
-    }
+    norm_sums(s, norm, of_norm.get(), fixed, data<A>(sums), batch.get());
     torch::stable::parallel_for(0, s.N, 1 + (1 << 13) / (1 + s.L * s.ld), [&](int64_t begin, int64_t end) {
       for (int64_t n = begin; n < end; ++n) {
         A* rows = dz.get() + n * s.L * s.ld;
-        norm_rows_grad(s, norm, data<A>(units) + n * s.L * s.M, batch.get(), batch.get() + s.ld, rows);
+        norm_rows_grad(s, norm, data<A>(units) + n * s.L * s.M, batch.get(), batch.get() + s.ld, fixed, rows);
         if (!s.nhwc) transpose_to(rows, s.L, s.M, s.ld, along.get() + n * s.L * s.M);
       }
     });
@@ -263,7 +284,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> line_gates_bw
                           data<A>(dmeans),
                           {Buffer<A>(s.C * s.ld), Buffer<A>(s.C * s.ld), Buffer<A>(s.C * s.ld)},
                           Buffer<A>(s.C * s.L),
-                          {Buffer<A>(s.C), Buffer<A>(s.C)},
                           Buffer<A>(s.C)};
     Tensor dw1 = empty_grad(w1, kDtype<A>), dw_h = empty_grad(w_h, kDtype<A>),
            dw_w = empty_grad(w_w, kDtype<A>), db_h = empty({s.C}, kDtype<A>), db_w = empty({s.C}, kDtype<A>);
@@ -272,15 +292,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> line_gates_bw
     torch::stable::parallel_for(0, parts.count, grain, [&](int64_t b, int64_t e) {
       const int64_t c0 = parts.begin(b), c1 = parts.end(e - 1);
       for (int64_t n = 0; n < s.N; ++n) grads.add(n, c0, c1);
-      grads.sum_lines(c0, c1);
-      for (int64_t c = c0; c < c1; ++c) {
-        data<A>(db_h)[c] = grads.db[0][c], data<A>(db_w)[c] = grads.db[1][c];
-        for (int64_t m = 0; m < s.M; ++m) {
-          data<A>(dw_h)[c * s.M + m] = grads.dw[0][c * s.ld + m];
-          data<A>(dw_w)[c * s.M + m] = grads.dw[1][c * s.ld + m];
-          data<A>(dw1)[m * s.C + c] = grads.dw[2][c * s.ld + m];
-        }
-      }
+      grads.finish(c0, c1, dw_h, dw_w, dw1, db_h, db_w);
     });
     return std::make_tuple(dmeans, sums, gradient_of(w1, dw1), gradient_of(w_h, dw_h), gradient_of(w_h, db_h),
                            gradient_of(w_w, dw_w), gradient_of(w_w, db_w));

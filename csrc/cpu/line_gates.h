@@ -1,8 +1,8 @@
 // Products between lines and hidden rows [L, M] of an image, in both layouts of lines, and the batch norm and
 // hardswish between them.
 //
-// Rows, weights and vectors are in buffers: whole vectors may be read past the end of each, and of rows
-// written, since `ld` is whole vectors. What lies past a row's end is no value, and is never kept.
+// Rows, weights and vectors lie in buffers, past whose ends whole vectors may be read; hidden rows are `ld`
+// apart, whole vectors. What is read past a row's end is no value, and what comes of it is never kept.
 #pragma once
 
 #include "gemm.h"
@@ -208,11 +208,11 @@ void activate_rows_grad(const LineShape& s, const LineNorm<A>& norm, const A* z,
   });
 }
 
-// grads, those of bn(z), become those of z: (grads - dbias - normed z * dweight) * gain. dbias and dweight
-// are means over the batch, or zeros.
+// grads, those of bn(z), become those of z: grads * gain by given statistics (`fixed`), else (grads - dbias -
+// normed z * dweight) * gain, with means over the batch.
 template <class A>
 void norm_rows_grad(const LineShape& s, const LineNorm<A>& norm, const A* z, const A* dbias, const A* dweight,
-                    A* grads) {
+                    bool fixed, A* grads) {
   const LineNorm<A>* by = &norm;
   simd([=]() VF_INLINE {
     for_vectors<A>(s.M, [&](int64_t m, auto lanes) VF_INLINE {
@@ -220,16 +220,18 @@ void norm_rows_grad(const LineShape& s, const LineNorm<A>& norm, const A* z, con
       const Vec<A> lower = load(dbias + m), slope = load(dweight + m), gain = k.inverse * k.weight;
       for (int64_t l = 0; l < s.L; ++l) {
         A* at = grads + l * s.ld + m;
-        store(at, (load(at) - lower - k.normal(load(z + l * s.M + m, lanes)) * slope) * gain);
+        Vec<A> d = load(at);
+        if (!fixed) d = d - lower - k.normal(load(z + l * s.M + m, lanes)) * slope;
+        store(at, d * gain);
       }
     });
   });
 }
 
-// Mean of an image's z and sum (z - mean)^2, [ld] each, in double and about the first line: of equal values
-// exactly their value, and zero.
+// moments [2, ld]: mean of an image's z and sum (z - mean)^2, in double and about the first line: of equal
+// values exactly their value, and zero.
 template <class A>
-void line_moments(const LineShape& s, const A* z, double* mean, double* second) {
+void line_moments(const LineShape& s, const A* z, double* moments) {
   simd([=]() VF_INLINE {
     for_vectors<A>(s.M, [&](int64_t m, auto lanes) VF_INLINE {
       const auto line = [&](int64_t l) VF_INLINE {
@@ -243,7 +245,8 @@ void line_moments(const LineShape& s, const A* z, double* mean, double* second) 
         const Wide<A> d = line(l) - middle;
         squares += d * d;
       }
-      std::memcpy(mean + m, &middle, sizeof(middle)), std::memcpy(second + m, &squares, sizeof(squares));
+      std::memcpy(moments + m, &middle, sizeof(middle));
+      std::memcpy(moments + s.ld + m, &squares, sizeof(squares));
     });
   });
 }
