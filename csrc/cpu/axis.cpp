@@ -1,167 +1,14 @@
 // Passes over x along its two axes, each of which reads x once: means over W and over H together, a gate for
 // each row and each column of a channel, and their gradients.
 //
-// Lines are [N, C, H + W]: values of the rows, then of the columns. They are dense along H + W for nchw,
-// along C for nhwc. All threads share an image by its channels, so that no sum is ever split.
+// Lines are as lines.h has them. All threads share an image by its channels, so that no sum is ever split.
 #include <tuple>
 
+#include "axis_sums.h"
 #include "channel_scale.h"
 
 namespace visattn {
 namespace {
-
-// A dense image of lines, as its map lies.
-template <class A>
-struct Lines {
-  A* p;
-  int64_t H, W, C;
-  bool nhwc;
-
-  VF_INLINE A* row(int64_t c, int64_t h) const { return nhwc ? p + h * C + c : p + c * (H + W) + h; }
-  VF_INLINE A* column(int64_t c, int64_t w) const { return row(c, H + w); }
-};
-
-Tensor empty_lines(const Shape& s, bool nhwc, ScalarType dtype) {
-  const int64_t L = s.H + s.W, sizes[] = {s.N, s.C, L}, strides[] = {s.C * L, nhwc ? 1 : L, nhwc ? s.C : 1};
-  return empty_strided(3, sizes, strides, dtype);
-}
-
-// Lines that came from outside, dense as this file wants them.
-Tensor dense_lines(const Tensor& t, bool nhwc) {
-  if (!nhwc) return t.is_contiguous() ? t : torch::stable::contiguous(t);
-  const Tensor rows = torch::stable::transpose(t, 1, 2);
-  return rows.is_contiguous() ? rows : torch::stable::contiguous(rows);
-}
-
-template <class A>
-Lines<A> lines_of(const Tensor& t, const Shape& s, bool nhwc, int64_t n) {
-  return {data<A>(t) + n * s.C * (s.H + s.W), s.H, s.W, s.C, nhwc};
-}
-
-// ---- sums along both axes: of x, or (kProduct) of g x weighted with the other axis' gate
-
-// R rows of a plane; columns [W] is padded and added to.
-template <class T, bool kProduct, int R>
-VF_INLINE inline void plane_rows(const T* x, const T* g, int64_t W, const Acc<T>* gate_h,
-                                 const Acc<T>* gate_w, Acc<T>* rows, Acc<T>* columns) {
-  using A = Acc<T>;
-  Vec<A> weight[R], total[R];
-  for (int r = 0; r < R; ++r) {
-    weight[r] = set1<A>(kProduct ? gate_h[r] : A(1));
-    total[r] = set1<A>(0);
-  }
-  for (int64_t w0 = 0; w0 < W; w0 += kChunk * kLanes<A>) {
-    const int64_t count = W - w0 < kChunk * kLanes<A> ? W - w0 : kChunk * kLanes<A>;
-    Vec<A> part[R];
-    for (int r = 0; r < R; ++r) part[r] = set1<A>(0);
-    for_vectors<A>(count, [&](int64_t i, auto lanes) VF_INLINE {
-      const int64_t w = w0 + i;
-      Vec<A> across = set1<A>(0), of_column = across;
-      if constexpr (kProduct) of_column = load(gate_w + w);
-#pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) {
-        Vec<A> v = load(x + r * W + w, lanes);
-        if constexpr (kProduct) {
-          v = v * load(g + r * W + w, lanes);
-          part[r] += v * of_column;
-          across += v * weight[r];
-        } else {
-          part[r] += v;
-          across += v;
-        }
-      }
-      store(columns + w, load(columns + w) + across);
-    });
-    for (int r = 0; r < R; ++r) total[r] += part[r];
-  }
-  for (int r = 0; r < R; ++r) rows[r] = sum_lanes<A>(total[r]);
-}
-
-// Channels [c0, c1) of an nchw image. gate is null unless kProduct.
-template <class T, bool kProduct>
-void plane_sums(const T* x, int64_t ld, const T* g, const Shape& s, Lines<const Acc<T>> gate,
-                Lines<Acc<T>> out, int64_t c0, int64_t c1) {
-  using A = Acc<T>;
-  Buffer<A> columns(s.W), column_gate(s.W);
-  A *sums = columns.get(), *padded = column_gate.get();
-  const int64_t H = s.H, W = s.W, P = s.P;
-  simd([=]() VF_INLINE {
-    for (int64_t c = c0; c < c1; ++c) {
-      const T *px = x + c * ld, *pg = kProduct ? g + c * P : nullptr;
-      A* rows = out.row(c, 0);
-      const A* row_gate = kProduct ? gate.row(c, 0) : nullptr;
-      for (int64_t w = 0; w < W; w += kLanes<A>) store(sums + w, set1<A>(0));
-      if constexpr (kProduct) std::memcpy(padded, gate.column(c, 0), static_cast<size_t>(W) * sizeof(A));
-      int64_t h = 0;
-      for (; h + 4 <= H; h += 4) {
-        plane_rows<T, kProduct, 4>(px + h * W, pg + h * W, W, row_gate + h, padded, rows + h, sums);
-      }
-      for (; h < H; ++h) {
-        plane_rows<T, kProduct, 1>(px + h * W, pg + h * W, W, row_gate + h, padded, rows + h, sums);
-      }
-      std::memcpy(out.column(c, 0), sums, static_cast<size_t>(W) * sizeof(A));
-    }
-  });
-}
-
-// R image rows of an nhwc image, from row h on, for channels [c0, c1); the columns are added to.
-template <class T, bool kProduct, int R>
-VF_INLINE inline void pixel_rows(const T* x, int64_t ld, const T* g, const Shape& s,
-                                 const Lines<const Acc<T>>& gate, const Lines<Acc<T>>& out, int64_t h,
-                                 int64_t c0, int64_t c1) {
-  using A = Acc<T>;
-  for (int64_t w = 0; w < s.W; ++w) {
-    const T *px[R], *pg[R];
-    A* rows[R];
-    const A* row_gate[R];
-    for (int r = 0; r < R; ++r) {
-      const int64_t pixel = (h + r) * s.W + w;
-      px[r] = x + pixel * ld + c0;
-      pg[r] = kProduct ? g + pixel * s.C + c0 : nullptr;
-      rows[r] = out.row(c0, h + r);
-      row_gate[r] = kProduct ? gate.row(c0, h + r) : nullptr;
-    }
-    A* columns = out.column(c0, w);
-    const A* column_gate = kProduct ? gate.column(c0, w) : nullptr;
-    const bool first = w == 0;
-    for_vectors<A>(c1 - c0, [&](int64_t c, auto lanes) VF_INLINE {
-      Vec<A> across = set1<A>(0), of_column = across;
-      if constexpr (kProduct) of_column = load(column_gate + c, lanes);
-#pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) {
-        Vec<A> v = load(px[r] + c, lanes), along = v;
-        if constexpr (kProduct) {
-          v = v * load(pg[r] + c, lanes);
-          along = v * of_column;
-          v = v * load(row_gate[r] + c, lanes);
-        }
-        across += v;
-        store(rows[r] + c, first ? along : load(rows[r] + c, lanes) + along, lanes);
-      }
-      store(columns + c, h == 0 ? across : load(columns + c, lanes) + across, lanes);
-    });
-  }
-}
-
-template <class T, bool kProduct>
-void pixel_sums(const T* x, int64_t ld, const T* g, const Shape& s, Lines<const Acc<T>> gate,
-                Lines<Acc<T>> out, int64_t c0, int64_t c1) {
-  simd([=]() VF_INLINE {
-    int64_t h = 0;
-    for (; h + 4 <= s.H; h += 4) pixel_rows<T, kProduct, 4>(x, ld, g, s, gate, out, h, c0, c1);
-    for (; h < s.H; ++h) pixel_rows<T, kProduct, 1>(x, ld, g, s, gate, out, h, c0, c1);
-  });
-}
-
-template <class T, bool kProduct>
-void axis_sums(const T* x, int64_t ld, const T* g, const Shape& s, Lines<const Acc<T>> gate,
-               Lines<Acc<T>> out, int64_t c0, int64_t c1) {
-  if (out.nhwc) {
-    pixel_sums<T, kProduct>(x, ld, g, s, gate, out, c0, c1);
-  } else {
-    plane_sums<T, kProduct>(x, ld, g, s, gate, out, c0, c1);
-  }
-}
 
 // ---- element by element
 
@@ -171,15 +18,28 @@ template <class A>
 struct Stretch {
   int64_t in, dense, count;  // offsets in x, and in dense maps
   int64_t c, h, w;           // where it begins
+  bool free;                 // whole vectors may be read and written past its end, which is written later
 };
+
+template <class A, class F>
+VF_INLINE inline void along(const Stretch<A>& at, const F& f) {
+  if (!at.free) return cover_vectors<A>(at.count, f);
+  for (int64_t i = 0; i < at.count; i += kLanes<A>) f(i, Full{});
+}
 
 template <class A, bool kNhwc, class F>
 VF_INLINE inline void for_stretches(const Shape& s, int64_t ld, int64_t c0, int64_t c1, const F& f) {
   if constexpr (kNhwc) {
-    for (int64_t p = 0; p < s.P; ++p) f(Stretch<A>{p * ld + c0, p * s.C + c0, c1 - c0, c0, p / s.W, p % s.W});
+    for (int64_t p = 0; p < s.P; ++p) {
+      f(Stretch<A>{p * ld + c0, p * s.C + c0, c1 - c0, c0, p / s.W, p % s.W, false});
+    }
   } else {
-    for (int64_t c = c0; c < c1; ++c)
-      for (int64_t h = 0; h < s.H; ++h) f(Stretch<A>{c * ld + h * s.W, c * s.P + h * s.W, s.W, c, h, 0});
+    const int64_t guarded = first_guarded<A>(s, ld, c1);
+    for (int64_t c = c0; c < c1; ++c) {
+      for (int64_t h = 0; h < s.H; ++h) {
+        f(Stretch<A>{c * ld + h * s.W, c * s.P + h * s.W, s.W, c, h, 0, c < guarded});
+      }
+    }
   }
 }
 
@@ -196,7 +56,7 @@ void scale_as(const T* x, int64_t ld, const Shape& s, Lines<const Acc<T>> gate, 
   simd([=]() VF_INLINE {
     for_stretches<A, kNhwc>(s, ld, c0, c1, [&](const Stretch<A>& at) VF_INLINE {
       const A *row = gate.row(at.c, at.h), *column = gate.column(at.c, at.w);
-      for_vectors<A>(at.count, [&](int64_t i, auto lanes) VF_INLINE {
+      along(at, [&](int64_t i, auto lanes) VF_INLINE {
         Vec<A> v =
             load(x + at.in + i, lanes) * (row_value<kNhwc, A>(row, i, lanes) * load(column + i, lanes));
         if constexpr (kResidual) v = v + load(residual + at.dense + i, lanes);
@@ -213,7 +73,7 @@ void scale_grad_as(const T* x, int64_t ld, const T* g, const Shape& s, Lines<con
   simd([=]() VF_INLINE {
     for_stretches<A, kNhwc>(s, ld, c0, c1, [&](const Stretch<A>& at) VF_INLINE {
       const A *row = gate.row(at.c, at.h), *column = gate.column(at.c, at.w);
-      for_vectors<A>(at.count, [&](int64_t i, auto lanes) VF_INLINE {
+      along(at, [&](int64_t i, auto lanes) VF_INLINE {
         Vec<A> v =
             load(x + at.in + i, lanes) * (row_value<kNhwc, A>(row, i, lanes) * load(column + i, lanes));
         if constexpr (kResidual) v = v + load(residual + at.dense + i, lanes);
@@ -232,7 +92,7 @@ void input_grad_as(const T* g, const Shape& s, Lines<const Acc<T>> gate, Lines<c
     for_stretches<A, kNhwc>(s, kNhwc ? s.C : s.P, c0, c1, [&](const Stretch<A>& at) VF_INLINE {
       const A *row = gate.row(at.c, at.h), *column = gate.column(at.c, at.w);
       const A *drow = dmean.row(at.c, at.h), *dcolumn = dmean.column(at.c, at.w);
-      for_vectors<A>(at.count, [&](int64_t i, auto lanes) VF_INLINE {
+      along(at, [&](int64_t i, auto lanes) VF_INLINE {
         const Vec<A> scale = row_value<kNhwc, A>(row, i, lanes) * load(column + i, lanes);
         const Vec<A> shift =
             row_value<kNhwc, A>(drow, i, lanes) * per_row + load(dcolumn + i, lanes) * per_column;
@@ -281,10 +141,8 @@ Tensor axis_mean(Tensor x) {
       const auto divide = [&](A* first, int64_t count, int64_t by) {
         for (int64_t i = 0; i < count; ++i) first[i] /= static_cast<A>(by);
       };
-      if (map.nhwc) {
-        for (int64_t l = 0; l < s.H + s.W; ++l) divide(out.row(c0, l), c1 - c0, l < s.H ? s.W : s.H);
-      } else {
-        for (int64_t c = c0; c < c1; ++c) divide(out.row(c, 0), s.H, s.W), divide(out.column(c, 0), s.W, s.H);
+      for (int64_t l = 0; map.nhwc && l < s.H + s.W; ++l) {
+        divide(out.row(c0, l), c1 - c0, l < s.H ? s.W : s.H);
       }
     });
     return means;

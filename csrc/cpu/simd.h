@@ -61,6 +61,11 @@ struct Tail {
   int n;
 };
 
+// As Tail, where memory goes on behind the row's end: the rest is read, and made zeros.
+struct Masked {
+  int n;
+};
+
 // All lanes equal. GCC writes a constructor of a vector wider than the base instruction set as a chain of
 // inserts, even where the function ends up in a wider one; a shuffle stays a broadcast.
 template <class V, class E>
@@ -124,18 +129,40 @@ VF_INLINE inline void store(BFloat16* p, Vec<float> v, Full = {}) {
   std::memcpy(p, &half, sizeof(half));
 }
 
+// The first n < kLanes elements, in pieces of known sizes: of a loop GCC makes a call of memcpy, around which
+// every register is saved.
+template <class T>
+VF_INLINE inline void copy_tail(T* to, const T* from, int n) {
+  int done = 0;
+  const auto piece = [&](auto size) VF_INLINE {
+    constexpr int kSize = decltype(size)::value;
+    if (!(n & kSize)) return;
+    std::memcpy(to + done, from + done, kSize * sizeof(T));
+    done += kSize;
+  };
+  if constexpr (kLanes<Acc<T>> > 4) piece(std::integral_constant<int, 4>{});
+  if constexpr (kLanes<Acc<T>> > 2) piece(std::integral_constant<int, 2>{});
+  piece(std::integral_constant<int, 1>{});
+}
+
 template <class T>
 VF_INLINE inline Vec<Acc<T>> load(const T* p, Tail tail) {
   T lanes[kLanes<Acc<T>>] = {};
-  for (int j = 0; j < tail.n; ++j) lanes[j] = p[j];
+  copy_tail(lanes, p, tail.n);
   return load(lanes, Full{});
+}
+
+template <class T>
+VF_INLINE inline Vec<Acc<T>> load(const T* p, Masked part) {
+  using A = Acc<T>;
+  return iota<A>() < set1_index<A>(part.n) ? load(p) : Vec<A>{};
 }
 
 template <class T>
 VF_INLINE inline void store(T* p, Vec<Acc<T>> v, Tail tail) {
   T lanes[kLanes<Acc<T>>];
   store(lanes, v, Full{});
-  for (int j = 0; j < tail.n; ++j) p[j] = lanes[j];
+  copy_tail(p, lanes, tail.n);
 }
 
 template <class A>

@@ -1,0 +1,170 @@
+// Sums along both axes of an image: of x, or (kProduct) of g x weighted with the other axis' gate.
+#pragma once
+
+#include "lines.h"
+#include "matrix.h"
+
+namespace visattn {
+
+// The first channel of an nchw image, of those up to c1, behind whose rows whole vectors may not be read or
+// written. Behind those of earlier ones at least a vector's elements follow, in the map and in the lines.
+template <class A>
+VF_INLINE inline int64_t first_guarded(const Shape& s, int64_t ld, int64_t c1) {
+  const int64_t L = s.H + s.W, least = s.P < L ? s.P : L;
+  return ld < s.P ? 0 : c1 - (kLanes<A> + least - 1) / least;  // planes may be one and the same
+}
+
+// R rows of a plane; columns [W] is padded and added to, rows takes a vector for each row, whose lanes are to
+// be summed.
+template <class T, bool kProduct, int R>
+VF_INLINE inline void plane_rows(const T* x, const T* g, int64_t W, bool free, const Acc<T>* gate_h,
+                                 const Acc<T>* gate_w, Acc<T>* rows, Acc<T>* columns) {
+  using A = Acc<T>;
+  Vec<A> weight[R], total[R];
+  for (int r = 0; r < R; ++r) {
+    weight[r] = set1<A>(kProduct ? gate_h[r] : A(1));
+    total[r] = set1<A>(0);
+  }
+  for (int64_t w0 = 0; w0 < W; w0 += kChunk * kLanes<A>) {
+    const int64_t count = W - w0 < kChunk * kLanes<A> ? W - w0 : kChunk * kLanes<A>;
+    Vec<A> part[R];
+    for (int r = 0; r < R; ++r) part[r] = set1<A>(0);
+    const auto add = [&](int64_t i, auto lanes) VF_INLINE {
+      const int64_t w = w0 + i;
+      Vec<A> across = set1<A>(0), of_column = across;
+      if constexpr (kProduct) of_column = load(gate_w + w);
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) {
+        Vec<A> v = load(x + r * W + w, lanes);
+        if constexpr (kProduct) {
+          v = v * load(g + r * W + w, lanes);
+          part[r] += v * of_column;
+          across += v * weight[r];
+        } else {
+          part[r] += v;
+          across += v;
+        }
+      }
+      store(columns + w, load(columns + w) + across);
+    };
+    const int64_t whole = count - count % kLanes<A>;
+    const int rest = static_cast<int>(count - whole);
+    for (int64_t i = 0; i < whole; i += kLanes<A>) add(i, Full{});
+    if (rest && free) add(whole, Masked{rest});
+    if (rest && !free) add(whole, Tail{rest});
+    for (int r = 0; r < R; ++r) total[r] += part[r];
+  }
+  for (int r = 0; r < R; ++r) store(rows + r * kLanes<A>, total[r]);
+}
+
+// out[i] = the sum of vector i's lanes, in the order of sum_lanes, for as many vectors as there are lanes.
+template <class A>
+VF_INLINE inline Vec<A> sums_of_vectors(const A* vectors) {
+  constexpr int L = kLanes<A>;
+  Vec<A> v[L];
+  for (int i = 0; i < L; ++i) v[i] = load(vectors + i * L);
+  transpose(v);
+  for (int half = L / 2; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) v[i] += v[i + half];
+  }
+  return v[0];
+}
+
+// Channels [c0, c1) of an nchw image. gate is null unless kProduct; else sums are means.
+template <class T, bool kProduct>
+void plane_sums(const T* x, int64_t ld, const T* g, const Shape& s, Lines<const Acc<T>> gate,
+                Lines<Acc<T>> out, int64_t c0, int64_t c1) {
+  using A = Acc<T>;
+  constexpr int64_t L = kLanes<A>;
+  Buffer<A> columns(s.W), column_gate(s.W), of_rows((s.H + L) * L);
+  A *sums = columns.get(), *padded = column_gate.get(), *vectors = of_rows.get();
+  const int64_t H = s.H, W = s.W, P = s.P;
+  simd([=]() VF_INLINE {
+    const int64_t guarded = first_guarded<A>(s, ld, c1);
+    for (int64_t c = c0; c < c1; ++c) {
+      const T *px = x + c * ld, *pg = kProduct ? g + c * P : nullptr;
+      const A* row_gate = kProduct ? gate.row(c, 0) : nullptr;
+      const bool free = c < guarded;
+      for (int64_t w = 0; w < W; w += L) store(sums + w, set1<A>(0));
+      if constexpr (kProduct) std::memcpy(padded, gate.column(c, 0), static_cast<size_t>(W) * sizeof(A));
+      int64_t h = 0;
+      const auto rows = [&](auto count) VF_INLINE {
+        constexpr int R = decltype(count)::value;
+        for (; h + R <= H; h += R) {
+          plane_rows<T, kProduct, R>(px + h * W, pg + h * W, W, free, row_gate + h, padded, vectors + h * L,
+                                     sums);
+        }
+      };
+      rows(std::integral_constant<int, 4>{});
+      rows(std::integral_constant<int, 1>{});
+      const auto put = [&](A* to, int64_t i, int64_t count, Vec<A> v, int64_t by) VF_INLINE {
+        if constexpr (!kProduct) v = v / static_cast<A>(by);
+        if (free || i + L <= count) return store(to + i, v);
+        store(to + i, v, Tail{static_cast<int>(count - i)});
+      };
+      for (h = 0; h < H; h += L) put(out.row(c, 0), h, H, sums_of_vectors(vectors + h * L), W);
+      for (int64_t w = 0; w < W; w += L) put(out.column(c, 0), w, W, load(sums + w), H);
+    }
+  });
+}
+
+// R image rows of an nhwc image, from row h on, for channels [c0, c1); the columns are added to.
+template <class T, bool kProduct, int R>
+VF_INLINE inline void pixel_rows(const T* x, int64_t ld, const T* g, const Shape& s,
+                                 const Lines<const Acc<T>>& gate, const Lines<Acc<T>>& out, int64_t h,
+                                 int64_t c0, int64_t c1) {
+  using A = Acc<T>;
+  for (int64_t w = 0; w < s.W; ++w) {
+    const T *px[R], *pg[R];
+    A* rows[R];
+    const A* row_gate[R];
+    for (int r = 0; r < R; ++r) {
+      const int64_t pixel = (h + r) * s.W + w;
+      px[r] = x + pixel * ld + c0;
+      pg[r] = kProduct ? g + pixel * s.C + c0 : nullptr;
+      rows[r] = out.row(c0, h + r);
+      row_gate[r] = kProduct ? gate.row(c0, h + r) : nullptr;
+    }
+    A* columns = out.column(c0, w);
+    const A* column_gate = kProduct ? gate.column(c0, w) : nullptr;
+    const bool first = w == 0;
+    for_vectors<A>(c1 - c0, [&](int64_t c, auto lanes) VF_INLINE {
+      Vec<A> across = set1<A>(0), of_column = across;
+      if constexpr (kProduct) of_column = load(column_gate + c, lanes);
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) {
+        Vec<A> v = load(px[r] + c, lanes), along = v;
+        if constexpr (kProduct) {
+          v = v * load(pg[r] + c, lanes);
+          along = v * of_column;
+          v = v * load(row_gate[r] + c, lanes);
+        }
+        across += v;
+        store(rows[r] + c, first ? along : load(rows[r] + c, lanes) + along, lanes);
+      }
+      store(columns + c, h == 0 ? across : load(columns + c, lanes) + across, lanes);
+    });
+  }
+}
+
+template <class T, bool kProduct>
+void pixel_sums(const T* x, int64_t ld, const T* g, const Shape& s, Lines<const Acc<T>> gate,
+                Lines<Acc<T>> out, int64_t c0, int64_t c1) {
+  simd([=]() VF_INLINE {
+    int64_t h = 0;
+    for (; h + 4 <= s.H; h += 4) pixel_rows<T, kProduct, 4>(x, ld, g, s, gate, out, h, c0, c1);
+    for (; h < s.H; ++h) pixel_rows<T, kProduct, 1>(x, ld, g, s, gate, out, h, c0, c1);
+  });
+}
+
+template <class T, bool kProduct>
+void axis_sums(const T* x, int64_t ld, const T* g, const Shape& s, Lines<const Acc<T>> gate,
+               Lines<Acc<T>> out, int64_t c0, int64_t c1) {
+  if (out.nhwc) {
+    pixel_sums<T, kProduct>(x, ld, g, s, gate, out, c0, c1);
+  } else {
+    plane_sums<T, kProduct>(x, ld, g, s, gate, out, c0, c1);
+  }
+}
+
+}  // namespace visattn

@@ -1,0 +1,254 @@
+// Products between lines and hidden rows [L, M] of an image, in both layouts of lines, and the batch norm and
+// hardswish between them.
+//
+// Rows, weights and vectors lie in buffers, past whose ends whole vectors may be read; hidden rows are `ld`
+// apart, whole vectors. What is read past a row's end is no value, and what comes of it is never kept.
+#pragma once
+
+#include "gemm.h"
+#include "lines.h"
+#include "mlp.h"
+
+namespace visattn {
+
+template <class A>
+VF_INLINE inline int64_t whole_vectors(int64_t count) {
+  return (count + kLanes<A> - 1) / kLanes<A> * kLanes<A>;
+}
+
+constexpr int64_t kStep = 48;  // rows of a product before the next column of tiles
+
+// Sizes of lines [N, C, L], of which H are rows, and of their M hidden channels.
+struct LineShape {
+  int64_t N, C, H, L, M;
+  bool nhwc;
+  int64_t ld;  // of hidden rows
+
+  VF_INLINE int64_t at(int64_t c, int64_t l) const { return nhwc ? l * C + c : c * L + l; }
+
+  // An image from (c, l) on, as a factor of L or of C rows.
+  template <class A>
+  VF_INLINE Broadcast<A> by_line(const A* image, int64_t c, int64_t l) const {
+    return {image + at(c, l), at(0, 1), at(1, 0)};
+  }
+  template <class A>
+  VF_INLINE Broadcast<A> by_channel(const A* image, int64_t c, int64_t l) const {
+    return {image + at(c, l), at(1, 0), at(0, 1)};
+  }
+};
+
+// f(offset, count) over what an image holds of channels [c0, c1), in dense runs.
+template <class F>
+VF_INLINE inline void for_runs(const LineShape& s, int64_t c0, int64_t c1, const F& f) {
+  if (!s.nhwc || c1 - c0 == s.C) return f(s.at(c0, 0), (c1 - c0) * s.L);
+  for (int64_t l = 0; l < s.L; ++l) f(s.at(c0, l), c1 - c0);
+}
+
+// f(part, begin, end) of those lines of [begin, end) that are rows (part 0), and that are columns (part 1).
+template <class F>
+VF_INLINE inline void for_parts(int64_t H, int64_t begin, int64_t end, const F& f) {
+  for (int part = 0; part < 2; ++part) {
+    const int64_t l0 = part && begin < H ? H : begin, l1 = !part && end > H ? H : end;
+    if (l0 < l1) f(part, l0, l1);
+  }
+}
+
+// What of v, the vector from column j on, lies within the `count` elements of a row.
+template <class A>
+VF_INLINE inline void store_within(A* row, int64_t j, int64_t count, Vec<A> v) {
+  if (j + kLanes<A> <= count) return store(row + j, v);
+  if (j < count) store(row + j, v, Tail{static_cast<int>(count - j)});
+}
+
+// A small tensor as a buffer, or `otherwise` where there is none.
+template <class A>
+Buffer<A> buffer_of(const std::optional<Tensor>& t, int64_t count, A otherwise = 0) {
+  Buffer<A> out(count);
+  if (!t) {
+    std::fill_n(out.get(), count, otherwise);
+    return out;
+  }
+  const Tensor values = weight_as(*t, kDtype<A>);
+  STD_TORCH_CHECK(values.numel() == count, "expected ", count, " elements, got ", values.numel());
+  std::copy_n(data<A>(values), count, out.get());
+  return out;
+}
+
+// [rows, cols], rows `ld` apart, as [cols, rows].
+template <class A>
+void transpose_to(const A* in, int64_t rows, int64_t cols, int64_t ld, A* out) {
+  for (int64_t c = 0; c < cols; ++c) {
+    for (int64_t r = 0; r < rows; ++r) out[c * rows + r] = in[r * ld + c];
+  }
+}
+
+template <class A>
+Buffer<A> transposed(const Buffer<A>& in, int64_t rows, int64_t cols) {
+  Buffer<A> out(rows * cols);
+  transpose_to(in.get(), rows, cols, cols, out.get());
+  return out;
+}
+
+// f(l, m, sum_c lines(c, l) weight[c, m]) for lines [begin, end) of an image. weight is [C, M].
+template <class A, class F>
+VF_INLINE inline void to_rows(const LineShape& s, const A* lines, const A* weight, int64_t begin, int64_t end,
+                              const F& f) {
+  gemm<A>(s.by_line(lines, 0, begin), weight, s.M, end - begin, s.ld, s.C, kStep,
+          [&](int64_t i, int64_t m, Vec<A> v, auto) VF_INLINE { f(begin + i, m, v); });
+}
+
+// out(c, l) = sum_m weight(c, m) rows(l, m) + bias[c] for channels [c0, c1) and lines [l0, l1) of an image.
+// The layout says which of the two factors has dense rows, and along what its vectors lie.
+template <class A>
+void to_lines(const LineShape& s, Broadcast<A> weight, Broadcast<A> rows, const A* bias, int64_t c0,
+              int64_t c1, int64_t l0, int64_t l1, A* out) {
+  simd([=]() VF_INLINE {
+    const Broadcast<A> w{weight.p + c0 * weight.stride_i, weight.stride_i, weight.stride_k},
+        r{rows.p + l0 * rows.stride_i, rows.stride_i, rows.stride_k};
+    const Broadcast<A>&a = s.nhwc ? r : w, &b = s.nhwc ? w : r;
+    const int64_t channels = c1 - c0, count = l1 - l0, along = s.nhwc ? channels : count;
+    const int64_t ld = s.nhwc ? s.C : s.L;
+    const A* added = bias + c0;
+    A* first = out + s.at(c0, l0);
+    gemm<A>(a, b.p, b.stride_k, s.nhwc ? count : channels, whole_vectors<A>(along), s.M, kStep,
+            [=](int64_t i, int64_t j, Vec<A> v, auto) VF_INLINE {
+              store_within(first + i * ld, j, along, v + (s.nhwc ? load(added + j) : set1<A>(added[i])));
+            });
+  });
+}
+
+// Rows [L, M] as the factor that to_lines wants: as they are, or dense along L, copied to `along` [M, L].
+template <class A>
+Broadcast<A> rows_factor(const LineShape& s, const A* rows, A* along) {
+  if (s.nhwc) return {rows, s.ld, 1};
+  transpose_to(rows, s.L, s.M, s.ld, along);
+  return {along, 1, s.L};
+}
+
+template <class V>
+VF_INLINE inline V hardswish(V v) {
+  V shifted = v + 3;
+  shifted = shifted < V{} ? V{} : shifted;
+  shifted = shifted > 6 ? V{} + 6 : shifted;
+  return v * shifted / 6;
+}
+
+// g * hardswish'(v)
+template <class V>
+VF_INLINE inline V hardswish_grad(V g, V v) {
+  const V inside = v < 3 ? g * (v / 3 + decltype(v[0] + 0)(0.5)) : g;
+  return v <= -3 ? V{} : inside;
+}
+
+// The batch norm of some hidden channels.
+template <class A>
+struct NormLanes {
+  Vec<A> mean, inverse, weight, bias;
+
+  VF_INLINE Vec<A> normal(Vec<A> z) const { return (z - mean) * inverse; }
+  VF_INLINE Vec<A> affine(Vec<A> normal) const { return normal * weight + bias; }
+};
+
+template <class A>
+class LineNorm {
+ public:
+  LineNorm(int64_t M, const Tensor& mean, const Tensor& var, const std::optional<Tensor>& weight,
+           const std::optional<Tensor>& bias, double eps)
+      : mean_(buffer_of<A>(mean, M)),
+        inverse_(buffer_of<A>(var, M)),
+        weight_(buffer_of<A>(weight, M, 1)),
+        bias_(buffer_of<A>(bias, M)) {
+    for (int64_t m = 0; m < M; ++m) inverse_[m] = 1 / std::sqrt(inverse_[m] + static_cast<A>(eps));
+  }
+
+  VF_INLINE NormLanes<A> at(int64_t m) const {
+    return {load(mean_.get() + m), load(inverse_.get() + m), load(weight_.get() + m), load(bias_.get() + m)};
+  }
+
+  // The factor of z.
+  A gain(int64_t m) const { return inverse_.get()[m] * weight_.get()[m]; }
+
+ private:
+  Buffer<A> mean_, inverse_, weight_, bias_;
+};
+
+// hidden [L, M] = hardswish(bn(z)) of an image's z [L, M], which is dense.
+template <class A>
+void activate_rows(const LineShape& s, const LineNorm<A>& norm, const A* z, A* hidden) {
+  const LineNorm<A>* by = &norm;
+  simd([=]() VF_INLINE {
+    for_vectors<A>(s.M, [&](int64_t m, auto lanes) VF_INLINE {
+      const NormLanes<A> k = by->at(m);
+      for (int64_t l = 0; l < s.L; ++l) {
+        store(hidden + l * s.ld + m, hardswish(k.affine(k.normal(load(z + l * s.M + m, lanes)))));
+      }
+    });
+  });
+}
+
+// hidden as above; grads, those of hidden, become those of bn(z), sums [2, ld] their sums over the lines,
+// without and with the normed z.
+template <class A>
+void activate_rows_grad(const LineShape& s, const LineNorm<A>& norm, const A* z, A* hidden, A* grads,
+                        A* sums) {
+  const LineNorm<A>* by = &norm;
+  simd([=]() VF_INLINE {
+    for_vectors<A>(s.M, [&](int64_t m, auto lanes) VF_INLINE {
+      const NormLanes<A> k = by->at(m);
+      Vec<A> dbias = set1<A>(0), dweight = dbias;
+      for (int64_t l = 0; l < s.L; ++l) {
+        const Vec<A> normal = k.normal(load(z + l * s.M + m, lanes)), v = k.affine(normal);
+        const Vec<A> d = hardswish_grad(load(grads + l * s.ld + m), v);
+        store(hidden + l * s.ld + m, hardswish(v));
+        store(grads + l * s.ld + m, d);
+        dbias += d, dweight += d * normal;
+      }
+      store(sums + m, dbias), store(sums + s.ld + m, dweight);
+    });
+  });
+}
+
+// grads, those of bn(z), become those of z: grads * gain by given statistics (`fixed`), else (grads - dbias -
+// normed z * dweight) * gain, with means over the batch.
+template <class A>
+void norm_rows_grad(const LineShape& s, const LineNorm<A>& norm, const A* z, const A* dbias, const A* dweight,
+                    bool fixed, A* grads) {
+  const LineNorm<A>* by = &norm;
+  simd([=]() VF_INLINE {
+    for_vectors<A>(s.M, [&](int64_t m, auto lanes) VF_INLINE {
+      const NormLanes<A> k = by->at(m);
+      const Vec<A> lower = load(dbias + m), slope = load(dweight + m), gain = k.inverse * k.weight;
+      for (int64_t l = 0; l < s.L; ++l) {
+        A* at = grads + l * s.ld + m;
+        Vec<A> d = load(at);
+        if (!fixed) d = d - lower - k.normal(load(z + l * s.M + m, lanes)) * slope;
+        store(at, d * gain);
+      }
+    });
+  });
+}
+
+// moments [2, ld]: mean of an image's z and sum (z - mean)^2, in double and about the first line: of equal
+// values exactly their value, and zero.
+template <class A>
+void line_moments(const LineShape& s, const A* z, double* moments) {
+  simd([=]() VF_INLINE {
+    for_vectors<A>(s.M, [&](int64_t m, auto lanes) VF_INLINE {
+      const auto line = [&](int64_t l) VF_INLINE {
+        return __builtin_convertvector(load(z + l * s.M + m, lanes), Wide<A>);
+      };
+      const Wide<A> first = line(0), shift = first - first == Wide<A>{} ? first : Wide<A>{};
+      Wide<A> sum = {}, squares = {};
+      for (int64_t l = 0; l < s.L; ++l) sum += line(l) - shift;
+      const Wide<A> middle = shift + sum / static_cast<double>(s.L);
+      for (int64_t l = 0; l < s.L; ++l) {
+        const Wide<A> d = line(l) - middle;
+        squares += d * d;
+      }
+      std::memcpy(moments + m, &middle, sizeof(middle));
+      std::memcpy(moments + s.ld + m, &squares, sizeof(squares));
+    });
+  });
+}
+
+}  // namespace visattn

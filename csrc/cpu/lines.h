@@ -1,0 +1,37 @@
+// Lines [N, C, L], L = H + W: values of the rows, then of the columns. Dense along L for nchw, along C for
+// nhwc.
+#pragma once
+
+#include "tensor.h"
+
+namespace visattn {
+
+inline Tensor empty_lines(const Shape& s, bool nhwc, ScalarType dtype) {
+  const int64_t L = s.H + s.W, sizes[] = {s.N, s.C, L}, strides[] = {s.C * L, nhwc ? 1 : L, nhwc ? s.C : 1};
+  return empty_strided(3, sizes, strides, dtype);
+}
+
+// Lines that came from outside, dense as they are wanted.
+inline Tensor dense_lines(const Tensor& t, bool nhwc) {
+  if (!nhwc) return t.is_contiguous() ? t : torch::stable::contiguous(t);
+  const Tensor rows = torch::stable::transpose(t, 1, 2);
+  return rows.is_contiguous() ? rows : torch::stable::contiguous(rows);
+}
+
+// A dense image of lines, as its map lies.
+template <class A>
+struct Lines {
+  A* p;
+  int64_t H, W, C;
+  bool nhwc;
+
+  VF_INLINE A* row(int64_t c, int64_t h) const { return nhwc ? p + h * C + c : p + c * (H + W) + h; }
+  VF_INLINE A* column(int64_t c, int64_t w) const { return row(c, H + w); }
+};
+
+template <class A>
+Lines<A> lines_of(const Tensor& t, const Shape& s, bool nhwc, int64_t n) {
+  return {data<A>(t) + n * s.C * (s.H + s.W), s.H, s.W, s.C, nhwc};
+}
+
+}  // namespace visattn
