@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from ._attention import LOG2E, Head, head, place
-from ._heuristics import all_registers, cdiv, next_power_of_2
+from ._heuristics import cdiv, next_power_of_2, registers_for
 from ._layout import accumulation_dtype
 from ._product import product
 
@@ -113,11 +113,14 @@ class Maps(NamedTuple):
         return self.qkv, self.table
 
     def blocks(self, block: int, step: int, warps: int, stages: int) -> dict[str, Any]:
-        """At most so many rows, or as a map has. Triton's interpreter, on a CPU, has no registers to fill."""
+        """At most so many rows as a map has, and met half as many, which saves registers where a map has few.
+
+        Triton's interpreter, on a CPU, has no registers to fill.
+        """
         rows = max(next_power_of_2(self.size.L), 16)
         block, step = (64, 64) if self.qkv.is_cpu else (block, min(step, max(rows // 2, 16)))
         warps = warps if rows > 32 else min(warps, 4)
-        registers = all_registers(self.qkv, warps) if self.wide or self.head.ALIGN < 16 else {}
+        registers = registers_for(self.qkv, warps) if self.wide or self.head.ALIGN < 16 else {}
         return Blocks(min(block, rows), min(step, rows), warps, stages)._asdict() | registers
 
     def programs(self, block: int) -> int:

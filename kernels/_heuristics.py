@@ -38,12 +38,12 @@ def amd() -> bool:
     return torch.version.hip is not None
 
 
-def all_registers(x: torch.Tensor, num_warps: int) -> dict[str, int]:
-    """An option for kernels that need them.
+def registers_for(x: torch.Tensor, warps: int) -> dict[str, int]:
+    """An option: a thread may have as many of the 65536 registers as leaves room for so many warps at once.
 
     NVIDIA's assembler spills a few by its own choice, so that there is room for one more program, unless it is told to.
     """
-    return {} if amd() or x.is_xpu else {"maxnreg": min(2048 // num_warps, 255)}
+    return {} if amd() or x.is_xpu else {"maxnreg": min(65536 // 32 // warps, 255)}
 
 
 class Tile(NamedTuple):

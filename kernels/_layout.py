@@ -67,5 +67,10 @@ def canonical(x: torch.Tensor) -> tuple[torch.Tensor, Layout]:
     return x, Layout(N, C, H, W, channels_last, stride_n, stride_p if channels_last else stride_c, memory_format)
 
 
+def contiguous(t: torch.Tensor | None) -> torch.Tensor | None:
+    """A weight's elements side by side, as kernels read them."""
+    return None if t is None else t.contiguous()
+
+
 def accumulation_dtype(x: torch.Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32

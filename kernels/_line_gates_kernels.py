@@ -1,6 +1,7 @@
 """Kernels of the gates of lines: two products with weights, `[lines, C] -> [lines, M] -> [lines, C]`, and back.
 
-A program takes lines of one image that are all rows, or all columns, and their tile of a product, whole sums of it.
+A block of lines is of one image, and all of them are rows, or columns. A program that takes one has whole sums of a
+tile of the product.
 """
 
 from __future__ import annotations
@@ -97,12 +98,12 @@ def _hard_swish(v):
 
 
 @triton.jit
-def _hard_swish_grad(v):
-    return tl.where(v <= -3, 0.0, tl.where(v < 3, v / 3 + 0.5, 1.0))
+def _hard_swish_grad(g, v):
+    return tl.where(v <= -3, 0.0, tl.where(v < 3, g * (v / 3 + 0.5), g))
 
 
 @triton.jit
-def _store_columns(parts_ptr, a, b, m, size):
+def _store_part(parts_ptr, a, b, m, size):
     """This program's part of two vectors, parts [programs, 2, M]."""
     parts_ptr += tl.program_id(0).to(tl.int64) * 2 * size.M + m
     tl.store(parts_ptr, a, mask=m < size.M)
@@ -133,7 +134,7 @@ def _hidden_kernel(
         count = tl.sum(there.to(acc_ty), 0)
         mean = first + tl.sum(tl.where(there[:, None], z - first[None, :], 0.0), 0) / count
         apart = tl.where(there[:, None], z - mean[None, :], 0.0)
-        _store_columns(parts_ptr, mean, tl.sum(apart * apart, 0), m, size)
+        _store_part(parts_ptr, mean, tl.sum(apart * apart, 0), m, size)
 
 
 @triton.jit
@@ -208,7 +209,7 @@ def _logit_grads(dgates_ptr, gates_ptr, n, line, there, c, size):
 
 
 @triton.jit
-def _hidden_grads_kernel(
+def _line_hidden_grads_kernel(
     dgates_ptr, gates_ptr, z_ptr, mean_ptr, var_ptr, bn_weight_ptr, bn_bias_ptr, w_h_ptr, w_w_ptr, daffine_ptr,
     parts_ptr, size, EPS: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
@@ -227,9 +228,9 @@ def _hidden_grads_kernel(
     offsets, mask = _at_hidden(n, line, there, m, size)
     z = tl.load(z_ptr + offsets, mask=mask, other=0.0)
     normal, affine, _ = _normed(z, mean_ptr, var_ptr, bn_weight_ptr, bn_bias_ptr, m, size, EPS)
-    daffine = tl.where(mask, acc * _hard_swish_grad(affine), 0.0)
+    daffine = tl.where(mask, _hard_swish_grad(acc, affine), 0.0)
     tl.store(daffine_ptr + offsets, daffine, mask=mask)
-    _store_columns(parts_ptr, tl.sum(daffine, 0), tl.sum(tl.where(mask, daffine * normal, 0.0), 0), m, size)
+    _store_part(parts_ptr, tl.sum(daffine, 0), tl.sum(tl.where(mask, daffine * normal, 0.0), 0), m, size)
 
 
 @triton.jit
@@ -299,15 +300,14 @@ def _mean_grads_kernel(
 @triton.jit
 def _weight_parts_kernel(
     dgates_ptr, gates_ptr, means_ptr, daffine_ptr, z_ptr, mean_ptr, var_ptr, bn_weight_ptr, bn_bias_ptr, sums_ptr,
-    parts_ptr, N, images, count, size, EPS: tl.constexpr, FIXED: tl.constexpr, BLOCK_L: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr,
+    parts_ptr, N, count, size, EPS: tl.constexpr, FIXED: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """parts [programs, 3 C M + 2 C]: of so many images dw_h and dw_w [C, M], dw1 [M, C], db_h and db_w [C]."""
+    """parts [programs, 3 C M + 2 C]: of a share of all blocks dw_h and dw_w [C, M], dw1 [M, C], db_h and db_w [C]."""
     acc_ty = parts_ptr.dtype.element_ty
     blocks_c = tl.cdiv(size.C, BLOCK_C)
     c = tl.program_id(0) % blocks_c * BLOCK_C + tl.arange(0, BLOCK_C)
     m = tl.program_id(0) // blocks_c * BLOCK_M + tl.arange(0, BLOCK_M)
-    first = tl.program_id(1) * images
     weights = size.C * size.M
     parts_ptr += tl.program_id(1).to(tl.int64) * (3 * weights + 2 * size.C)
     mask = (c < size.C)[:, None] & (m < size.M)[None, :]
@@ -318,8 +318,10 @@ def _weight_parts_kernel(
         met = blocks - of_rows if axis else of_rows
         dw = tl.zeros([BLOCK_C, BLOCK_M], acc_ty)
         db = tl.zeros([BLOCK_C], acc_ty)
-        for step in range(tl.minimum(images, N - first) * met):
-            n = (first + step // met).to(tl.int64)
+        share = tl.cdiv(N * met, tl.num_programs(1))
+        first = tl.program_id(1) * share
+        for step in range(first, tl.minimum(first + share, N * met)):
+            n = (step // met).to(tl.int64)
             _, line, there = _block(begin + step % met, size, BLOCK_L)
             dlogits = _logit_grads(dgates_ptr, gates_ptr, n, line, there, c, size)
             dz, hidden = _z_grads(
@@ -338,7 +340,7 @@ def _weight_parts_kernel(
 
 
 @triton.jit
-def _weight_grads_kernel(
+def _line_weight_grads_kernel(
     parts_ptr, dw_h_ptr, dw_w_ptr, dw1_ptr, db_h_ptr, db_w_ptr, parts, size, BLOCK: tl.constexpr
 ):  # fmt: skip
     """Sums of `_weight_parts_kernel`'s parts, in order, each in its gradient's dtype."""

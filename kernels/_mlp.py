@@ -14,8 +14,9 @@ import torch
 import triton
 import triton.language as tl
 
-from ._heuristics import all_registers, cdiv, linear_blocks, next_power_of_2
+from ._heuristics import cdiv, linear_blocks, next_power_of_2, registers_for
 from ._launch import launch
+from ._layout import contiguous
 from ._pool import Parts, combine, combine_parts, parts_max, parts_sum
 from ._tiles import NONE, RELU, SIGMOID, activate, activation_grad, gate_grad
 from ._weight_grads import MLPGrads, mlp_grads
@@ -186,7 +187,7 @@ def pooled_gate(
 
     w1 [R, C], w2 [C, R], any strides.
     """
-    R, C = w1.shape[:2]
+    (R, C), b1, b2 = w1.shape[:2], contiguous(b1), contiguous(b2)
     kept, taken = _kept_and_taken(hidden_activation)
     if _fused(C, R, parts.slots, parts.branches) is None:
         parts = Parts(*combine_parts(parts), 1, 1)
@@ -233,6 +234,6 @@ def gate_mlp_bwd(
             _mlp_gate_bwd_kernel, N,
             parts, gate, w1.contiguous(), w2.contiguous(), hidden, None if known else dz, dhidden, dpooled, S, C, R,
             BRANCHES=rows, HIDDEN_ACTIVATION=hidden_activation, GATE=gate_activation, **blocks,
-            **all_registers(parts, blocks["num_warps"]),
+            **registers_for(parts, 16),
         )  # fmt: skip
     return dpooled, mlp_grads(dz, dhidden, w1, w2, pooled, hidden, hidden_activation, biases)

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from . import _heuristics
-from ._heuristics import Team, all_registers, next_power_of_2, resident
+from ._heuristics import Team, next_power_of_2, resident
 from ._launch import multiprocessors
 from ._layout import Layout
 from ._tiles import NONE, SIGMOID, activate, activation_grad, gate_grad, sigmoid, tile_mask, tile_offsets
@@ -265,10 +265,9 @@ def exchange(layout: Layout, team: Team, small: torch.Tensor) -> tuple[torch.Ten
     return sums, small.new_zeros(1 + layout.N, dtype=torch.int32)
 
 
-def blocks(x: torch.Tensor, team: Team, hidden: int = 0) -> dict[str, Any]:
+def blocks(team: Team, hidden: int = 0) -> dict[str, Any]:
     """What the kernels take as keywords, those of SE with its hidden units."""
     found = {**team.tile._asdict(), "BLOCK_S": next_power_of_2(team.blocks_p)}
-    found |= all_registers(x, team.tile.num_warps)
     if hidden:
         found["BLOCK_T"] = next_power_of_2(team.size)
         found["BLOCK_R"] = min(next_power_of_2(hidden), max(2048 // team.tile.BLOCK_C, 1))

@@ -203,7 +203,7 @@ def logit_sums(
         *gate.parameters, dresidual, dx, dz, sums,
         C, HW, gate.width, layout.stride_n, layout.stride_o, _stats_n(mean, layout), steps,
         KIND=gate.kind.value, ACTIVATION=activation, **t._asdict(), parts=parts,
-        **_heuristics.all_registers(x, t.num_warps),
+        **_heuristics.registers_for(x, t.num_warps),
     )  # fmt: skip
     return dresidual if activation else grad, dresidual, sums
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ._attention import LOG2E, Head, head
-from ._heuristics import all_registers, cdiv, next_power_of_2
+from ._heuristics import cdiv, next_power_of_2, registers_for
 from ._layout import accumulation_dtype
 from ._product import product
 from ._window_tiles import Grid, Window
@@ -42,7 +42,7 @@ class Windows(NamedTuple):
         tokens = max(next_power_of_2(self.tokens), 16)
         block, met = min(block, tokens), {"STEP": min(step, tokens)} if step else {}
         meta = {"HEAD": self.head, "WINDOW": self.window, "BLOCK": block, **met, **more}
-        registers = all_registers(self.qkv, warps) if self.wide or self.head.D > 32 or self.tokens > WHOLE else {}
+        registers = registers_for(self.qkv, warps) if self.wide or self.head.D > 32 or self.tokens > WHOLE else {}
         return {**meta, **registers, "num_warps": warps, "num_stages": 1}, cdiv(self.tokens, block)
 
     @property

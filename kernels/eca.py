@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from ._gate import gate_grads, scale
-from ._heuristics import Team, cdiv, next_power_of_2, vector_block
+from ._heuristics import Team, cdiv, next_power_of_2, registers_for, vector_block
 from ._input_grad import input_grad
 from ._launch import device_guard, launch
 from ._layout import Layout, accumulation_dtype, canonical
@@ -155,7 +155,7 @@ def _resident_fwd(
         _eca_resident_fwd_kernel, layout.N * team.size,
         x, weight.reshape(-1).contiguous(), None if residual is None else layout.dense(residual), y, mean, gate,
         *exchange(layout, team, mean), layout.C, layout.HW, layout.stride_n, layout.stride_o,
-        K=weight.numel(), ACTIVATION=activation, **blocks(x, team),
+        K=weight.numel(), ACTIVATION=activation, **blocks(team),
     )  # fmt: skip
     return y, mean, gate
 
@@ -172,7 +172,8 @@ def _resident_bwd(
         layout.dense(grad), x, weight.reshape(-1).contiguous(),
         layout.dense(residual) if activation and residual is not None else None,
         gate, dx, dresidual, dz, *exchange(layout, team, gate), layout.C, layout.HW, layout.stride_n, layout.stride_o,
-        K=weight.numel(), ACTIVATION=activation, **blocks(x, team),
+        K=weight.numel(), ACTIVATION=activation, **blocks(team),
+        **registers_for(x, team.tile.num_warps),
     )  # fmt: skip
     dweight = _eca_gate_bwd(dz[:, None], None, weight, mean)[1]
     dweight.run()

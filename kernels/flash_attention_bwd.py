@@ -16,7 +16,7 @@ import triton.language as tl
 
 from ._attention import LOG2E, Rows, add_product, finite_or_zero, load_rows, pairs, store_rows, zero_rows
 from ._flash import Maps, keys_seen, mask_bytes, offset_bias, pair_bias, prepare, program_head, scores
-from ._heuristics import all_registers, cdiv, next_power_of_2, splits
+from ._heuristics import cdiv, next_power_of_2, registers_for, splits
 from ._launch import device_guard, launch
 
 
@@ -204,7 +204,7 @@ def _table_grad(table: torch.Tensor, x: Maps, tensors: tuple[torch.Tensor | None
     head = x.head._replace(CHUNK=min(x.head.CHUNK, 32)) if x.wide else x.head
     launch(
         _dtable_kernel, tiles if x.N else 0, *tensors, sums, rows[0].numel(), x.N, images, x.size, HEAD=head,
-        BLOCK=block, STEP=block, num_warps=4, num_stages=1, parts=parts, **all_registers(x.qkv, 4),
+        BLOCK=block, STEP=block, num_warps=4, num_stages=1, parts=parts, **registers_for(x.qkv, 4),
     )  # fmt: skip
     # Keys reversed and padded to rows of 2 W, read as rows of 2 W - 1, an offset x - x' is a column.
     skewed = F.pad(sums.sum(0).flip(3), (0, W)).flatten(2)[..., : W * (2 * W - 1)]

@@ -7,17 +7,18 @@ from __future__ import annotations
 
 import torch
 
-from ._heuristics import PROGRAMS, all_registers, cdiv, next_power_of_2
+from ._heuristics import PROGRAMS, cdiv, next_power_of_2, registers_for
 from ._launch import device_guard, launch
+from ._layout import contiguous
 from ._line_gates_kernels import (
     Lines,
     _gates_kernel,
-    _hidden_grads_kernel,
     _hidden_kernel,
+    _line_hidden_grads_kernel,
+    _line_weight_grads_kernel,
     _mean_grads_kernel,
     _norm_grads_kernel,
     _statistics_kernel,
-    _weight_grads_kernel,
     _weight_parts_kernel,
 )
 
@@ -41,6 +42,7 @@ def line_gates_fwd(
         parts = None if fixed else means.new_empty((programs, 2, size.M))
         of_m = cdiv(size.M, blocks["BLOCK_M"])
         w1, w_h, w_w = w1.contiguous(), w_h.contiguous(), w_w.contiguous()
+        b1, b_h, b_w, *norm = map(contiguous, (b1, b_h, b_w, mean, var, bn_weight, bn_bias))
         launch(_hidden_kernel, programs, means, w1, b1, z, parts, size, **blocks, parts=of_m)
         if not fixed:
             launch(
@@ -49,7 +51,7 @@ def line_gates_fwd(
             )  # fmt: skip
         gates = torch.empty_like(means)
         launch(
-            _gates_kernel, programs, z, *(statistics or (mean, var)), bn_weight, bn_bias, w_h, b_h, w_w, b_w, gates,
+            _gates_kernel, programs, z, *(statistics or norm[:2]), *norm[2:], w_h, b_h, w_w, b_w, gates,
             size, EPS=eps, **blocks, parts=cdiv(size.C, blocks["BLOCK_C"]),
         )  # fmt: skip
         return gates, z, *(statistics or (means.new_empty(0), means.new_empty(0)))
@@ -60,7 +62,7 @@ def line_gates_bwd(
     bn_weight: torch.Tensor | None, bn_bias: torch.Tensor | None, mean: torch.Tensor, var: torch.Tensor,
     w_h: torch.Tensor, w_w: torch.Tensor, eps: float, fixed: bool,
 ) -> tuple[torch.Tensor, ...]:  # fmt: skip
-    """(dmeans, sums [3, M], dw1, dw_h, db_h, dw_w, db_w), see `visattn_fast.ops.line_gates`."""
+    """(dmeans, sums [3, M], db_h, db_w, dw1, dw_h, dw_w), see `visattn_fast.ops.line_gates`."""
     with device_guard(means):
         means, size, blocks = _lines(means, height, w1)
         dgates, gates = (_like(t, means) for t in (dgates, gates))
@@ -68,38 +70,36 @@ def line_gates_bwd(
         programs, count = N * _line_blocks(size), N * L
         of_m, of_c = cdiv(M, blocks["BLOCK_M"]), cdiv(C, blocks["BLOCK_C"])
         new = means.new_empty if N else means.new_zeros
-        sums, of_norm = new((3, M)), (mean, var, bn_weight, bn_bias)
+        sums, of_norm = new((3, M)), [*map(contiguous, (mean, var, bn_weight, bn_bias))]
         daffine, parts = torch.empty_like(z), means.new_empty((programs, 2, M))
         launch(
-            _hidden_grads_kernel, programs, dgates, gates, z, *of_norm, w_h.contiguous(), w_w.contiguous(), daffine,
-            parts, size, EPS=eps, **blocks, parts=of_m,
+            _line_hidden_grads_kernel, programs, dgates, gates, z, *of_norm, w_h.contiguous(), w_w.contiguous(),
+            daffine, parts, size, EPS=eps, **blocks, parts=of_m,
         )  # fmt: skip
         launch(
-            _norm_grads_kernel, of_m if N else 0, parts, var, bn_weight, sums, programs, size, EPS=eps, FIXED=fixed,
+            _norm_grads_kernel, of_m if N else 0, parts, *of_norm[1:3], sums, programs, size, EPS=eps, FIXED=fixed,
             **_part_blocks(means, programs, blocks),
         )  # fmt: skip
         dmeans, of_z = torch.empty_like(means), (daffine, z, *of_norm, sums)
         launch(
             _mean_grads_kernel, programs, *of_z, w1.contiguous(), dmeans, count, size, EPS=eps, FIXED=fixed, **blocks,
-            **all_registers(means, 4), parts=of_c,
+            **registers_for(means, 4), parts=of_c,
         )  # fmt: skip
 
         dw1, dw_h, dw_w = (new(w.shape, dtype=w.dtype) for w in (w1, w_h, w_w))
-        db_h, db_w = (new(C, dtype=w.dtype) for w in (w_h, w_w))
+        db_h, db_w = new(C), new(C)
         # Partial sums are to move less than the lines do.
-        length, most = 3 * C * M + 2 * C, max(min(cdiv(PROGRAMS, of_c * of_m), N * L // (4 * M), N), 1)
-        images = cdiv(N, most)
-        splits = cdiv(N, max(images, 1))
+        length, splits = 3 * C * M + 2 * C, max(min(cdiv(PROGRAMS, of_c * of_m), N * L // (4 * M)), 1)
         parts = means.new_empty((splits, length))
         launch(
-            _weight_parts_kernel, of_c * of_m if N else 0, dgates, gates, means, *of_z, parts, N, images, count, size,
+            _weight_parts_kernel, of_c * of_m if N else 0, dgates, gates, means, *of_z, parts, N, count, size,
             EPS=eps, FIXED=fixed, **blocks, parts=splits,
         )  # fmt: skip
         launch(
-            _weight_grads_kernel, cdiv(length, 256) if N else 0, parts, dw_h, dw_w, dw1, db_h, db_w, splits, size,
+            _line_weight_grads_kernel, cdiv(length, 256) if N else 0, parts, dw_h, dw_w, dw1, db_h, db_w, splits, size,
             BLOCK=256,
         )  # fmt: skip
-        return dmeans, sums, dw1, dw_h, db_h, dw_w, db_w
+        return dmeans, sums, db_h, db_w, dw1, dw_h, dw_w
 
 
 def _lines(means: torch.Tensor, height: int, w1: torch.Tensor) -> tuple[torch.Tensor, Lines, dict[str, int]]:
@@ -124,4 +124,4 @@ def _line_blocks(size: Lines) -> int:
 def _part_blocks(means: torch.Tensor, programs: int, blocks: dict[str, int]) -> dict[str, int]:
     """For what adds up the programs' parts."""
     block_m = blocks["BLOCK_M"]
-    return {"BLOCK_S": min(next_power_of_2(programs), 2048 // block_m), "BLOCK_M": block_m, **all_registers(means, 4)}
+    return {"BLOCK_S": min(next_power_of_2(programs), 2048 // block_m), "BLOCK_M": block_m, **registers_for(means, 4)}

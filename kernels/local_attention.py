@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 from ._gate import PRODUCT, scale
-from ._heuristics import Tile, all_registers, cdiv, next_power_of_2, splits
+from ._heuristics import Tile, cdiv, next_power_of_2, registers_for, splits
 from ._launch import device_guard, launch
-from ._layout import Layout, accumulation_dtype, canonical
+from ._layout import Layout, accumulation_dtype, canonical, contiguous
 from ._local_attention_kernels import (
     WORD,
     _hidden_dx_kernel,
@@ -78,7 +78,7 @@ def _hidden_gate(
     signs = x.new_empty((N, cdiv(S, WORD.value), layout.H, layout.W), dtype=torch.int32)
     launch(
         _hidden_gate_kernel, N * blocks,
-        x, p1.reshape(S, C).contiguous(), q1, p2.reshape(-1).contiguous(), q2, sums, gate, signs, C, HW, S,
+        x, p1.reshape(S, C).contiguous(), contiguous(q1), p2.reshape(-1).contiguous(), q2, sums, gate, signs, C, HW, S,
         layout.stride_n, layout.stride_o, **product(x, p1), MORE=block_s < S, BLOCK_S=block_s, **t._asdict(),
     )  # fmt: skip
     return Parts(sums.view(-1, C), None, blocks, HW), gate, signs
@@ -139,9 +139,9 @@ def _hidden_weights(
     weight, block_s = sums.new_empty((S, C)), next_power_of_2(parts)
     launch(
         _hidden_weights_kernel, mlp.programs() + S,
-        *mlp.arguments, sums, counts, p1.contiguous(), q1, p2.contiguous(), *weights, weight, parts, S,
+        *mlp.arguments, sums, counts, p1.contiguous(), contiguous(q1), p2.contiguous(), *weights, weight, parts, S,
         **mlp.meta(), SUM_S=block_s, SUM_L=min(next_power_of_2(C), PARTS // block_s), num_warps=8,
-        **all_registers(sums, 8),
+        **registers_for(sums, 8),
     )  # fmt: skip
     return weight, [*weights]
 

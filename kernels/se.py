@@ -76,7 +76,7 @@ def _resident_fwd(
         x, w1, b1, w2, b2, None if residual is None else layout.dense(residual), y, mean, hidden, gate,
         sums, mean.new_empty((N, team.size, R)), meet, C, HW, R, layout.stride_n, layout.stride_o,
         *w1.stride()[:2], *w2.stride()[:2],
-        KEPT=kept, TAKEN=taken, GATE=gate_activation, ACTIVATION=activation, **blocks(x, team, R),
+        KEPT=kept, TAKEN=taken, GATE=gate_activation, ACTIVATION=activation, **blocks(team, R),
     )  # fmt: skip
     return y, mean, hidden, gate
 
@@ -96,7 +96,7 @@ def _resident_bwd(
         layout.dense(grad), x, w1, w2, layout.dense(residual) if activation and residual is not None else None,
         hidden, gate, dx, dresidual, dz, dhidden, sums, gate.new_empty((layout.N, team.size, R)), meet,
         layout.C, layout.HW, R, layout.stride_n, layout.stride_o, *w1.stride()[:2], *w2.stride()[:2],
-        HIDDEN=hidden_activation, GATE=gate_activation, ACTIVATION=activation, **blocks(x, team, R),
+        HIDDEN=hidden_activation, GATE=gate_activation, ACTIVATION=activation, **blocks(team, R),
     )  # fmt: skip
     mlp = mlp_grads(dz, dhidden, w1, w2, mean, hidden, hidden_activation)
     mlp.run()

@@ -117,6 +117,5 @@ def _of_pairs(x: Windows) -> tuple[int, int, int]:
     D = x.head.D
     if x.wide:
         return (64, 32, 8) if D <= 64 else (32, 32, 4)
-    if D > 64:
-        return 32 if x.tokens % 16 else 64, 32, 8  # tiles that are masked take registers for it
-    return 64, 32, 4
+    masked = x.tokens % 16 != 0  # tiles that are masked take registers for it
+    return (32 if masked and D > 64 else 64), 32, (8 if masked or D > 64 else 4)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -88,14 +88,22 @@ def needs_dtype(backend: str, device: str, dtype: torch.dtype) -> None:
 
 
 def run(
-    module: nn.Module, x: Tensor, residual: Tensor | None = None, activation: str | None = None, noise: float = 0.0
+    module: nn.Module,
+    x: Tensor,
+    residual: Tensor | None = None,
+    activation: str | None = None,
+    noise: float = 0.0,
+    change: Callable[[nn.Module], None] | None = None,
 ) -> dict[str, Tensor]:
     """Forward, then backward with a random output gradient: y, the gradients of x, residual and every parameter, and
 
     the module's buffers thereafter (the module itself keeps its own). Reference modules get the epilogue spelled out.
-    The output gradient is the same for every dtype and device, but for ``noise``, a relative deviation.
+    The output gradient is the same for every dtype and device, but for ``noise``, a relative deviation. ``change`` is
+    made to the copy of the module that runs.
     """
     module = copy.deepcopy(module)
+    if change:
+        change(module)
     x = x.detach().requires_grad_()
     inputs = {"x": x, **dict(module.named_parameters())}
     if residual is not None:

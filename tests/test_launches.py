@@ -63,6 +63,7 @@ def test_copies_are_seen():
     for copied, made in ((False, x.reshape(24)), (True, x.t().reshape(24)), (False, x.contiguous())):
         assert counted.launches_something(torch.ops.aten.reshape.default, (x,), made) == copied
     assert not counted.launches_something(torch.ops.aten.empty.memory_format, (), x)
+    assert counted.launches_something(torch.ops.aten._local_scalar_dense.default, (x,), 1.0)
 
 
 @formats

@@ -131,6 +131,19 @@ def test_ends_of_hardswish(device, backend):
 
 
 @on_kernels
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, under the interpreter, of NaN that is meant
+def test_nan_does_not_pass_where_the_hardswish_is_shut(device, backend):
+    given, grad = arguments(device, hidden=8)
+    bias = torch.linspace(-8, 8, 8, device=device)
+    args = (*given[:4], torch.zeros_like(bias), bias, *given[6:])
+    grad[0, 0, 0] = float("nan")
+    found = both(*kernels(backend), args, grad)
+    assert found[-3].isnan().any(1).sum() == (bias > -3).sum()
+    for got, want in zip(found, exactly(args, grad), strict=True):
+        torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-4, equal_nan=True)
+
+
+@on_kernels
 def test_equal_lines(device, backend):
     """Their mean is exactly their value, their variance zero."""
     given, _ = arguments(device)
@@ -155,8 +168,8 @@ def test_gradients_in_the_weights_dtypes(device, backend):
     given, grad = arguments(device)
     rounded = tuple(t.bfloat16() if isinstance(t, torch.Tensor) and t.dim() == 4 else t for t in given)
     found = both(*kernels(backend), rounded, grad)
-    assert [t.dtype for t in found[-5:]] == [torch.bfloat16] * 5
-    assert {t.dtype for t in found[:-5]} == {torch.float32}
+    assert [t.dtype for t in found[-3:]] == [torch.bfloat16] * 3
+    assert {t.dtype for t in found[:-3]} == {torch.float32}
     exact = tuple(t.float() if isinstance(t, torch.Tensor) else t for t in rounded)
     for got, want in zip(found, both(*kernels(backend), exact, grad), strict=True):
         torch.testing.assert_close(got.float(), want, rtol=2**-7, atol=1e-6)

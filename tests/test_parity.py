@@ -18,8 +18,10 @@ from cases import (
     check,
     feature_map,
     needs_dtype,
+    oracle,
     poisoned,
     run,
+    within_budget,
 )
 from visattn_fast import catalogue
 
@@ -76,6 +78,22 @@ def test_strides(entry, layout, view, device, backend):
     if entry.epilogue:  # a residual in the other layout, too
         other = "nchw" if layout == "channels_last" else "channels_last"
         check(entry, x, backend, feature_map((2, 8, 6, 5), other, torch.float32, device, seed=2), "relu")
+
+
+@entries
+def test_strided_weights(entry, device, backend):
+    """Every second element of a tensor; between them stands NaN."""
+
+    def spread(module):
+        for t in (*module.parameters(), *module.buffers()):
+            if t.is_floating_point():
+                t.data = torch.stack([t.data, torch.full_like(t.data, float("nan"))], -1)[..., 0]
+
+    fast, plain = (m.to(device) for m in entry.pair(8))
+    x = feature_map((3, 8, 6, 5), "nchw", torch.float32, device)
+    with vf.use_backend(backend):
+        fused = run(fast, x, change=spread)
+    within_budget(fused, run(plain, x), *oracle(plain, x))
 
 
 @entries

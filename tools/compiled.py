@@ -43,8 +43,9 @@ SHAPES = ((64, 256, 56, 56), (64, 64, 112, 112), (32, 512, 28, 28), (32, 2048, 7
 # More than 2^31 elements: in many images, in one image, and between the rows of a slice.
 HUGE = ((4096, 256, 56, 56), (1, 2048, 1100, 1100), (2, 3, 32000, 32000))
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-# Of window attention, beside the catalogue's; in brackets all that are worth a look.
+# Of window attention, beside the catalogue's; and all that the kernels are for, with `--attention`.
 WINDOWS = (8, 9, 12, 16)
+WINDOW_DTYPES = (torch.bfloat16, torch.float32)
 EVERY_WINDOW = range(7, 17)
 HEADS = (32, 64, 96)
 EVERY_HEAD = (16, 24, 32, 48, 64, 96, 128)
@@ -239,7 +240,7 @@ def calls(
 
 
 def window_calls(
-    windows: Iterable[int] = WINDOWS, heads: Iterable[int] = HEADS, dtypes: Iterable[torch.dtype] = DTYPES[::2]
+    windows: Iterable[int] = WINDOWS, heads: Iterable[int] = HEADS, dtypes: Iterable[torch.dtype] = WINDOW_DTYPES
 ) -> list[Call]:
     """Window attention, shifted, with four heads of so many channels."""
     entry = catalogue.ENTRIES["window_attention"]

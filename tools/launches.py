@@ -206,11 +206,14 @@ class _Live(TorchDispatchMode):
 
 
 def launches_something(func: Any, inputs: Any, outputs: Any) -> bool:
-    """Whether an operation of PyTorch does more than to allocate or to make a view: `contiguous` and `to` may not."""
+    """Whether an operation of PyTorch does more than to allocate or to make a view.
+
+    `contiguous` and `to` do where they copy. What returns no tensor has read one, on the host.
+    """
     if "empty" in str(func):
         return False
     given, made = ({t.untyped_storage()._cdata for t in tree_leaves(v) if _is_tensor(t)} for v in (inputs, outputs))
-    return func._schema.is_mutable or not made <= given
+    return func._schema.is_mutable or not made or not made <= given
 
 
 def _is_tensor(value: Any) -> bool:

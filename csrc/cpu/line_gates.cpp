@@ -294,8 +294,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> line_gates_bw
       for (int64_t n = 0; n < s.N; ++n) grads.add(n, c0, c1);
       grads.finish(c0, c1, dw_h, dw_w, dw1, db_h, db_w);
     });
-    return std::make_tuple(dmeans, sums, gradient_of(w1, dw1), gradient_of(w_h, dw_h), gradient_of(w_h, db_h),
-                           gradient_of(w_w, dw_w), gradient_of(w_w, db_w));
+    return std::make_tuple(dmeans, sums, db_h, db_w, gradient_of(w1, dw1), gradient_of(w_h, dw_h),
+                           gradient_of(w_w, dw_w));
   });
 }
 

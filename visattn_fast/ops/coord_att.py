@@ -26,7 +26,7 @@ def _gradients(grad, tensors, small, options):
     grad = grad.contiguous(memory_format=memory_format(x))
     dgates, dresidual = axis_scale_bwd(grad, x, gates, residual, activation)
     statistics = batch or (mean, var)
-    dmeans, sums, dw1, dw_h, db_h, dw_w, db_w = line_gates_bwd(
+    dmeans, sums, db_h, db_w, dw1, dw_h, dw_w = line_gates_bwd(
         dgates, gates, means, z, x.shape[2], w1, bn_weight, bn_bias, *statistics, w_h, w_w, eps, not batch
     )
     dx = axis_input_grad(dresidual if activation else grad, x, gates, dmeans)

@@ -83,7 +83,7 @@ def _line_gates_bwd_reference(
     db1 = dbias * gain if fixed else torch.zeros_like(dbias)  # the batch's mean takes it out
     dz = daffine * gain
     dw1 = torch.bmm(dz.mT, means.mT).sum(0).view(w1.shape)
-    return _to_lines(dz, w1_.t(), None, inside), torch.stack([dbias, dweight, db1]), dw1, dw_h, db_h, dw_w, db_w
+    return _to_lines(dz, w1_.t(), None, inside), torch.stack([dbias, dweight, db1]), db_h, db_w, dw1, dw_h, dw_w
 
 
 def _line_gates_fwd_fake(means, height, w1, b1, bn_weight, bn_bias, mean, var, w_h, b_h, w_w, b_w, eps):
@@ -96,7 +96,7 @@ def _line_gates_bwd_fake(
     dgates, gates, means, z, height, w1, bn_weight, bn_bias, mean, var, w_h, w_w, eps, fixed
 ):  # fmt: skip
     new, c = means.new_empty, means.shape[1]
-    return torch.empty_like(means), new(3, w1.shape[0]), new(w1.shape), new(w_h.shape), new(c), new(w_w.shape), new(c)
+    return torch.empty_like(means), new(3, w1.shape[0]), new(c), new(c), new(w1.shape), new(w_h.shape), new(w_w.shape)
 
 
 line_gates_fwd = define(
@@ -111,9 +111,9 @@ line_gates_fwd = define(
 line_gates_bwd = define(
     "line_gates_bwd(Tensor dgates, Tensor gates, Tensor means, Tensor z, SymInt height, Tensor w1, Tensor? bn_weight,"
     " Tensor? bn_bias, Tensor mean, Tensor var, Tensor w_h, Tensor w_w, float eps, bool fixed)"
-    " -> (Tensor dmeans, Tensor sums, Tensor dw1, Tensor dw_h, Tensor db_h, Tensor dw_w, Tensor db_w)",
+    " -> (Tensor dmeans, Tensor sums, Tensor db_h, Tensor db_w, Tensor dw1, Tensor dw_h, Tensor dw_w)",
     "line_gates",
     _line_gates_bwd_reference,
     _line_gates_bwd_fake,
-    gradients_of=("w1", "w_h", "w_h", "w_w", "w_w"),
+    gradients_of=("w1", "w_h", "w_w"),
 )
