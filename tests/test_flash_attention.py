@@ -133,9 +133,10 @@ def uses(compiled, d, dtype, bias, size=(32, 32), images=2):
     ],
     ids=str,
 )
-def test_compiled(d, dtype, target):
+def test_compiled(d, dtype, target, monkeypatch):
     """No spills, no 32-bit overflow, no lost NaN; heads are read 16 bytes at a time, wide ones in float32 8."""
     compiled = pytest.importorskip("tools.compiled", reason="not beside the repository's tools")
+    monkeypatch.setattr("visattn_fast.kernels._heuristics.amd", lambda: target == "gfx942")
     kernels = compiled.compile_all(compiled.specialise(uses(compiled, d, dtype, True), [target]))
     names = {k.variant.kernel for k in kernels}
     assert names == {f"_{n}_kernel" for n in ("attention", "mean_weights", "delta", "dkdv", "dq", "dtable")}
