@@ -80,7 +80,7 @@ def window_attention_fwd(
     qkv: torch.Tensor, bias: torch.Tensor | None, table: torch.Tensor, heads: int, window_h: int, window_w: int,
     shift_h: int, shift_w: int, scale: float, pad_first: int,
 ) -> torch.Tensor:  # fmt: skip
-    """See `visattn_fast.ops.window_attention`. Reads qkv once and writes out once.
+    """See `visattn_fast.ops.window_attention`. Writes out once; reads qkv once where one tile has a window's queries.
 
     Raises:
         ValueError: windows of more than 256 tokens.
