@@ -113,7 +113,12 @@ def test_a_step_has_a_limit(monkeypatch):
     )
     assert gpu_check.bounded([sys.executable, "-c", deaf], 1.0) == (None, "here\n")
     monkeypatch.setattr(gpu_check, "GRACE", 20.0)
-    hears = "import time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('heard')"
+    hears = (
+        "import signal, time\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a job in the background begins without it
+        "try: time.sleep(60)\n"
+        "except KeyboardInterrupt: print('heard')"
+    )
     assert gpu_check.bounded([sys.executable, "-c", hears], 3.0) == (None, "heard\n")
     assert gpu_check.bounded([sys.executable, "-c", "raise SystemExit(3)"], 20.0) == (3, "")
 
