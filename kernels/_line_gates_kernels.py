@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from ._product import dot
-from ._tiles import HARD_SIGMOID, activate, gate_grad, sigmoid
+from ._tiles import HARD_SIGMOID, SIGMOID, activate, gate_grad, sigmoid
 
 
 class Lines(NamedTuple):
@@ -205,7 +205,7 @@ def _logit_grads(dgates_ptr, gates_ptr, n, line, there, c, size):
     """The gradients before the sigmoid, [BLOCK_L, BLOCK_C]."""
     offsets, mask = _at_lines(n, line, there, c, size)
     gates = tl.load(gates_ptr + offsets, mask=mask, other=0.0)
-    return tl.load(dgates_ptr + offsets, mask=mask, other=0.0) * gate_grad(gates, 0)
+    return tl.load(dgates_ptr + offsets, mask=mask, other=0.0) * gate_grad(gates, SIGMOID)
 
 
 @triton.jit

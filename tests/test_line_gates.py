@@ -81,7 +81,7 @@ def test_kernels_against_float64(device, backend, channels_inside, affine, fixed
 
 @on_kernels
 def test_images_that_programs_do_not_share_evenly(device, backend, monkeypatch):
-    """Of three images one program has two."""
+    """Of three blocks of columns one program has two."""
     if backend == "triton":
         monkeypatch.setattr(importlib.import_module("visattn_fast.kernels.line_gates"), "PROGRAMS", 4)
     hold(*arguments(device, hidden=3), backend)

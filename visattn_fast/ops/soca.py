@@ -87,17 +87,10 @@ class _Vectors:
         return v if k == 0 else self.t(k, self.z(k - 1, v))
 
     def t(self, k: int, v: Tensor) -> Tensor:
-        if k == 1:
-            self.inputs.append(v)
-            return self._first(v)
         return self._half(v, self.y(k - 1, self.z(k - 1, v)))
 
-    def _first(self, v: Tensor) -> Tensor:
-        """v T_1; `baddbmm` with the factors 1.5 and -0.5 would be one call, and lose two bits."""
-        return self._half(v, torch.bmm(v, self.a))
-
     def _half(self, v: Tensor, product: Tensor) -> Tensor:
-        """``(3 v - product) / 2``, in one call."""
+        """``(3 v - product) / 2``, in one call; one `baddbmm` for the product, too, would lose two bits."""
         return torch.lerp(v, product, -0.5)
 
     def y_backward(self, k: int, g: Tensor, power: int) -> Tensor:
@@ -110,9 +103,6 @@ class _Vectors:
         return g if k == 0 else self.z_backward(k - 1, self.t_backward(k, g, power), power)
 
     def t_backward(self, k: int, g: Tensor, power: int) -> Tensor:
-        if k == 1:
-            self.gradients.append((g, power + 1))
-            return self._first(g)
         return self._half(g, self.z_backward(k - 1, self.y_backward(k - 1, g, power + 1), power + 1))
 
     def apply(self, v: Tensor) -> Tensor:
