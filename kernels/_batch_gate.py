@@ -16,6 +16,7 @@ import triton.language as tl
 from ._heuristics import TILE, cdiv, next_power_of_2, vector_block
 from ._launch import launch
 from ._layout import Layout, accumulation_dtype
+from ._pool import pair_sums
 from ._self_gate import Gate, apply_gate, gate_dx, logit_sums, moments
 from ._self_gate_kernels import combined_moments
 from ._self_gate_tiles import AFFINE
@@ -78,17 +79,8 @@ def _combine_grads_kernel(
     BLOCK_S: tl.constexpr, BLOCK_L: tl.constexpr,
 ):  # fmt: skip
     """sums [2, C] of parts [rows, 2, C], of r and r d, in order; dbias = share sum r, dweight = share rstd sum r d."""
-    acc_ty = parts_ptr.dtype.element_ty
     c = tl.program_id(0) * BLOCK_L + tl.arange(0, BLOCK_L)
-    firsts = tl.zeros([BLOCK_S, BLOCK_L], acc_ty)
-    seconds = tl.zeros([BLOCK_S, BLOCK_L], acc_ty)
-    for start in range(0, rows, BLOCK_S):
-        i = start + tl.arange(0, BLOCK_S)
-        mask = (i < rows)[:, None] & (c < C)[None, :]
-        at = parts_ptr + i[:, None].to(tl.int64) * 2 * C + c[None, :]
-        firsts += tl.load(at, mask=mask, other=0.0)
-        seconds += tl.load(at + C, mask=mask, other=0.0)
-    first, second = tl.sum(firsts, 0), tl.sum(seconds, 0)
+    first, second = pair_sums(parts_ptr, c, C, rows, BLOCK_S)
     tl.store(sums_ptr + c, first, mask=c < C)
     tl.store(sums_ptr + C + c, second, mask=c < C)
     if share_ptr is not None:

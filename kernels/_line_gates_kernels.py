@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from ._pool import pair_sums
 from ._product import dot
 from ._tiles import HARD_SIGMOID, SIGMOID, activate, gate_grad, sigmoid
 
@@ -241,21 +242,13 @@ def _norm_grads_kernel(
     """sums [3, M]: the gradients of the norm's bias and weight, sums of parts in order, and of b1."""
     acc_ty = sums_ptr.dtype.element_ty
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    dbias = tl.zeros([BLOCK_S, BLOCK_M], acc_ty)
-    dweight = tl.zeros([BLOCK_S, BLOCK_M], acc_ty)
-    for start in range(0, rows, BLOCK_S):
-        row = start + tl.arange(0, BLOCK_S)
-        at = parts_ptr + row[:, None].to(tl.int64) * 2 * size.M + m[None, :]
-        mask = (row < rows)[:, None] & (m < size.M)[None, :]
-        dbias += tl.load(at, mask=mask, other=0.0)
-        dweight += tl.load(at + size.M, mask=mask, other=0.0)
-    total = tl.sum(dbias, 0)
-    tl.store(sums_ptr + m, total, mask=m < size.M)
-    tl.store(sums_ptr + size.M + m, tl.sum(dweight, 0), mask=m < size.M)
+    dbias, dweight = pair_sums(parts_ptr, m, size.M, rows, BLOCK_S)
+    tl.store(sums_ptr + m, dbias, mask=m < size.M)
+    tl.store(sums_ptr + size.M + m, dweight, mask=m < size.M)
     db1 = tl.zeros([BLOCK_M], acc_ty)  # the batch's mean takes it out
     if FIXED:
         inverse = 1 / tl.sqrt(_vector(var_ptr, m, size.M, 1.0, acc_ty) + EPS)
-        db1 = total * inverse * _vector(bn_weight_ptr, m, size.M, 1.0, acc_ty)
+        db1 = dbias * inverse * _vector(bn_weight_ptr, m, size.M, 1.0, acc_ty)
     tl.store(sums_ptr + 2 * size.M + m, db1, mask=m < size.M)
 
 

@@ -95,6 +95,21 @@ def parts_sum(parts_ptr, n, k, L, parts, ROWS: tl.constexpr, BLOCK_S: tl.constex
 
 
 @triton.jit
+def pair_sums(parts_ptr, k, L, rows, BLOCK_S: tl.constexpr):
+    """Both sums of parts [rows, 2, L] over the rows at columns k, BLOCK_S rows at a time, in order."""
+    acc_ty = parts_ptr.dtype.element_ty
+    firsts = tl.zeros([BLOCK_S, k.shape[0]], acc_ty)
+    seconds = tl.zeros([BLOCK_S, k.shape[0]], acc_ty)
+    for start in range(0, rows, BLOCK_S):
+        row = start + tl.arange(0, BLOCK_S)
+        mask = (row < rows)[:, None] & (k < L)[None, :]
+        at = parts_ptr + row[:, None].to(tl.int64) * 2 * L + k[None, :]
+        firsts += tl.load(at, mask=mask, other=0.0)
+        seconds += tl.load(at + L, mask=mask, other=0.0)
+    return tl.sum(firsts, 0), tl.sum(seconds, 0)
+
+
+@triton.jit
 def parts_max(parts_ptr, parts_argmax_ptr, n, k, L, parts, EVEN: tl.constexpr, BLOCK_S: tl.constexpr):
     """Maximum of the parts' second rows at columns k, and its index, or minus the number of equals."""
     rows, mask = _part_rows(parts_ptr + L, n, k, L, parts, 2, BLOCK_S)
