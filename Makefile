@@ -7,8 +7,9 @@ SOURCES := $(wildcard csrc/*.h csrc/cpu/*.h csrc/cpu/*.cpp csrc/cuda/plan.h)
 CUDA_SOURCES := $(wildcard csrc/cuda/*.* csrc/cuda/emulation/*.*)
 # Test processes. Threads of two of them share the cores, and wait asleep; the interpreter needs one thread each.
 PROCESSES ?= 2
-INTERPRETED := $(addprefix tests/test_,parity.py autograd.py gates.py flash_attention.py window_attention.py \
-	kernels_interpreter.py launches.py resident.py traffic.py planted_faults.py)
+INTERPRETED := $(addprefix tests/,modules/test_parity.py modules/test_autograd.py modules/test_window_attention.py \
+	ops/test_gates.py kernels/test_flash_attention.py kernels/test_kernels_interpreter.py kernels/test_launches.py \
+	kernels/test_resident.py kernels/test_traffic.py kernels/test_planted_faults.py)
 
 .PHONY: report test bench kernels evidence lint format ext-cuda gpu-check build clean
 
@@ -35,7 +36,7 @@ ext-cuda:
 	VISATTN_BUILD_CUDA=only $(PYTHON) setup.py build_ext --inplace --force
 	$(PYTHON) -c "from visattn_fast import native; raise SystemExit(native.load(native.CUDA_LIBRARY))"
 
-# What is proven of each kernel, and where: docs/evidence.md.
+# What is proven of each kernel, and where: docs/internals/evidence.md.
 evidence: $(VENV)/installed
 	$(BIN)/python -m tools.ledger
 

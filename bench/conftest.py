@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 import pytest
 
 from visattn_fast.catalogue import SHAPES
+from visattn_fast.measure.step import DEFAULT_MODES, MODES
 from visattn_fast.report.cases import CONTENDERS, DEFAULT_CONTENDERS, DTYPES, choose
-from visattn_fast.report.steps import DEFAULT_MODES, MODES
 
 from .clock import DEVICE
 

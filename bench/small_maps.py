@@ -15,10 +15,10 @@ from collections.abc import Callable
 import torch
 
 from visattn_fast.backends import use_backend
+from visattn_fast.measure.step import DEFAULT_MODES
+from visattn_fast.measure.timing import Effort, Run, interleaved
 from visattn_fast.report.cases import Case, parse_shape
-from visattn_fast.report.steps import DEFAULT_MODES
 from visattn_fast.report.subject import Subject
-from visattn_fast.report.timing import Effort, Run, interleaved
 
 CONTENDERS = ("eager", "fused")
 CALLS = 20  # in a block

@@ -16,8 +16,8 @@ from torch import Tensor
 import visattn_fast as vf
 from bench.clock import DEVICE, measure, timed
 from visattn_fast.backends import backends
+from visattn_fast.measure.step import TRAINING, Results, step
 from visattn_fast.reference.attention2d import relative_bias, split_heads
-from visattn_fast.report.steps import TRAINING, Results, step
 
 HEADS = 4
 TOKENS = 4096 if DEVICE.type == "cuda" else 1024  # of a batch, or one image

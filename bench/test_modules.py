@@ -1,7 +1,7 @@
 """Every gated module by every contender, in both layouts and several modes: side by side in a group.
 
 ``pytest bench --benchmark-only``, with ``--all-shapes`` for every size; ``--modes``, ``--contenders`` and ``--dtypes``
-as for ``visattn-fast report``, whose cases, check against float64 and clock these are: docs/benchmarks.md.
+as for ``visattn-fast report``, whose cases, check against float64 and clock these are: docs/guide/benchmarks.md.
 """
 
 from __future__ import annotations

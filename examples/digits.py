@@ -17,8 +17,8 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 
+from visattn_fast.measure.memory import peak_bytes
 from visattn_fast.models import AttentionResNet
-from visattn_fast.report.memory import peak_bytes
 
 BATCH = 64
 FIRST_STEPS = 3

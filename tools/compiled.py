@@ -24,7 +24,7 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
 from visattn_fast import catalogue
-from visattn_fast.kernels import _heuristics
+from visattn_fast.kernels.core import heuristics
 
 from . import binary, ttir
 from .launches import Call, Launch, Shape, flat
@@ -165,7 +165,7 @@ def variants(calls: Iterable[Call], targets: Iterable[str]) -> list[Variant]:
     calls, found = list(calls), []
     for amd, chosen in itertools.groupby(sorted(targets, key=_amd), _amd):
         uses: list[Use] = []
-        with mock.patch.object(_heuristics, "amd", lambda amd=amd: amd):
+        with mock.patch.object(heuristics, "amd", lambda amd=amd: amd):
             for call in calls:
                 call.run("meta", lambda launch, run, call=call: uses.append(_use(launch, call)))  # noqa: B023
         found += specialise(uses, chosen)

@@ -36,11 +36,11 @@ import torch
 
 from visattn_fast import catalogue
 from visattn_fast.backends import backends
+from visattn_fast.measure.timing import Effort
 from visattn_fast.report import subject
 from visattn_fast.report.cases import DEFAULT_CONTENDERS, Case, Shape, matrix
 from visattn_fast.report.machine import describe
 from visattn_fast.report.measure import Measured, measure
-from visattn_fast.report.timing import Effort
 
 from . import ledger, teams
 
@@ -54,17 +54,26 @@ GRACE = 15.0  # seconds in which a process that is told to stop says what it has
 # card's memory run alone.
 ON_GPU = ("-k", "(cuda or test_gpu) and not more_than_2_to")
 TESTS = {
-    "on a GPU": (0.25, ("tests/test_gpu.py", "tests/test_resident.py", "tests/test_launches.py", *ON_GPU)),
-    "parity": (0.3, ("tests/test_parity.py", "-k", "cuda and not fuzz")),
-    "native CUDA": (0.12, ("tests/test_cuda_kernels.py",)),
+    "on a GPU": (
+        0.25,
+        ("tests/cuda/test_gpu.py", "tests/kernels/test_resident.py", "tests/kernels/test_launches.py", *ON_GPU),
+    ),
+    "parity": (0.3, ("tests/modules/test_parity.py", "-k", "cuda and not fuzz")),
+    "native CUDA": (0.12, ("tests/cuda/test_cuda_kernels.py",)),
     "more of the kernels": (
         0.18,
         (
-            *(f"tests/test_{name}.py" for name in ("kernels_interpreter", "gates", "flavours", "branches", "gam")),
-            *("tests/test_flash_attention.py", "tests/test_window_attention.py", "-k", "cuda and not fuzz"),
+            *("tests/kernels/test_kernels_interpreter.py", "tests/ops/test_gates.py"),
+            *(f"tests/modules/test_{name}.py" for name in ("flavours", "branches", "gam")),
+            *(
+                "tests/kernels/test_flash_attention.py",
+                "tests/modules/test_window_attention.py",
+                "-k",
+                "cuda and not fuzz",
+            ),
         ),
     ),
-    "over 2^31 elements": (0.15, ("tests/test_gpu.py", "-k", "more_than_2_to")),
+    "over 2^31 elements": (0.15, ("tests/cuda/test_gpu.py", "-k", "more_than_2_to")),
 }
 PYTEST = ("-m", "pytest", "-v", "--tb=short", "-W", "default", "-p", "no:cacheprovider")
 PROCESSES = 14  # that share a card's memory
@@ -328,7 +337,7 @@ def _measure(record: Record, key: str, case: Case, plan: Plan, contenders: Itera
 
 def _kept_on_chip(case: Case, device: torch.device) -> bool:
     """Whether there is a resident kernel for the case; else its streaming one would be measured again."""
-    names = ("_heuristics", "_launch", "_layout")
+    names = ("core.heuristics", "core.launch", "core.layout")
     heuristics, launch, layout = (importlib.import_module(f"visattn_fast.kernels.{name}") for name in names)
     dtype, memory_format = getattr(torch, case.dtype), catalogue.LAYOUTS[case.layout]
     x = torch.empty(case.shape, dtype=dtype, device="meta", memory_format=memory_format)

@@ -1,7 +1,7 @@
 """Where a GPU's time goes, kernel by kernel and pass by pass: what `tools.gpu_check` measures as a whole.
 
 ``python -m tools.gpu_times kernels --modules se,cbam`` prints the device time of each kernel of a training step.
-``python -m tools.gpu_times grains`` times the passes over x at the grains of `kernels/_heuristics.py` and at others.
+``python -m tools.gpu_times grains`` times the passes over x at the grains of `kernels.core.heuristics` and others.
 Both start from a cold L2, with [64, 256, 56, 56] in bfloat16 if no ``--shape`` is given. Kernels are compiled as they
 come, about a second each.
 """
@@ -27,9 +27,9 @@ from visattn_fast.report.cases import Shape, parse_shape
 
 from .table import show
 
-_conv, _gate, _heuristics, _input_grad, _layout, _pool = (
+conv, gate, heuristics, input_grad, layouts, pool = (
     importlib.import_module(f"visattn_fast.kernels.{name}")
-    for name in ("_conv", "_gate", "_heuristics", "_input_grad", "_layout", "_pool")
+    for name in ("passes.conv", "passes.gate", "core.heuristics", "passes.input_grad", "core.layout", "passes.pool")
 )
 STEPS = 5
 CACHE = 256 << 20  # bytes that are written between passes: more than any L2
@@ -85,22 +85,22 @@ def passes(shape: Shape, layout: str, device: str, dtype: torch.dtype = torch.bf
     dmaps, dpooled = torch.randn(n, 2, h, w, device=device), torch.randn(n, 2, c, device=device)
     at_c = torch.randint(c, (n, h, w), device=device, dtype=torch.int32)
     at_hw = torch.randint(h * w, (n, c), device=device, dtype=torch.int32)
-    x, lies = _layout.canonical(x)
+    x, lies = layouts.canonical(x)
 
     def map_gradients() -> None:
-        slots = _gate.map_grads_reduction(lies).parts
-        _gate.map_grads(x, lies, dmaps, at_c, channel.new_empty((n, slots, c)))
+        slots = gate.map_grads_reduction(lies).parts
+        gate.map_grads(x, lies, dmaps, at_c, channel.new_empty((n, slots, c)))
 
     return {
-        "mean": lambda: _pool.mean_hw(x, lies),
-        "mean and maximum": lambda: _pool.mean_max_hw(x, lies),
-        "maps": lambda: _pool.mean_max_c(x, channel, lies),
-        "scale": lambda: _gate.scale(x, lies, channel, None, None, 0),
-        "gate gradient": lambda: _gate.gate_grads(grad, x, lies, channel, None, None, 0),
-        "gate gradients": lambda: _gate.gate_grads(grad, x, lies, channel, spatial, None, 0),
+        "mean": lambda: pool.mean_hw(x, lies),
+        "mean and maximum": lambda: pool.mean_max_hw(x, lies),
+        "maps": lambda: pool.mean_max_c(x, channel, lies),
+        "scale": lambda: gate.scale(x, lies, channel, None, None, 0),
+        "gate gradient": lambda: gate.gate_grads(grad, x, lies, channel, None, None, 0),
+        "gate gradients": lambda: gate.gate_grads(grad, x, lies, channel, spatial, None, 0),
         "map gradients": map_gradients,
-        "input gradient": lambda: _input_grad.input_grad(x, lies, grad=grad, channel_gate=channel, dpooled=channel),
-        "input gradient, maps": lambda: _input_grad.input_grad(
+        "input gradient": lambda: input_grad.input_grad(x, lies, grad=grad, channel_gate=channel, dpooled=channel),
+        "input gradient, maps": lambda: input_grad.input_grad(
             x, lies, grad=grad, channel_gate=channel, spatial_gate=spatial, dpooled=dpooled, argmax_hw=at_hw,
             dmaps=dmaps, argmax_c=at_c,
         ),
@@ -110,11 +110,11 @@ def passes(shape: Shape, layout: str, device: str, dtype: torch.dtype = torch.bf
 def grains(shape: Shape, layout: str) -> Iterator[tuple[str, float, float, str]]:
     """(pass, us now, us at best, that grain)."""
     for name, run in passes(shape, layout, "cuda").items():
-        now = _heuristics.GRAINS[name][layout == "channels_last"]
+        now = heuristics.GRAINS[name][layout == "channels_last"]
         tried = itertools.product((1024, 2048, 4096, 8192), (64, 128, 256, 512), (8, 16, 32))
         times = {}
         few = (t for t in tried if t[0] <= 512 * t[2])  # threads, which narrow rows may double
-        for grain in [now, *(_heuristics.Grain(*t) for t in few)]:
+        for grain in [now, *(heuristics.Grain(*t) for t in few)]:
             with chosen(name, grain):
                 times[grain] = 1e3 * statistics.median(do_bench(run, warmup=3, rep=12, return_mode="all"))
         best = min(times, key=lambda g: times[g])
@@ -124,12 +124,12 @@ def grains(shape: Shape, layout: str) -> Iterator[tuple[str, float, float, str]]
 @contextmanager
 def chosen(name: str, grain: Any) -> Iterator[None]:
     """Within the context a pass has this grain in both layouts."""
-    before = _heuristics.GRAINS[name]
-    _heuristics.GRAINS[name] = (grain, grain)
+    before = heuristics.GRAINS[name]
+    heuristics.GRAINS[name] = (grain, grain)
     try:
         yield
     finally:
-        _heuristics.GRAINS[name] = before
+        heuristics.GRAINS[name] = before
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from triton.runtime import interpreter, jit
 
 from visattn_fast import catalogue
-from visattn_fast.ops import _library
+from visattn_fast.ops import library
 
 from . import teams
 
@@ -78,7 +78,7 @@ def flat(named: Mapping[str, Any]) -> dict[str, Any]:
 def on_triton(entry: catalogue.Entry) -> bool:
     """Whether there are kernels for the module, or PyTorch's operations serve it on GPUs too."""
     ops = entry.ops or (f"{entry.name}_fwd", f"{entry.name}_bwd")
-    return any(_library.OPS[op].launcher for op in ops)
+    return any(library.OPS[op].launcher for op in ops)
 
 
 @dataclass(frozen=True)
@@ -232,13 +232,13 @@ class _Router(TorchDispatchMode):
                 self.operation(self.op, func, (args, kwargs), result)
             return result
         op = func._schema.name.removeprefix("visattn_fast::")
-        launcher = _library.OPS[op].launcher
+        launcher = library.OPS[op].launcher
         if launcher is None:
             if not (self.between and self.operation):
                 return func(*args, **(kwargs or {}))
             with _Operations(self.op, self.operation):
-                return _library.OPS[op].reference(*args, **(kwargs or {}))
-        launchers = importlib.import_module(f"visattn_fast.kernels.{launcher}")
+                return library.OPS[op].reference(*args, **(kwargs or {}))
+        launchers = importlib.import_module(f"visattn_fast.kernels.ops.{launcher}")
         with watched(self.op, self.observe, self.operation):
             return getattr(launchers, op)(*args, **(kwargs or {}))
 

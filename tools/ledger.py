@@ -1,4 +1,4 @@
-"""Writes docs/evidence.md, what is proven of each GPU kernel and where: ``make evidence``.
+"""Writes docs/internals/evidence.md, what is proven of each GPU kernel and where: ``make evidence``.
 
 It runs the parity tests under the interpreter, counts the traffic, compiles every kernel, Triton's and, where nvcc is,
 the native ones, whose traffic the emulation counts; and it reads what ``make gpu-check`` left in bench/results/.
@@ -26,7 +26,7 @@ from . import compiled, cuda_objects, emulation
 from .launches import on_triton
 
 ROOT = Path(__file__).parents[1]
-LEDGER = ROOT / "docs" / "evidence.md"
+LEDGER = ROOT / "docs" / "internals" / "evidence.md"
 RESULTS = ROOT / "bench" / "results"
 TRAFFIC = """
 import json
@@ -135,10 +135,10 @@ def figure(mean: float | None) -> str:
 def parity_section() -> str:
     """The parity tests under the interpreter, counted by module; and those of the resident kernels."""
     counts = {name: Counter[str]() for name in catalogue.ENTRIES}
-    for case in interpreted("tests/test_parity.py"):
+    for case in interpreted("tests/modules/test_parity.py"):
         module = next(name for name in sorted(counts, key=len, reverse=True) if name in case.attrib["name"])
         counts[module][outcome(case)] += 1
-    resident = Counter(outcome(case) for case in interpreted("tests/test_resident.py"))
+    resident = Counter(outcome(case) for case in interpreted("tests/kernels/test_resident.py"))
     return parity_table(counts) + resident_line(resident)
 
 
@@ -154,7 +154,7 @@ def resident_line(counts: Counter[str]) -> str:
     names = " and ".join(entry.name for entry in catalogue.ENTRIES.values() if entry.resident)
     text = f"\nThe kernels of {names} that keep an image on the chip, their programs in turns drawn by chance: "
     text += f"{counts['passed']} passed, {counts['failed']} failed: "
-    return text + "`TRITON_INTERPRET=1 pytest tests/test_resident.py`; the rest needs a GPU, or compiles.\n"
+    return text + "`TRITON_INTERPRET=1 pytest tests/kernels/test_resident.py`; the rest needs a GPU, or compiles.\n"
 
 
 def parity_table(counts: dict[str, Counter[str]]) -> str:
@@ -166,7 +166,7 @@ def parity_table(counts: dict[str, Counter[str]]) -> str:
         if name not in without
     ]
     text = "\n## Under Triton's interpreter\n\nValues, every gradient, ties, NaN, strides, determinism: "
-    text += "`TRITON_INTERPRET=1 pytest tests/test_parity.py`.\n\n"
+    text += "`TRITON_INTERPRET=1 pytest tests/modules/test_parity.py`.\n\n"
     text += table(("module", "passed", "failed", "skipped"), rows)
     return text + (f"\nWithout Triton kernels, and served by PyTorch: {', '.join(without)}.\n" if without else "")
 
@@ -211,7 +211,7 @@ def emulation_section() -> str:
         "\n## The native CUDA kernels, emulated\n\nThe code that a GPU would run, on small devices; bytes in multiples "
     )
     text += "of the bytes of x, what comes from the L2 cache included: `python -m tools.emulation`, "
-    text += "`tests/test_cuda_emulation.py`.\n\n"
+    text += "`tests/cuda/test_cuda_emulation.py`.\n\n"
     if why := emulation.why_not():
         return text + f"Not emulated where this was written: {why}.\n"
     rows, faults = emulation.counts()

@@ -16,7 +16,7 @@ from unittest import mock
 
 from triton.runtime import interpreter
 
-from visattn_fast.kernels import _heuristics
+from visattn_fast.kernels.core import heuristics
 
 WAITS_AT = "meet_ptr"  # the parameter by which a kernel is known that waits
 PATIENCE = 2000  # turns that a program may take; one that waits for what never comes takes more
@@ -24,8 +24,8 @@ PATIENCE = 2000  # turns that a program may take; one that waits for what never 
 
 @contextmanager
 def resident() -> Iterator[None]:
-    """Within the context SE and ECA keep images on the chip where they can: `kernels._heuristics.resident`."""
-    with mock.patch.object(_heuristics, "RESIDENT", True):
+    """Within the context SE and ECA keep images on the chip where they can: `kernels.core.heuristics.resident`."""
+    with mock.patch.object(heuristics, "RESIDENT", True):
         yield
 
 

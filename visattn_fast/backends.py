@@ -22,7 +22,7 @@ _DTYPES = {
 }
 _TRITON_KEYS = {"cuda": "CUDA", "xpu": "XPU", "cpu": "CPU"}  # the last under the interpreter alone
 # Device types on which the Triton kernels have passed their tests as they are now; others are opt-in. AMD's GPUs are
-# "cuda", too. What has run, and when: docs/gpu.md.
+# "cuda", too. What has run, and when: docs/internals/gpu.md.
 _TRITON_PROVEN = ()
 _CUDA_FASTER = ()  # those on which the native CUDA kernels are right, and faster than Triton's
 

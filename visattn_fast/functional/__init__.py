@@ -1,7 +1,6 @@
 """The public functions, one file per family: check, choose a backend, call."""
 
 from ..reference.batch_norm import Norm
-from .attention2d import attention2d
 from .cbam import cbam, channel_attention, spatial_attention
 from .coord_att import coord_att
 from .criss_cross import criss_cross
@@ -10,14 +9,15 @@ from .gam import channel_mlp, norm_gate
 from .gates import conv_maps, gate_channels, gate_twice
 from .local_attention import local_attention
 from .nam import nam
-from .s2mlpv2 import split_attention
 from .scse import scse
 from .se import se
+from .self_attention import attention2d
 from .sequence import additive_score, masked_attention
 from .shuffle_attention import shuffle_attention
 from .simam import simam
 from .sk import sk
 from .soca import soca
+from .split_attention import split_attention
 from .window_attention import window_attention
 
 __all__ = [

@@ -14,7 +14,7 @@ from ..reference.batch_norm import Norm, update_running_statistics
 from ..reference.checks import ACTIVATIONS, check_choice, check_residual
 from ..reference.nam import check_nam
 
-# Compiled, maps of at most so many pixels are the reference's, which Inductor makes faster code of: docs/compile.md.
+# Compiled, maps of at most this many pixels take plain PyTorch, which Inductor makes faster: docs/guide/compile.md.
 TINY: dict[Callable[..., Any], int] = {
     ops.se_mathematics: 25, reference.channel_mlp: 49, reference.norm_gate: 49, reference.split_attention: 49,
     reference.nam: 196, reference.simam: 196, reference.soca: 196, reference.attention2d: 196,

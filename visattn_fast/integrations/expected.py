@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 
-from ..report.memory import saved_bytes
+from ..measure.memory import saved_bytes
 from .recipe import Recipe, is_swapped, put_back, swap
 
 _SIDE = 32  # pixels

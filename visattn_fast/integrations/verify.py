@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ..backends import select
-from ..report.memory import saved_bytes
-from ..report.timing import Effort, Run, interleaved, quantiles
+from ..measure.memory import saved_bytes
+from ..measure.timing import Effort, Run, interleaved, quantiles
 from .recipe import put_back, swap
 from .report import Acceleration, Skipped, Swapped
 

@@ -7,7 +7,6 @@ from .eca import FastECA
 from .gam import FastGAM
 from .local_attention import FastLocalAttention
 from .nam import FastNAM
-from .s2mlpv2 import FastS2MLPv2
 from .scse import FastscSE
 from .se import FastSE
 from .self_attention import FastSelfAttention2d
@@ -16,6 +15,7 @@ from .shuffle_attention import FastShuffleAttention
 from .simam import FastSimAM
 from .sk import FastSK
 from .soca import FastSOCA
+from .split_attention import FastS2MLPv2
 from .window_attention import FastWindowAttention2d
 
 __all__ = [

@@ -1,9 +1,7 @@
 """One file per op family: schema, reference implementation, fake, autograd.Function."""
 
-from ._autograd import mixed, recorded, run
-from ._library import register_cuda, register_triton
 from .additive_score import AdditiveScoreFunction, fits_a_block
-from .attention2d import Attention2dFunction, attention_mean
+from .autograd import mixed, recorded, run
 from .cbam import CBAMFunction
 from .channel_attention import ChannelAttentionFunction
 from .channel_mlp import ChannelMLPFunction
@@ -12,19 +10,21 @@ from .coord_att import CoordAttFunction
 from .criss_cross import CrissCrossFunction
 from .eca import ECAFunction, eca_normed
 from .gates import ChannelScale, Mean, PoolChannels, PoolPixels, TwofoldScale
+from .library import register_cuda, register_triton
 from .linear import linear
 from .local_attention import LocalAttentionFunction
 from .map_conv import MapConvFunction
 from .nam import NAMFunction
 from .norm_gate import NormGateFunction
-from .s2mlpv2 import SplitAttentionFunction
 from .scse import ScSEFunction
 from .se import SEFunction, se_mathematics, se_normed
+from .self_attention import Attention2dFunction, attention_mean
 from .shuffle_attention import ShuffleAttentionFunction
 from .simam import SimAMFunction
 from .sk import SKFunction
 from .soca import SOCAFunction
 from .spatial_attention import SpatialAttentionFunction
+from .split_attention import SplitAttentionFunction
 from .token_grid import in_format_of, token_grid
 from .window_attention import WindowAttentionFunction
 

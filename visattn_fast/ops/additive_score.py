@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ._autograd import fused_function, mixed
-from ._layout import accumulation_dtype, empty_small
-from ._library import define
+from .autograd import fused_function, mixed
+from .layout import accumulation_dtype, empty_small
+from .library import define
 
 # Elements of a hidden layer's block: what stays in cache, or is worth a launch.
 _LIMITS = {"cpu": 1 << 18}

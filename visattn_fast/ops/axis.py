@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._epilogue import empty_residual_gradient, finish, residual_gradient, start_backward
-from ._layout import accumulation_dtype, empty_map, empty_small, memory_format, to_map
-from ._library import define
+from .epilogue import empty_residual_gradient, finish, residual_gradient, start_backward
+from .layout import accumulation_dtype, empty_map, empty_small, memory_format, to_map
+from .library import define
 
 
 def _empty_lines(x: Tensor) -> Tensor:

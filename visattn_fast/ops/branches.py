@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from ._layout import accumulation_dtype, empty_map, empty_small, to_map
-from ._library import define
+from .layout import accumulation_dtype, empty_map, empty_small, to_map
+from .library import define
 
 
 def _rectified(v1, v2):

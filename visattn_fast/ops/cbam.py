@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from .. import reference
-from ._autograd import fused_function
-from ._cbam_halves import (
+from .autograd import fused_function
+from .cbam_halves import (
     channel_gate,
     channel_gate_backward,
     empty_bias_gradient,
@@ -18,9 +18,9 @@ from ._cbam_halves import (
     unpool_channels,
     unpool_pixels,
 )
-from ._epilogue import empty_residual_gradient, finish, residual_gradient, start_backward, with_epilogue
-from ._layout import accumulation_dtype, empty_map, empty_small, to_map
-from ._library import define
+from .epilogue import empty_residual_gradient, finish, residual_gradient, start_backward, with_epilogue
+from .layout import accumulation_dtype, empty_map, empty_small, to_map
+from .library import define
 
 
 def _cbam_fwd_reference(x, w1, w2, wconv, bias, residual, activation):

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 
 from .. import reference
-from ._autograd import fused_function, mixed
-from ._cbam_halves import channel_gate, channel_gate_backward, pool_pixels, unpool_pixels
-from ._layout import accumulation_dtype, empty_map, empty_small, to_map
-from ._library import define
+from .autograd import fused_function, mixed
+from .cbam_halves import channel_gate, channel_gate_backward, pool_pixels, unpool_pixels
+from .layout import accumulation_dtype, empty_map, empty_small, to_map
+from .library import define
 
 
 def _channel_attention_fwd_reference(x, w1, w2):

@@ -10,9 +10,9 @@ from __future__ import annotations
 import torch
 
 from .. import reference
-from ._autograd import fused_function, mixed
-from ._layout import accumulation_dtype, empty_map, empty_small, memory_format
-from ._library import define
+from .autograd import fused_function, mixed
+from .layout import accumulation_dtype, empty_map, empty_small, memory_format
+from .library import define
 
 
 def _rows(x):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from ..reference import epilogue
 from ..reference.checks import ACTIVATIONS
-from ._epilogue import empty_residual_gradient, finish, residual_gradient, start_backward
-from ._layout import accumulation_dtype, empty_map, empty_small, to_map
-from ._library import define
+from .epilogue import empty_residual_gradient, finish, residual_gradient, start_backward
+from .layout import accumulation_dtype, empty_map, empty_small, to_map
+from .library import define
 
 
 def _channel_mean_reference(x):

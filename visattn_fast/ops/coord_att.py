@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from .. import reference
-from ._autograd import fused_function, without_autocast
-from ._epilogue import with_epilogue
-from ._layout import memory_format
+from .autograd import fused_function, without_autocast
 from .axis import axis_input_grad, axis_mean, axis_scale, axis_scale_bwd
+from .epilogue import with_epilogue
+from .layout import memory_format
 from .line_gates import line_gates_bwd, line_gates_fwd
 
 

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ._autograd import fused_function, mixed
-from ._layout import accumulation_dtype, empty_map, empty_small, to_map
-from ._library import define
+from .autograd import fused_function, mixed
+from .layout import accumulation_dtype, empty_map, empty_small, to_map
+from .library import define
 
 _BLOCK = 1 << 16  # weights that are computed at a time
 _PIXELS = 1 << 10  # of each image, that are summed at a time: rounding grows with the length of a sum

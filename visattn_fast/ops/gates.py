@@ -17,10 +17,10 @@ from torch import Tensor
 
 from ..reference import epilogue
 from ..reference.checks import ACTIVATIONS
-from ._autograd import _differentiable
-from ._cbam_halves import pool_channels as first_of_channels
-from ._layout import accumulation_dtype
+from .autograd import _differentiable
+from .cbam_halves import pool_channels as first_of_channels
 from .channel_scale import channel_input_grad, channel_mean, channel_scale_bwd, channel_scale_fwd
+from .layout import accumulation_dtype
 from .twofold import (
     pool_channels,
     pool_channels_bwd,

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._layout import converted, empty_small
-from ._library import define
+from .layout import converted, empty_small
+from .library import define
 
 
 def _normed(z, bn_weight, bn_bias, mean, var, eps):

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ._autograd import run
-from ._layout import empty_small
-from ._library import define
+from .autograd import run
+from .layout import empty_small
+from .library import define
 
 _SMALL = 1 << 24  # products of numbers: below, preparing one costs more than it saves
 

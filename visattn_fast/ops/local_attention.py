@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 
 from .. import reference
-from ._autograd import fused_function
-from ._epilogue import empty_residual_gradient, finish, residual_gradient, start_backward, with_epilogue
-from ._layout import accumulation_dtype, empty_map, empty_small, to_map
-from ._library import define
+from .autograd import fused_function
+from .epilogue import empty_residual_gradient, finish, residual_gradient, start_backward, with_epilogue
+from .layout import accumulation_dtype, empty_map, empty_small, to_map
+from .library import define
 from .scse import empty_small_gates, empty_weight_gradients, mean_gate, mean_gate_backward
 
 _WORD = 32  # hidden units whose signs share an int32

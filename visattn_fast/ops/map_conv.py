@@ -8,10 +8,10 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._autograd import fused_function, mixed
-from ._cbam_halves import spatial_gate_backward
-from ._layout import empty_small
-from ._library import define
+from .autograd import fused_function, mixed
+from .cbam_halves import spatial_gate_backward
+from .layout import empty_small
+from .library import define
 
 
 def _map_conv_reference(maps, w):

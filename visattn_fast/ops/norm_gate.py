@@ -6,11 +6,11 @@ Given statistics are an argument of their own, else the batch's.
 from __future__ import annotations
 
 from .. import reference
-from ._autograd import fused_function
-from ._epilogue import empty_residual_gradient, finish, residual_gradient, start_backward, with_epilogue
-from ._layout import accumulation_dtype, empty_map, empty_small, to_map
-from ._library import define
-from ._self_gate import Coefficients, deviation_and_gate, fixed_or_batch_statistics, input_gradient, logit_gradient
+from .autograd import fused_function
+from .epilogue import empty_residual_gradient, finish, residual_gradient, start_backward, with_epilogue
+from .layout import accumulation_dtype, empty_map, empty_small, to_map
+from .library import define
+from .self_gate import Coefficients, deviation_and_gate, fixed_or_batch_statistics, input_gradient, logit_gradient
 
 
 def _coefficients(x, weight, bias, mean, var, eps):

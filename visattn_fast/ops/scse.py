@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 
 from .. import reference
-from ._autograd import fused_function
-from ._epilogue import empty_residual_gradient, finish, residual_gradient, start_backward, with_epilogue
-from ._layout import accumulation_dtype, empty_map, empty_small, to_map
-from ._library import define
+from .autograd import fused_function
+from .epilogue import empty_residual_gradient, finish, residual_gradient, start_backward, with_epilogue
+from .layout import accumulation_dtype, empty_map, empty_small, to_map
+from .library import define
 
 
 def _scse_fwd_reference(x, w1, b1, w2, b2, ws, bs, residual, activation):

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 
 from .. import reference
 from ..reference.checks import ACTIVATIONS, GATES
-from ._autograd import fused_function
-from ._epilogue import (
+from .autograd import fused_function
+from .epilogue import (
     activation_gradient,
     empty_residual_gradient,
     finish,
@@ -16,8 +16,8 @@ from ._epilogue import (
     start_backward,
     with_epilogue,
 )
-from ._layout import accumulation_dtype, empty_map, empty_small, to_map
-from ._library import define, define_infer, define_normed
+from .layout import accumulation_dtype, empty_map, empty_small, to_map
+from .library import define, define_infer, define_normed
 
 _RELU = ACTIVATIONS.index("relu")  # of which ``hidden`` is the result; of another activation it is the argument
 

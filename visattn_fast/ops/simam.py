@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from .. import reference
-from ._autograd import fused_function
-from ._epilogue import empty_residual_gradient, finish, residual_gradient, start_backward, with_epilogue
-from ._layout import empty_map, empty_small, to_map
-from ._library import define
-from ._self_gate import Coefficients, deviation_and_gate, input_gradient, logit_gradient, moments
+from .autograd import fused_function
+from .epilogue import empty_residual_gradient, finish, residual_gradient, start_backward, with_epilogue
+from .layout import empty_map, empty_small, to_map
+from .library import define
+from .self_gate import Coefficients, deviation_and_gate, input_gradient, logit_gradient, moments
 
 
 def _simam_fwd_reference(x, residual, activation, e_lambda):

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from .. import reference
-from ._autograd import fused_function, mixed, without_autocast
+from .autograd import fused_function, mixed, without_autocast
 from .branches import branch_dot, branch_grad, branch_mean, branch_sum
 
 

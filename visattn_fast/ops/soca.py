@@ -15,11 +15,11 @@ from torch import Tensor
 
 from .. import reference
 from ..reference.soca import STEPS, trace
-from ._autograd import fused_function, without_autocast
-from ._epilogue import with_epilogue
-from ._layout import empty_small, memory_format
-from ._library import define
+from .autograd import fused_function, without_autocast
 from .channel_scale import channel_input_grad, channel_mean, channel_scale_bwd, channel_scale_fwd
+from .epilogue import with_epilogue
+from .layout import empty_small, memory_format
+from .library import define
 
 _BLOCK = 1 << 18  # elements of x that are centred at a time; on a GPU, where calls are what smaller ones cost, 32 times
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from .. import reference
-from ._autograd import fused_function, mixed
-from ._cbam_halves import (
+from .autograd import fused_function, mixed
+from .cbam_halves import (
     empty_bias_gradient,
     pool_channels,
     spatial_bias_gradient,
@@ -14,8 +14,8 @@ from ._cbam_halves import (
     spatial_gate_backward,
     unpool_channels,
 )
-from ._layout import accumulation_dtype, empty_map, empty_small, to_map
-from ._library import define
+from .layout import accumulation_dtype, empty_map, empty_small, to_map
+from .library import define
 
 
 def _spatial_attention_fwd_reference(x, wconv, bias):

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._autograd import run
-from ._layout import memory_format
+from .autograd import run
+from .layout import memory_format
 
 
 class _TokenGridFunction(torch.autograd.Function):

@@ -10,11 +10,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._cbam_halves import pool_channels as _first_of_channels
-from ._cbam_halves import pool_pixels as _first_of_pixels
-from ._epilogue import empty_residual_gradient, finish, residual_gradient, start_backward
-from ._layout import accumulation_dtype, empty_map, empty_small, to_map
-from ._library import define
+from .cbam_halves import pool_channels as _first_of_channels
+from .cbam_halves import pool_pixels as _first_of_pixels
+from .epilogue import empty_residual_gradient, finish, residual_gradient, start_backward
+from .layout import accumulation_dtype, empty_map, empty_small, to_map
+from .library import define
 
 
 def _both(channel: Tensor, spatial: Tensor) -> Tensor:

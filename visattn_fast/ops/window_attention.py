@@ -6,9 +6,9 @@ import torch
 
 from .. import reference
 from ..reference.window_attention import Windows, join_windows, relative_position, split_windows, window_weights
-from ._autograd import fused_function, mixed
-from ._layout import accumulation_dtype, empty_small
-from ._library import define
+from .autograd import fused_function, mixed
+from .layout import accumulation_dtype, empty_small
+from .library import define
 
 
 def _windows(qkv, window_h, window_w, shift_h, shift_w, scale, pad_first):

@@ -13,7 +13,6 @@ from .gates import gate_channels, gate_twice
 from .local_attention import LocalAttention, local_attention
 from .masking import masked_softmax
 from .nam import NAM, nam
-from .s2mlpv2 import S2MLPv2, split_attention
 from .scse import scSE, scse
 from .se import SE, se
 from .self_attention import SelfAttention2d
@@ -22,6 +21,7 @@ from .shuffle_attention import ShuffleAttention, shuffle_attention
 from .simam import SimAM, simam
 from .sk import SK, sk
 from .soca import SOCA, soca
+from .split_attention import S2MLPv2, split_attention
 from .window_attention import WindowAttention2d, window_attention
 
 __all__ = [

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from matplotlib.axes import Axes
 
+from ..measure.step import MODES
 from .results import Comparison, Mean, Report
-from .steps import MODES
 from .svg import COLOURS, drawn
 from .tables import number
 

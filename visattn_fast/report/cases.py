@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from ..catalogue import ENTRIES, LAYOUTS, SHAPES
-from .steps import DEFAULT_MODES
+from ..measure.step import DEFAULT_MODES
 
 
 @dataclass(frozen=True)

@@ -14,14 +14,14 @@ import torch
 
 from ..backends import NAMES, select
 from ..catalogue import ENTRIES, LAYOUTS, SHAPES, feature_map
+from ..measure.step import DEFAULT_MODES, MODES
+from ..measure.timing import Effort
 from . import markdown, page, terminal
 from .cases import CONTENDERS, DEFAULT_CONTENDERS, DTYPES, MODULES, QUICK_MODULES, Case, choose, matrix, parse_shape
 from .compare import compare
 from .machine import describe
 from .measure import Row, measure
 from .results import Report, read
-from .steps import DEFAULT_MODES, MODES
-from .timing import Effort
 from .whole_model import WAYS, ModelReport, build, measure_model
 
 _FULL = Effort()

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .timing import Run, ready
+from ..measure.timing import Run, ready
 
 # Beside views: what makes a tensor and writes nothing to it.
 _IDLE = {

@@ -9,8 +9,8 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
+from ..measure.step import MODES
 from .results import Comparison, Report, geometric_mean
-from .steps import MODES
 from .svg import COLOURS, drawn, grid
 
 _HEIGHT = 3.0

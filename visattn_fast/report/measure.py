@@ -10,11 +10,11 @@ import torch
 
 from ..backends import select, use_backend
 from ..catalogue import ENTRIES
+from ..measure.step import TRAINING, Results
+from ..measure.timing import Effort, interleaved, quantiles
 from .cases import CONTENDERS, DEFAULT_CONTENDERS, Case, Shape
 from .counts import compiled, dispatched
-from .steps import TRAINING, Results
 from .subject import Subject
-from .timing import Effort, interleaved, quantiles
 
 
 @dataclass(frozen=True)

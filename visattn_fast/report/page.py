@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from html import escape
 
+from ..measure.step import MODES
 from . import bars, curves, html, tables
 from .cases import CONTENDERS
 from .results import Mean, Report
-from .steps import MODES
 from .whole_model import ModelReport
 
 _LINES = 6  # that one plot shows well

@@ -8,10 +8,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ..measure.step import MODES
 from .cases import CONTENDERS, Case
 from .machine import Machine
 from .measure import Row
-from .steps import MODES
 
 FORMAT = 2  # of the JSON; the first had none
 

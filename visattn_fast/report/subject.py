@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from ..catalogue import ENTRIES, feature_map
+from ..measure.memory import peak_bytes, saved_bytes
+from ..measure.step import TRAINING, Results, step
+from ..measure.timing import ready
 from .cases import CONTENDERS, Case
-from .memory import peak_bytes, saved_bytes
 from .rivals import of_timm
-from .steps import TRAINING, Results, step
-from .timing import ready
 
 _CANCELLED = 1e-10  # of the largest value of a run: below it a tensor is rounding
 # Units in the last place of a tensor's largest value: the rounding that is granted beside eager's error, to Inductor,

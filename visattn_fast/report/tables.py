@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from ..measure.step import MODES
 from .cases import CONTENDERS
 from .results import EVEN, OURS, Comparison, Loss, Mean, Report
-from .steps import MODES
 
 TITLE = "visattn_fast against eager and torch.compile"
 SLOWER = "▼"

@@ -19,11 +19,11 @@ from torch.utils._pytree import tree_leaves
 from ..backends import use_backend
 from ..integrations import accelerate
 from ..integrations.accelerate import known
+from ..measure.memory import peak_bytes
+from ..measure.timing import Effort, interleaved, quantiles
 from .machine import Machine
-from .memory import peak_bytes
 from .results import FORMAT, ReportError
 from .tables import Cell, Table, factor, number, tone
-from .timing import Effort, interleaved, quantiles
 
 VARIANTS = {"without": "without attention", "before": "as it is", "after": "accelerated"}
 WAYS = ("eager", "compile")

@@ -1,0 +1,149 @@
+"""How many launches a call costs: small maps wait for the host. And what merged launches write, in which dtypes."""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+import torch
+from test_autograd import _Recorder
+
+from cases import INTERPRETED, TARGETS, check, feature_map
+from visattn_fast import catalogue
+from visattn_fast.ops.library import OPS
+
+pytest.importorskip("triton")
+counted = pytest.importorskip("tools.launches", reason="not beside the repository's tools")
+mlp, eca = (importlib.import_module(f"visattn_fast.kernels.{name}") for name in ("passes.mlp", "ops.eca"))
+
+WITH_KERNELS = [e for e in catalogue.ENTRIES.values() if e.forward_passes]
+MERGED = (
+    "se", "eca", "cbam", "scse", "channel_attention", "spatial_attention", "nam", "local_attention",
+    "shuffle_attention",
+)  # fmt: skip
+DEVICES = [device for device, backend in TARGETS if backend == "triton"]
+NEEDS_DEVICE = pytest.mark.skip(reason="needs a GPU or TRITON_INTERPRET=1")
+on_devices = pytest.mark.parametrize("device", DEVICES or [pytest.param("none", marks=NEEDS_DEVICE)])
+formats = pytest.mark.parametrize("layout", catalogue.LAYOUTS)
+
+# Of a training step in bfloat16, forward and backward, PyTorch's own among them. Where two figures stand, parts of a
+# sum or of a maximum are put together in one launch more for some shapes, or layouts differ.
+LAUNCHES = {
+    "se": (3, 3),
+    "eca": (3, 3),
+    "cbam": ((5, 6), 6),
+    "scse": (4, (3, 4)),
+    "channel_attention": (2, 2),
+    "spatial_attention": ((2, 3), 3),
+    "shuffle_attention": ((1, 3), (2, 4)),
+    "simam": ((1, 3), (1, 3)),
+    "local_attention": (3, 5),
+    "nam": (8, 4),
+    "gam": ((19, 20), (24, 25)),
+    "soca": ((264, 275), 551),
+    "coord_att": ((10, 11), (9, 10)),
+    "window_attention": ((6, 8), (13, 15)),
+}
+
+
+@formats
+@pytest.mark.parametrize("shape", [(64, 256, 56, 56), (32, 512, 28, 28)], ids=lambda s: "x".join(map(str, s)))
+@pytest.mark.parametrize("name", LAUNCHES)
+def test_launches(name, shape, layout):
+    """As many as stand in the table: no more, and where there are fewer it is to be tightened."""
+    found = counted.launches(counted.Call(catalogue.ENTRIES[name], shape, layout))
+    for (op, launches), allowed in zip(found.items(), LAUNCHES[name], strict=True):
+        allowed = (allowed,) if isinstance(allowed, int) else allowed
+        assert allowed[0] <= launches.total() <= allowed[-1], f"{op}: {dict(launches)}"
+
+
+def test_copies_are_seen():
+    """A view counts where it had to be copied, and only there."""
+    x = torch.empty(4, 6, device="meta")
+    for copied, made in ((False, x.reshape(24)), (True, x.t().reshape(24)), (False, x.contiguous())):
+        assert counted.launches_something(torch.ops.aten.reshape.default, (x,), made) == copied
+    assert not counted.launches_something(torch.ops.aten.empty.memory_format, (), x)
+    assert counted.launches_something(torch.ops.aten._local_scalar_dense.default, (x,), 1.0)
+
+
+@formats
+@pytest.mark.parametrize("entry", [e for e in WITH_KERNELS if not e.layers], ids=lambda e: e.name)
+def test_peak_of_live_tensors(entry, layout):
+    """x, y, its gradient and dx are alive at once, and small tensors: no copy of a map beside them."""
+    shape = (8, 64, 112, 112)
+    x_bytes = 2 * torch.Size(shape).numel()
+    peak, y_bytes = counted.peak_bytes(counted.Call(entry, shape, layout))
+    assert 2 * x_bytes <= peak <= 2.4 * x_bytes + 2 * y_bytes
+
+
+def test_a_copy_would_show(monkeypatch):
+    se = importlib.import_module("visattn_fast.kernels.ops.se")
+    input_grad = se.input_grad
+
+    def with_a_copy(x, *args, **kwargs):
+        copy = x.clone()
+        return input_grad(copy, *args, **kwargs)
+
+    monkeypatch.setattr(se, "input_grad", with_a_copy)
+    x_bytes = 2 * 8 * 64 * 112 * 112
+    assert counted.peak_bytes(counted.Call(catalogue.ENTRIES["se"], (8, 64, 112, 112)))[0] > 5 * x_bytes
+
+
+@pytest.mark.skipif(INTERPRETED, reason="asks every other implementation")
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.bfloat16), (torch.float32, torch.bfloat16)], ids=str)
+@pytest.mark.parametrize("name", MERGED)
+def test_gradients_have_their_weights_dtypes(name, dtypes):
+    """From the kernels of the CPU, from PyTorch, and on paper; Triton's are held to the reference's dtypes below."""
+    entry = catalogue.ENTRIES[name]
+    fast = entry.pair(16, dtypes[1])[0]
+    x = feature_map((2, 16, 5, 6), "nchw", dtypes[0]).requires_grad_()
+    with _Recorder() as recorder:
+        fast(x).sum().backward()
+    op, arguments = recorder.calls[-1]
+    on_paper = [a.to("meta") if isinstance(a, torch.Tensor) else a for a in arguments]
+    count = len(OPS[op._opname].gradients_of)
+    assert count
+    for results in (op(*arguments), OPS[op._opname].reference(*arguments), op(*on_paper)):
+        assert {d.dtype for d in results[-count:]} == {dtypes[1]}
+        assert results[0].dtype == dtypes[0]
+
+
+@on_devices
+@pytest.mark.parametrize("name", MERGED)
+def test_triton_rounds_once(name, device):
+    """Gradients in the weights' dtype are those of float32, rounded."""
+    entry = catalogue.ENTRIES[name]
+    fast = entry.pair(16)[0].to(device)
+    x = feature_map((2, 16, 5, 6), "nchw", torch.float32, device).requires_grad_()
+    backends = importlib.import_module("visattn_fast.backends")
+    with backends.use_backend("triton"), _Recorder() as recorder:
+        fast(x).sum().backward()
+    op, arguments = recorder.calls[-1]
+    launcher = getattr(importlib.import_module(f"visattn_fast.kernels.ops.{OPS[op._opname].launcher}"), op._opname)
+    weights = set(OPS[op._opname].gradients_of)
+    rounded = [a.bfloat16() if i in weights else a for i, a in enumerate(arguments)]
+    exact = [a.float() if i in weights else a for i, a in enumerate(rounded)]
+    count = len(OPS[op._opname].gradients_of)
+    for got, want in zip(launcher(*rounded)[-count:], launcher(*exact)[-count:], strict=True):
+        assert got.dtype == torch.bfloat16
+        if device == "cpu":  # the interpreter cuts off what a GPU rounds
+            torch.testing.assert_close(got.float(), want, rtol=2**-7, atol=0)
+        else:
+            assert torch.equal(got, want.bfloat16())
+
+
+@on_devices
+@formats
+@pytest.mark.parametrize("name", ["se", "cbam", "scse"])
+@pytest.mark.parametrize("limit", ["FUSED", "FUSED_PARTS"])
+def test_layers_of_many_weights(name, limit, layout, device, monkeypatch):
+    """Each layer is a launch of its own where one program would have too many weights, or parts of sums."""
+    monkeypatch.setattr(mlp, limit, 1)
+    check(catalogue.ENTRIES[name], feature_map((2, 40, 16, 20), layout, torch.float32, device), "triton")
+
+
+@on_devices
+@formats
+def test_many_slots(layout, device, monkeypatch):
+    monkeypatch.setattr(eca, "MOST_SLOTS", 1)
+    check(catalogue.ENTRIES["eca"], feature_map((2, 40, 16, 20), layout, torch.float32, device), "triton")

@@ -1,0 +1,191 @@
+"""The cases of the parity tests, and how a case is run and judged."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import visattn_fast as vf
+from visattn_fast import catalogue, reference
+
+DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+# Every backend that has kernels here for all modules; TRITON_INTERPRET=1 brings triton to the CPU. The native CUDA
+# kernels serve a few modules: tests/cuda/test_cuda_kernels.py.
+_PARTIAL = ("cuda", "reference")
+TARGETS = [(d, b.name) for d in DEVICES for b in vf.backends(d).values() if b.available and b.name not in _PARTIAL]
+INTERPRETED = ("cpu", "triton") in TARGETS
+
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+EPILOGUES = ((False, None), (True, None), (True, "relu"), (True, "silu"), (False, "relu"))
+
+SHAPES = [(2, 16, 8, 8), (3, 5, 7, 5), (2, 3, 13, 17), (2, 16, 1, 1), (1, 1, 3, 3), (2, 33, 2, 9), (1, 64, 9, 11)]
+SHAPES += [(0, 16, 4, 4)]
+# Every dtype on the first two shapes; on the others, those that differ in how they are read and rounded.
+SHAPE_DTYPES = [(s, d) for s in SHAPES[:2] for d in DTYPES]
+SHAPE_DTYPES += [(s, d) for s in SHAPES[2:] for d in (torch.float32, torch.bfloat16)]
+# Many blocks, parts and threads; the interpreter takes about 1 ms a program.
+LARGE_SHAPES = [] if INTERPRETED else [(3, 64, 56, 56), (1, 96, 61, 67), (2, 512, 7, 7), (1, 8, 160, 200)]
+
+
+def _sliced(dim: int, x: Tensor, layout: str) -> Tensor:
+    wide = torch.cat([x, x], dim).contiguous(memory_format=catalogue.LAYOUTS[layout])
+    return wide.narrow(dim, 0, x.shape[dim]).copy_(x)
+
+
+def _strided_width(x: Tensor, layout: str) -> Tensor:
+    wide = x.repeat_interleave(2, 3).contiguous(memory_format=catalogue.LAYOUTS[layout])
+    return wide[..., ::2]
+
+
+# name -> a tensor with x's values and other strides (the expanded batch repeats the first image)
+VIEWS = {
+    "sliced channels": lambda x, layout: _sliced(1, x, layout),
+    "sliced width": lambda x, layout: _sliced(3, x, layout),
+    "strided width": _strided_width,
+    "expanded batch": lambda x, layout: x[:1].expand_as(x),
+    "transposed": lambda x, layout: x.transpose(2, 3).contiguous().transpose(2, 3),
+}
+
+
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """Fills uninitialised memory with NaN, and refuses nondeterministic operations."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+@contextmanager
+def recorded_ops() -> Iterator[list[str]]:
+    """The names of our ops that are called, in their order."""
+    names: list[str] = []
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func.namespace == "visattn_fast":
+                names.append(func._opname)
+            return func(*args, **(kwargs or {}))
+
+    with Recorder():
+        yield names
+
+
+def needs_dtype(backend: str, device: str, dtype: torch.dtype) -> None:
+    """Skips a test whose backend says that it does not serve ``dtype``."""
+    reasons = vf.backends(device)[backend].reasons_against(dtype)
+    if reasons:
+        pytest.skip(f"{backend}: {'; '.join(reasons)}")
+
+
+def run(
+    module: nn.Module,
+    x: Tensor,
+    residual: Tensor | None = None,
+    activation: str | None = None,
+    noise: float = 0.0,
+    change: Callable[[nn.Module], None] | None = None,
+) -> dict[str, Tensor]:
+    """Forward, then backward with a random output gradient: y, the gradients of x, residual and every parameter, and
+
+    the module's buffers thereafter (the module itself keeps its own). Reference modules get the epilogue spelled out.
+    The output gradient is the same for every dtype and device, but for ``noise``, a relative deviation. ``change`` is
+    made to the copy of the module that runs.
+    """
+    module = copy.deepcopy(module)
+    if change:
+        change(module)
+    x = x.detach().requires_grad_()
+    inputs = {"x": x, **dict(module.named_parameters())}
+    if residual is not None:
+        residual = inputs["residual"] = residual.detach().requires_grad_()
+    if residual is None and activation is None:
+        y = module(x)
+    elif type(module).__module__.startswith("visattn_fast.modules"):
+        y = module(x, residual=residual, activation=activation)
+    else:
+        y = reference.epilogue(module(x), residual, activation)
+    grad = catalogue.feature_map(tuple(y.shape), dtype=torch.float64, seed=1)
+    grad *= 1 + noise * catalogue.feature_map(tuple(y.shape), dtype=torch.float64, seed=2)
+    grad = grad.to(y.device, y.dtype)
+    grads = torch.autograd.grad(y, list(inputs.values()), grad)
+    buffers = {name: b for name, b in module.named_buffers() if b.dtype.is_floating_point}
+    return {"y": y.detach(), **dict(zip(inputs, grads, strict=True)), **buffers}
+
+
+def check(
+    entry: catalogue.Entry,
+    x: Tensor,
+    backend: str,
+    residual: Tensor | None = None,
+    activation: str | None = None,
+) -> dict[str, Tensor]:
+    """Runs the fused module on ``backend`` and holds it against a float64 oracle; returns the run."""
+    fast, plain = (m.to(x.device) for m in entry.pair(x.shape[1], x.dtype))
+    with vf.use_backend(backend), poisoned():
+        fused = run(fast, x, residual, activation)
+    eager = run(plain, x, residual, activation)
+    within_budget(fused, eager, *oracle(plain, x, residual, activation))
+    return fused
+
+
+def oracle(
+    plain: nn.Module, x: Tensor, residual: Tensor | None = None, activation: str | None = None
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The run of ``plain`` in float64, and again with parameters and output gradient rounded: what rounding can do."""
+    dtype = next((p.dtype for p in plain.parameters()), x.dtype)
+    eps, double = torch.finfo(dtype).eps, copy.deepcopy(plain).double()
+    inputs = (x.double(), None if residual is None else residual.double(), activation)
+    exact = run(double, *inputs)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in double.parameters():
+            noise = torch.randn(p.shape, generator=generator, dtype=p.dtype).to(p.device)
+            p.mul_(1 + eps * noise)
+    return exact, run(double, *inputs, noise=eps)
+
+
+def within_budget(
+    fused: dict[str, Tensor], eager: dict[str, Tensor], exact: dict[str, Tensor], rounded: dict[str, Tensor]
+) -> None:
+    """Asserts that fused errs at most twice as much as eager does, plus a rounding band.
+
+    The band is 6 units in the last place of the largest value, and 4 times what rounding the inputs does:
+    where terms cancel, eager may be exact by luck. In float64, where the oracle rounds as eager does, it is 64 units.
+    """
+    assert fused.keys() == exact.keys()
+    eps = max(torch.finfo(t.dtype).eps for t in fused.values())  # of the coarsest dtype in the run
+    largest = max((want.abs().max().item() for want in exact.values() if want.numel()), default=0.0)
+    for name, want in exact.items():
+        got, plain = fused[name], eager[name]
+        assert got.shape == want.shape, f"{name}: shape {tuple(got.shape)}, expected {tuple(want.shape)}"
+        assert got.dtype == plain.dtype, f"{name}: {got.dtype}, expected {plain.dtype}"
+        if want.numel() == 0:
+            continue
+        units = 64 if got.dtype == torch.float64 else 6
+        allowed = 2 * _distance(plain, want) + 4 * _distance(rounded[name], want)
+        scale = want.abs().max().item()
+        # Where all of it cancels, as in the gradient of a bias before a batch norm, only rounding is left to compare,
+        # and that of many terms. A single number is the sum of terms that may be far larger.
+        cancels = want.numel() == 1 or scale <= 1e-10 * largest
+        allowed += units * eps * (4 * largest if cancels else scale)
+        error = _distance(got, want)
+        assert error <= allowed, f"{name}: error {error:.3g} against float64, allowed {allowed:.3g}"
+
+
+def _distance(a: Tensor, b: Tensor) -> float:
+    return (a.double() - b).abs().max().item()
+
+
+def feature_map(shape: tuple[int, ...], layout: str, dtype: torch.dtype, device: str = "cpu", **kw: Any) -> Tensor:
+    """`catalogue.feature_map`, shifted, so that means are not near zero."""
+    return catalogue.feature_map(shape, layout, dtype, device, **kw) + 0.25

@@ -1,0 +1,78 @@
+"""What is shipped: a wheel from the tree, and one from the source distribution."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def distributions(tmp_path_factory):
+    """A source distribution of a copy of the tree, unpacked, and a pure-Python wheel built from it."""
+    tree, out = tmp_path_factory.mktemp("tree") / "visattn_fast", tmp_path_factory.mktemp("dist")
+    ignored = shutil.ignore_patterns(".git", ".venv", "build", "dist", "*.so", "*.egg-info", ".*_cache", "report.json")
+    shutil.copytree(ROOT, tree, symlinks=True, ignore=ignored)
+    build(tree, "--sdist", out)
+    (archive,) = out.glob("*.tar.gz")
+    with tarfile.open(archive) as file:
+        # Python 3.10 and 3.11 know filters from a patch release on.
+        file.extractall(out, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
+    unpacked = next(p for p in out.iterdir() if p.is_dir())
+    (unpacked / "visattn_fast" / "_C.so").touch()  # left over from a build for another torch: not to be shipped
+    build(unpacked, "--wheel", out)
+    return archive, next(out.glob("*.whl"))
+
+
+def build(tree: Path, kind: str, out: Path) -> None:
+    command = [sys.executable, "-m", "build", kind, "--no-isolation", "--outdir", str(out), str(tree)]
+    environment = os.environ | {"VISATTN_BUILD_EXT": "0"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_wheel(distributions):
+    """The package with its kernels, and nothing beside it: a top-level ``kernels`` would shadow another project."""
+    names = zipfile.ZipFile(distributions[1]).namelist()
+    assert {n.split("/")[0].split("-")[0] for n in names} == {"visattn_fast"}
+    assert not any(n.endswith(".so") for n in names)
+    for path in (ROOT / "kernels").rglob("*.py"):
+        assert f"visattn_fast/{path.relative_to(ROOT)}" in names
+    for path in (ROOT / "visattn_fast").rglob("*.py"):
+        assert str(path.relative_to(ROOT)) in names
+    assert any(n.endswith("licenses/LICENSE") for n in names)
+
+
+def test_source_distribution(distributions):
+    """The C++ sources are there, to build the native library from."""
+    with tarfile.open(distributions[0]) as file:
+        names = {n.partition("/")[2] for n in file.getnames()}
+    for path in (ROOT / "csrc").rglob("*.*"):
+        assert str(path.relative_to(ROOT)) in names
+
+
+def test_wheel_works(distributions, tmp_path):
+    """Unpacked without its native library, the wheel computes, and says what it lacks."""
+    zipfile.ZipFile(distributions[1]).extractall(tmp_path)
+    code = (
+        "import torch, visattn_fast as vf; assert vf.FastSE(16)(torch.ones(1, 16, 2, 2)).shape == (1, 16, 2, 2);"
+        "print(vf.backends()['cpp'].missing[0])"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(tmp_path)}, cwd=tmp_path, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
+    assert b"not built" in done.stdout
+
+
+def test_kernels_folder():
+    """A real folder at the root without ``__init__.py``, and a relative link to it in the package."""
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    assert os.readlink(ROOT / "visattn_fast" / "kernels") == "../kernels"

@@ -1,0 +1,1 @@
+"""Time, memory and accuracy of a run: what report, benchmarks and the checks of `accelerate` share."""

@@ -1,0 +1,246 @@
+"""Attention over the positions of a map without its map of weights: ops and autograd.
+
+PyTorch's fused attention for CPUs does it for rows of queries, whose bias is a small part of all queries' one; where
+the bias wants a gradient, the weights of those rows are computed again from the logarithms of their sums.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..reference.attention2d import split_heads
+from .autograd import fused_function
+from .layout import accumulation_dtype, empty_small
+from .library import define
+
+_FLASH = 16  # keys; of fewer, which are no vector, PyTorch's kernel for CPUs makes zeros where a query is NaN
+_BLOCK = 1 << 18  # weights, or biases, that are computed at a time
+
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+
+
+def _blocks(size: int, weights: int) -> Iterator[slice]:
+    """Blocks of so many rows of a map, or images, where one of them has so many weights."""
+    step = max(_BLOCK // max(weights, 1), 1)
+    return (slice(start, min(start + step, size)) for start in range(0, size, step))
+
+
+class _Bias:
+    """What is added to the scores of some rows of queries: relative bias, and -inf where the mask shuts keys out.
+
+    In an image whose mask leaves no key none is shut out: its results are blanked afterwards.
+    """
+
+    def __init__(self, qkv: Tensor, table: Tensor | None, key_mask: Tensor | None) -> None:
+        _, self.height, self.width, _, _, _ = qkv.shape
+        self.windows = self.shut = None
+        dtype = accumulation_dtype(qkv)
+        if table is not None:
+            flipped = table.to(dtype).permute(2, 0, 1).flip(1, 2)  # of a query the window is at (H - 1 - y, W - 1 - x)
+            windows = flipped.unfold(1, self.height, 1).unfold(2, self.width, 1)  # [heads, .., .., h, w]
+            y, x = table.shape[0] // 2 + 1, table.shape[1] // 2 + 1
+            self.windows = windows[:, y - self.height : y, x - self.width : x]
+        if key_mask is not None:
+            keys = key_mask.flatten(1)
+            shut = torch.zeros(keys.shape, dtype=dtype, device=qkv.device)
+            shut.masked_fill_(~keys & keys.any(1, keepdim=True), -torch.inf)
+            self.shut = shut[:, None, None]  # [N, 1, 1, L]
+
+    def relative(self, rows: slice) -> Tensor | None:
+        """``[heads, queries, L]``."""
+        if self.windows is None:
+            return None
+        windows = self.windows[:, self.height - rows.stop : self.height - rows.start]
+        return windows.flip(1, 2).flatten(3).flatten(1, 2)
+
+    def blocks(self, a_row: int) -> Iterator[tuple[slice, Tensor | None]]:
+        """Blocks of queries, and their relative bias, where a row of the map is so many weights."""
+        for rows in _blocks(self.height, a_row):
+            yield slice(rows.start * self.width, rows.stop * self.width), self.relative(rows)
+
+    def whole_blocks(self) -> Iterator[tuple[slice, Tensor | None]]:
+        """Blocks of queries of all images, and all that is added to them, ``[1 or N, 1 or heads, 1 or queries, L]``."""
+        images = 1 if self.shut is None else self.shut.shape[0]
+        for queries, bias in self.blocks(0 if self.windows is None else images * self.windows[:, 0].numel()):
+            if bias is None:
+                yield queries, self.shut
+            else:
+                yield queries, bias[None] if self.shut is None else bias + self.shut
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    """Results ``[N, heads, queries, d]`` and the logarithms of the sums, ``[N, heads, queries]``."""
+    if q.is_cpu and k.shape[2] >= _FLASH:
+        return _flash(q, k, v, attn_mask=bias, scale=scale)
+    q, k, v = (t.to(accumulation_dtype(t)) for t in (q, k, v))
+    scores = (q * scale) @ k.mT if bias is None else (q * scale) @ k.mT + bias
+    lse = scores.logsumexp(3)
+    return scores.sub_(lse[..., None]).exp_() @ v, lse
+
+
+@torch.no_grad()  # an exported program calls the op without its autograd
+def _attention_fwd_reference(qkv, table, key_mask, scale):
+    n, height, width, _, heads, d = qkv.shape
+    out, lse = qkv.new_empty(n, height * width, heads, d), empty_small(qkv, n, heads, height * width)
+    if n:
+        q, k, v = split_heads(qkv, key_mask)
+        for i, bias in _Bias(qkv, table, key_mask).whole_blocks():
+            o, norm = _attend(q[:, :, i], k, v, bias, scale)
+            if o.shape[2] == height * width:  # one block: as it is
+                out, lse = o.transpose(1, 2).to(qkv.dtype).contiguous(), norm.contiguous()
+            else:
+                out[:, i], lse[:, :, i] = o.transpose(1, 2), norm
+    if key_mask is not None:
+        blind = ~key_mask.flatten(1).any(1)
+        out.masked_fill_(blind[:, None, None, None], 0.0)
+        lse.masked_fill_(blind[:, None, None], -torch.inf)
+    return out.unflatten(1, (height, width)), lse
+
+
+class _Products:
+    """Weights in blocks: of some rows' queries, and of as many images as are few weights."""
+
+    def __init__(self, qkv: Tensor, table: Tensor | None, key_mask: Tensor | None, lse: Tensor, scale: float) -> None:
+        _, height, width, _, self.heads, _ = qkv.shape
+        a = accumulation_dtype(qkv)
+        self.q, self.k, self.v = (t.to(a).contiguous() for t in split_heads(qkv, key_mask))
+        self.lse, self.scale, self.bias = lse[..., None], scale, _Bias(qkv, table, key_mask)
+        self.a_row = self.heads * height * width**2
+
+    def blocks(self) -> Iterator[tuple[slice, slice, Tensor]]:
+        """Images, queries, and their weights ``[images heads, queries, L]``."""
+        for queries, relative in self.bias.blocks(self.a_row):
+            count = queries.stop - queries.start
+            for images in _blocks(self.q.shape[0], self.heads * count * self.q.shape[2]):
+                yield images, queries, self._weights(images, queries, relative)
+
+    def _weights(self, images: slice, queries: slice, relative: Tensor | None) -> Tensor:
+        q, k, lse = self.q[images, :, queries], self.k[images], self.lse[images, :, queries]
+        weights = q.new_empty(*q.shape[:3], k.shape[2])
+        if relative is not None:
+            weights.copy_(relative)
+        beta = 0 if relative is None else 1
+        weights.flatten(0, 1).baddbmm_(q.flatten(0, 1), k.flatten(0, 1).mT, beta=beta, alpha=self.scale)
+        if self.bias.shut is not None:
+            weights += self.bias.shut[images]
+        return weights.sub_(lse).exp_().flatten(0, 1)
+
+
+def _sum_images(dscores: Tensor, heads: int) -> Tensor:
+    """``[images heads, queries, L]`` -> ``[heads, queries, L]``."""
+    return dscores if dscores.shape[0] == heads else dscores.unflatten(0, (-1, heads)).sum(0)
+
+
+def _add_offsets(dtable: Tensor, dscores: Tensor, first: int, width: int) -> None:
+    """Adds gradients of scores ``[heads, queries, L]``, from the row ``first`` on, to those of their offsets.
+
+    Args:
+        dtable: ``[heads, 2H - 1, 2W - 1]``.
+    """
+    d = dscores.unflatten(2, (-1, width)).unflatten(1, (-1, width)).transpose(2, 3)  # [heads, rows, h, w, w]
+    # Laid out in rows of 2 w - 1 and read in rows of 2 w, an offset x' - x is a column, of negative ones the last.
+    skewed = d.new_zeros(*d.shape[:3], 2 * width**2)
+    skewed[..., : width * (2 * width - 1)].unflatten(3, (width, -1))[..., :width].copy_(d)
+    sums = skewed.unflatten(3, (width, 2 * width)).sum(3).roll(width - 1, 3)[..., : 2 * width - 1].flip(2, 3)
+    height = d.shape[2]
+    h, w = (size // 2 + 1 for size in dtable.shape[1:])
+    for row, found in enumerate(sums.unbind(1), first):
+        dtable[:, h + row - height : h + row, w - width : w + width - 1] += found
+
+
+@torch.no_grad()
+def _attention_bwd_reference(grad, qkv, table, key_mask, out, lse, scale):
+    n, _, width, _, heads, _ = qkv.shape
+    a = accumulation_dtype(qkv)
+    dqkv = torch.zeros(qkv.shape, dtype=a, device=qkv.device)
+    dtable = empty_small(qkv, *(table.permute(2, 0, 1).shape if table is not None else (0,))).zero_()
+    lse = lse.masked_fill(lse == -torch.inf, 0.0)  # images without keys: these are zero, too
+    if key_mask is not None:
+        grad = grad.masked_fill(~key_mask.flatten(1).any(1)[:, None, None, None, None], 0.0)
+    tensors = (*split_heads(qkv, key_mask), *(t.flatten(1, 2).transpose(1, 2) for t in (grad, out)))
+    found = split_heads(dqkv, None)
+    if table is None and qkv.is_cpu and n:
+        q, k, v, g, o = tensors
+        bias = _Bias(qkv, None, key_mask).shut
+        gradients = _flash_backward(g, q, k, v, o, lse, 0.0, False, attn_mask=bias, scale=scale)
+        for into, gradient in zip(found, gradients, strict=True):
+            into.copy_(gradient)
+        return dqkv.to(qkv.dtype), dtable
+    g, o = (t.to(a).contiguous() for t in tensors[3:])
+    delta = (g * o).sum(3, keepdim=True)
+    dq, dk, dv = found
+    products = _Products(qkv, table, key_mask, lse, scale)
+    for images, i, p in products.blocks():
+        q, upstream = (t[images, :, i].flatten(0, 1) for t in (products.q, g))
+        k, v = (t[images].flatten(0, 1) for t in (products.k, products.v))
+        dv[images] += (p.mT @ upstream).unflatten(0, (-1, heads))
+        ds = (upstream @ v.mT).sub_(delta[images, :, i].flatten(0, 1)).mul_(p)
+        dq[images, :, i] = (ds @ k).mul_(scale).unflatten(0, (-1, heads))
+        dk[images] += (ds.mT @ q).mul_(scale).unflatten(0, (-1, heads))
+        if table is not None:
+            _add_offsets(dtable, _sum_images(ds, heads), i.start // width, width)
+    return dqkv.to(qkv.dtype), dtable.permute(1, 2, 0).contiguous() if table is not None else dtable
+
+
+@torch.no_grad()
+def _attention_mean_reference(qkv, table, key_mask, lse, scale):
+    n, height, width, _, heads, _ = qkv.shape
+    total = empty_small(qkv, n, heads, height * width).zero_()
+    for images, _, p in _Products(qkv, table, key_mask, lse, scale).blocks():
+        total[images] += p.sum(1).unflatten(0, (-1, heads))
+    if key_mask is not None:
+        total.masked_fill_(~key_mask.flatten(1).any(1)[:, None, None], 0.0)
+    return total.div_(height * width).unflatten(2, (height, width))
+
+
+def _attention_fwd_fake(qkv, table, key_mask, scale):
+    n, height, width, _, heads, d = qkv.shape
+    return qkv.new_empty(n, height, width, heads, d), empty_small(qkv, n, heads, height * width)
+
+
+def _attention_bwd_fake(grad, qkv, table, key_mask, out, lse, scale):
+    return qkv.new_empty(qkv.shape), empty_small(qkv, *(table.shape if table is not None else (0,)))
+
+
+def _attention_mean_fake(qkv, table, key_mask, lse, scale):
+    n, height, width, _, heads, _ = qkv.shape
+    return empty_small(qkv, n, heads, height, width)
+
+
+attention_fwd = define(
+    "attention_fwd(Tensor qkv, Tensor? table, Tensor? key_mask, float scale) -> (Tensor out, Tensor lse)",
+    "self_attention",
+    _attention_fwd_reference,
+    _attention_fwd_fake,
+)
+attention_bwd = define(
+    "attention_bwd(Tensor grad, Tensor qkv, Tensor? table, Tensor? key_mask, Tensor out, Tensor lse, float scale)"
+    " -> (Tensor dqkv, Tensor dtable)",
+    "self_attention_bwd",
+    _attention_bwd_reference,
+    _attention_bwd_fake,
+)
+attention_mean = define(
+    "attention_mean(Tensor qkv, Tensor? table, Tensor? key_mask, Tensor lse, float scale) -> Tensor mean",
+    "self_attention",
+    _attention_mean_reference,
+    _attention_mean_fake,
+)
+
+
+def _gradients(grad, tensors, small, options):
+    qkv, table, key_mask = tensors
+    dqkv, dtable = attention_bwd(grad.contiguous(), qkv, table, key_mask, *small, *options)
+    return dqkv, None if table is None else dtable, None
+
+
+def _mathematics(qkv, table, key_mask, scale):
+    return reference.attention2d(qkv, table, key_mask, scale)[0]
+
+
+Attention2dFunction = fused_function("Attention2dFunction", attention_fwd, _gradients, _mathematics, saves_result=True)
