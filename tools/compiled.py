@@ -234,7 +234,7 @@ def calls(
         for dtype in (dtypes if shape == shapes[0] else dtypes[:1])
         for layout in catalogue.LAYOUTS
         for entry in (*catalogue.ENTRIES.values(), *catalogue.INFERENCE.values())
-        if entry.takes(shape) and (entry.resident or not resident)
+        if entry.supports(shape) and (entry.resident or not resident)
         for activation in ((None, "relu") if entry.epilogue else (None,))
     ]
 

@@ -140,7 +140,7 @@ def accounts(call: Call) -> list[Account]:
 
 def calls(entry: catalogue.Entry, shape: Shape = SHAPE) -> Iterable[Call]:
     """Both layouts, with and without epilogue; and a slice, which must not be copied. None where x is too large."""
-    if not entry.takes(shape):
+    if not entry.supports(shape):
         return
     if entry.rereads:  # its ops see tokens, whatever x's layout
         yield Call(entry, shape)

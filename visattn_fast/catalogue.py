@@ -25,17 +25,17 @@ class Entry:
             tensors aside; each read and each write counts. Convolutions inside the module are PyTorch's, and not
             counted; 0 where all of the module is PyTorch's.
         epilogue: whether forward takes ``residual`` and ``activation``.
-        takes: whether there is such a module for a map of shape ``[N, C, H, W]``.
+        supports: whether there is such a module for a map of shape ``[N, C, H, W]``.
         training: the mode that `pair` leaves its modules in.
         rereads: whether programs read again what others have read. Caches hold it: a launch counts a tensor once.
-        layers: whether PyTorch's convolutions or linear layers run inside over whole maps: they keep maps of their own
-            for the backward pass, and their sums may depend on the number of threads.
+        has_torch_layers: whether PyTorch's convolutions or linear layers run inside over whole maps: they keep maps of
+            their own for the backward pass, and their sums may depend on the number of threads.
         saved: what is kept for the backward pass beside x and parameters, in multiples of the bytes of x of 64 channels
             and 576 pixels.
         resident: whether there are Triton kernels that keep an image on the chip, too: they move one x less each way.
         ops: that its two directions are made of; without any, ``name_fwd`` and ``name_bwd``.
         shapes: that the report measures it at; without any, the catalogue's.
-        cut: parameters whose gradient leaves out a part of what they do, as the original has it.
+        partial_gradients: parameters whose gradient leaves out a part of what they do, as the original has it.
         inference: whether forward is all that is fused, and no gradient is asked for.
     """
 
@@ -46,15 +46,15 @@ class Entry:
     forward_passes: float
     backward_passes: float
     epilogue: bool = True
-    takes: Callable[[tuple[int, ...]], bool] = lambda shape: True
+    supports: Callable[[tuple[int, ...]], bool] = lambda shape: True
     training: bool = True
     rereads: bool = False
-    layers: bool = False
+    has_torch_layers: bool = False
     saved: float = 0.08  # four values a pixel, or two a row and a column of a channel
     resident: bool = False
     ops: tuple[str, ...] = ()
     shapes: tuple[tuple[int, int, int, int], ...] = ()
-    cut: tuple[str, ...] = ()
+    partial_gradients: tuple[str, ...] = ()
     inference: bool = False
 
     def pair(self, channels: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> tuple[nn.Module, nn.Module]:
@@ -75,7 +75,7 @@ class Entry:
 
 def _evaluated(entry: Entry) -> Entry:
     """The same module in eval mode: its batch norms take their running statistics."""
-    return replace(entry, name=f"{entry.name}_eval", training=False, takes=lambda shape: True)
+    return replace(entry, name=f"{entry.name}_eval", training=False, supports=lambda shape: True)
 
 
 # In training a batch norm over a handful of values magnifies rounding, so these want a few of them.
@@ -86,7 +86,7 @@ _COORD_ATT = Entry(
     lambda c: {"in_channels": c},
     3,
     4,
-    takes=lambda shape: shape[0] * (shape[2] + shape[3]) >= 8,
+    supports=lambda shape: shape[0] * (shape[2] + shape[3]) >= 8,
     ops=("axis_mean", "line_gates_fwd", "axis_scale", "axis_scale_bwd", "line_gates_bwd", "axis_input_grad"),
 )
 _SK = Entry(
@@ -97,8 +97,8 @@ _SK = Entry(
     5,
     8,
     epilogue=False,
-    takes=lambda shape: min(shape[:2]) > 1 and shape[0] * shape[2] * shape[3] >= 8,
-    layers=True,
+    supports=lambda shape: min(shape[:2]) > 1 and shape[0] * shape[2] * shape[3] >= 8,
+    has_torch_layers=True,
     ops=("branch_mean", "branch_sum", "branch_dot", "branch_grad"),
 )
 _NAM = Entry(
@@ -108,9 +108,9 @@ _NAM = Entry(
     lambda c: {"channels": c},
     3,
     5,
-    takes=lambda shape: shape[0] * shape[2] * shape[3] >= 8,
+    supports=lambda shape: shape[0] * shape[2] * shape[3] >= 8,
     ops=("nam_fwd", "nam_bwd"),
-    cut=("bn2.weight",),
+    partial_gradients=("bn2.weight",),
 )
 
 # Its convolutions are PyTorch's, and so are the products of the perceptron. The second batch norm takes most of the
@@ -122,8 +122,8 @@ _GAM = Entry(
     lambda c: {"in_channels": c, "rate": min(4, c)},
     4,
     8,
-    takes=lambda shape: shape[1] >= 16 and shape[0] * shape[2] * shape[3] >= 8,
-    layers=True,
+    supports=lambda shape: shape[1] >= 16 and shape[0] * shape[2] * shape[3] >= 8,
+    has_torch_layers=True,
     ops=("channel_mlp_fwd", "channel_mlp_bwd", "norm_gate_fwd", "norm_gate_bwd"),
 )
 
@@ -141,9 +141,9 @@ _SELF_ATTENTION = Entry(
     4,
     13,
     epilogue=False,
-    takes=lambda shape: shape[2] * shape[3] <= 400 and (shape[1] <= 256 or shape[1] % 64 == 0),
+    supports=lambda shape: shape[2] * shape[3] <= 400 and (shape[1] <= 256 or shape[1] % 64 == 0),
     rereads=True,
-    layers=True,
+    has_torch_layers=True,
     ops=("attention_fwd", "attention_bwd"),
     shapes=_POSITIONS,
 )
@@ -190,7 +190,7 @@ ENTRIES = {
             lambda c: {"channels": c, "groups": _shuffle_groups(c)},
             2,
             3,
-            takes=lambda shape: shape[1] % 2 == 0,
+            supports=lambda shape: shape[1] % 2 == 0,
         ),
         _NAM,
         replace(_evaluated(_NAM), forward_passes=2, backward_passes=3),
@@ -238,7 +238,7 @@ ENTRIES = {
             0,
             0,
             epilogue=False,
-            takes=lambda shape: shape[1] > 1,  # the gradients of one channel's keys cancel
+            supports=lambda shape: shape[1] > 1,  # the gradients of one channel's keys cancel
             saved=2.3,  # queries, keys, values and what comes of them
         ),
         Entry(
@@ -249,7 +249,7 @@ ENTRIES = {
             4,
             7,
             epilogue=False,
-            layers=True,
+            has_torch_layers=True,
             shapes=SWIN,
         ),
         Entry(
@@ -260,7 +260,7 @@ ENTRIES = {
             7,
             8,
             epilogue=False,
-            layers=True,
+            has_torch_layers=True,
             ops=("shift_total", "shift_sum", "shift_dot", "shift_grad"),
         ),
         _SELF_ATTENTION,

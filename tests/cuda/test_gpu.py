@@ -75,7 +75,7 @@ def test_graph(entry, layout):
         with torch.no_grad():
             static.copy_(feature_map(SHAPE, layout, x.dtype, "cuda", seed=seed))
         graph.replay()
-        near = 1e-2 if entry.layers else 0.0  # the gradient of PyTorch's padding adds in any order
+        near = 1e-2 if entry.has_torch_layers else 0.0  # the gradient of PyTorch's padding adds in any order
         torch.testing.assert_close(captured, step(), rtol=near, atol=near)
 
 
@@ -115,7 +115,7 @@ def test_scaled_training_step(entry, dtype):
     torch.testing.assert_close(*runs, rtol=2e-2, atol=2e-3)
 
 
-@pytest.mark.parametrize("entry", [e for e in WITH_KERNELS if not e.layers], ids=lambda e: e.name)
+@pytest.mark.parametrize("entry", [e for e in WITH_KERNELS if not e.has_torch_layers], ids=lambda e: e.name)
 @layouts
 def test_peak_memory(entry, layout):
     """Forward keeps its result and small maps; backward adds dx and small tensors."""
@@ -138,7 +138,7 @@ def test_peak_memory(entry, layout):
 @pytest.mark.parametrize("shape", [(64, 256, 56, 56), (32, 2048, 7, 7), (2, 96, 113, 111)])
 def test_large(entry, layout, shape):
     """Sizes that the interpreter cannot reach."""
-    if not entry.takes(shape):
+    if not entry.supports(shape):
         pytest.skip(f"no {entry.name} for {shape}")
     fast, plain = (m.cuda() for m in entry.pair(shape[1], torch.bfloat16))
     x = feature_map(shape, layout, torch.bfloat16, "cuda")
@@ -156,7 +156,7 @@ def test_more_than_2_to_31_elements(entry, resident, layout):
     In eval mode: else batch norms let images see each other.
     """
     shape = (2731, 256, 56, 56)
-    needed = (20 if entry.layers else 10) * 2 * torch.Size(shape).numel()
+    needed = (20 if entry.has_torch_layers else 10) * 2 * torch.Size(shape).numel()
     if torch.cuda.mem_get_info()[0] < needed:
         pytest.skip(f"needs {needed >> 30} GiB of GPU memory")
     x = torch.empty(shape, dtype=torch.bfloat16, device="cuda", memory_format=catalogue.LAYOUTS[layout]).normal_()

@@ -67,7 +67,7 @@ def test_copies_are_seen():
 
 
 @formats
-@pytest.mark.parametrize("entry", [e for e in WITH_KERNELS if not e.layers], ids=lambda e: e.name)
+@pytest.mark.parametrize("entry", [e for e in WITH_KERNELS if not e.has_torch_layers], ids=lambda e: e.name)
 def test_peak_of_live_tensors(entry, layout):
     """x, y, its gradient and dx are alive at once, and small tensors: no copy of a map beside them."""
     shape = (8, 64, 112, 112)

@@ -42,7 +42,7 @@ def functional_call(module, epilogue=(None, None)):
 
 def differentiated(entry, module):
     """The parameters, those aside that differences and the gradient of the original disagree on."""
-    return [p.detach() if name in entry.cut else p for name, p in module.named_parameters()]
+    return [p.detach() if name in entry.partial_gradients else p for name, p in module.named_parameters()]
 
 
 @native_only
@@ -72,7 +72,7 @@ def test_gradcheck_epilogue(entry, with_residual, activation):
 def test_gradient_penalty(entry):
     """A gradient of a gradient's norm, as GANs take it, equals the reference's."""
     penalties = []
-    dtype = torch.float64 if entry.layers else torch.float32  # a batch norm of two pooled values magnifies rounding
+    dtype = torch.float64 if entry.has_torch_layers else torch.float32  # a batch norm of two values magnifies
     for module in entry.pair(8, dtype):
         x = feature_map((2, 8, 4, 4), "nchw", dtype).requires_grad_()
         (gradient,) = torch.autograd.grad(module(x).square().sum(), x, create_graph=True)
@@ -99,7 +99,7 @@ def test_function_transforms(entry):
     Running statistics go in as well: they are written to.
     """
     fast, _ = entry.pair(8)
-    if (entry.layers or entry.cut) and entry.training and list(fast.buffers()):
+    if (entry.has_torch_layers or entry.partial_gradients) and entry.training and list(fast.buffers()):
         pytest.skip("like PyTorch's own, this batch norm updates its statistics in place, which transforms refuse")
     x = feature_map((2, 8, 4, 4), "nchw", torch.float32)
     parameters = dict(fast.named_parameters())
@@ -145,7 +145,7 @@ def test_frozen_inputs(entry):
 def test_saved_for_backward(entry, layout):
     """Training keeps x, the parameters and small maps; never a second copy of x."""
     shape = (2, 64, 64, 64)
-    if not entry.takes(shape):
+    if not entry.supports(shape):
         pytest.skip(f"no {entry.name} for {shape}")
     fast, _ = entry.pair(64)
     x = feature_map(shape, layout, torch.float32).requires_grad_()
@@ -157,7 +157,7 @@ def test_saved_for_backward(entry, layout):
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         fast(x)
-    if entry.layers:
+    if entry.has_torch_layers:
         pytest.skip("PyTorch's layers keep maps of their own")
     assert saved.pop(x.untyped_storage().data_ptr()) == x.nbytes
     for p in fast.parameters():
@@ -222,7 +222,7 @@ class _Recorder(TorchDispatchMode):
 @pytest.mark.parametrize("shape", [(2, 8, 5, 3), (0, 8, 5, 3), (2, 8, 1, 1)], ids=["plain", "empty", "1x1"])
 def test_opcheck(entry, layout, shape):
     """Schema, fake (shapes, dtypes, strides) and dispatch of both directions, held against the reference op."""
-    if not entry.takes(shape):
+    if not entry.supports(shape):
         pytest.skip(f"no {entry.name} for {shape}")
     fast, _ = entry.pair(8)
     x = feature_map(shape, layout, torch.float32).requires_grad_()

@@ -227,14 +227,14 @@ def test_compile(entry, dynamic):
     quick = not dynamic or entry.name in ("gam", "sk") or not entry.training
     backend = "aot_eager" if quick else "inductor"
     compiled = torch.compile(fast, fullgraph=True, dynamic=dynamic, backend=backend)
-    tolerance = {"rtol": 1e-3, "atol": 1e-3} if entry.layers else {}  # Inductor has batch norms of its own
+    tolerance = {"rtol": 1e-3, "atol": 1e-3} if entry.has_torch_layers else {}  # Inductor has batch norms of its own
     shapes = (
         [(2, 16, 6, 5), (3, 16, 8, 9), (5, 16, 7, 6)] if dynamic else [(2, 16, 15, 14)]
     )  # none so small that the reference serves
     for index, shape in enumerate(shapes):
         x = feature_map(shape, "nchw", torch.float32).requires_grad_()
         # Inductor compiles PyTorch's own convolutions anew for another size.
-        with torch._dynamo.config.patch(error_on_recompile=index > 0 and not entry.layers):
+        with torch._dynamo.config.patch(error_on_recompile=index > 0 and not entry.has_torch_layers):
             pairs = (compiled, fast), (eager, eager)
             results = [torch.autograd.grad(f(x).square().sum(), [x, *m.parameters()]) for f, m in pairs]
             torch.testing.assert_close(compiled(x), eager(x), **tolerance)

@@ -35,15 +35,15 @@ def identify(value):
 pytestmark = pytest.mark.parametrize(("device", "backend"), TARGETS)
 entries = pytest.mark.parametrize("entry", catalogue.ENTRIES.values(), ids=lambda e: e.name)
 layouts = pytest.mark.parametrize("layout", catalogue.LAYOUTS)
-ENTRY_SHAPES = [(e, *case) for e in catalogue.ENTRIES.values() for case in SHAPE_DTYPES if e.takes(case[0])]
+ENTRY_SHAPES = [(e, *case) for e in catalogue.ENTRIES.values() for case in SHAPE_DTYPES if e.supports(case[0])]
 ENTRY_SHAPES += [
-    (e, s, torch.float32) for e in catalogue.ENTRIES.values() for s in LARGE_SHAPES if e.training and e.takes(s)
+    (e, s, torch.float32) for e in catalogue.ENTRIES.values() for s in LARGE_SHAPES if e.training and e.supports(s)
 ]
 # Every epilogue in float32 and bfloat16, one in the other dtypes, and all where the map is one pixel.
 EPILOGUE_CASES = [((2, 8, 6, 10), d, *e) for d in (torch.float32, torch.bfloat16) for e in EPILOGUES[1:]]
 EPILOGUE_CASES += [((2, 8, 6, 10), d, True, "silu") for d in (torch.float64, torch.float16)]
 EPILOGUE_CASES += [((1, 33, 1, 1), torch.float32, *e) for e in EPILOGUES[1:]]
-EPILOGUE_CASES = [(e, *c) for e in catalogue.ENTRIES.values() if e.epilogue for c in EPILOGUE_CASES if e.takes(c[0])]
+EPILOGUE_CASES = [(e, *c) for e in catalogue.ENTRIES.values() if e.epilogue for c in EPILOGUE_CASES if e.supports(c[0])]
 quiet = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, under the interpreter, of NaN that is meant
 
 
@@ -54,7 +54,7 @@ def test_shapes(entry, layout, shape, dtype, device, backend):
     x = feature_map(shape, layout, dtype, device)
     fused = check(entry, x, backend)
     ours = ("y",) * entry.epilogue + ("x",) * (
-        device == "cpu" or not entry.layers
+        device == "cpu" or not entry.has_torch_layers
     )  # cuDNN chooses convolutions' layout
     for name in ours if x.numel() else ():
         assert fused[name].is_contiguous(memory_format=catalogue.LAYOUTS[layout])
@@ -157,13 +157,13 @@ def test_nan_gradient(entry, layout, device, backend):
 @pytest.mark.parametrize("shape", [(3, 16, 9, 7), (1, 16, 9, 7)] if INTERPRETED else [(3, 64, 56, 57), (1, 64, 56, 57)])
 def test_deterministic(entry, layout, shape, device, backend):
     """The same bits every time, and with any number of threads."""
-    if not entry.takes(shape):
+    if not entry.supports(shape):
         pytest.skip(f"no {entry.name} for {shape}")
     x = feature_map(shape, layout, torch.float32, device)
     first = check(entry, x, backend)
     fast, _ = (m.to(device) for m in entry.pair(shape[1]))
     before = torch.get_num_threads()
-    counts = (before,) if entry.layers else (1,) if backend == "triton" else (1, 2, 3)
+    counts = (before,) if entry.has_torch_layers else (1,) if backend == "triton" else (1, 2, 3)
     for threads in counts:
         torch.set_num_threads(threads)
         try:
@@ -184,7 +184,7 @@ def test_deterministic(entry, layout, shape, device, backend):
     seed=st.integers(0, 1000),
 )
 def test_fuzz(entry, device, backend, shape, layout, epilogue, view, seed):
-    hypothesis.assume(entry.takes(shape))
+    hypothesis.assume(entry.supports(shape))
     x = feature_map(shape, layout, torch.float32, device, seed=seed)
     if view:
         x = VIEWS[view](x, layout)

@@ -11,8 +11,7 @@ from torch import Tensor
 from .. import ops, reference
 from ..backends import fused, serving
 from ..reference.batch_norm import Norm, update_running_statistics
-from ..reference.checks import ACTIVATIONS, check_choice, check_residual
-from ..reference.nam import check_nam
+from ..reference.checks import ACTIVATIONS, check_batch_norm, check_choice, check_residual
 
 # Compiled, maps of at most this many pixels take plain PyTorch, which Inductor makes faster: docs/guide/compile.md.
 TINY: dict[Callable[..., Any], int] = {
@@ -45,7 +44,7 @@ def gated(
     code = check_choice("activation", activation, ACTIVATIONS)
     check_residual(residual, x)
     if norm is not None:
-        check_nam(x, *norm[:4], False, norm.eps)
+        check_batch_norm(x, *norm[:4], False, norm.eps)
         if normed is not None and at_once(x, (*tensors, residual, *norm[:4]), residual):
             return normed(x, *norm, *tensors[1:], residual, code, *options)
         x = norm.apply(x)

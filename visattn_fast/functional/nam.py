@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from .. import ops, reference
-from ..reference.nam import check_nam
+from ..reference.checks import check_batch_norm
 from ._gated import batch_norm_gated
 
 
@@ -34,7 +34,7 @@ def nam(
 
     Source: Liu et al., "NAM: Normalization-based Attention Module", NeurIPS workshops 2021.
     """
-    check_nam(x, weight, bias, running_mean, running_var, training, eps)
+    check_batch_norm(x, weight, bias, running_mean, running_var, training, eps)
     return batch_norm_gated(
         reference.nam, ops.NAMFunction, (x,), weight, bias, (running_mean, running_var), training, momentum, eps,
         residual, activation,

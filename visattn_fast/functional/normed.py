@@ -10,9 +10,8 @@ from torch import Tensor
 from .. import ops, reference
 from ..backends import fused
 from ..reference.batch_norm import update_running_statistics
-from ..reference.checks import ACTIVATIONS, check_choice, check_residual
+from ..reference.checks import ACTIVATIONS, check_batch_norm, check_choice, check_residual
 from ..reference.gates import checked
-from ..reference.nam import check_nam
 
 
 def gate_normed_channels(
@@ -48,7 +47,7 @@ def gate_normed_channels(
     Raises: as `gate_channels`; ValueError, too, in training with a single value per channel, and outside of it without
         statistics.
     """
-    check_nam(z, weight, bias, running_mean, running_var, training, eps)
+    check_batch_norm(z, weight, bias, running_mean, running_var, training, eps)
     check_residual(residual, z)
     code = check_choice("activation", activation, ACTIVATIONS)
     # Compiled, the plain form is Inductor's to fuse. A sum that is wider than z is PyTorch's.

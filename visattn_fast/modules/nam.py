@@ -6,8 +6,7 @@ from torch import Tensor
 
 from .. import functional, reference
 from ..reference.batch_norm import batch_norm_step
-from ..reference.checks import check_feature_map
-from ..reference.nam import check_nam
+from ..reference.checks import check_batch_norm, check_feature_map
 
 
 class FastNAM(reference.NAM):
@@ -21,7 +20,9 @@ class FastNAM(reference.NAM):
         bn = self.bn2
         check_feature_map(x, bn.num_features)
         batch = bn.training or bn.running_mean is None
-        check_nam(x, bn.weight, bn.bias, bn.running_mean, bn.running_var, batch, bn.eps)  # before the batch is counted
+        check_batch_norm(
+            x, bn.weight, bn.bias, bn.running_mean, bn.running_var, batch, bn.eps
+        )  # before the batch is counted
         training, momentum = batch_norm_step(bn)
         return functional.nam(
             x,

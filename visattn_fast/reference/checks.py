@@ -150,6 +150,23 @@ def check_spatial_kernel(wconv: Tensor, bias: Tensor | None, x: Tensor) -> None:
         check_weight("bias", bias, (1,), x)
 
 
+def check_batch_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor | None, var: Tensor | None, training: bool, eps: float
+) -> None:
+    """Raises unless the weights and statistics are ``[C]``, as x has channels, and there is a variance to be had."""
+    check_feature_map(x)
+    check_positive_number("eps", eps)
+    check_weight("weight", weight, (x.shape[1],), x)
+    check_weight("bias", bias, (x.shape[1],), x)
+    for name, value in (("running_mean", mean), ("running_var", var)):
+        if value is not None:
+            check_weight(name, value, (x.shape[1],), x)
+    if training and x.numel() == x.shape[1]:
+        raise ValueError(f"expected more than 1 value per channel when training, got input size {tuple(x.shape)}")
+    if not training and (mean is None or var is None):
+        raise ValueError("running_mean and running_var must be given outside of training")
+
+
 def check_branches(
     v1: Tensor, v2: Tensor, w: Tensor, norm_weight: Tensor, norm_bias: Tensor, running_mean: Tensor | None,
     running_var: Tensor | None, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, training: bool,

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .batch_norm import batch_norm_step, look_through
 from .checks import (
     ACTIVATIONS,
+    check_batch_norm,
     check_bottleneck,
     check_choice,
     check_feature_map,
@@ -19,7 +20,6 @@ from .checks import (
     check_weight,
     hidden_width,
 )
-from .nam import check_nam
 
 
 def channel_mlp_factor(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None) -> Tensor:
@@ -60,7 +60,7 @@ def check_norm_gate(
     """Raises unless m is a map of x's shape, and the batch norm's arguments fit it; see `norm_gate`."""
     check_feature_map(x)
     check_same_map("m", m, x)
-    check_nam(m, weight, bias, running_mean, running_var, training, eps)
+    check_batch_norm(m, weight, bias, running_mean, running_var, training, eps)
 
 
 def norm_gate(
@@ -173,7 +173,9 @@ class GAM(nn.Module):
         check_weight("conv1.weight", self.conv1.weight, tuple(self.conv1.weight.shape), x)
         bn = self.norm2
         batch = bn.training or bn.running_mean is None
-        check_nam(x, bn.weight, bn.bias, bn.running_mean, bn.running_var, batch, bn.eps)  # before a batch is counted
+        check_batch_norm(
+            x, bn.weight, bn.bias, bn.running_mean, bn.running_var, batch, bn.eps
+        )  # before a batch is counted
         check_residual(residual, x)
         check_choice("activation", activation, ACTIVATIONS)
 

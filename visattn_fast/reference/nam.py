@@ -6,24 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .checks import check_feature_map, check_positive, check_positive_number, check_weight
-
-
-def check_nam(
-    x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor | None, var: Tensor | None, training: bool, eps: float
-) -> None:
-    """Raises unless the weights and statistics are ``[C]``, as x has channels, and there is a variance to be had."""
-    check_feature_map(x)
-    check_positive_number("eps", eps)
-    check_weight("weight", weight, (x.shape[1],), x)
-    check_weight("bias", bias, (x.shape[1],), x)
-    for name, value in (("running_mean", mean), ("running_var", var)):
-        if value is not None:
-            check_weight(name, value, (x.shape[1],), x)
-    if training and x.numel() == x.shape[1]:
-        raise ValueError(f"expected more than 1 value per channel when training, got input size {tuple(x.shape)}")
-    if not training and (mean is None or var is None):
-        raise ValueError("running_mean and running_var must be given outside of training")
+from .checks import check_batch_norm, check_feature_map, check_positive, check_weight
 
 
 def nam(
@@ -63,7 +46,7 @@ def nam_gate(
     eps: float,
 ) -> Tensor:
     """What `nam` multiplies x by, ``[N, C, H, W]``."""
-    check_nam(x, weight, bias, running_mean, running_var, training, eps)
+    check_batch_norm(x, weight, bias, running_mean, running_var, training, eps)
     share = weight.detach().abs()
     share = share / share.sum()
     normed = F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)

@@ -189,7 +189,7 @@ def _plan(args: argparse.Namespace, dtypes: list[str]) -> list[Case]:
     if args.quick and not given:
         every.sort(key=math.prod)
     cases = matrix(modules, every, layouts, modes, dtypes)
-    return [c for c in cases if c.shape in sizes[c.op] and ENTRIES[c.op].takes(c.shape)]
+    return [c for c in cases if c.shape in sizes[c.op] and ENTRIES[c.op].supports(c.shape)]
 
 
 def _measure(
