@@ -70,7 +70,9 @@ def formatted(path: Path, text: str) -> str:
     """``text`` as ruff sorts and formats it."""
     for command in (["check", "--fix", "--select", "I,RUF022", "--quiet"], ["format"]):
         name = ["--stdin-filename", str(path)]
-        done = subprocess.run(["ruff", *command, *name, "-"], input=text, capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            [sys.executable, "-m", "ruff", *command, *name, "-"], input=text, capture_output=True, text=True, check=True
+        )
         text = done.stdout
     return text
 
