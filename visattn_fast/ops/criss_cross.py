@@ -36,7 +36,7 @@ class _Lines(NamedTuple):
             yield [t[:, start : start + step] for t in self.tensors]
 
     def energies(self, q: Tensor, k: Tensor) -> Tensor:
-        """Logits ``[G, B, L, L]`` of q and k ``[G, B, L, R]``. Columns leave out the position itself: its row has it."""
+        """Logits ``[G, B, L, L]`` of q and k ``[G, B, L, R]``. Columns leave out the position itself: rows have it."""
         found = q @ k.mT
         if self.columns:
             found.diagonal(0, 2, 3).fill_(-torch.inf)

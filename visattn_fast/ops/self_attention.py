@@ -62,9 +62,9 @@ class _Bias:
         windows = self.windows[:, self.height - rows.stop : self.height - rows.start]
         return windows.flip(1, 2).flatten(3).flatten(1, 2)
 
-    def blocks(self, a_row: int) -> Iterator[tuple[slice, Tensor | None]]:
-        """Yields slices of queries and their relative bias, if a row of the map has ``a_row`` weights."""
-        for rows in _blocks(self.height, a_row):
+    def blocks(self, row_weights: int) -> Iterator[tuple[slice, Tensor | None]]:
+        """Yields slices of queries and their relative bias, if a row of the map has ``row_weights`` weights."""
+        for rows in _blocks(self.height, row_weights):
             yield slice(rows.start * self.width, rows.stop * self.width), self.relative(rows)
 
     def whole_blocks(self) -> Iterator[tuple[slice, Tensor | None]]:
@@ -97,7 +97,7 @@ def _attention_fwd_reference(
         q, k, v = split_heads(qkv, key_mask)
         for i, bias in _Bias(qkv, table, key_mask).whole_blocks():
             o, norm = _attend(q[:, :, i], k, v, bias, scale)
-            if o.shape[2] == height * width:  # a single block: no copy
+            if o.shape[2] == height * width:  # a single block is the whole result
                 out, lse = o.transpose(1, 2).to(qkv.dtype).contiguous(), norm.contiguous()
             else:
                 out[:, i], lse[:, :, i] = o.transpose(1, 2), norm
@@ -116,11 +116,11 @@ class _Products:
         a = accumulation_dtype(qkv)
         self.q, self.k, self.v = (t.to(a).contiguous() for t in split_heads(qkv, key_mask))
         self.lse, self.scale, self.bias = lse[..., None], scale, _Bias(qkv, table, key_mask)
-        self.a_row = self.heads * height * width**2
+        self.row_weights = self.heads * height * width**2
 
     def blocks(self) -> Iterator[tuple[slice, slice, Tensor]]:
         """Yields slices of images and of queries, and their weights ``[images heads, queries, L]``."""
-        for queries, relative in self.bias.blocks(self.a_row):
+        for queries, relative in self.bias.blocks(self.row_weights):
             count = queries.stop - queries.start
             for images in _blocks(self.q.shape[0], self.heads * count * self.q.shape[2]):
                 yield images, queries, self._weights(images, queries, relative)

@@ -69,8 +69,8 @@ class _Vectors:
     """The Newton-Schulz iterates of a symmetric matrix a ``[N, C, C]``, applied to row vectors ``[N, 1, C]``.
 
     ``Y_0 = a``, ``Z_0 = 1``; ``T_k = (3 - Z_{k-1} Y_{k-1}) / 2``, ``Y_k = Y_{k-1} T_k``, ``Z_k = T_k Z_{k-1}``; Y_k
-    tends to the square root of a. Every vector that a multiplies is recorded. The gradient visits them in reverse; each T
-    around a product brings a factor -1/2, counted as a power.
+    tends to the square root of a. Every vector that a multiplies is recorded, and the gradient visits them in reverse.
+    Each T around a product brings a factor -1/2, counted as a power.
     """
 
     def __init__(self, a: Tensor) -> None:
