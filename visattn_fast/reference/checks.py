@@ -7,10 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# The index is the code that the ops take.
-ACTIVATIONS = (None, "relu", "silu")
-GATES = ("sigmoid", "hard_sigmoid")
-TIES = ("first", "even")
+from .activations import Activation, GateActivation, Ties
+
+# How public arguments spell the codes of the ops: the index of a spelling is its code.
+ACTIVATIONS = (None, *(code.name.lower() for code in Activation if code is not Activation.NONE))
+GATES = tuple(code.name.lower() for code in GateActivation)
+TIES = tuple(code.name.lower() for code in Ties)
 
 
 def check_positive(name: str, value: int) -> None:
