@@ -17,7 +17,7 @@ import visattn_fast as vf
 from bench.clock import DEVICE, measure, timed
 from visattn_fast.backends import backends
 from visattn_fast.measure.step import TRAINING, Results, step
-from visattn_fast.reference.attention2d import relative_bias, split_heads
+from visattn_fast.reference.self_attention import relative_bias, split_heads
 
 HEADS = 4
 TOKENS = 4096 if DEVICE.type == "cuda" else 1024  # of a batch, or one image

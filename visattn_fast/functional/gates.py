@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import ops, reference
 from ..backends import fused
 from ..reference.checks import ACTIVATIONS, TIES, check_choice, check_feature_map, check_residual, check_spatial_kernel
-from ..reference.gates import checked
+from ..reference.custom_gates import checked
 
 
 def gate_channels(

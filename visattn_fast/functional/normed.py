@@ -11,7 +11,7 @@ from .. import ops, reference
 from ..backends import fused
 from ..reference.batch_norm import update_running_statistics
 from ..reference.checks import ACTIVATIONS, check_batch_norm, check_choice, check_residual
-from ..reference.gates import checked
+from ..reference.custom_gates import checked
 
 
 def gate_normed_channels(

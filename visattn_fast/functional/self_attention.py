@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .. import ops, reference
 from ..backends import fused, is_tiny, reference_asked
-from ..reference.attention2d import check_attention2d, relative_bias, split_heads
+from ..reference.self_attention import check_attention2d, relative_bias, split_heads
 from ._gated import TINY
 
 

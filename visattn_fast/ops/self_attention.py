@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..reference.attention2d import split_heads
+from ..reference.self_attention import split_heads
 from .autograd import fused_function
 from .layout import accumulation_dtype, empty_small
 from .library import define

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from .. import reference
-from ..reference.window_attention import Windows, join_windows, relative_position, split_windows, window_weights
+from ..reference.window_attention import join_windows, split_windows, window_weights
+from ..reference.window_geometry import Windows, relative_position
 from .autograd import fused_function, mixed
 from .layout import accumulation_dtype, empty_small
 from .library import define
