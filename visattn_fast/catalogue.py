@@ -17,8 +17,7 @@ from .functional.normed import gate_normed_channels
 class Entry:
     """A module of the catalogue.
 
-    Byte counts are declared here alone: the report divides them by times, and `tools.traffic` holds the kernels to
-    them.
+    Byte counts are declared only here: the report compares them with times, and `tools.traffic` with the kernels.
 
     Attributes:
         name: name of the function in `functional`, or of a variant of it.
@@ -29,7 +28,7 @@ class Entry:
         epilogue: True if forward takes ``residual`` and ``activation``.
         supports: takes a shape ``[N, C, H, W]``, returns True if the module can be tested on such a map.
         training: the mode that `pair` leaves its modules in.
-        rereads: True if programs read again, from a cache, what others have read: a launch counts a tensor once.
+        rereads: True if programs read the same tensor again, from a cache; a launch then counts each tensor once.
         has_torch_layers: True if PyTorch's convolutions or linear layers run over whole maps inside. They keep maps of
             their own for the backward pass, and their sums may depend on the number of threads.
         saved: most bytes kept for the backward pass beside x and parameters, in multiples of the bytes of x, for 64
@@ -183,8 +182,8 @@ _ENTRIES = (
             lambda c: {"in_channels": c, "rate": min(4, c)},
             forward_passes=4,
             backward_passes=8,
-            # The second batch norm removes most of the gradient of the first one's weight; with few channels only
-            # rounding is left of it.
+            # The second batch norm cancels most of the gradient of the first one's weight; with few channels only
+            # rounding remains.
             supports=lambda shape: shape[1] >= 16 and _pixels(shape) >= 8,
             has_torch_layers=True,  # the convolutions, and the matrix products of the channel MLP
             ops=("channel_mlp_fwd", "channel_mlp_bwd", "norm_gate_fwd", "norm_gate_bwd"),
@@ -321,6 +320,7 @@ class NormedGate(nn.Module):
         self.gate = nn.Sequential(nn.Conv2d(channels, channels, 1), nn.Sigmoid())
 
     def forward(self, z: Tensor) -> Tensor:
+        """Normalises and gates: ``[N, C, H, W]`` -> ``[N, C, H, W]``."""
         return reference.gate_channels(self.norm(z), self.gate)
 
 
@@ -328,6 +328,7 @@ class FastNormedGate(NormedGate):
     """`NormedGate` by `gate_normed_channels`."""
 
     def forward(self, z: Tensor, residual: Tensor | None = None, activation: str | None = None) -> Tensor:
+        """Normalises and gates: ``[N, C, H, W]`` -> ``[N, C, H, W]``; adds ``residual`` and activates if asked."""
         norm = self.norm
         return gate_normed_channels(
             z,

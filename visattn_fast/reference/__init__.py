@@ -1,4 +1,7 @@
-"""The catalogue in plain PyTorch: specification of the fused modules and oracle of their tests. Needs torch alone."""
+"""The catalogue in plain PyTorch: the specification of the fused modules and the oracle of their tests.
+
+It imports only torch.
+"""
 
 from .cbam import CBAM, ChannelAttention, SpatialAttention, cbam, channel_attention, spatial_attention
 from .coord_att import CoordAtt, coord_att

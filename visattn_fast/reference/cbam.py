@@ -68,7 +68,7 @@ def spatial_attention(x: Tensor, wconv: Tensor, bias: Tensor | None = None) -> T
 def cbam(x: Tensor, w1: Tensor, w2: Tensor, wconv: Tensor, bias: Tensor | None = None) -> Tensor:
     """``y = x * channel_attention(x)``, then ``y * spatial_attention(y)``: ``[N, C, H, W]`` -> ``[N, C, H, W]``.
 
-    Arguments and errors are those of `channel_attention` and `spatial_attention`.
+    Arguments and errors as for `channel_attention` and `spatial_attention`.
     """
     y = x * channel_attention(x, w1, w2)
     return y * spatial_attention(y, wconv, bias)

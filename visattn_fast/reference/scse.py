@@ -57,7 +57,7 @@ class scSE(nn.Module):
     """Concurrent spatial and channel squeeze-and-excitation (Roy et al., MICCAI 2018).
 
     ``y = x * (channel + spatial)``: x and y ``[N, C, H, W]``; ``channel = sigmoid(W2 relu(W1 mean(x) + b1) + b2)``,
-    the mean over H and W; ``spatial = sigmoid(w x + b)``, a 1x1 convolution to one channel. The layers are those of
+    the mean over H and W; ``spatial = sigmoid(w x + b)``, a 1x1 convolution to one channel. Layers are named as in
     segmentation-models-pytorch's ``SCSEModule``.
 
     Args:

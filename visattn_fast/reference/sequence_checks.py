@@ -63,7 +63,7 @@ def check_position(position: Tensor | None, shape: tuple[int, ...], like: Tensor
     if position is None:
         return
     if not allowed:
-        raise ValueError("position is taken with a window that is not predictive alone")
+        raise ValueError("position must be None without a window, or if the module predicts it")
     if not isinstance(position, Tensor) or position.is_complex() or position.dtype == torch.bool:
         raise TypeError(f"position must be a tensor of real numbers, got {_kind(position)}")
     _check_device("position", position, like)

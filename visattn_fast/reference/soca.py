@@ -45,7 +45,7 @@ def soca_gate(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor |
 
 
 def soca(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None) -> Tensor:
-    """``x * sigmoid(w2 relu(w1 s + b1) + b2)``; s is the row mean of the square root of the channels' covariance.
+    """``x * sigmoid(w2 relu(w1 s + b1) + b2)``; s is the mean over rows of the square root of the channels' covariance.
 
     Args:
         x: ``[N, C, H, W]``.
@@ -66,9 +66,9 @@ def soca(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None
 class SOCA(nn.Module):
     """Second-order channel attention.
 
-    ``y = x * sigmoid(conv_du(s))``, where s, ``[N, C, 1, 1]``, is the row mean of the square root of the channels'
-    covariance, by 5 Newton-Schulz steps on the matrix divided by its trace. For constant maps (1x1 maps included) s
-    and the gradient through s are zero.
+    ``y = x * sigmoid(conv_du(s))``, where s, ``[N, C, 1, 1]``, is the mean over rows of the square root of the
+    channels' covariance, by 5 Newton-Schulz steps on the matrix divided by its trace. For constant maps (1x1 maps
+    included) s and the gradient through s are zero.
 
     The published code centres with a matrix of HW x HW elements, gigabytes for a map of 250x250, and crops maps to
     1000x1000 to bound it. This code subtracts the mean: every pixel counts, and memory is linear in HW.

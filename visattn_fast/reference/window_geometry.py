@@ -1,4 +1,4 @@
-"""Where the tokens of a map are in its (shifted) windows, and how their positions in a window differ."""
+"""Geometry of (shifted) windows: the positions of a map's tokens in its windows, and the offsets between tokens."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .checks import check_positive
 
 @dataclass(frozen=True)
 class Windows:
-    """The windows of a map ``[H, W]``: which token is at which position of which window.
+    """The windows of a map ``[H, W]`` and the positions of its tokens in them.
 
     The map is padded at its end to whole windows, and shifted cyclically towards its start. ``pad_first``: padding
     comes before the shift, as in Swin's detection code and torchvision; otherwise after it, as in timm.
