@@ -3,6 +3,7 @@
 It imports only torch.
 """
 
+# Lists of names: written by `make names`.
 from .cbam import CBAM, ChannelAttention, SpatialAttention, cbam, channel_attention, spatial_attention
 from .coord_att import CoordAtt, coord_att
 from .criss_cross import CrissCross, criss_cross
@@ -71,3 +72,4 @@ __all__ = [
     "split_attention",
     "window_attention",
 ]
+# End of the lists.

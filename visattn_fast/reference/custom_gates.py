@@ -11,6 +11,8 @@ from .activations import Ties
 from .cbam import global_maximum
 from .checks import TIES, check_choice, check_feature_map
 
+__all__ = ["gate_channels", "gate_twice"]
+
 
 def gate_channels(x: Tensor, gate: Callable[[Tensor], Tensor]) -> Tensor:
     """``x * gate(mean(x))``, the mean over H and W.

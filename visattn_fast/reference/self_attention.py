@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from .checks import check_choice, check_feature_map, check_floating, check_positive, check_weight
 from .masking import masked_softmax
 
+__all__ = ["SelfAttention2d", "attention2d"]
+
 if TYPE_CHECKING:
     from typing_extensions import Self
 

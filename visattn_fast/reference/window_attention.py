@@ -12,6 +12,8 @@ from .checks import check_choice, check_feature_map, check_floating, check_posit
 from .self_attention import NEED_WEIGHTS
 from .window_geometry import Windows, check_window, effective_shift, relative_position
 
+__all__ = ["WindowAttention2d", "window_attention"]
+
 APART = -100.0  # added to the logit of two tokens on different sides of the shift's seam, as in Swin
 LAYOUTS = ("nchw", "nhwc")
 
