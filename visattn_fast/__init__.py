@@ -22,11 +22,8 @@ from .fused.sk import FastSK
 from .fused.soca import FastSOCA
 from .fused.split_attention import FastS2MLPv2
 from .fused.window_attention import FastWindowAttention2d
-from .integrations import Acceleration, accelerate, restore
-from .watch import GateStatistics, attention_maps, watch_gates
 
 __all__ = [
-    "Acceleration",
     "Backend",
     "Decision",
     "FastAttentionLayer",
@@ -50,16 +47,11 @@ __all__ = [
     "FastSpatialAttention",
     "FastWindowAttention2d",
     "FastscSE",
-    "GateStatistics",
-    "accelerate",
-    "attention_maps",
     "backends",
     "explain",
     "functional",
     "reference",
-    "restore",
     "use_backend",
-    "watch_gates",
 ]
 # End of the lists.
 

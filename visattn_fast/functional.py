@@ -19,7 +19,6 @@ from .fused.sk import sk
 from .fused.soca import soca
 from .fused.split_attention import split_attention
 from .fused.window_attention import window_attention
-from .reference.batch_norm import Norm
 
 __all__ = [
     "Norm",
