@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "visattn_fast"
-BEGIN, END = "# Lists of names: written by `make names`.\n", "# End of the lists.\n"
+BEGIN, END = "# isort: split\n# Lists of names: written by `make names`.\n", "# End of the lists.\n"
 
 
 def public(folder: str) -> dict[str, list[str]]:

@@ -3,7 +3,10 @@
 from . import functional, reference
 from .backends import Backend, Decision, backends, use_backend
 from .explain import explain
+from .integrations import Acceleration, accelerate, restore
+from .watch import GateStatistics, attention_maps, watch_gates
 
+# isort: split
 # Lists of names: written by `make names`.
 from .fused.cbam import FastCBAM, FastChannelAttention, FastSpatialAttention
 from .fused.coord_att import FastCoordAtt
@@ -24,6 +27,7 @@ from .fused.split_attention import FastS2MLPv2
 from .fused.window_attention import FastWindowAttention2d
 
 __all__ = [
+    "Acceleration",
     "Backend",
     "Decision",
     "FastAttentionLayer",
@@ -47,11 +51,16 @@ __all__ = [
     "FastSpatialAttention",
     "FastWindowAttention2d",
     "FastscSE",
+    "GateStatistics",
+    "accelerate",
+    "attention_maps",
     "backends",
     "explain",
     "functional",
     "reference",
+    "restore",
     "use_backend",
+    "watch_gates",
 ]
 # End of the lists.
 

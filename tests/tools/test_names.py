@@ -21,3 +21,9 @@ def test_every_public_name_is_reachable():
     for file, exported in names.public("reference").items():
         for name in exported:
             assert hasattr(vf.reference, name), f"{name} of reference/{file}.py"
+
+
+def test_public_names_stay():
+    """These names are promised: other people's code and docs use them."""
+    promised = {"accelerate", "attention_maps", "backends", "explain", "functional", "reference", "restore"}
+    assert promised | {"use_backend", "watch_gates", "FastCBAM", "FastSE"} <= set(vf.__all__)

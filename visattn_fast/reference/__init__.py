@@ -3,6 +3,7 @@
 It imports only torch.
 """
 
+# isort: split
 # Lists of names: written by `make names`.
 from .cbam import CBAM, ChannelAttention, SpatialAttention, cbam, channel_attention, spatial_attention
 from .coord_att import CoordAtt, coord_att
