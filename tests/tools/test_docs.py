@@ -1,4 +1,4 @@
-"""The recipes of docs/libraries run, and accelerate what they are about."""
+"""The code of the docs runs: the recipes for other libraries, and the page about training."""
 
 from __future__ import annotations
 
@@ -7,18 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from cases import INTERPRETED
 from outside import library, ultralytics_modules
 
 PAGES = sorted((Path(__file__).parents[2] / "docs" / "guide" / "libraries").glob("*.md"))
-pytestmark = [
-    pytest.mark.skipif(INTERPRETED, reason="swaps classes; what the kernels compute is held elsewhere"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_recipe(page, capsys):
+def test_recipe_of_a_library_accelerates_its_model(page, capsys):
     ultralytics_modules() if page.stem == "ultralytics" else library(page.stem)
     (recipe,) = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
     names: dict[str, object] = {}
@@ -27,8 +23,7 @@ def test_recipe(page, capsys):
     assert not names["report"].skipped
 
 
-def test_training_page():
-    """Its blocks run, one after the other."""
+def test_blocks_of_the_training_page_run_in_order():
     names: dict[str, object] = {}
     for block in re.findall(r"```python\n(.*?)```", (PAGES[0].parents[1] / "training.md").read_text(), re.DOTALL):
         exec(block, names)
