@@ -29,9 +29,8 @@ def test_compiled_module_is_one_graph_and_matches_eager(entry, dynamic):
     quick = not dynamic or entry.name in ("gam", "sk") or not entry.training
     backend = "aot_eager" if quick else "inductor"
     compiled = torch.compile(fast, fullgraph=True, dynamic=dynamic, backend=backend)
-    tolerance = (
-        {"rtol": 1e-3, "atol": 1e-3} if entry.has_torch_layers else {}
-    )  # Inductor computes batch norms its own way
+    # Inductor computes batch norms its own way.
+    tolerance = {"rtol": 1e-3, "atol": 1e-3} if entry.has_torch_layers else {}
     # No map is so small that the reference serves.
     shapes = [(2, 16, 6, 5), (3, 16, 8, 9), (5, 16, 7, 6)] if dynamic else [(2, 16, 15, 14)]
     for index, shape in enumerate(shapes):

@@ -8,7 +8,7 @@ from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jvp, vmap
 
 import visattn_fast as vf
-from cases import INTERPRETED, TARGETS, entries, feature_map
+from cases import INTERPRETED, entries, feature_map, targets
 from visattn_fast import catalogue
 
 
@@ -89,7 +89,7 @@ def test_hessian_matches_reference(name):
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(("device", "backend"), TARGETS)
+@targets
 def test_explicit_backend_serves_grad_and_refuses_vmap(device, backend):
     fast = vf.FastSE(16).to(device)
     x = feature_map((2, 16, 5, 4), "nchw", torch.float32, device)

@@ -84,7 +84,7 @@ def test_nan_in_padding_does_not_leak(variant, need_weights, which):
 @weighted
 @classes
 def test_padding_of_self_attention_masks_queries_too(need_weights, which):
-    """The padded positions may be NaN, although they are queries as well as keys."""
+    """One padding mask for all queries blanks the padded positions as queries too, which may be NaN."""
     module = build("layer")[which]
     _, x, _ = inputs("layer")
     clean, dirty = x.clone(), x.clone()

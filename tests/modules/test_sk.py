@@ -12,19 +12,19 @@ from cases import feature_map, layouts
 from visattn_fast import catalogue, reference
 
 
-def arguments(shape, layout, dtype=torch.float32, device="cpu"):
+def arguments(shape, layout, dtype=torch.float32):
     """Returns branches and weights of `functional.sk` with d = 6."""
-    branches = [feature_map(shape, layout, dtype, device, seed=seed) for seed in (0, 1)]
+    branches = [feature_map(shape, layout, dtype, seed=seed) for seed in (0, 1)]
     c, generator = shape[1], torch.Generator().manual_seed(0)
     sizes = ((6, c), (6,), (6,), (6,), (6,), (c, 6), (c,), (c, 6), (c,))
-    weights = [torch.rand(size, generator=generator, dtype=torch.float32).to(device, dtype) for size in sizes]
+    weights = [torch.rand(size, generator=generator).to(dtype) for size in sizes]
     return branches + weights
 
 
 @layouts
 @pytest.mark.parametrize("backend", ["auto", "reference"])
-def test_running_statistics_move_as_a_batch_norms(layout, backend):
-    """Running statistics may have another dtype than x; a single image in training raises an error."""
+def test_running_statistics_move_as_those_of_a_batch_norm(layout, backend):
+    """Running statistics may have another dtype than x."""
     tensors = arguments((3, 8, 4, 5), layout, torch.float64)
     for i in (5, 6):
         tensors[i] = tensors[i].float()
@@ -34,9 +34,12 @@ def test_running_statistics_move_as_a_batch_norms(layout, backend):
         vf.functional.sk(*tensors, training=True, momentum=0.25)
     torch.testing.assert_close(tensors[5], 0.75 * center + 0.25 * z.mean(0).float())
     torch.testing.assert_close(tensors[6], 0.75 * var + 0.25 * z.var(0).float())
-    for module in (vf.functional, reference):
-        with pytest.raises(ValueError, match=r"at least 2 images in training, got 1"):
-            module.sk(*arguments((1, 8, 4, 5), layout), training=True)
+
+
+@pytest.mark.parametrize("functions", [vf.functional, reference], ids=["fast", "reference"])
+def test_single_image_in_training_raises(functions):
+    with pytest.raises(ValueError, match=r"at least 2 images in training, got 1"):
+        functions.sk(*arguments((1, 8, 4, 5), "nchw"), training=True)
 
 
 def test_empty_batch_launches_nothing(monkeypatch):

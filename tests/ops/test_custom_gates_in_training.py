@@ -11,7 +11,6 @@ from variants import CUSTOM
 from visattn_fast import reference
 
 C = 24  # channels
-
 kinds = pytest.mark.parametrize("kind", CUSTOM)
 
 

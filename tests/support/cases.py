@@ -194,13 +194,13 @@ def oracle(
 def within_budget(
     fused: dict[str, Tensor], eager: dict[str, Tensor], exact: dict[str, Tensor], rounded: dict[str, Tensor]
 ) -> None:
-    """Asserts that the error of ``fused`` is at most twice the error of ``eager``, plus a rounding band.
+    """Asserts that fused errs at most twice as much as eager does, plus a rounding band.
 
-    The band is 6 units in the last place of the largest value, plus 4 times the effect of rounding the inputs: if terms
-    cancel, ``eager`` may be exact by luck. In float64 the oracle rounds as ``eager`` does, and the band is 64 units.
+    The band is 6 units in the last place of the largest value, and 4 times what rounding the inputs does:
+    where terms cancel, eager may be exact by luck. In float64, where the oracle rounds as eager does, it is 64 units.
     """
     assert fused.keys() == exact.keys()
-    eps = max(torch.finfo(t.dtype).eps for t in fused.values())  # the coarsest dtype of the run decides
+    eps = max(torch.finfo(t.dtype).eps for t in fused.values())  # of the coarsest dtype in the run
     largest = max((want.abs().max().item() for want in exact.values() if want.numel()), default=0.0)
     for name, want in exact.items():
         got, plain = fused[name], eager[name]
@@ -211,8 +211,8 @@ def within_budget(
         units = 64 if got.dtype == torch.float64 else 6
         allowed = 2 * _distance(plain, want) + 4 * _distance(rounded[name], want)
         scale = want.abs().max().item()
-        # If all terms cancel, as in the gradient of a bias before a batch norm, only the rounding of many terms is left
-        # to compare. A single number is a sum of terms that may be far larger.
+        # Where all of it cancels, as in the gradient of a bias before a batch norm, only rounding is left to compare,
+        # and that of many terms. A single number is the sum of terms that may be far larger.
         cancels = want.numel() == 1 or scale <= 1e-10 * largest
         allowed += units * eps * (4 * largest if cancels else scale)
         error = _distance(got, want)
