@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import torch
+from visattn_fast import catalogue
+from visattn_fast.measure.memory import peak_bytes
+from visattn_fast.measure.step import step
 
-from visattn_fast.report.cases import Case
-from visattn_fast.report.subject import Subject
 
-
-def training_peak(op: str, shape: tuple[int, ...], layout: str) -> tuple[float, int]:
+def training_peak(name: str, shape: tuple[int, ...], layout: str) -> tuple[float, int]:
     """Returns the peak of a training step beside x and the output gradient: in x beside result and dx, and in bytes."""
-    subject = Subject(Case(op, shape, "float32", layout, "both"), torch.device("cpu"))
-    run = subject.run("fused")
-    run()
-    peak = subject.peak_bytes(run)
-    return peak / subject.x.nbytes - 2, peak
+    fast, _ = catalogue.ENTRIES[name].pair(shape[1])
+    x = catalogue.feature_map(shape, layout).requires_grad_()
+    grad = catalogue.feature_map(shape, layout, seed=1)
+    run = step("both", fast, (x,), (x, *fast.parameters()), grad)
+    run()  # the first call allocates buffers of libraries
+    peak = peak_bytes(run, x.device)
+    return peak / x.nbytes - 2, peak
