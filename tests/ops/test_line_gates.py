@@ -62,7 +62,7 @@ def exactly(given, grad):
     return both(OPS["line_gates_fwd"].reference, OPS["line_gates_bwd"].reference, doubled(given), grad.double())
 
 
-def hold(given, grad, backend, tolerance=1e-5):
+def assert_matches_float64(given, grad, backend, tolerance=1e-5):
     """Asserts that both ops match PyTorch in float64, and that a second call gives the same bits."""
     found = both(*kernels(backend), given, grad)
     for got, want in zip(found, exactly(given, grad), strict=True):
@@ -77,7 +77,7 @@ def hold(given, grad, backend, tolerance=1e-5):
 @formats
 @pytest.mark.parametrize(("affine", "fixed"), [(True, False), (False, False), (True, True), (False, True)])
 def test_kernels_match_float64(device, backend, channels_inside, affine, fixed):
-    hold(*arguments(device, channels_inside, affine, fixed), backend)
+    assert_matches_float64(*arguments(device, channels_inside, affine, fixed), backend)
 
 
 @targets
@@ -85,7 +85,7 @@ def test_uneven_shares_of_programs_match_float64(device, backend, monkeypatch):
     """One program has two of three blocks of columns."""
     if backend == "triton":
         monkeypatch.setattr(importlib.import_module("visattn_fast.kernels.ops.line_gates"), "PROGRAMS", 4)
-    hold(*arguments(device, hidden=3), backend)
+    assert_matches_float64(*arguments(device, hidden=3), backend)
 
 
 @native
@@ -101,14 +101,14 @@ def test_threads_do_not_change_the_bits(channels_inside, images):
     for count in (1, 2, 3):
         with threads(count):
             found.append(both(*kernels("cpp"), given, grad))
-    hold(given, grad, "cpp")
+    assert_matches_float64(given, grad, "cpp")
     assert all(torch.equal(a, b) for more in found[1:] for a, b in zip(found[0], more, strict=True))
 
 
 @native
 def test_float64_keeps_its_precision():
     given, grad = arguments("cpu")
-    hold(doubled(given), grad.double(), "cpp", 1e-13)
+    assert_matches_float64(doubled(given), grad.double(), "cpp", 1e-13)
 
 
 @targets

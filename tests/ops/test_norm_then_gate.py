@@ -110,7 +110,7 @@ def test_wider_residual_widens_the_result():
     torch.testing.assert_close(y, plain(x.float()) + residual, rtol=0.01, atol=0.01)
 
 
-def norms() -> tuple[Norm, torch.Tensor]:
+def norm_and_map() -> tuple[Norm, torch.Tensor]:
     """Returns a norm whose mean is far from zero, and a map of such values."""
     torch.manual_seed(0)
     weight, bias, mean, var = torch.randn(32), torch.randn(32), 30 + torch.randn(32), 0.5 + torch.rand(32)
@@ -120,7 +120,7 @@ def norms() -> tuple[Norm, torch.Tensor]:
 @pytest.mark.parametrize("gate", [vf.FastSE(32, 4), vf.FastECA(32)], ids=lambda g: type(g).__name__)
 def test_norm_argument_of_se_and_eca_is_one_op(gate):
     """`functional.se` and `functional.eca` take a norm: in one op, or in PyTorch if a gradient is required."""
-    norm, x = norms()
+    norm, x = norm_and_map()
     function = vf.functional.se if isinstance(gate, vf.FastSE) else vf.functional.eca
     weights = [None if w is None else w.detach() for w in gate.weights()]
     want = function(norm.apply(x), *weights, residual=x, activation="relu")
