@@ -57,7 +57,7 @@ def allocated(result: Shape, given: Arguments, weights: Mapping[str, str]) -> Te
 
 
 def _leading(given: Arguments, weights: Mapping[str, str]) -> Tensor:
-    """The argument that gives results their device and dtype: x, the first with a declared shape, or the first map."""
+    """The argument with the results' device and dtype: x, the first declared, the first map, or the first tensor."""
     if "x" in given or weights:
         return given["x" if "x" in given else next(iter(weights))]
     tensors = [t for t in given.values() if isinstance(t, Tensor)]
