@@ -114,7 +114,7 @@ def test_model(name):
     hooked: list[str] = []
     parameters = dict(model.named_parameters())
     found = vf.accelerate(model)
-    gates = [s for s in found.swapped if not s.recipe.pattern]
+    gates = [s for s in found.swapped if not s.recipe.block]
     assert (len(gates), len(found.swapped) - len(gates)) == MODELS[name][1:], str(found)
     gates[0].module.register_forward_hook(lambda *_: hooked.append("ran"))
     assert all(p is parameters[k] for k, p in model.named_parameters())
