@@ -37,10 +37,10 @@ import torch
 from visattn_fast import catalogue
 from visattn_fast.backends import backends
 from visattn_fast.measure.timing import Effort
-from visattn_fast.report import subject
+from visattn_fast.report import contest
 from visattn_fast.report.cases import DEFAULT_CONTENDERS, Case, Shape, matrix
 from visattn_fast.report.machine import describe
-from visattn_fast.report.measure import Measured, measure
+from visattn_fast.report.rows import Measured, measure
 
 from . import ledger, teams
 
@@ -364,7 +364,7 @@ def _drawn_once() -> Iterator[None]:
     def feature_map(shape: Shape, layout: str, dtype: torch.dtype, device: torch.device, seed: int = 0) -> torch.Tensor:
         return draw(shape, seed).to(device, dtype).contiguous(memory_format=catalogue.LAYOUTS[layout])
 
-    with mock.patch.object(subject, "feature_map", feature_map):
+    with mock.patch.object(contest, "feature_map", feature_map):
         yield
 
 

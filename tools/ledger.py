@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from visattn_fast import catalogue
-from visattn_fast.report.measure import Row
 from visattn_fast.report.results import Comparison, geometric_mean
+from visattn_fast.report.rows import Row
 
 from . import compiled, cuda_objects, emulation
 from .launches import on_triton

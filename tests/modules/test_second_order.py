@@ -13,7 +13,7 @@ from visattn_fast import catalogue
 from visattn_fast.reference.criss_cross import cross_weights
 from visattn_fast.reference.soca import covariance, square_root, trace
 from visattn_fast.report.cases import Case
-from visattn_fast.report.subject import Subject
+from visattn_fast.report.contest import Contest
 
 native_only = pytest.mark.skipif(INTERPRETED, reason="large maps")
 
@@ -114,11 +114,11 @@ def test_criss_cross_attention_is_what_others_give():
 
 def allocated(op, shape, layout):
     """The peak of a training step beside x, the result and its gradients; in multiples of the bytes of x, and bytes."""
-    subject = Subject(Case(op, shape, "float32", layout, "both"), torch.device("cpu"))
-    run = subject.run("fused")
+    contest = Contest(Case(op, shape, "float32", layout, "both"), torch.device("cpu"))
+    run = contest.run("fused")
     run()
-    peak = subject.peak_bytes(run)
-    return peak / subject.x.nbytes - 2, peak
+    peak = contest.peak_bytes(run)
+    return peak / contest.x.nbytes - 2, peak
 
 
 @native_only
