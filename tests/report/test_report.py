@@ -19,9 +19,9 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 
 from visattn_fast import cli
+from visattn_fast.measure.timing import Effort
 from visattn_fast.report import markdown, page, whole_model
 from visattn_fast.report.results import Report
-from visattn_fast.measure.timing import Effort
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="times kernels, which the interpreter does not")
 TINY = ("--quick", "--shapes", "2x16x6x5", "--seconds", "0")

@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from cases import INTERPRETED
 from outside import library
 from visattn_fast.catalogue import ENTRIES
+from visattn_fast.measure.step import MODES, step
+from visattn_fast.measure.timing import Effort, Prepared, WallClock
 from visattn_fast.report.cases import CONTENDERS, Case, choose, matrix
+from visattn_fast.report.contest import Contest
 from visattn_fast.report.launch_counts import dispatched, generated_calls
 from visattn_fast.report.rows import bytes_moved, measure
-from visattn_fast.measure.step import MODES, step
-from visattn_fast.report.contest import Contest
-from visattn_fast.measure.timing import Effort, Prepared, WallClock
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="times kernels, which the interpreter does not")
 CPU = torch.device("cpu")
@@ -36,7 +36,7 @@ def test_row_of_every_mode(op, mode):
     assert fused.error < 1e-5
     assert eager.kernels > 4
     passes = {"cbam": 1, "coord_att": 3}[op]  # means, gates, x times gates; as many for gradients
-    statistics = 4 if op == "coord_att" and mode in ("forward", "both") else 0  # running statistics, and the count of batches
+    statistics = 4 if op == "coord_att" and mode in ("forward", "both") else 0  # running ones, and their count
     assert fused.kernels == passes * (1 + (mode == "both")) + statistics
     assert bool(fused.saved_bytes) == (mode in ("backward", "both"))
     assert fused.gb_per_s == pytest.approx(fused.bytes / fused.p50_ms * 1e-6)

@@ -18,8 +18,8 @@ from visattn_fast import cli
 from visattn_fast.report.cases import CONTENDERS, DEFAULT_CONTENDERS
 from visattn_fast.report.command import write
 from visattn_fast.report.machine import describe
-from visattn_fast.report.rows import Row
 from visattn_fast.report.results import Report
+from visattn_fast.report.rows import Row
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="runs no kernels")
 NEW_FIELDS = ("bytes", "kernels", "cold")

@@ -7,9 +7,11 @@ import importlib.util
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 _ULTRALYTICS = "ultralytics.nn.modules.conv"
 _needs_torchvision = ("segmentation_models_pytorch", "timm", "torchvision", "ultralytics")
@@ -23,6 +25,11 @@ def library(name: str) -> ModuleType:
     if package in _needs_torchvision:
         _declare_torchvision_operators()
     return importlib.import_module(name)
+
+
+def timm_model(name: str, **options: Any) -> nn.Module:
+    """Builds a model of timm with random weights and ten classes."""
+    return library("timm").create_model(name, num_classes=10, **options)
 
 
 def ultralytics_modules() -> ModuleType:
