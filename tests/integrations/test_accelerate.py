@@ -20,7 +20,7 @@ from visattn_fast.integrations import verify
 from visattn_fast.models import AttentionResNet
 
 pytestmark = [
-    pytest.mark.skipif(INTERPRETED, reason="swaps classes; what the kernels compute is held elsewhere"),
+    pytest.mark.skipif(INTERPRETED, reason="swaps classes; other tests check the kernels"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
 ]
 C = 32

@@ -18,7 +18,7 @@ from visattn_fast.catalogue import feature_map
 from visattn_fast.models import AttentionResNet
 
 pytestmark = [
-    pytest.mark.skipif(INTERPRETED, reason="swaps classes; what the kernels compute is held elsewhere"),
+    pytest.mark.skipif(INTERPRETED, reason="swaps classes; other tests check the kernels"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
 ]
 

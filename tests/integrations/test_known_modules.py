@@ -17,7 +17,7 @@ from visattn_fast import catalogue
 from visattn_fast.catalogue import ENTRIES, feature_map
 
 pytestmark = [
-    pytest.mark.skipif(INTERPRETED, reason="swaps classes; what the kernels compute is held elsewhere"),
+    pytest.mark.skipif(INTERPRETED, reason="swaps classes; other tests check the kernels"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
 ]
 C = 32

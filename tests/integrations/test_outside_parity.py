@@ -13,11 +13,15 @@ from cases import INTERPRETED, TARGETS, feature_map, needs_dtype, run
 from outside import library
 from visattn_fast import catalogue
 
+pytestmark = [
+    pytest.mark.skipif(INTERPRETED, reason="the parity tests hold the kernels to the reference"),
+    pytest.mark.filterwarnings("ignore"),  # of the libraries
+]
 C = 32
 
 
 class Case(NamedTuple):
-    """A module of another library, ours, and its parameters by the names of ours."""
+    """Another library's module, ours, and the names of its parameters by the names of ours."""
 
     other: nn.Module
     name: str
@@ -88,8 +92,6 @@ CASES = {
 MODULES = [("reference", "cpu", "reference"), *(("fast", *target) for target in TARGETS)]
 
 
-@pytest.mark.skipif(INTERPRETED, reason="held against the reference, as the parity tests do in the interpreter")
-@pytest.mark.filterwarnings("ignore")  # the libraries' own
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 @pytest.mark.parametrize("layout", catalogue.LAYOUTS)
 @pytest.mark.parametrize("case", CASES)
@@ -118,8 +120,6 @@ def test_module_gives_the_same_numbers(which, device, backend, case, layout, dty
         torch.testing.assert_close(found, expected, rtol=tolerance, atol=10 * tolerance)
 
 
-@pytest.mark.skipif(INTERPRETED, reason="held against the reference, as the parity tests do in the interpreter")
-@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 @pytest.mark.parametrize("layout", catalogue.LAYOUTS)
 @pytest.mark.parametrize(("hidden", "gate"), [("relu", "sigmoid"), ("relu", "hard_sigmoid"), ("silu", "sigmoid")])
@@ -145,8 +145,6 @@ def test_function_takes_torchvisions_parameters(which, device, backend, hidden, 
     torch.testing.assert_close(got, want, rtol=10 * tolerance, atol=10 * tolerance)
 
 
-@pytest.mark.skipif(INTERPRETED, reason="held against the reference, as the parity tests do in the interpreter")
-@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("layout", catalogue.LAYOUTS)
 @pytest.mark.parametrize(("which", "device", "backend"), MODULES)

@@ -15,7 +15,7 @@ ORACLE = Oracle({"y": Y, "bias": BIAS})
 
 
 def errors(**changed: float) -> dict[str, float]:
-    """Returns the errors of a run of which only these are not 0."""
+    """Returns errors of 0, except for these tensors."""
     return {"y": 0.0, "bias": 0.0, **changed}
 
 

@@ -57,10 +57,10 @@ class Oracle:
         """Holds the errors of a run to the budget.
 
         Args:
-            errors: of the run, from `errors`.
-            eager: of eager PyTorch, likewise.
-            dtype: the coarsest of the run.
-            rounded: of the oracle with rounded parameters and output gradient.
+            errors: those of the run, from `errors`.
+            eager: those of eager PyTorch.
+            dtype: the coarsest dtype of the run.
+            rounded: those of the oracle with rounded parameters and output gradient.
 
         Raises:
             AssertionError: an error is above the budget; the message lists each.

@@ -132,8 +132,8 @@ def verdict(report: Report) -> str:
     losses = report.losses
     failed = sum(loss.what == "failure" for loss in losses)
     failures = f" It failed in {failed} cases." if failed else ""
-    hungry = len({loss.case for loss in losses if loss.what == "peak memory"})
-    memory = f" Its memory peak is above a rival's in {hungry} of {len(report.comparisons)} cases." if hungry else ""
+    higher = len({loss.case for loss in losses if loss.what == "peak memory"})
+    memory = f" Its memory peak is above a rival's in {higher} of {len(report.comparisons)} cases." if higher else ""
     slower = [loss for loss in losses if loss.what == "time"]
     if not slower:
         return f"Fused is slower in none of {report.compared} comparisons.{memory}{failures}"
