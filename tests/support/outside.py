@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -28,6 +27,11 @@ def library(name: str) -> ModuleType:
     return importlib.import_module(name)
 
 
+def timm_model(name: str, **options: Any) -> nn.Module:
+    """Builds a model of timm with random weights and ten classes."""
+    return library("timm").create_model(name, num_classes=10, **options)
+
+
 def ultralytics_modules() -> ModuleType:
     """Imports Ultralytics' convolution modules, or stand-ins if it is not installed.
 
@@ -39,11 +43,6 @@ def ultralytics_modules() -> ModuleType:
     if _ULTRALYTICS not in sys.modules:
         sys.modules[_ULTRALYTICS] = importlib.import_module("ultralytics_gates")
     return sys.modules[_ULTRALYTICS]
-
-
-def timm_model(name: str, **options: Any) -> Callable[[], nn.Module]:
-    """Returns a function that builds the timm model ``name`` with ten classes."""
-    return lambda: library("timm").create_model(name, num_classes=10, **options)
 
 
 def _declare_torchvision_operators() -> None:

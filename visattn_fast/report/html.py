@@ -1,4 +1,4 @@
-"""What pages are made of: the frame and its style, tables, lists and facts."""
+"""The parts of an HTML page: the frame and its style, tables, figures, lists and facts."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ dl.facts dt { color: var(--quiet); } dl.facts dd { margin: 0; overflow-wrap: any
 
 
 def document(title: str, body: Iterable[str]) -> str:
-    """A whole page, which needs no other file."""
+    """Builds a whole page that needs no other file."""
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -63,7 +63,7 @@ def document(title: str, body: Iterable[str]) -> str:
 
 
 def table(found: Table) -> str:
-    """A table in a box that scrolls where it is too wide; its title above."""
+    """Builds a table in a box that scrolls if the table is too wide, with its title above."""
 
     def kind(index: int, tone: str = "") -> str:
         return f' class="{tone or "label"}"' if tone or index < found.labels else ""
@@ -78,24 +78,24 @@ def table(found: Table) -> str:
 
 
 def figures(found: Mapping[str, str]) -> str:
-    """Pictures by caption, side by side where there is room; an empty one is left out."""
+    """Puts pictures, given by caption, side by side as far as there is room; leaves empty ones out."""
     shown = (f"<figure>{svg}<figcaption>{escape(text)}</figcaption></figure>" for text, svg in found.items() if svg)
     return f'<div class="plots">{"".join(shown)}</div>'
 
 
 def facts(found: Mapping[str, object]) -> str:
-    """Names and values."""
+    """Lists names and values."""
     lines = (f"<dt>{escape(name)}</dt><dd>{escape(str(value))}</dd>" for name, value in found.items())
     return f'<dl class="facts">{"".join(lines)}</dl>'
 
 
 def items(found: Iterable[object]) -> str:
-    """A list; empty where there is nothing."""
+    """Builds a list; empty if there are no items."""
     lines = "".join(f"<li>{escape(str(item))}</li>" for item in found)
     return f"<ul>{lines}</ul>" if lines else ""
 
 
 def titled(title: str, found: Iterable[object]) -> list[str]:
-    """A list under its heading; nothing where there is nothing."""
+    """Builds a list under a heading; nothing if there are no items."""
     lines = items(found)
     return [f"<h2>{escape(title)}</h2>", lines] if lines else []

@@ -1,4 +1,4 @@
-"""A case made concrete: its tensors, its contenders, their errors and their memory."""
+"""One case made concrete: modules with equal parameters and one input, from which every contender's run is made."""
 
 from __future__ import annotations
 
@@ -10,24 +10,20 @@ import torch
 from torch import nn
 
 from ..catalogue import ENTRIES, feature_map
+from ..measure.accuracy import Oracle
 from ..measure.memory import peak_bytes, saved_bytes
 from ..measure.step import TRAINING, Results, step
 from ..measure.timing import ready
 from .cases import CONTENDERS, Case
 from .rivals import of_timm
 
-_CANCELLED = 1e-10  # of the largest value of a run: below it a tensor is rounding
-# Units in the last place of a tensor's largest value: the rounding that is granted beside eager's error, to Inductor,
-# too, which sums one after the other what eager sums in pairs.
-_BAND = 8
 
-
-class Subject:
-    """The modules of a case, with equal parameters, and its input; runs are made of them.
+class Contest:
+    """The modules and the input of one case.
 
     Attributes:
-        x: normally distributed; it requires a gradient in the modes that have one.
-        names: of the tensors that every run returns.
+        x: the input, normally distributed; it requires a gradient in the modes that have one.
+        names: the names of the tensors that every run returns.
     """
 
     def __init__(self, case: Case, device: torch.device) -> None:
@@ -46,7 +42,7 @@ class Subject:
         self._forgotten = False
 
     def run(self, contender: str) -> Callable[[], Results]:
-        """What is timed: one of `CONTENDERS`, or ``"copy"``, which copies x into another map."""
+        """Returns the run to be timed: of one of `CONTENDERS`, or of ``"copy"``, which copies x into another map."""
         if contender == "copy":
             x, out = self.x.detach(), torch.empty_like(self.x, requires_grad=False)
             return lambda: (out.copy_(x),)
@@ -58,8 +54,12 @@ class Subject:
         return step(self.case.mode, function, (self.x,), (self.x, *self._parameters(module)), self.grad)
 
     def has(self, contender: str) -> bool:
-        """Whether it takes part: a library's module where there is one for the case, or where its import fails."""
-        with contextlib.suppress(Exception):  # which then is that contender's failure
+        """True if the contender takes part.
+
+        A library's module takes part if the library has one for the case, and if its import fails: the failure is
+        then shown in its row.
+        """
+        with contextlib.suppress(Exception):
             return not CONTENDERS[contender].library or self._timm is not None
         return True
 
@@ -74,49 +74,29 @@ class Subject:
         return self.fast if CONTENDERS[contender].fused else rival
 
     def _parameters(self, module: nn.Module) -> list[nn.Parameter]:
-        """In the order of `names`."""
+        """Returns the parameters of a module in the order of `names`."""
         own = dict(getattr(module, "owner", module).named_parameters())
         return [own[name] for name, _ in self.plain.named_parameters()]
 
-    def oracle(self) -> Results:
-        """The results of the reference in float64."""
+    def oracle(self) -> Oracle:
+        """Runs the reference in float64."""
         plain = ENTRIES[self.case.op].reference(**ENTRIES[self.case.op].arguments(self.case.shape[1]))
         plain.load_state_dict(self.plain.state_dict())
         x = self.x.detach().double().requires_grad_(self.x.requires_grad)
         plain = plain.to(self.device).double().train(self.plain.training)
-        return step(self.case.mode, plain, (x,), (x, *plain.parameters()), self.grad.double())()
+        exact = step(self.case.mode, plain, (x,), (x, *plain.parameters()), self.grad.double())()
+        return Oracle(dict(zip(self.names, exact, strict=True)))
 
-    def errors(self, results: Results, oracle: Results) -> dict[str, float]:
-        """The largest error of each tensor, in multiples of the largest value of the oracle's.
-
-        Where all of a tensor cancels, as in the gradient of a bias before a batch norm, only rounding is left to
-        compare: there it is multiples of the largest value of all.
-
-        Raises:
-            AssertionError: a tensor that is not finite.
-        """
-        found = {}
-        sizes = [float(exact.detach().abs().max()) for exact in oracle]
-        for name, result, exact, size in zip(self.names, results, oracle, sizes, strict=True):
-            assert result.isfinite().all(), f"{name} is not finite"
-            scale = size if size > _CANCELLED * max(sizes) else max(sizes)
-            error = (result.detach().double() - exact.detach()).abs().max()
-            found[name] = float(error) / max(scale, torch.finfo(self.dtype).tiny)
-        return found
-
-    def check(self, errors: dict[str, float], eager: dict[str, float]) -> None:
-        """Raises AssertionError unless each error is at most twice eager's, plus a rounding band."""
-        band = _BAND * torch.finfo(self.dtype).eps
-        wrong = [f"{n} {errors[n]:.1e} (eager {eager[n]:.1e})" for n in errors if errors[n] > 2 * eager[n] + band]
-        if wrong:
-            raise AssertionError(f"error against float64 above twice eager's: {', '.join(wrong)}")
+    def errors(self, results: Results, oracle: Oracle) -> dict[str, float]:
+        """Returns the errors of a run's results, by name, as `Oracle.errors` does."""
+        return oracle.errors(dict(zip(self.names, results, strict=True)))
 
     def saved_bytes(self, contender: str, run: Callable[[], Results]) -> int | None:
-        """Bytes that a training run keeps for its backward pass, each storage once, parameters aside."""
+        """Returns the bytes that a training run keeps for its backward pass; None in the other modes."""
         if not self.training or contender == "copy":
             return None
         return saved_bytes(run, self._module(contender).parameters())
 
     def peak_bytes(self, run: Callable[[], Results]) -> int | None:
-        """The most that the timed part of a run allocates at a time, beside what was there before; None if unknown."""
+        """Returns the peak of what the timed part of a run allocates; None if the device cannot tell."""
         return peak_bytes(ready(run), self.device)

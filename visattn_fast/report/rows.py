@@ -1,4 +1,4 @@
-"""Measures a case: parity first, then memory, then time."""
+"""Measures the contenders of a case, a row for each: errors first, then memory, then time."""
 
 from __future__ import annotations
 
@@ -10,29 +10,34 @@ import torch
 
 from ..backends import select, use_backend
 from ..catalogue import ENTRIES
+from ..measure.accuracy import Oracle
 from ..measure.step import TRAINING, Results
 from ..measure.timing import Effort, interleaved, quantiles
 from .cases import CONTENDERS, DEFAULT_CONTENDERS, Case, Shape
-from .counts import compiled, dispatched
-from .subject import Subject
+from .contest import Contest
+from .launch_counts import compiled, dispatched
 
 
 @dataclass(frozen=True)
 class Row:
-    """What was found of one contender in one case; ``"copy"`` is ``out.copy_(x)``, timed between the others.
+    """The figures of one contender in one case; ``"copy"`` is ``out.copy_(x)``, timed between the others.
 
     Attributes:
-        p20_ms, p50_ms, p80_ms: percentiles of its times over ``rounds``.
-        bytes: what a streaming kernel must move for this module, whoever the contender is, so that it compares; what
-            the copy moves for the copy; None where the module is PyTorch's alone.
-        x_of_copy: its median time, in multiples of the copy's.
-        gb_per_s: ``bytes`` over the median.
+        x_bytes: bytes of the input.
+        backend: the backend that served a fused contender.
+        p20_ms, p50_ms, p80_ms: percentiles of the times over ``rounds``.
+        bytes: bytes that a streaming kernel must move for this module, the same for every contender, so that rates
+            compare; for the copy the bytes that it moves itself; None if PyTorch alone serves the module.
+        x_of_copy: the median time, in multiples of the copy's.
+        gb_per_s: ``bytes`` over the median time.
         percent_of_copy: ``gb_per_s``, in percent of the copy's.
-        saved_bytes: kept between forward and backward. peak_bytes: allocated at a time. x_bytes: of the input.
-        kernels: ops that it dispatches; if compiled, calls of kernels and of ops in the generated code.
+        saved_bytes: bytes kept between forward and backward.
+        peak_bytes: peak of the bytes allocated.
+        kernels: ops dispatched; for a compiled contender, calls of kernels and of ops in the generated code.
         error: the largest error of any result against float64, relative to that result's largest value.
-        compile_s: seconds of its first call. cold: whether no cache had a part of it.
-        failure: why it has no figures; empty if it has.
+        compile_s: seconds of the first call of a compiled contender.
+        cold: True if no cache held a part of what that call compiled.
+        failure: why the contender has no figures; empty if it has.
     """
 
     op: str
@@ -61,24 +66,24 @@ class Row:
 
     @property
     def case(self) -> Case:
-        """What it belongs to."""
+        """The case that was measured."""
         return Case(self.op, self.shape, self.dtype, self.layout, self.mode)
 
     @property
     def moved(self) -> float | None:
-        """``bytes``, which the first format of the report did not hold by themselves."""
+        """``bytes``, or the same from rate and time: the first format of the report did not hold ``bytes``."""
         if self.bytes is None and self.gb_per_s and self.p50_ms:
             return self.gb_per_s * self.p50_ms * 1e6
         return self.bytes
 
     @property
     def saved_x(self) -> float | None:
-        """``saved_bytes`` in multiples of x."""
+        """``saved_bytes`` in multiples of the bytes of x."""
         return None if self.saved_bytes is None else self.saved_bytes / self.x_bytes
 
     @property
     def peak_x(self) -> float | None:
-        """``peak_bytes`` in multiples of x."""
+        """``peak_bytes`` in multiples of the bytes of x."""
         return None if self.peak_bytes is None else self.peak_bytes / self.x_bytes
 
     def __str__(self) -> str:
@@ -87,7 +92,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Measured:
-    """Rows of a case, and every single time behind them in seconds, by contender."""
+    """The rows of a case, and every time behind them, in seconds, by contender."""
 
     rows: list[Row]
     seconds: dict[str, list[float]]
@@ -101,68 +106,71 @@ def measure(
     backend: str = "auto",
     cold: bool = False,
 ) -> Measured:
-    """Measures the contenders of a case. One that fails, or whose results are wrong, gets a row that says so.
+    """Measures the contenders of a case. A contender that fails, or whose results are wrong, gets a row that says so.
 
     Args:
-        contenders: those of another library only where it is there and has such a module.
+        contenders: names of `CONTENDERS`; another library's contender is left out if `Contest.has` is false.
         cold: compile without on-disk caches.
     """
     with use_backend(backend):
-        subject = Subject(case, device)
-        runs: dict[str, Callable[[], Results]] = {"copy": subject.run("copy")}
+        contest = Contest(case, device)
+        runs: dict[str, Callable[[], Results]] = {"copy": contest.run("copy")}
         found: dict[str, dict[str, Any]] = {"copy": {}}
-        oracle = subject.oracle()
-        eager = subject.errors(subject.run("eager")(), oracle)
-        for name in filter(subject.has, contenders):
+        oracle = contest.oracle()
+        eager = contest.errors(contest.run("eager")(), oracle)
+        for name in filter(contest.has, contenders):
             try:
-                run = subject.run(name)
+                run = contest.run(name)
                 alone = not any(CONTENDERS[other].compiled for other in runs if other in CONTENDERS)
-                found[name] = _facts(subject, name, run, oracle, eager, cold, alone)
+                found[name] = _facts(contest, name, run, oracle, eager, cold, alone)
                 if CONTENDERS[name].fused:
-                    found[name]["backend"] = select(device.type, subject.dtype, backend)
+                    found[name]["backend"] = select(device.type, contest.dtype, backend)
                 runs[name] = run
             except Exception as error:  # anything may go wrong in a compiler; the other contenders go on
                 found[name] = {"failure": _first_line(error)}
         del oracle
         seconds = interleaved(runs, device, effort)
-    return Measured([_row(subject, name, facts, seconds) for name, facts in found.items()], seconds)
+    return Measured([_row(contest, name, facts, seconds) for name, facts in found.items()], seconds)
 
 
 def _facts(
-    subject: Subject,
+    contest: Contest,
     name: str,
     run: Callable[[], Results],
-    oracle: Results,
+    oracle: Oracle,
     eager: dict[str, float],
     cold: bool,
     alone: bool,
 ) -> dict[str, Any]:
-    """All of a contender's row that is no time. Raises AssertionError where fused is wrong.
+    """Returns the fields of a contender's row except its times.
 
     Args:
-        alone: nothing else was compiled for this case, of which parts could be taken over.
+        alone: True if nothing was compiled for this case before, whose parts the compiler could reuse.
+
+    Raises:
+        AssertionError: a fused contender is above the error budget.
     """
     facts: dict[str, Any] = {}
     if CONTENDERS[name].compiled:
-        results, first = compiled(run, cold, backward_alone=subject.case.mode == "backward")
+        results, first = compiled(run, cold, backward_alone=contest.case.mode == "backward")
         facts = {"compile_s": first.seconds, "cold": cold or (first.cold and alone), "kernels": first.calls}
     else:
         results = run()
-    errors = subject.errors(results, oracle)
+    errors = contest.errors(results, oracle)
     del results
     if CONTENDERS[name].fused:
-        subject.check(errors, eager)
+        oracle.check(errors, eager, contest.dtype)
     if not CONTENDERS[name].compiled:
         facts["kernels"] = dispatched(run)
     return facts | {
         "error": max(errors.values()),
-        "saved_bytes": subject.saved_bytes(name, run),
-        "peak_bytes": subject.peak_bytes(run),
+        "saved_bytes": contest.saved_bytes(name, run),
+        "peak_bytes": contest.peak_bytes(run),
     }
 
 
-def _row(subject: Subject, name: str, facts: dict[str, Any], seconds: dict[str, list[float]]) -> Row:
-    case, x_bytes = subject.case, subject.x.nbytes
+def _row(contest: Contest, name: str, facts: dict[str, Any], seconds: dict[str, list[float]]) -> Row:
+    case, x_bytes = contest.case, contest.x.nbytes
     if name in seconds:
         p20, p50, p80 = quantiles(seconds[name])
         copy, moved = quantiles(seconds["copy"])[1], bytes_moved(case, name, x_bytes)
@@ -174,7 +182,7 @@ def _row(subject: Subject, name: str, facts: dict[str, Any], seconds: dict[str, 
 
 
 def bytes_moved(case: Case, contender: str, x_bytes: int) -> int | None:
-    """What a streaming kernel must move in a case, small tensors aside; of ``"copy"``, what it moves itself."""
+    """Returns the bytes that a streaming kernel must move, without small tensors; for ``"copy"``, its own bytes."""
     if contender == "copy":
         return 2 * x_bytes
     entry = ENTRIES[case.op]
@@ -185,7 +193,7 @@ def bytes_moved(case: Case, contender: str, x_bytes: int) -> int | None:
 
 
 def copy_share(moved: int, seconds: float, x_bytes: int, copy_seconds: float) -> float:
-    """The rate of ``moved`` bytes in percent of the rate of a copy of x, which moves each byte twice."""
+    """Returns the rate of ``moved`` bytes in percent of the rate of a copy of x, which moves each byte twice."""
     return 100 * (moved / seconds) / (2 * x_bytes / copy_seconds)
 
 

@@ -13,11 +13,15 @@ from cases import INTERPRETED, TARGETS, feature_map, needs_dtype, run
 from outside import library
 from visattn_fast import catalogue
 
+pytestmark = [
+    pytest.mark.skipif(INTERPRETED, reason="the parity tests hold the kernels to the reference"),
+    pytest.mark.filterwarnings("ignore"),  # of the libraries
+]
 C = 32
 
 
 class Case(NamedTuple):
-    """A module of another library, ours, and its parameters by the names of ours."""
+    """Another library's module, ours, and the names of its parameters by the names of ours."""
 
     other: nn.Module
     name: str
@@ -41,7 +45,7 @@ def timm_eca(channels, kernel_size):
 
 
 class Gate(nn.Module):
-    """What a gate of ours makes of x, as timm's modules return it."""
+    """Scales x by a gate of ours, as timm's module does; our module returns the gate alone."""
 
     def __init__(self, gate):
         super().__init__()
@@ -57,7 +61,7 @@ def timm_channel_attention():
 
 
 def same_names(other, name, arguments):
-    """A module whose parameters have the names of ours."""
+    """Makes a case of a module whose parameters have the names of ours."""
     return Case(other, name, arguments, {key: key for key, _ in other.named_parameters()})
 
 
@@ -88,13 +92,11 @@ CASES = {
 MODULES = [("reference", "cpu", "reference"), *(("fast", *target) for target in TARGETS)]
 
 
-@pytest.mark.skipif(INTERPRETED, reason="held against the reference, as the parity tests do in the interpreter")
-@pytest.mark.filterwarnings("ignore")  # the libraries' own
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 @pytest.mark.parametrize("layout", catalogue.LAYOUTS)
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize(("which", "device", "backend"), MODULES)
-def test_same(which, device, backend, case, layout, dtype):
+def test_module_gives_the_same_numbers(which, device, backend, case, layout, dtype):
     other, name, arguments, names = CASES[case]()
     needs_dtype(backend, device, dtype)
     ours = (getattr(vf, f"Fast{name}") if which == "fast" else getattr(vf.reference, name))(**arguments)
@@ -118,14 +120,12 @@ def test_same(which, device, backend, case, layout, dtype):
         torch.testing.assert_close(found, expected, rtol=tolerance, atol=10 * tolerance)
 
 
-@pytest.mark.skipif(INTERPRETED, reason="held against the reference, as the parity tests do in the interpreter")
-@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 @pytest.mark.parametrize("layout", catalogue.LAYOUTS)
 @pytest.mark.parametrize(("hidden", "gate"), [("relu", "sigmoid"), ("relu", "hard_sigmoid"), ("silu", "sigmoid")])
 @pytest.mark.parametrize(("which", "device", "backend"), MODULES)
-def test_torchvision_through_the_function(which, device, backend, hidden, gate, layout, dtype):
-    """torchvision's own parameters, as MobileNetV3 and EfficientNet configure the module."""
+def test_function_takes_torchvisions_parameters(which, device, backend, hidden, gate, layout, dtype):
+    """Activations are those of MobileNetV3 and EfficientNet."""
     kinds = {"relu": nn.ReLU, "silu": nn.SiLU, "sigmoid": nn.Sigmoid, "hard_sigmoid": nn.Hardsigmoid}
     other = library("torchvision.ops").SqueezeExcitation(C, 8, kinds[hidden], kinds[gate]).to(device, dtype)
     needs_dtype(backend, device, dtype)
@@ -145,12 +145,10 @@ def test_torchvision_through_the_function(which, device, backend, hidden, gate, 
     torch.testing.assert_close(got, want, rtol=10 * tolerance, atol=10 * tolerance)
 
 
-@pytest.mark.skipif(INTERPRETED, reason="held against the reference, as the parity tests do in the interpreter")
-@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("layout", catalogue.LAYOUTS)
 @pytest.mark.parametrize(("which", "device", "backend"), MODULES)
-def test_timm_selective_kernel(which, device, backend, layout, training):
+def test_sk_equals_timms_selective_kernel(which, device, backend, layout, training):
     """Both paths on all of x; timm's selection is one convolution without bias. Running statistics move alike."""
     other = library("timm.layers").SelectiveKernel(C, C, rd_channels=32, split_input=False)
     ours = (vf.FastSK if which == "fast" else vf.reference.SK)(C)

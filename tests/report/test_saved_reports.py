@@ -1,4 +1,4 @@
-"""What is made of a report that was measured before: rendered again, read from an older format, compared."""
+"""Saved reports: rendered again, read from an older format, compared with another."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from visattn_fast import cli
 from visattn_fast.report.cases import CONTENDERS, DEFAULT_CONTENDERS
 from visattn_fast.report.command import write
 from visattn_fast.report.machine import describe
-from visattn_fast.report.measure import Row
 from visattn_fast.report.results import Report
+from visattn_fast.report.rows import Row
 
-pytestmark = pytest.mark.skipif(INTERPRETED, reason="the interpreter has no part in it")
+pytestmark = pytest.mark.skipif(INTERPRETED, reason="runs no kernels")
 NEW_FIELDS = ("bytes", "kernels", "cold")
 
 
@@ -32,7 +32,7 @@ def row(op: str, contender: str, ms: float, **more) -> Row:
 
 
 def report(names=DEFAULT_CONTENDERS, **fused) -> Report:
-    """Two modules by some contenders; ``fused`` changes the rows of ours of the second."""
+    """Makes a report of two modules; ``fused`` changes the row of the fused contender in the second."""
     times = {"copy": 1.0, "eager": 8.0, "compile": 4.0, "compile-max-autotune": 3.0, "fused": 2.0, "fused-compile": 2.0}
     times |= {"timm": 9.0, "timm-compile": 5.0}
     rows = [row("se", name, times[name], peak_bytes=7680) for name in ("copy", *names)]
@@ -43,7 +43,7 @@ def report(names=DEFAULT_CONTENDERS, **fused) -> Report:
 
 @pytest.fixture
 def saved(tmp_path):
-    """Saves reports by name, and returns their paths."""
+    """Returns a function that saves reports under their names and returns the paths."""
 
     def save(**reports: Report) -> list[str]:
         paths = []
@@ -62,22 +62,22 @@ def saved(tmp_path):
         ({"ms": 2.1}, (), 0, ["0 regressions"]),
         ({"ms": 2.1}, ("--threshold", "1.02"), 1, ["1 regressions", "regressions: 1", "2.00 ms", "2.10 ms", "1.05x"]),
         ({"ms": 3.0}, (), 1, ["1 regressions", "1.50x", "eca"]),
-        ({"ms": 3.0}, ("--in-copies",), 1, ["time, x copy", "1.50x"]),
+        ({"ms": 3.0}, ("--in-copies",), 1, ["time / copy", "1.50x"]),
         ({"ms": 1.0}, (), 0, ["1 improvements", "improvements: 1", "0.50x"]),
         ({"peak_bytes": 15360}, (), 1, ["1 regressions", "peak memory", "2.00x"]),
         ({"failure": "AssertionError: wrong"}, (), 1, ["1 regressions", "AssertionError: wrong"]),
     ],
     ids=["same", "little", "past", "slower", "copies", "faster", "memory", "failure"],
 )
-def test_compare(saved, capsys, changed, options, status, texts):
+def test_compare_lists_changes_past_the_threshold(saved, capsys, changed, options, status, texts):
     paths = saved(old=report(), new=report(**changed))
     assert cli.main(["report", "--compare", *paths, *options]) == status
     out = capsys.readouterr().out
     assert all(text in out for text in texts), out
 
 
-def test_compare_in_copies_leaves_the_machine_out(saved):
-    """All of the new machine is twice as slow, and fused with it."""
+def test_compare_in_copies_ignores_a_slower_machine(saved):
+    """Everything takes twice as long on the new machine."""
     old, new = report(), report()
     slow = [dataclasses.replace(r, p50_ms=2 * r.p50_ms) for r in new.rows]
     paths = saved(old=old, new=dataclasses.replace(new, rows=slow))
@@ -85,8 +85,8 @@ def test_compare_in_copies_leaves_the_machine_out(saved):
     assert cli.main(["report", "--compare", *paths, "--in-copies"]) == 0
 
 
-def test_compare_says_what_it_cannot_compare(saved, capsys):
-    """Cases of one report alone, and what differs of machine and versions; rivals do not count."""
+def test_compare_names_what_it_cannot_compare(saved, capsys):
+    """Cases of one report alone, and differences in machine and versions; rivals do not count."""
     old, new = report(), report()
     new = dataclasses.replace(
         new,
@@ -112,7 +112,7 @@ def test_compare_says_what_it_cannot_compare(saved, capsys):
     ],
 )
 @pytest.mark.parametrize("option", ["--compare", "--render"])
-def test_unreadable(saved, tmp_path, capsys, text, message, option):
+def test_unreadable_file_is_named(saved, tmp_path, capsys, text, message, option):
     bad = tmp_path / "bad.json"
     if text is not None:
         bad.write_text(text)
@@ -121,13 +121,13 @@ def test_unreadable(saved, tmp_path, capsys, text, message, option):
     assert f"{bad} {message}" in capsys.readouterr().err
 
 
-def test_bad_threshold(saved, capsys):
+def test_threshold_below_1_is_refused(saved, capsys):
     assert cli.main(["report", "--compare", *saved(a=report(), b=report()), "--threshold", "0.5"]) == 2
     assert "--threshold must be at least 1, got 0.5" in capsys.readouterr().err
 
 
-def test_first_format(saved, tmp_path):
-    """Reports from before there was a format: without the newer fields, the rest as it was."""
+def test_first_format_is_read(saved, tmp_path):
+    """Reports of the first format name no format, and lack the newer fields."""
     (path,) = saved(old=report())
     data = json.loads(Path(path).read_text())
     del data["format"]
@@ -139,8 +139,8 @@ def test_first_format(saved, tmp_path):
     assert cli.main(["report", "--compare", path, str(tmp_path / "first.json")]) == 0
 
 
-def test_render(tmp_path):
-    """All contenders; Markdown and page are those that were written with the JSON."""
+def test_render_repeats_markdown_and_page(tmp_path):
+    """For all contenders, from the JSON alone."""
     found = report(tuple(CONTENDERS))
     found = dataclasses.replace(found, rows=[r for r in found.rows if r.op == "se"])
     written = write(found, tmp_path / "a")
@@ -153,8 +153,8 @@ def test_render(tmp_path):
     assert page.count("<svg") == 4  # speed-ups and memory of all, times and speed-ups of one; no bytes, no roofline
 
 
-def test_losses():
-    """Each rival that is faster, and the thriftiest rival; failures first."""
+def test_losses_name_faster_rivals_and_the_lowest_peak():
+    """Failures come first."""
     found = report(tuple(CONTENDERS), ms=3.5, peak_bytes=15360)
     assert [(loss.ours, loss.rival, loss.what, round(loss.ratio, 2)) for loss in found.losses] == [
         ("fused", "compile-max-autotune", "time", 1.17),

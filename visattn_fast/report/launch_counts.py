@@ -1,4 +1,4 @@
-"""What a run launches: the ops that it dispatches, or the calls in the code that Inductor generated for it."""
+"""Counts what a run launches: the ops that it dispatches, or the calls in the code that Inductor generated for it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..measure.timing import Run, ready
 
-# Beside views: what makes a tensor and writes nothing to it.
+# Ops that, like views, make a tensor and write nothing to it.
 _IDLE = {
     "detach",
     "empty",
@@ -34,7 +34,7 @@ class _Counter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        with self:  # under inference_mode composite ops come whole
+        with self:  # under inference_mode composite ops arrive whole
             parts = func.decompose(*args, **kwargs)
         if parts is not NotImplemented:
             return parts
@@ -43,7 +43,7 @@ class _Counter(TorchDispatchMode):
 
 
 def dispatched(run: Run) -> int:
-    """How many ops the timed part of a run dispatches; views, and tensors without values, launch nothing."""
+    """Counts the ops that the timed part of a run dispatches. Views and empty tensors launch nothing."""
     timed = ready(run)
     with _Counter() as counter:
         timed()
@@ -52,12 +52,12 @@ def dispatched(run: Run) -> int:
 
 @dataclass(frozen=True)
 class Compilation:
-    """The first call of something compiled.
+    """The first call of a compiled run.
 
     Attributes:
-        seconds: that it took.
-        cold: whether all was compiled anew; else an on-disk cache had some of it.
-        calls: of kernels and of ops, in the generated code; None where there is no such code.
+        seconds: time of the call.
+        cold: True if everything was compiled anew; False if an on-disk cache held a part.
+        calls: calls of kernels and ops in the generated code; None if no code was generated.
     """
 
     seconds: float
@@ -66,11 +66,11 @@ class Compilation:
 
 
 def compiled(run: Callable[[], Any], cold: bool, backward_alone: bool) -> tuple[Any, Compilation]:
-    """The results of a run's first call, and what compiling it took.
+    """Makes the first call of a compiled run. Returns its results and how it was compiled.
 
     Args:
-        cold: take on-disk caches away for it.
-        backward_alone: count what the backward pass calls, not what the forward pass does.
+        cold: compile without on-disk caches.
+        backward_alone: count the calls of the backward pass alone.
     """
     from torch._inductor import config
     from torch._inductor.codecache import PyCodeCache
@@ -90,11 +90,11 @@ def compiled(run: Callable[[], Any], cold: bool, backward_alone: bool) -> tuple[
 def _cache_hits() -> int:
     from torch._dynamo.utils import counters
 
-    return counters["inductor"]["fxgraph_cache_hit"] + counters["aot_autograd"]["autograd_cache_hit"]
+    return int(counters["inductor"]["fxgraph_cache_hit"] + counters["aot_autograd"]["autograd_cache_hit"])
 
 
 def generated_calls(source: str) -> int:
-    """How often code that Inductor generated for a graph calls a kernel of its own or an op of a library."""
+    """Counts the calls of Inductor's own kernels and of library ops in the code that it generated for a graph."""
     functions = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef)]
     graphs = [f for f in functions if f.name == "call" or f.name.startswith("partition_")]
     calls = [node for f in graphs for node in ast.walk(f) if isinstance(node, ast.Call)]
@@ -102,7 +102,7 @@ def generated_calls(source: str) -> int:
 
 
 def _launches(name: str) -> bool:
-    """Whether a name that generated code calls is a kernel, as ``cpp_fused_...``, or an op."""
+    """True if a function of this name in generated code is a kernel, such as ``cpp_fused_...``, or an op."""
     if name.startswith(("extern_kernels.", "torch.ops.", "aten.")):
         return True
     return name.startswith("cpp_") or name.endswith(".run")

@@ -1,4 +1,4 @@
-"""What a row of the report holds: modes, counts, bytes, and every contender once for real."""
+"""The rows of the report: modes, counts, bytes, and every contender once for real."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from cases import INTERPRETED
 from outside import library
 from visattn_fast.catalogue import ENTRIES
-from visattn_fast.report.cases import CONTENDERS, Case, choose, matrix
-from visattn_fast.report.counts import dispatched, generated_calls
-from visattn_fast.report.measure import bytes_moved, measure
 from visattn_fast.measure.step import MODES, step
-from visattn_fast.report.subject import Subject
 from visattn_fast.measure.timing import Effort, Prepared, WallClock
+from visattn_fast.report.cases import CONTENDERS, Case, choose, matrix
+from visattn_fast.report.contest import Contest
+from visattn_fast.report.launch_counts import dispatched, generated_calls
+from visattn_fast.report.rows import bytes_moved, measure
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="times kernels, which the interpreter does not")
 CPU = torch.device("cpu")
@@ -27,24 +27,24 @@ ONCE = Effort(seconds=0, fewest=2, most=2)
 
 @pytest.mark.parametrize("op", ["cbam", "coord_att"])
 @pytest.mark.parametrize("mode", MODES)
-def test_mode(op, mode):
-    """Every mode gives right results, and keeps memory for backward where it has one. Ops are counted."""
+def test_row_of_every_mode(op, mode):
+    """Results are right, ops are counted, and memory is kept for a backward pass if there is one."""
     rows = {r.contender: r for r in measure(Case(op, SHAPE, mode=mode), CPU, ONCE, ("eager", "fused")).rows}
     eager, fused = rows["eager"], rows["fused"]
     assert not eager.failure
     assert not fused.failure
     assert fused.error < 1e-5
     assert eager.kernels > 4
-    passes = {"cbam": 1, "coord_att": 3}[op]  # means, their gates, and x by these; gradients likewise
-    statistics = 4 if op == "coord_att" and mode in ("forward", "both") else 0  # running ones, and the count of batches
+    passes = {"cbam": 1, "coord_att": 3}[op]  # means, gates, x times gates; as many for gradients
+    statistics = 4 if op == "coord_att" and mode in ("forward", "both") else 0  # running ones, and their count
     assert fused.kernels == passes * (1 + (mode == "both")) + statistics
     assert bool(fused.saved_bytes) == (mode in ("backward", "both"))
     assert fused.gb_per_s == pytest.approx(fused.bytes / fused.p50_ms * 1e-6)
     assert fused.percent_of_copy == pytest.approx(100 * fused.gb_per_s / rows["copy"].gb_per_s)
 
 
-def test_every_contender():
-    """Compiled ones too, for real, at a tiny size."""
+def test_every_contender_has_figures():
+    """Compiled ones too, at a tiny size."""
     rows = {r.contender: r for r in measure(Case("simam", SHAPE), CPU, ONCE, tuple(CONTENDERS)).rows}
     own = {name: contender for name, contender in CONTENDERS.items() if not contender.library}
     assert rows.keys() == {"copy", *own}
@@ -59,8 +59,8 @@ def test_every_contender():
 
 
 @pytest.mark.parametrize("op", ["window_attention", "self_attention"])
-def test_timm(op, monkeypatch):
-    """Its modules, with our parameters, give our results and gradients; without timm they take no part."""
+def test_timm_modules_give_our_results(op, monkeypatch):
+    """With our parameters, gradients included; without timm they take no part."""
     library("timm.models.swin_transformer")
     case = Case(op, (1, 64, 14, 7), mode="both")
     rows = {r.contender: r for r in measure(case, CPU, ONCE, ("timm", "fused")).rows}
@@ -68,21 +68,21 @@ def test_timm(op, monkeypatch):
     assert rows["timm"].error < 1e-5
     for name in ("timm.models.swin_transformer", "timm.layers"):
         monkeypatch.setitem(sys.modules, name, None)
-    assert not Subject(case, CPU).has("timm")
+    assert not Contest(case, CPU).has("timm")
 
 
-def test_inference_is_eval():
-    """Batch norms take their running statistics, as the fused module does, and the oracle."""
-    subject = Subject(Case("coord_att", SHAPE, mode="inference"), CPU)
-    (y,) = subject.run("fused")()
+def test_inference_is_in_eval_mode():
+    """Batch norms use their running statistics."""
+    contest = Contest(Case("coord_att", SHAPE, mode="inference"), CPU)
+    (y,) = contest.run("fused")()
     assert y.is_inference()
-    assert not subject.fast.training
-    torch.testing.assert_close(y.clone(), subject.plain(subject.x).detach())
-    assert Subject(Case("coord_att", SHAPE), CPU).fast.training
+    assert not contest.fast.training
+    torch.testing.assert_close(y.clone(), contest.plain(contest.x).detach())
+    assert Contest(Case("coord_att", SHAPE), CPU).fast.training
 
 
-def test_backward_alone():
-    """The forward of mode backward is off the clock, and its results are the gradients of mode both."""
+def test_backward_alone_leaves_the_forward_off_the_clock():
+    """Its results are the gradients of mode both."""
     w = torch.ones(3, requires_grad=True)
 
     def slow(x):
@@ -97,8 +97,8 @@ def test_backward_alone():
         assert torch.equal(got, want)
 
 
-def test_bytes_moved():
-    """Multiples of x from the catalogue, by mode; none where all is PyTorch's."""
+def test_bytes_moved_are_the_catalogues_passes():
+    """None if PyTorch alone serves the module."""
     entry, evaluated = ENTRIES["nam"], ENTRIES["nam_eval"]
     passes = {mode: bytes_moved(Case("nam", SHAPE, mode=mode), "fused", 100) for mode in MODES}
     assert passes == {
@@ -111,8 +111,8 @@ def test_bytes_moved():
     assert bytes_moved(Case("criss_cross", SHAPE), "fused", 100) is None
 
 
-def test_dispatched():
-    """Views and empty tensors are no work; a composite op is its parts; of backward only what is timed."""
+def test_dispatched_counts_launches():
+    """Views and empty tensors count nothing, a composite op counts its parts, a backward run only its timed half."""
     x = torch.ones(4, 4)
     assert dispatched(lambda: torch.empty_like(x.view(16).relu()).add_(1)) == 2
     with torch.inference_mode():
@@ -122,7 +122,7 @@ def test_dispatched():
     assert dispatched(run) == 1
 
 
-def test_generated_calls():
+def test_generated_calls_counts_kernels_and_ops():
     source = """
 def call(self, args):
     buf0 = empty_strided_cpu((2, 16), (16, 1), torch.float32)
@@ -139,11 +139,14 @@ def benchmark_compiled_module():
     assert generated_calls(source) == 4
 
 
-def test_matrix_and_choose():
-    """A whole shape after the other, every combination once."""
+def test_matrix_goes_shape_by_shape():
+    """It has every combination once."""
     cases = matrix(("se", "eca"), (SHAPE, (1, 8, 4, 4)), modes=MODES, dtypes=("float32", "bfloat16"))
     assert len(cases) == len(set(cases)) == 2 * 2 * 2 * 4 * 2
     assert {c.shape for c in cases[: len(cases) // 2]} == {SHAPE}
+
+
+def test_choose_refuses_unknown_names():
     assert choose("all", ("a", "b")) == ["a", "b"]
     with pytest.raises(ValueError, match="unknown 'c'; known are a, b"):
         choose("a,c", ("a", "b"))

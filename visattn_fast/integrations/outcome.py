@@ -1,4 +1,4 @@
-"""What `accelerate` did: which modules it swapped, which it left alone, and why."""
+"""The outcome of `accelerate`: which modules it swapped, which it left alone, and why."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from .recipe import Recipe
 
 @dataclass
 class Swapped:
-    """A module that has the fused forward.
+    """A module with the fused forward.
 
     Attributes:
         name: its qualified name.
-        module: itself.
-        saved_bytes: what it no longer keeps from forward to backward, on the example; None without one.
-        speedup: the original's time over its own, forward and backward (forward alone where the model is in eval
-            mode), on the example; None without one.
+        module: the module itself.
+        recipe: the recipe that it was swapped by.
+        saved_bytes: bytes that it no longer keeps from forward to backward, measured on the example; None without one.
+        speedup: time of the original over its own, measured on the example, forward and backward, or forward alone if
+            the model is in eval mode; None without an example.
     """
 
     name: str
@@ -29,28 +30,28 @@ class Swapped:
 
     @property
     def op(self) -> str:
-        """What its forward is now: a function of `functional`, or the epilogue of a block's gate."""
+        """The name of the function in `functional` that serves it; ``"epilogue"`` for a block."""
         return self.recipe.op
 
     @property
     def less(self) -> str:
-        """`saved_bytes` in words; without an example what is expected, in multiples of the module's input."""
+        """`saved_bytes` in words; without an example the expected saving, in multiples of the module's input."""
         if self.saved_bytes is not None:
             return f"{self.saved_bytes / 2**20:.1f} MB"
-        from .expected import expected_saving  # which needs more of torch than the package itself does
+        from .expected import expected_saving  # needs more of torch than the package itself does
 
         expected = expected_saving(self.module, self.recipe)
         return "" if expected is None else f"{expected:.1f} x"
 
     @property
     def kind(self) -> str:
-        """The name of the class that it had."""
+        """The name of the original class."""
         return self.recipe.original.__name__
 
 
 @dataclass(frozen=True)
 class Skipped:
-    """A module of a known kind that was left alone, or put back."""
+    """A module of a known class that was left alone, or put back."""
 
     name: str
     kind: str
@@ -59,12 +60,13 @@ class Skipped:
 
 @dataclass
 class Acceleration:
-    """The result of `accelerate`; printed, it is a table.
+    """The result of `accelerate`; it prints as a table.
 
     Attributes:
-        swapped, skipped: every module that is known, by qualified name.
-        backend: that serves the example, or without one maps of the parameters' device and dtype; empty where there
-            are neither.
+        swapped: the modules with the fused forward.
+        skipped: the modules of known classes that were left alone.
+        backend: the backend that serves the example; without an example, the one that serves maps of the parameters'
+            device and dtype; empty if there are neither.
     """
 
     swapped: list[Swapped] = field(default_factory=list)
