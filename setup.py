@@ -38,11 +38,11 @@ def extensions() -> list[Extension]:
     if find_spec("torch") is None:
         give_up("torch is not installed here (pip install --no-build-isolation uses the installed one)")
         return []
-    headers = [*sorted(glob("csrc/cpu/*.h")), "csrc/cuda/plan.h"]
-    found = {"_C": (sorted(glob("csrc/cpu/*.cpp")), headers)}
+    common = sorted(glob("csrc/common/*.h"))
+    found = {"_C": (sorted(glob("csrc/cpu/*.cpp")), common + sorted(glob("csrc/cpu/*.h")))}
     if CUDA_CHOICE in ("1", "only"):
-        sources = sorted(glob("csrc/cuda/*.cu")) + sorted(glob("csrc/cuda/*.cpp"))  # what takes longest comes first
-        found["_CUDA"] = sources, headers + sorted([*glob("csrc/cuda/*.cuh"), *glob("csrc/cuda/*.h")])
+        sources = sorted(glob("csrc/cuda/*.cu")) + sorted(glob("csrc/cuda/*.cpp"))  # the slowest to compile come first
+        found["_CUDA"] = sources, common + sorted([*glob("csrc/cuda/*.cuh"), *glob("csrc/cuda/*.h")])
     return [
         Extension(f"visattn_fast.{name}", sources, depends=depends, language="c++", extra_compile_args=TOOLCHAIN.FLAGS)
         for name, (sources, depends) in found.items()

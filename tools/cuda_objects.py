@@ -35,7 +35,7 @@ SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 TARGETS = ("sm_80", "sm_90a", "sm_100")
 FLAGS = ["-std=c++20", "-O3", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000", "-Xptxas", "-v"]
 FLAGS += ["--expt-relaxed-constexpr", "--extended-lambda", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
-_ACCESSES = {0: "wide rows", 1: "ragged", 2: "narrow"}  # csrc/cuda/plan.h
+_ACCESSES = {0: "wide rows", 1: "ragged", 2: "narrow"}  # csrc/common/geometry.h
 _KERNEL = re.compile(r"\d(channel_scale|cbam)_kernelILb([01])ELi([012])ELb([01])E(.*)")
 
 

@@ -25,7 +25,7 @@ from torch.utils.cpp_extension import include_paths
 
 from .table import show
 
-CUDA = Path(__file__).parents[1] / "csrc" / "cuda"
+CSRC = Path(__file__).parents[1] / "csrc"
 # What the emulated thread can leave out, so that tests see it found.
 SABOTAGE = ("", "team barrier", "block barrier", "second exchange", "copy wait", "fence")
 SABOTAGE += ("arrival at a semaphore", "grid barrier")
@@ -160,7 +160,7 @@ def why_not() -> str | None:
 def library() -> ctypes.CDLL:
     """The emulation, compiled when its sources have changed."""
     folder = Path(tempfile.gettempdir())
-    sources = sorted([*CUDA.glob("*.h"), *CUDA.glob("emulation/*")])
+    sources = sorted([*CSRC.glob("common/*.h"), *CSRC.glob("cuda/*.h"), *CSRC.glob("cuda/emulation/*")])
     digest = hashlib.sha256(b"".join(s.read_bytes() for s in sources)).hexdigest()[:16]
     path = folder / f"visattn_fast_emulation_{digest}.so"
     if not path.exists():

@@ -1,5 +1,7 @@
 // csrc/cuda/plan.h for Python: which CUDA kernel a shape takes, told where there is no GPU.
-#include "../cuda/plan.h"
+#include <cstdint>
+
+#include "../common/plan.h"
 
 namespace visattn::cuda {
 

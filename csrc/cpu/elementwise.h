@@ -1,11 +1,15 @@
 // Element-wise passes: gates with residual and activation, their derivative, and the affine form of every dx.
 #pragma once
 
+#include <cstdint>
+#include <type_traits>
+
+#include "../common/activations.h"
 #include "matrix.h"
+#include "simd.h"
+#include "simd_math.h"
 
 namespace visattn {
-
-enum Activation : int64_t { kNone = 0, kRelu = 1, kSilu = 2 };
 
 template <int kAct, class V>
 VF_INLINE inline V activate(V v) {
@@ -130,13 +134,24 @@ void with_factors(Gate<A> gate, const F& f) {
   }
 }
 
+// Calls f with the activation as a compile-time constant.
+template <class F>
+auto with_activation(int64_t activation, const F& f) {
+  if (activation == kRelu) return f(std::integral_constant<int, kRelu>{});
+  if (activation == kSilu) return f(std::integral_constant<int, kSilu>{});
+  return f(std::integral_constant<int, kNone>{});
+}
+
 // Calls f with the activation and the presence of a residual as compile-time constants.
 template <class F>
-void with_epilogue(bool residual, int64_t activation, const F& f) {
-  const auto run = [&](auto act) { residual ? f(act, std::true_type{}) : f(act, std::false_type{}); };
-  if (activation == kRelu) return run(std::integral_constant<int, kRelu>{});
-  if (activation == kSilu) return run(std::integral_constant<int, kSilu>{});
-  run(std::integral_constant<int, kNone>{});
+void with_epilogue(int64_t activation, bool residual, const F& f) {
+  with_activation(activation, [&](auto act) {
+    if (residual) {
+      f(act, std::true_type{});
+    } else {
+      f(act, std::false_type{});
+    }
+  });
 }
 
 // y = act(x * gate + residual). residual (may be null) and y are dense: rows dense_ld apart.
@@ -144,7 +159,7 @@ template <class T>
 void apply_gate(Matrix<const T> x, Gate<Acc<T>> gate, const T* residual, T* y, int64_t dense_ld,
                 int64_t activation) {
   with_factors(gate, [&](auto row, auto column, auto sum) {
-    with_epilogue(residual, activation, [&](auto act, auto added) {
+    with_epilogue(activation, residual, [&](auto act, auto added) {
       apply_gate_as<T, decltype(act)::value, decltype(added)::value, decltype(row)::value,
                     decltype(column)::value, decltype(sum)::value>(x, gate, residual, y, dense_ld);
     });
@@ -155,7 +170,7 @@ void apply_gate(Matrix<const T> x, Gate<Acc<T>> gate, const T* residual, T* y, i
 template <class T>
 void apply_affine(Matrix<const T> x, bool per_row, Affine<Acc<T>> by, const T* residual, T* y,
                   int64_t dense_ld, int64_t activation) {
-  with_epilogue(residual, activation, [&](auto act, auto added) {
+  with_epilogue(activation, residual, [&](auto act, auto added) {
     constexpr int kAct = decltype(act)::value;
     constexpr bool kAdded = decltype(added)::value;
     if (per_row) {

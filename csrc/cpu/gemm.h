@@ -2,7 +2,9 @@
 // tile.
 #pragma once
 
-#include "matrix.h"
+#include <cstdint>
+
+#include "simd.h"
 
 namespace visattn {
 

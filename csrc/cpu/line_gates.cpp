@@ -2,9 +2,25 @@
 // b those of rows or of columns: the small dense middle of coordinate attention, and its gradients.
 #include "line_gates.h"
 
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <optional>
 #include <tuple>
 
-#include "image.h"
+#include "column_stats.h"
+#include "gemm.h"
+#include "image_matrix.h"
+#include "line_layout.h"
+#include "mlp.h"
+#include "parallel.h"
+#include "row_stats.h"
+#include "simd.h"
+#include "tensor.h"
 
 namespace visattn {
 namespace {
@@ -108,10 +124,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> line_gates_fwd(
     Tensor z = empty({s.N, s.L, s.M}, kDtype<A>),
            of_batch[] = {empty({fixed ? 0 : s.M}, kDtype<A>), empty({fixed ? 0 : s.M}, kDtype<A>)};
     Buffer<double> moments(fixed ? 0 : 2 * s.N * s.ld);
-    for_images(s.N, s.C * s.L, [&](int64_t begin, int64_t end, const Team& team) {
+    for_images(s.N, s.C * s.L, [&](int64_t begin, int64_t end, const Workers& workers) {
       for (int64_t n = begin; n < end; ++n) {
         A* rows = data<A>(z) + n * s.L * s.M;
-        team.each(s.L, [&](int64_t b, int64_t e) {
+        workers.each(s.L, [&](int64_t b, int64_t e) {
           hidden_rows(s, data<A>(lines) + n * s.C * s.L, weight.get(), bias.get(), b, e, rows);
         });
         if (!fixed) line_moments(s, rows, moments.get() + 2 * n * s.ld);
@@ -122,14 +138,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> line_gates_fwd(
                            eps);
     const GateWeights<A> algebra(s, w_h, b_h, w_w, b_w);
     Tensor gates = lines_like(lines);
-    for_images(s.N, s.C * s.L, [&](int64_t begin, int64_t end, const Team& team) {
+    for_images(s.N, s.C * s.L, [&](int64_t begin, int64_t end, const Workers& workers) {
       Buffer<A> hidden(s.L * s.ld), along(s.nhwc ? 0 : s.L * s.M);
       for (int64_t n = begin; n < end; ++n) {
         activate_rows(s, norm, data<A>(z) + n * s.L * s.M, hidden.get());
         const auto rows = rows_factor(s, hidden.get(), along.get());
         A* out = data<A>(gates) + n * s.C * s.L;
         const Split parts = channel_parts<A>(s);
-        team.each(parts.count, [&](int64_t b, int64_t e) {
+        workers.each(parts.count, [&](int64_t b, int64_t e) {
           algebra.gates(s, rows, parts.begin(b), parts.end(e - 1), out);
         });
       }
@@ -251,14 +267,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> line_gates_bw
     Buffer<A> hidden(s.N * s.L * s.ld), dz(s.N * s.L * s.ld), of_norm(2 * s.N * s.ld), batch(2 * s.ld),
         along(s.nhwc ? 0 : s.N * s.L * s.M);
 
-    for_images(s.N, s.C * s.L, [&](int64_t begin, int64_t end, const Team& team) {
+    for_images(s.N, s.C * s.L, [&](int64_t begin, int64_t end, const Workers& workers) {
       for (int64_t n = begin; n < end; ++n) {
         const int64_t image = n * s.C * s.L, rows = n * s.L * s.ld;
         A* dlines = data<A>(dmeans) + image;
-        team.each(s.C * s.L, [&](int64_t b, int64_t e) {
+        workers.each(s.C * s.L, [&](int64_t b, int64_t e) {
           sigmoid_grad(data<A>(given) + image + b, data<A>(kept) + image + b, e - b, dlines + b);
         });
-        team.each(s.L, [&](int64_t b, int64_t e) {
+        workers.each(s.L, [&](int64_t b, int64_t e) {
           hidden_grad(s, dlines, weights[0].get(), weights[1].get(), b, e, dz.get() + rows);
         });
         activate_rows_grad(s, norm, data<A>(units) + n * s.L * s.M, hidden.get() + rows, dz.get() + rows,

@@ -5,16 +5,20 @@
 // apart, whole vectors. What is read past a row's end is no value, and what comes of it is never kept.
 #pragma once
 
+#include <torch/headeronly/util/Exception.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <optional>
+
 #include "gemm.h"
-#include "lines.h"
-#include "mlp.h"
+#include "parallel.h"
+#include "simd.h"
+#include "tensor.h"
 
 namespace visattn {
-
-template <class A>
-VF_INLINE inline int64_t whole_vectors(int64_t count) {
-  return (count + kLanes<A> - 1) / kLanes<A> * kLanes<A>;
-}
 
 constexpr int64_t kStep = 48;  // rows of a product before the next column of tiles
 
@@ -51,13 +55,6 @@ VF_INLINE inline void for_parts(int64_t H, int64_t begin, int64_t end, const F& 
     const int64_t l0 = part && begin < H ? H : begin, l1 = !part && end > H ? H : end;
     if (l0 < l1) f(part, l0, l1);
   }
-}
-
-// What of v, the vector from column j on, lies within the `count` elements of a row.
-template <class A>
-VF_INLINE inline void store_within(A* row, int64_t j, int64_t count, Vec<A> v) {
-  if (j + kLanes<A> <= count) return store(row + j, v);
-  if (j < count) store(row + j, v, Tail{static_cast<int>(count - j)});
 }
 
 // A small tensor as a buffer, or `otherwise` where there is none.

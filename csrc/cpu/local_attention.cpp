@@ -1,9 +1,23 @@
 // LocalAttention: y = act(x * channel * spatial + residual), spatial = sigmoid(p2 relu(p1 x + q1) + q2) per
 // pixel.
-#include <tuple>
+#include <torch/csrc/stable/library.h>
 
+#include <algorithm>
+#include <cstdint>
+#include <optional>
+#include <tuple>
+#include <type_traits>
+
+#include "column_stats.h"
 #include "gemm.h"
+#include "matrix.h"
+#include "mlp.h"
+#include "parallel.h"
 #include "pixel_gate.h"
+#include "row_stats.h"
+#include "simd.h"
+#include "simd_lanes.h"
+#include "tensor.h"
 
 namespace visattn {
 namespace {
@@ -25,7 +39,7 @@ struct HiddenPixel {
               const Shape& s)
       : C(s.C),
         R(p1.size(0)),
-        padded((R + L - 1) / L * L),
+        padded(whole_vectors<A>(R)),
         words((R + kWord - 1) / kWord),
         P(s.P),
         first(R * C),
@@ -46,7 +60,7 @@ struct HiddenPixel {
   }
 
   void logits(const Matrix<const T>& x, bool nhwc, int64_t n, int64_t p0, A* out) const {
-    const int64_t pixels = nhwc ? x.rows : x.cols, ld = nhwc ? padded : (pixels + L - 1) / L * L;
+    const int64_t pixels = nhwc ? x.rows : x.cols, ld = nhwc ? padded : whole_vectors<A>(pixels);
     Buffer<A> hidden(nhwc ? pixels * padded : R * ld);
     A* h = hidden.get();
     int32_t* kept = signs + n * words * P + p0;
@@ -90,7 +104,7 @@ struct HiddenPixel {
 
   void input_grad(const Matrix<const T>& g, PixelGrad<A> grad, const A* channel, const A* spatial,
                   const A* dmean, T* dx) const {
-    const int64_t pixels = grad.nhwc ? g.rows : g.cols, ld = (pixels + L - 1) / L * L;
+    const int64_t pixels = grad.nhwc ? g.rows : g.cols, ld = whole_vectors<A>(pixels);
     Buffer<A> masked(grad.nhwc ? pixels * padded : R * ld);
     A* d = masked.get();
     simd([=, this]() VF_INLINE {

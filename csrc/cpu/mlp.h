@@ -1,7 +1,16 @@
 // The small dense algebra of channel gates: C -> R -> C, its backward, and weight gradients over the batch.
 #pragma once
 
+#include <torch/csrc/stable/ops.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <algorithm>
+#include <cstdint>
+
 #include "parallel.h"
+#include "simd.h"
+#include "simd_lanes.h"
+#include "simd_math.h"
 #include "tensor.h"
 
 namespace visattn {
@@ -126,17 +135,6 @@ void sigmoid_grad(const A* dgate, const A* gate, int64_t count, A* dz) {
 template <class A>
 void hard_sigmoid_grad(const A* dgate, const A* gate, int64_t count, A* dz) {
   for (int64_t i = 0; i < count; ++i) dz[i] = gate[i] <= 0 || gate[i] >= 1 ? A(0) : dgate[i] / 6;
-}
-
-template <class A>
-std::optional<Tensor> bias_as(const std::optional<Tensor>& bias) {
-  if (!bias) return std::nullopt;
-  return weight_as(*bias, kDtype<A>);
-}
-
-template <class A>
-const A* data_or_null(const std::optional<Tensor>& t) {
-  return t ? data<A>(*t) : nullptr;
 }
 
 // Weights w1 [R, C] and w2 [C, R] of a gate, contiguous, in the accumulation dtype.

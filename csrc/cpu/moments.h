@@ -1,7 +1,14 @@
 // Mean and second moment, sum (x - mean)^2, of rows and of columns; and how those of parts are combined.
 #pragma once
 
+#include <cstdint>
+#include <type_traits>
+
+#include "column_stats.h"
 #include "matrix.h"
+#include "parallel.h"
+#include "simd.h"
+#include "simd_lanes.h"
 
 namespace visattn {
 

@@ -1,7 +1,15 @@
 // A map scaled by the sigmoid of another one's batch norm: y = act(x * sigmoid(bn(m)) + residual).
+#include <torch/csrc/stable/library.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <cstdint>
+#include <optional>
 #include <tuple>
 
-#include "batch_gate.h"
+#include "batch_norm_gate.h"
+#include "self_gate.h"
+#include "simd.h"
+#include "tensor.h"
 
 namespace visattn {
 namespace {

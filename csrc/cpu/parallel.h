@@ -3,11 +3,11 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#include <cstdint>
 #include <cstdlib>
+#include <cstring>
 #include <memory>
 #include <new>
-
-#include "simd.h"
 
 namespace visattn {
 
@@ -39,9 +39,9 @@ class Buffer {
 };
 
 // The threads that share one image. Results never depend on how many there are.
-class Team {
+class Workers {
  public:
-  explicit Team(bool parallel) : parallel_(parallel) {}
+  explicit Workers(bool parallel) : parallel_(parallel) {}
 
   // Whether a single thread does everything, block after block.
   bool alone() const { return !parallel_; }
@@ -79,21 +79,21 @@ class Team {
   bool parallel_;
 };
 
-// f(begin, end, team) over images: as many images as fill the threads evenly go one to a thread, the rest to
+// f(begin, end, workers) over images: as many images as fill the threads evenly go one to a thread, the rest to
 // all.
 template <class F>
 void for_images(int64_t images, int64_t elements, const F& f) {
   constexpr int64_t kTooSmall = 1 << 13;  // elements that one thread does before a second has woken
   const int64_t threads = torch::stable::get_num_threads();
   if (threads == 1 || images * elements < kTooSmall) {
-    f(0, images, Team(false));
+    f(0, images, Workers(false));
     return;
   }
   const int64_t even = images - images % threads;
   if (even > 0) {
-    torch::stable::parallel_for(0, even, 1, [&](int64_t b, int64_t e) { f(b, e, Team(false)); });
+    torch::stable::parallel_for(0, even, 1, [&](int64_t b, int64_t e) { f(b, e, Workers(false)); });
   }
-  if (even < images) f(even, images, Team(true));
+  if (even < images) f(even, images, Workers(true));
 }
 
 }  // namespace visattn

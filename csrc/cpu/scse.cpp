@@ -1,7 +1,20 @@
 // scSE: y = act(x * (channel + spatial) + residual), spatial = sigmoid(ws . x + bs) per pixel.
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <optional>
 #include <tuple>
 
+#include "column_stats.h"
+#include "elementwise.h"
+#include "matrix.h"
+#include "mlp.h"
+#include "parallel.h"
 #include "pixel_gate.h"
+#include "row_stats.h"
+#include "simd.h"
+#include "tensor.h"
 
 namespace visattn {
 namespace {

@@ -14,9 +14,22 @@
 //   add to dx; it keeps what the parameters' gradients need.
 #pragma once
 
-#include "channel_scale.h"
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <optional>
+#include <type_traits>
+
+#include "../common/activations.h"
+#include "channel_pool.h"
+#include "elementwise.h"
+#include "image_matrix.h"
 #include "moments.h"
+#include "parallel.h"
 #include "self_gate_passes.h"
+#include "simd.h"
+#include "tensor.h"
 
 namespace visattn {
 
@@ -25,26 +38,6 @@ struct Scaled {
   FeatureMap map;
   Tensor grad;
 };
-
-// Calls f with the activation as a compile-time constant.
-template <class F>
-auto with_activation(int64_t activation, const F& f) {
-  if (activation == kRelu) return f(std::integral_constant<int, kRelu>{});
-  if (activation == kSilu) return f(std::integral_constant<int, kSilu>{});
-  return f(std::integral_constant<int, kNone>{});
-}
-
-// Calls f with the activation and the presence of the residual as compile-time constants.
-template <class F>
-void with_epilogue(int64_t activation, bool residual, const F& f) {
-  with_activation(activation, [&](auto act) {
-    if (residual) {
-      f(act, std::true_type{});
-    } else {
-      f(act, std::false_type{});
-    }
-  });
-}
 
 // The images that share their statistics, one group after the other: [first, first + images).
 struct Groups {
@@ -71,15 +64,15 @@ void for_channels(const Groups& groups, const Shape& s, const F& f) {
   });
 }
 
-// f(group, team): where statistics are the batch's, all threads work on the one group.
+// f(group, workers): where statistics are the batch's, all threads work on the one group.
 template <class F>
 void for_groups(const Groups& groups, const Shape& s, bool shared, const F& f) {
   if (shared) {
-    if (groups.count) f(0, Team(true));
+    if (groups.count) f(0, Workers(true));
     return;
   }
-  for_images(s.N, s.C * s.P, [&](int64_t begin, int64_t end, const Team& team) {
-    for (int64_t n = begin; n < end; ++n) f(n, team);
+  for_images(s.N, s.C * s.P, [&](int64_t begin, int64_t end, const Workers& workers) {
+    for (int64_t n = begin; n < end; ++n) f(n, workers);
   });
 }
 
@@ -106,7 +99,7 @@ Tensor self_gate_fwd(const FeatureMap& x, const Shape& s, const std::optional<Te
   const Groups groups(s, kShared);
   const int64_t image = s.C * s.P, values = groups.images * s.P;
   const auto residual_at = [&](int64_t n, int64_t skip) {
-    const T* p = static_cast<const T*>(image_or_null(res, n, sizeof(T)));
+    const T* p = image_or_null<T>(res, n);
     return p ? p + skip : nullptr;
   };
   const auto scaled_at = [&](int64_t n, int64_t skip) {
@@ -146,7 +139,7 @@ Tensor self_gate_fwd(const FeatureMap& x, const Shape& s, const std::optional<Te
     return y;
   }
   const GroupParts<T> parts(s, groups);
-  for_groups(groups, s, kShared, [&](int64_t g, const Team& team) {
+  for_groups(groups, s, kShared, [&](int64_t g, const Workers& workers) {
     const int64_t n0 = g * groups.images;
     SelfGate<A> k(s.C);
     const auto block = [&](int64_t i) {
@@ -155,7 +148,7 @@ Tensor self_gate_fwd(const FeatureMap& x, const Shape& s, const std::optional<Te
     ChannelPartials<A> mean(s.C, algebra.fixed() ? 1 : parts.count()),
         second(s.C, algebra.fixed() ? 1 : parts.count());
     if (!algebra.fixed()) {
-      team.each(parts.count(), [&](int64_t b, int64_t e) {
+      workers.each(parts.count(), [&](int64_t b, int64_t e) {
         for (int64_t i = b; i < e; ++i) column_moments(block(i), mean.part(i), second.part(i));
       });
     }
@@ -168,7 +161,7 @@ Tensor self_gate_fwd(const FeatureMap& x, const Shape& s, const std::optional<Te
       }
       k.set(c, algebra.fit(g, c, moments, values));
     }
-    team.each(parts.count(), [&](int64_t b, int64_t e) {
+    workers.each(parts.count(), [&](int64_t b, int64_t e) {
       for (int64_t i = b; i < e; ++i) {
         const int64_t n = n0 + parts.image(i), skip = parts.begin(i) * s.C;
         T* out = data<T>(y) + n * image + skip;
@@ -184,20 +177,20 @@ Tensor self_gate_fwd(const FeatureMap& x, const Shape& s, const std::optional<Te
 }
 
 template <class T, class Algebra>
-ChannelScaleGrad self_gate_bwd(const Tensor& grad, const FeatureMap& x, const Shape& s,
-                               const std::optional<Tensor>& residual, int64_t activation, Algebra& algebra,
-                               const Scaled* scaled = nullptr) {
+MapGrads self_gate_bwd(const Tensor& grad, const FeatureMap& x, const Shape& s,
+                       const std::optional<Tensor>& residual, int64_t activation, Algebra& algebra,
+                       const Scaled* scaled = nullptr) {
   using A = Acc<T>;
   constexpr bool kOther = Algebra::kOther, kShared = Algebra::kShared, kShuffled = Algebra::kShuffled;
   const auto dtype = x.tensor.scalar_type();
   const bool act = activation != kNone;
   const FeatureMap g_map = dense_map(grad, s, x.nhwc);
   const auto res = act ? optional_map(residual, s, x.nhwc) : std::nullopt;
-  ChannelScaleGrad out{empty_map(s, x.nhwc, dtype), act ? empty_map(s, x.nhwc, dtype) : empty({0}, dtype)};
+  MapGrads out{empty_map(s, x.nhwc, dtype), empty_residual_grad(s, x.nhwc, dtype, act)};
   const Groups groups(s, kShared);
   const int64_t image = s.C * s.P, values = groups.images * s.P;
   const auto residual_at = [&](int64_t n, int64_t skip) {
-    const T* p = static_cast<const T*>(image_or_null(res, n, sizeof(T)));
+    const T* p = image_or_null<T>(res, n);
     return p ? p + skip : nullptr;
   };
   const auto kept_at = [&](int64_t n, int64_t skip) {
@@ -244,7 +237,7 @@ ChannelScaleGrad self_gate_bwd(const Tensor& grad, const FeatureMap& x, const Sh
     return out;
   }
   const GroupParts<T> parts(s, groups);
-  for_groups(groups, s, kShared, [&](int64_t g, const Team& team) {
+  for_groups(groups, s, kShared, [&](int64_t g, const Workers& workers) {
     const int64_t n0 = g * groups.images;
     SelfGate<A> k(s.C);
     for (int64_t c = 0; c < s.C; ++c) k.set(c, algebra.known(g, c));
@@ -252,7 +245,7 @@ ChannelScaleGrad self_gate_bwd(const Tensor& grad, const FeatureMap& x, const Sh
     const auto block = [&](int64_t i) {
       return rows_of(matrix(x.image<T>(n0 + parts.image(i)), s, true, x.ld), parts.begin(i), parts.end(i));
     };
-    team.each(parts.count(), [&](int64_t b, int64_t e) {
+    workers.each(parts.count(), [&](int64_t b, int64_t e) {
       for (int64_t i = b; i < e; ++i) {
         const int64_t n = n0 + parts.image(i), skip = parts.begin(i) * s.C;
         with_activation(activation, [&](auto kAct) {
@@ -270,7 +263,7 @@ ChannelScaleGrad self_gate_bwd(const Tensor& grad, const FeatureMap& x, const Sh
     }
     for (int64_t c = 0; c < s.C; ++c) k.set(c, algebra.line(g, c, rounded<A>(sums[c]), values));
     if (algebra.fixed()) return;  // the line is 0
-    team.each(parts.count(), [&](int64_t b, int64_t e) {
+    workers.each(parts.count(), [&](int64_t b, int64_t e) {
       for (int64_t i = b; i < e; ++i) {
         const int64_t n = n0 + parts.image(i), skip = parts.begin(i) * s.C;
         self_gate_grad_columns<Algebra, T>(block(i), arrays(k), dx_at(n, skip), s.C);

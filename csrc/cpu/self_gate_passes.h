@@ -1,8 +1,16 @@
 // The passes of gates that each element computes of itself and of its channel: see self_gate.h.
 #pragma once
 
+#include <algorithm>
+#include <cstdint>
+
+#include "../common/activations.h"
 #include "elementwise.h"
 #include "matrix.h"
+#include "parallel.h"
+#include "simd.h"
+#include "simd_lanes.h"
+#include "simd_math.h"
 
 namespace visattn {
 

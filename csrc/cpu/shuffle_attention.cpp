@@ -1,10 +1,22 @@
 // Shuffle attention: half of each group's channels gated by their mean, half by their own normalised
 // elements; then the channels are shuffled by two.
+#include <torch/csrc/stable/library.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <algorithm>
 #include <array>
+#include <cmath>
+#include <cstdint>
 #include <limits>
+#include <optional>
 #include <tuple>
 
+#include "moments.h"
+#include "parallel.h"
 #include "self_gate.h"
+#include "self_gate_passes.h"
+#include "simd.h"
+#include "tensor.h"
 
 namespace visattn {
 namespace {

@@ -1,7 +1,16 @@
 // SimAM: y = act(x * sigmoid(d^2 / (4 (variance + e)) + 0.5) + residual), d = x - mean, over each plane.
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <optional>
 #include <tuple>
 
+#include "moments.h"
 #include "self_gate.h"
+#include "self_gate_passes.h"
+#include "simd.h"
+#include "tensor.h"
 
 namespace visattn {
 namespace {

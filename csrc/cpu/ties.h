@@ -3,7 +3,11 @@
 // first.
 #pragma once
 
+#include <cstdint>
+
 #include "matrix.h"
+#include "simd.h"
+#include "simd_lanes.h"
 
 namespace visattn {
 

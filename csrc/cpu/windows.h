@@ -3,14 +3,10 @@
 #pragma once
 
 #include <algorithm>
+#include <cstdint>
 #include <vector>
 
-#include "gemm.h"
-#include "tensor.h"
-
 namespace visattn {
-
-constexpr double kApart = -100;  // added to logits across a seam, as Swin does
 
 // One axis of a map, padded to whole windows and moved by the shift: what is at each position.
 struct WindowAxis {
@@ -88,34 +84,5 @@ struct WindowRuns {
   int64_t begin(int64_t run) const { return run * size; }
   int64_t end(int64_t run) const { return std::min(windows, (run + 1) * size); }
 };
-
-template <class A>
-constexpr int64_t whole_vectors(int64_t count) {
-  return (count + kLanes<A> - 1) / kLanes<A> * kLanes<A>;
-}
-
-// sum_k a(i, k) b[k, j] for i < rows and whole vectors of j < cols.
-template <class A, class F>
-VF_INLINE inline void product(Broadcast<A> a, const A* b, int64_t ldb, int64_t rows, int64_t cols,
-                              int64_t depth, const F& f) {
-  int64_t j = 0;
-  for (; j + 2 * kLanes<A> <= cols; j += 2 * kLanes<A>)
-    gemm_columns<2, A>(a, b, ldb, depth, rows, j, Full{}, f);
-  if (j < cols) gemm_columns<1, A>(a, b, ldb, depth, rows, j, Full{}, f);
-}
-
-// out[j, i] = in[i, j]: both sizes are whole vectors.
-template <class A>
-VF_INLINE inline void transpose_tile(const A* in, int64_t rows, int64_t cols, A* out) {
-  constexpr int64_t lanes = kLanes<A>;
-  for (int64_t i = 0; i < rows; i += lanes) {
-    for (int64_t j = 0; j < cols; j += lanes) {
-      Vec<A> v[lanes];
-      for (int r = 0; r < lanes; ++r) v[r] = load(in + (i + r) * cols + j);
-      transpose(v);
-      for (int r = 0; r < lanes; ++r) store(out + (j + r) * rows + i, v[r]);
-    }
-  }
-}
 
 }  // namespace visattn

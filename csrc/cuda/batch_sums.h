@@ -3,6 +3,11 @@
 // second one, whose blocks are as many as the weights need.
 #pragma once
 
+#include <cstdint>
+
+#include "../common/activations.h"
+#include "../common/geometry.h"
+#include "gate_math.h"
 #include "launch.h"
 #include "portable.h"
 
@@ -43,15 +48,16 @@ struct BatchSums {
 };
 
 template <class Memory>
-using In = typename Memory::template Global<const float>;
+using ReadFloats = typename Memory::template Global<const float>;
 template <class Memory>
-using Out = typename Memory::template Global<float>;
+using WriteFloats = typename Memory::template Global<float>;
 
 // Of SE: from dz [N, C] and dhidden [N, R], and what forward kept.
 template <class Memory>
-BatchSums<Memory> se_sums(int64_t N, int C, int R, int hidden_activation, In<Memory> dz, In<Memory> dhidden,
-                          In<Memory> mean, In<Memory> hidden, Out<Memory> dw1, Out<Memory> db1,
-                          Out<Memory> dw2, Out<Memory> db2) {
+BatchSums<Memory> se_sums(int64_t N, int C, int R, int hidden_activation, ReadFloats<Memory> dz,
+                          ReadFloats<Memory> dhidden, ReadFloats<Memory> mean, ReadFloats<Memory> hidden,
+                          WriteFloats<Memory> dw1, WriteFloats<Memory> db1, WriteFloats<Memory> dw2,
+                          WriteFloats<Memory> db2) {
   const int taken = hidden_activation == kRelu ? kNone : hidden_activation;  // ReLU's is kept after it
   return {{{dhidden, mean, dw1, N, 0, R, R, C, kNone},
            {dz, hidden, dw2, N, 0, C, C, R, taken},
@@ -62,16 +68,17 @@ BatchSums<Memory> se_sums(int64_t N, int C, int R, int hidden_activation, In<Mem
 }
 
 template <class Memory>
-BatchSums<Memory> eca_sums(int64_t N, int C, int window, In<Memory> dz, In<Memory> mean,
-                           Out<Memory> dweight) {
+BatchSums<Memory> eca_sums(int64_t N, int C, int window, ReadFloats<Memory> dz, ReadFloats<Memory> mean,
+                           WriteFloats<Memory> dweight) {
   return {{}, {dz, mean, dweight, N, C, window}, 0};
 }
 
 // Of CBAM: both branches' dhidden and pooled are [N, 2, R] and [N, 2, C]. dbias may be null.
 template <class Memory>
-BatchSums<Memory> cbam_sums(int64_t N, int C, int R, int window, In<Memory> dz, In<Memory> dhidden,
-                            In<Memory> dconv, In<Memory> pooled, In<Memory> hidden, Out<Memory> dw1,
-                            Out<Memory> dw2, Out<Memory> dwconv, Out<Memory> dbias) {
+BatchSums<Memory> cbam_sums(int64_t N, int C, int R, int window, ReadFloats<Memory> dz,
+                            ReadFloats<Memory> dhidden, ReadFloats<Memory> dconv, ReadFloats<Memory> pooled,
+                            ReadFloats<Memory> hidden, WriteFloats<Memory> dw1, WriteFloats<Memory> dw2,
+                            WriteFloats<Memory> dwconv, WriteFloats<Memory> dbias) {
   const int taps = 2 * window * window;
   return {{{dhidden, pooled, dw1, 2 * N, 0, R, R, C, kNone},
            {dz, hidden, dw2, 2 * N, 1, C, C, R, kNone},

@@ -7,7 +7,20 @@
 // g and x meet once, in one pass that sums both ways; du is never stored.
 #pragma once
 
+#include <cstdint>
+
+#include "../common/activations.h"
+#include "../common/geometry.h"
+#include "batch_sums.h"
+#include "cbam_conv.h"
 #include "cbam_image.h"
+#include "channel_scale.h"
+#include "gate_math.h"
+#include "portable.h"
+#include "reduce.h"
+#include "team.h"
+#include "tiles.h"
+#include "walk.h"
 
 namespace visattn::cuda {
 

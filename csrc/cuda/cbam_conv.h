@@ -2,7 +2,12 @@
 // the windows around them reach.
 #pragma once
 
+#include <cstdint>
+
+#include "../common/geometry.h"
+#include "../common/scratch.h"
 #include "channel_gate.h"
+#include "portable.h"
 
 namespace visattn::cuda {
 

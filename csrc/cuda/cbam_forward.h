@@ -2,9 +2,23 @@
 // stored.
 #pragma once
 
+#include <cstdint>
+#include <type_traits>
+
+#include "../common/activations.h"
+#include "../common/geometry.h"
+#include "../common/scratch.h"
 #include "cbam_conv.h"
+#include "channel_gate.h"
 #include "channel_scale.h"
+#include "column_stats.h"
+#include "gate_math.h"
+#include "portable.h"
+#include "reduce.h"
+#include "row_stats.h"
 #include "stats.h"
+#include "team.h"
+#include "walk.h"
 
 namespace visattn::cuda {
 

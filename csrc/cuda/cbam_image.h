@@ -2,10 +2,20 @@
 // convolution's gradients and the perceptron's.
 #pragma once
 
+#include <cstdint>
+
+#include "../common/activations.h"
+#include "../common/geometry.h"
+#include "../common/scratch.h"
+#include "batch_sums.h"
 #include "cbam_conv.h"
+#include "channel_gate.h"
 #include "channel_scale.h"
+#include "gate_math.h"
+#include "portable.h"
+#include "reduce.h"
 #include "stats.h"
-#include "tiles.h"
+#include "team.h"
 
 namespace visattn::cuda {
 

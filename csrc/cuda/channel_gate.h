@@ -2,7 +2,13 @@
 // spread over the team's blocks) and ECA (a window along the channels).
 #pragma once
 
+#include "../common/activations.h"
+#include "../common/geometry.h"
+#include "../common/scratch.h"
+#include "gate_math.h"
+#include "portable.h"
 #include "reduce.h"
+#include "team.h"
 
 namespace visattn::cuda {
 

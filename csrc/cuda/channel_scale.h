@@ -4,8 +4,19 @@
 // the device and for the emulation.
 #pragma once
 
+#include <cstdint>
+#include <type_traits>
+
+#include "../common/activations.h"
+#include "../common/geometry.h"
+#include "../common/scratch.h"
 #include "batch_sums.h"
 #include "channel_gate.h"
+#include "gate_math.h"
+#include "portable.h"
+#include "reduce.h"
+#include "team.h"
+#include "walk.h"
 
 namespace visattn::cuda {
 

@@ -4,6 +4,9 @@
 
 #include <cooperative_groups.h>
 
+#include "../common/geometry.h"
+#include "../common/scratch.h"
+#include "portable.h"
 #include "team.h"
 
 namespace visattn::cuda {

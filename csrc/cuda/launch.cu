@@ -8,6 +8,7 @@
 #include <mutex>
 #include <tuple>
 
+#include "../common/plan.h"
 #include "device.cuh"
 #include "launch.h"
 

@@ -1,9 +1,11 @@
 // What a planned launch is given; launch.cu does it.
 #pragma once
 
+#include <cstdint>
 #include <type_traits>
 
-#include "plan.h"
+#include "../common/geometry.h"
+#include "../common/plan.h"
 
 namespace visattn::cuda {
 

@@ -1,6 +1,10 @@
 // Sums over the rows and the columns of a block's slab, in an order that the shape alone decides.
 #pragma once
 
+#include <cstdint>
+
+#include "../common/geometry.h"
+#include "portable.h"
 #include "walk.h"
 
 namespace visattn::cuda {

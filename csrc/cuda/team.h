@@ -12,7 +12,9 @@
 //   prefetch                                        what is copied later, into the L2 cache
 #pragma once
 
-#include "plan.h"
+#include <cstdint>
+
+#include "../common/geometry.h"
 #include "portable.h"
 
 namespace visattn::cuda {

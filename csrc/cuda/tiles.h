@@ -2,6 +2,8 @@
 // keep what belongs to their columns in registers.
 #pragma once
 
+#include "../common/geometry.h"
+#include "portable.h"
 #include "reduce.h"
 
 namespace visattn::cuda {

@@ -2,7 +2,8 @@
 // for all of the line, and no loop divides.
 #pragma once
 
-#include "team.h"
+#include "../common/geometry.h"
+#include "portable.h"
 
 namespace visattn::cuda {
 

@@ -1,10 +1,24 @@
 // The emulation's entry point, called from tools/emulation.py: one call of SE, ECA or CBAM, forward or
 // backward.
+#include <algorithm>
+#include <cstdint>
 #include <cstdio>
+#include <memory>
+#include <string>
+#include <type_traits>
+#include <vector>
 
+#include "../../common/geometry.h"
+#include "../../common/plan.h"
+#include "../batch_sums.h"
 #include "../cbam_backward.h"
 #include "../cbam_forward.h"
+#include "../cbam_image.h"
+#include "../channel_gate.h"
+#include "../channel_scale.h"
+#include "../portable.h"
 #include "exec.h"
+#include "memory.h"
 
 namespace visattn::cuda::emulation {
 namespace {

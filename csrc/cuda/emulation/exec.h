@@ -4,9 +4,16 @@
 
 #include <algorithm>
 #include <array>
-#include <map>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <vector>
 
+#include "../../common/geometry.h"
+#include "../../common/plan.h"
+#include "../portable.h"
 #include "../team.h"
+#include "fibers.h"
 #include "memory.h"
 
 namespace visattn::cuda::emulation {

@@ -2,6 +2,13 @@
 // access: inside the bounds, of something written, with a barrier between two threads that meet there.
 #pragma once
 
+#include <cstdint>
+#include <cstring>
+#include <string>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
 #include "../portable.h"
 #include "fibers.h"
 

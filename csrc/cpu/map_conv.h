@@ -1,8 +1,15 @@
 // The k x k convolution of two maps to one (weights [2, k, k], zero padding k / 2) and its backward.
 #pragma once
 
+#include <algorithm>
+#include <cstdint>
+#include <optional>
+
 #include "mlp.h"
 #include "parallel.h"
+#include "simd.h"
+#include "simd_lanes.h"
+#include "tensor.h"
 
 namespace visattn {
 
@@ -98,10 +105,10 @@ void conv_input_grad(const Framed<A>& dq, const A* turned, int64_t k, int64_t be
 // dw [2, k, k] of one image: correlation of the maps with dq.
 template <class A>
 void conv_weight_grad(const Framed<A>* maps, const Framed<A>& dq, int64_t k, int64_t H, int64_t W,
-                      const Team& team, A* dw) {
+                      const Workers& workers, A* dw) {
   const Framed<A>* grad = &dq;
   const int64_t pad = k / 2;
-  team.each(2 * k, [=](int64_t begin, int64_t end) {
+  workers.each(2 * k, [=](int64_t begin, int64_t end) {
     simd([=]() VF_INLINE {
       for (int64_t row = begin; row < end; ++row) {  // rows of both kernels
         const int64_t m = row / k, i = row % k;

@@ -1,9 +1,18 @@
 // Reductions from an image to its pixels: mean, maximum and argmax over channels.
 #pragma once
 
+#include <algorithm>
+#include <cstdint>
 #include <numeric>
 
-#include "image.h"
+#include "../common/tensor.h"
+#include "column_stats.h"
+#include "image_matrix.h"
+#include "matrix.h"
+#include "parallel.h"
+#include "row_stats.h"
+#include "simd.h"
+#include "ties.h"
 
 namespace visattn {
 

@@ -3,7 +3,13 @@
 // (nhwc: one a column).
 #pragma once
 
-#include "image.h"
+#include <algorithm>
+#include <cstdint>
+
+#include "elementwise.h"
+#include "matrix.h"
+#include "simd.h"
+#include "simd_lanes.h"
 
 namespace visattn {
 

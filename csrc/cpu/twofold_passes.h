@@ -2,7 +2,20 @@
 // p1) of an image. Vectors over channels are padded; those over pixels begin at the image's first.
 #pragma once
 
-#include "image.h"
+#include <algorithm>
+#include <cstdint>
+#include <limits>
+
+#include "column_stats.h"
+#include "elementwise.h"
+#include "image_matrix.h"
+#include "matrix.h"
+#include "parallel.h"
+#include "products.h"
+#include "row_stats.h"
+#include "simd.h"
+#include "simd_lanes.h"
+#include "ties.h"
 
 namespace visattn {
 

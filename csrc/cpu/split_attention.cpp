@@ -1,6 +1,18 @@
 // S2-MLPv2's split attention: three branches in one map u [N, 3C, H, W], of which the first two are shifted
 // by a pixel as they are read. A pixel at the border keeps its own value.
-#include "branch.h"
+#include <torch/csrc/stable/library.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <algorithm>
+#include <cstdint>
+
+#include "../common/activations.h"
+#include "branches.h"
+#include "channel_pool.h"
+#include "image_matrix.h"
+#include "parallel.h"
+#include "simd.h"
+#include "tensor.h"
 
 namespace visattn {
 namespace {
@@ -126,10 +138,10 @@ Tensor shift_total(Tensor u) {
     const Shifted<T> in(u);
     const Shape& s = in.s;
     Tensor total = empty({s.N, s.C}, kDtype<A>);
-    for_images(s.N, K * s.C * s.P, [&](int64_t begin, int64_t end, const Team& team) {
+    for_images(s.N, K * s.C * s.P, [&](int64_t begin, int64_t end, const Workers& workers) {
       ChannelPartials<A> sums(s.C, in.nhwc ? in.parts.count : 1);
       for (int64_t n = begin; n < end; ++n) {
-        team.each(in.parts.count, [&](int64_t b, int64_t e) {
+        workers.each(in.parts.count, [&](int64_t b, int64_t e) {
           Buffer<A> block(in.nhwc ? s.C : 0);
           Buffer<T> planes(in.nhwc ? 0 : 2 * s.P);
           for (int64_t i = b; i < e; ++i) {
@@ -164,12 +176,12 @@ Tensor shift_sum(Tensor u, Tensor gate) {
     const Shifted<T> in(u);
     const Shape& s = in.s;
     Tensor y = empty_map(s, in.nhwc, u.scalar_type());
-    for_images(s.N, K * s.C * s.P, [&](int64_t begin, int64_t end, const Team& team) {
+    for_images(s.N, K * s.C * s.P, [&](int64_t begin, int64_t end, const Workers& workers) {
       Buffer<A> g(K * s.C);
       for (int64_t n = begin; n < end; ++n) {
         std::copy_n(data<A>(gate) + n * K * s.C, K * s.C, g.get());
         T* out = data<T>(y) + n * s.C * s.P;
-        team.each(in.parts.count, [&](int64_t b, int64_t e) {
+        workers.each(in.parts.count, [&](int64_t b, int64_t e) {
           Buffer<T> planes(in.nhwc ? 0 : 2 * s.P);
           const int64_t r0 = in.parts.begin(b), r1 = in.parts.end(e - 1);
           simd([&]() VF_INLINE {
@@ -203,11 +215,11 @@ Tensor shift_dot(Tensor grad, Tensor u) {
     const Shape& s = in.s;
     const FeatureMap g = dense_map(grad, s, in.nhwc);
     Tensor dgate = empty({s.N, K, s.C}, kDtype<A>);
-    for_images(s.N, (K + 1) * s.C * s.P, [&](int64_t begin, int64_t end, const Team& team) {
+    for_images(s.N, (K + 1) * s.C * s.P, [&](int64_t begin, int64_t end, const Workers& workers) {
       const int64_t count = in.nhwc ? in.parts.count : 1;
       ChannelPartials<A> dots[K] = {{s.C, count}, {s.C, count}, {s.C, count}};
       for (int64_t n = begin; n < end; ++n) {
-        team.each(in.parts.count, [&](int64_t b, int64_t e) {
+        workers.each(in.parts.count, [&](int64_t b, int64_t e) {
           Buffer<T> planes(in.nhwc ? 0 : 2 * s.P);
           for (int64_t i = b; i < e; ++i) {
             Rows<A, K> dot;
@@ -274,14 +286,14 @@ Tensor shift_grad(Tensor grad, Tensor u, Tensor gate, Tensor dtotal) {
     const Shape whole = shape_of(u);
     const FeatureMap g = dense_map(grad, s, in.nhwc);
     Tensor du = empty_map(whole, in.nhwc, u.scalar_type());
-    for_images(s.N, (K + 1) * s.C * s.P, [&](int64_t begin, int64_t end, const Team& team) {
+    for_images(s.N, (K + 1) * s.C * s.P, [&](int64_t begin, int64_t end, const Workers& workers) {
       Buffer<A> gates(K * s.C), shift(s.C);
       for (int64_t n = begin; n < end; ++n) {
         std::copy_n(data<A>(gate) + n * K * s.C, K * s.C, gates.get());
         std::copy_n(data<A>(dtotal) + n * s.C, s.C, shift.get());
         const T* pg = g.image<T>(n);
         T* out = data<T>(du) + n * whole.C * s.P;
-        team.each(in.parts.count, [&](int64_t b, int64_t e) {
+        workers.each(in.parts.count, [&](int64_t b, int64_t e) {
           const int64_t r0 = in.parts.begin(b), r1 = in.parts.end(e - 1);
           simd([&]() VF_INLINE {
             for (int64_t r = r0; r < r1; ++r) {

@@ -2,7 +2,12 @@
 // nhwc.
 #pragma once
 
-#include "tensor.h"
+#include <torch/csrc/stable/ops.h>
+
+#include <cstdint>
+
+#include "../common/tensor.h"
+#include "simd.h"
 
 namespace visattn {
 
@@ -13,9 +18,7 @@ inline Tensor empty_lines(const Shape& s, bool nhwc, ScalarType dtype) {
 
 // Lines that came from outside, dense as they are wanted.
 inline Tensor dense_lines(const Tensor& t, bool nhwc) {
-  if (!nhwc) return t.is_contiguous() ? t : torch::stable::contiguous(t);
-  const Tensor rows = torch::stable::transpose(t, 1, 2);
-  return rows.is_contiguous() ? rows : torch::stable::contiguous(rows);
+  return as_contiguous(nhwc ? torch::stable::transpose(t, 1, 2) : t);
 }
 
 // A dense image of lines, as its map lies.

@@ -1,7 +1,17 @@
 // The sigmoid of a batch norm as a gate.
 #pragma once
 
-#include "self_gate.h"
+#include <torch/headeronly/util/Exception.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <optional>
+
+#include "moments.h"
+#include "parallel.h"
+#include "self_gate_passes.h"
+#include "tensor.h"
 
 namespace visattn {
 
