@@ -1,14 +1,16 @@
-// How a call is cut into thread blocks, and why: the one place that decides. Plain C++, so that it is tested,
-// and printed by `visattn-fast info --shape`, where there is no GPU. The figures are capacities and
-// alignments, and what the device says of the clusters that it runs at once (launch.h); no rule here rests on
-// a measurement.
+// Decides how a call is cut into thread blocks, and says why. It is plain C++, so that tests and
+// `visattn-fast info --shape` run it without a GPU. The rules rest on capacities, alignments and the number
+// of clusters that the device runs at once (launch.h), never on a measurement.
 //
-// A block has a multiprocessor to itself. Its shared memory holds its part of an image and of the next one,
-// so that the next is on its way while this one is summed, gated and stored; where all images are at work at
-// once, none follows and one part is enough. So the smallest team is taken that leaves room for both, up to
-// sixteen blocks, or else for one, and the next comes as far as the L2 cache. CBAM's backward holds x and
-// grad, and gives x back before it is done with grad. Teams are as many as run at once, less those that would
-// not shorten the longest queue of images.
+// A block has a multiprocessor to itself. Rules for a team:
+//  - It is the smallest team, of up to sixteen blocks, whose shared memory holds two slabs: an image's part
+//    and the next image's, which is copied while this one is summed, gated and stored.
+//  - If no team holds two slabs, it is the smallest that holds one, and the next image is prefetched into
+//    the L2 cache.
+//  - One slab is enough if all images are in work at once.
+//  - CBAM's backward holds x and grad, and releases x before it is done with grad.
+//  - There are as many teams as run at once, less those that would not shorten the longest queue of images.
+//  - If no cluster holds an image, teams of blocks meet at semaphores, and images stay in the L2 cache.
 #pragma once
 
 #include <algorithm>
@@ -23,7 +25,7 @@ namespace visattn::cuda {
 enum Variant : int { kCluster = 0, kSemaphore = 1, kRefused = 2 };
 
 struct Device {
-  int sm = 0;            // 90 for compute capability 9.0
+  int sm = 0;            // compute capability: 90 for 9.0
   int count = 0;         // streaming multiprocessors
   int shared_bytes = 0;  // that one block may have
   int64_t l2_bytes = 0;
@@ -31,7 +33,7 @@ struct Device {
 
 constexpr int kLargestCluster = 16;  // blocks
 
-// Bytes of x up to which backward is a matter of launches more than of memory.
+// Bytes of x up to which launches cost backward more than memory does.
 constexpr int64_t kSmallMaps = 1 << 20;
 
 struct Plan {
@@ -51,14 +53,14 @@ struct Plan {
   int64_t workspace_words() const { return variant == kSemaphore ? exchange_floats() + teams : 0; }
 };
 
-// How many rows make up whole packs.
+// The smallest number of rows that is a whole number of packs.
 inline int row_unit(const Plan& p, int element) {
   return p.access == kNarrow
              ? 1
              : 16 / static_cast<int>(std::gcd<int64_t>(16, int64_t{p.geometry.cols} * element));
 }
 
-// Gives each of `team` blocks its rows; the last ones may get fewer, or none.
+// Gives each of `team` blocks its rows; the last blocks may get fewer, or none.
 inline void divide(Plan& p, const Problem& q, int team, int held, int stages) {
   Geometry& g = p.geometry;
   g.team = team;
@@ -82,19 +84,19 @@ inline bool fits(Plan& p, const Problem& q, int team, int held, int stages, int 
 
 inline const char* why_cluster(int held, bool of_two, int stages) {
   if (held == 2) return "x and grad of an image fit the shared memory of a cluster";
-  if (of_two) return "x of an image fits the shared memory of a cluster, grad comes again from L2";
+  if (of_two) return "x of an image fits the shared memory of a cluster; grad is read again from L2";
   return stages == 2 ? "an image and the next one fit the shared memory of a cluster"
                      : "an image fits the shared memory of a cluster";
 }
 
-// The smallest cluster whose blocks hold `held` maps of an image, and of the next one if that can be.
-// clusters(plan): how many of them the device runs at once; it may have no room for a single one.
+// Plans the smallest cluster whose blocks hold `held` maps of an image, and of the next one if possible.
+// clusters(plan) is the number of such clusters that the device runs at once, which may be 0.
 template <class Clusters>
 bool plan_cluster(Plan& p, const Problem& q, const Device& d, int held, const Clusters& clusters) {
   const Geometry& g = p.geometry;
   const int64_t image = int64_t{g.rows} * g.cols * q.element;
   p.variant = kCluster;
-  // Every image at once, or else the next one on its way, or one after the other.
+  // All images at once; else the next one on its way; else one after the other.
   struct Choice {
     int stages;
     int64_t most_rounds;
@@ -102,14 +104,15 @@ bool plan_cluster(Plan& p, const Problem& q, const Device& d, int held, const Cl
   for (const auto [stages, most_rounds] : {Choice{1, 1}, Choice{2, g.N}, Choice{1, g.N}}) {
     for (int team = 1; team <= kLargestCluster; team *= 2) {
       if (!fits(p, q, team, held, stages, d.shared_bytes)) continue;
-      // Few images: more blocks an image, while a block's part is worth a copy.
+      // Few images: more blocks for each, while a block's part is worth a copy.
       while (team < kLargestCluster && 2 * g.N * team <= d.count && image / (2 * team) >= 4096 &&
              2 * team * row_unit(p, q.element) <= g.rows) {
         team *= 2;
       }
       divide(p, q, team, held, stages);
       int64_t teams = std::min<int64_t>(g.N, clusters(p));
-      // A barrier of the whole grid, of clusters that may not find room beside others: half of what is there.
+      // A barrier of the whole grid needs all clusters resident beside other kernels' blocks: use half of the
+      // device.
       if (p.one_launch) teams = std::min<int64_t>(teams, std::max(1, d.count / 2 / team));
       if (teams < 1) continue;
       const int64_t rounds = (g.N + teams - 1) / teams;
@@ -123,7 +126,8 @@ bool plan_cluster(Plan& p, const Problem& q, const Device& d, int held, const Cl
   return false;
 }
 
-// Every resident block works at once; as many images are under way as half of the L2 cache holds.
+// Plans teams that meet at semaphores. All blocks are resident; the images in work fill at most half of the
+// L2 cache.
 inline bool plan_semaphore(Plan& p, const Problem& q, const Device& d) {
   const int64_t image = int64_t{p.geometry.rows} * p.geometry.cols * q.element;
   const int64_t in_cache = std::max<int64_t>(1, d.l2_bytes / 2 / std::max<int64_t>(image, 1));
@@ -138,7 +142,7 @@ inline bool plan_semaphore(Plan& p, const Problem& q, const Device& d) {
   return p.shared_bytes <= d.shared_bytes;
 }
 
-// One block to a multiprocessor, wherever it is: the device may know better (launch.h).
+// Assumes one block for each multiprocessor, anywhere on the device; a device knows better (launch.h).
 struct AnyPlace {
   const Device& device;
   int operator()(const Plan& p) const { return std::max(1, device.count / p.geometry.team); }
@@ -147,7 +151,8 @@ struct AnyPlace {
 template <class Clusters>
 Plan plan(const Problem& q, const Device& d, const Clusters& clusters) {
   Plan p;
-  constexpr int64_t kMost = (int64_t{1} << 31) - (1 << 16);  // indices may go one turn of all threads too far
+  constexpr int64_t kMost =
+      (int64_t{1} << 31) - (1 << 16);  // an index may pass the end by a turn of all threads
   if (q.C * q.P > kMost || q.C * q.R > kMost || q.C > (1 << 24) || (q.window && q.P >= (1 << 24))) {
     p.why = "an image, a map or a weight is too large for 32-bit indices";
     return p;
@@ -161,8 +166,8 @@ Plan plan(const Problem& q, const Device& d, const Clusters& clusters) {
   const int64_t image = q.C * q.P * q.element;
   const bool whole = q.aligned && image % 16 == 0 && q.stride_n * q.element % 16 == 0;
   p.access = !whole ? kNarrow : g.cols * int64_t{q.element} % 16 == 0 ? kWideRows : kRagged;
-  const bool copies = d.sm >= 90 && whole;   // in bulk, of 16 bytes and multiples
-  const bool both = q.window && q.backward;  // which comes back to x, and then to grad
+  const bool copies = d.sm >= 90 && whole;   // bulk copies: multiples of 16 bytes
+  const bool both = q.window && q.backward;  // backward of CBAM reads x and then grad a second time
   p.one_launch = q.backward && q.N * image <= kSmallMaps;
   if (!(copies && ((both && plan_cluster(p, q, d, 2, clusters)) || plan_cluster(p, q, d, 1, clusters))) &&
       !plan_semaphore(p, q, d)) {

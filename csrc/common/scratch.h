@@ -7,29 +7,30 @@
 
 namespace visattn::cuda {
 
-// Floats beside the slabs: first those of one block, then those that its team reads, twice, for alternate
-// images.
+// Offsets of a block's floats in shared memory: first the block's own, then those that its team reads, which
+// exist twice, for alternate images.
 struct Scratch {
   int partial = 0, mean = 0, hidden = 0, gate = 0, own = 0;  // offsets, and their total
   int sums = 0, mean_part = 0, hidden_part = 0, gate_part = 0, shared = 0;
 
-  // Of the convolution: its maps and gates, and what pools into them.
+  // The convolution of the maps: maps, gates, and the partial statistics that pool into the maps.
   int maximum = 0, halo = 0, taps = 0, spatial = 0, max_part = 0, map_part = 0, spatial_part = 0,
       pixel_stats = 0;
 
-  // Of its backward: sums, indices and gradients of the block's rows, and what the maps get.
+  // Its backward: sums, indices and gradients of the block's rows, and the parts of the maps' gradients.
   int direct = 0, at_channel = 0, lines = 0, grad_part = 0, conv_part = 0;
 
-  // With maps there are enough barriers between two uses of the exchange, and it is there once.
+  // 1 with maps: there are enough barriers between two uses of the exchange.
   int copies = 2;
 
-  // The end of a block's own floats, where shared memory has the beginning of the exchange, too: each is done
-  // with when the other is written.
+  // The floats at the end of the block's own that share memory with the start of the exchange. Each is read
+  // for the last time before the other is written.
   int overlap = 0;
   int floats(bool resident) const { return own + (resident ? copies * shared - overlap : 0); }
 };
 
-// Partial statistics of a block: three of each part of a row, or one of each group of threads and column.
+// Floats for the partial statistics of a block: three for each part of a row, or one for each group of
+// threads and column.
 inline int stats_of(const Geometry& g, int threads, int pack) {
   const int groups = threads / std::max(g.cols / pack, 1);
   const Tiling rows = tiling_of(g.cols, pack, threads, kRowLanes, kept_of(g.cols, pack));
@@ -37,7 +38,7 @@ inline int stats_of(const Geometry& g, int threads, int pack) {
       {3 * std::max(g.slab * rows.chunks, threads / rows.lanes), groups > 1 ? (groups + 1) * g.cols : 0});
 }
 
-// What the windows around a block's pixels reach of a map, and zeros beside it.
+// Floats of a map within reach of the windows around a block's pixels, with the zeros beside the map.
 inline int halo_of(const Geometry& g) {
   return (ceil_div(g.pixels, g.W) + g.window) * (g.W + 2 * (g.window / 2));
 }
@@ -66,9 +67,10 @@ void add_maps(Scratch& s, const Geometry& g, bool nhwc, const Take& take) {
   s.spatial_part = take(s.shared, nhwc ? 0 : g.pixels);
 }
 
-// Floats that sums over rows and columns of a slab pass through, none of which needs another's.
+// Floats for the partial sums over rows and columns of a slab; these sums follow one another in the same
+// memory.
 inline int partial_of(const Geometry& g, const Problem& q, int threads, int pack) {
-  // With transposed weights, which only backward has, by groups.
+  // Backward multiplies with transposed weights, by groups of threads.
   const int outputs = q.nhwc && g.computes_all() ? g.C : g.channels;
   const int products = q.backward ? (g.window ? 2 : 1) * std::max({threads, outputs, g.R}) : threads;
   if (g.window && q.backward) {
@@ -98,12 +100,12 @@ inline Scratch scratch_of(const Geometry& g, const Problem& q, int threads, int 
     s.copies = 1;
     q.backward ? add_map_gradients(s, g, q.nhwc, take) : add_maps(s, g, q.nhwc, take);
   }
-  // What the convolution reaches is gathered when the sums before it are done, and the other way round.
+  // The halo shares memory with the partial sums: it is gathered after them, and read before the next ones.
   const bool convolves = g.window && !q.backward;
   const int partial = std::max(partial_of(g, q, threads, pack), convolves ? 2 * halo_of(g) : 0);
   s.partial = take(s.own, partial);
   if (convolves) s.halo = s.partial;
-  // Sums over pixels go straight into the exchange where there is a pack for every thread.
+  // Sums over pixels go straight into the exchange if every thread has a pack.
   if (convolves && !q.nhwc && g.cols / pack > threads / 2)
     s.overlap = std::min(s.own - s.partial, pixel_stats);
   return s;

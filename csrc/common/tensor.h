@@ -60,8 +60,8 @@ inline bool is_dense(const Tensor& x, bool nhwc) {
   return nhwc ? has_strides(x, {s.C * s.P, 1, s.W * s.C, s.C}) : has_strides(x, {s.C * s.P, s.P, s.W, 1});
 }
 
-// Layout rule: a dense map has its own layout. Any other map is nchw if its planes are dense, else nhwc if its
-// channels are.
+// Layout rule: a dense map has its own layout. Any other map is nchw if its planes are dense, else nhwc if
+// its channels are.
 inline bool is_nhwc(const Tensor& x) {
   if (is_dense(x, false)) return false;
   if (is_dense(x, true)) return true;

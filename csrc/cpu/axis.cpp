@@ -1,7 +1,8 @@
-// Passes over x along its two axes, each of which reads x once: means over W and over H together, a gate for
+// The passes over x along both axes, each of which reads x once: means over W and over H together, a gate for
 // each row and each column of a channel, and their gradients.
 //
-// Lines are as lines.h has them. All threads share an image by its channels, so that no sum is ever split.
+// Lines are laid out as in line_layout.h. Threads share an image by its channels, so that no sum is ever
+// split.
 #include <torch/csrc/stable/library.h>
 
 #include <cstdint>
@@ -23,11 +24,11 @@ namespace {
 
 // ---- element by element
 
-// A stretch of dense memory: a row of a plane (nchw), or channels of a pixel (nhwc). Of the values of its row
-// and its column, one is the same for all of it.
+// A stretch of dense memory: a row of a plane (nchw), or channels of a pixel (nhwc). Either the row's value
+// or the column's is the same for the whole stretch.
 template <class A>
 struct Stretch {
-  int64_t in, dense, count;  // offsets in x, and in dense maps
+  int64_t in, dense, count;  // offsets in x and in dense maps
   int64_t c, h, w;           // where it begins
   bool free;                 // whole vectors may be read and written past its end, which is written later
 };
@@ -113,7 +114,7 @@ void input_grad_as(const T* g, const Shape& s, Lines<const Acc<T>> gate, Lines<c
   });
 }
 
-// Calls f with layout, activation and the presence of a residual as compile-time constants.
+// Calls f with compile-time constants: the layout, the activation, and whether there is a residual.
 template <class F>
 void with_constants(bool nhwc, int64_t activation, bool residual, const F& f) {
   with_epilogue(activation, residual, [&](auto act, auto has_residual) {
@@ -125,8 +126,8 @@ void with_constants(bool nhwc, int64_t activation, bool residual, const F& f) {
   });
 }
 
-// f(n, c0, c1) over images and channels: a whole image at a time to one thread, or its channels to all of
-// them, by cache lines.
+// Calls f(n, c0, c1) for images and ranges of channels: a thread gets whole images, or all threads share an
+// image's channels by cache lines.
 template <class T, class F>
 void for_channels(const Shape& s, const F& f) {
   for_images(s.N, s.C * s.P, [&](int64_t begin, int64_t end, const Workers& workers) {

@@ -76,7 +76,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cbam_
   });
 }
 
-// What the passes of the backward of one image share.
+// What the passes of the backward share for one image.
 template <class T>
 struct CbamGrads {
   using A = Acc<T>;
@@ -100,7 +100,7 @@ struct CbamGrads {
         direct(s.C, blocks.count),
         through_maps(s.C, blocks.count) {}
 
-  // Pass 1: A[p] = sum_c g x channel, dq = A spatial (1 - spatial), and sum_p g x spatial per channel.
+  // Pass 1: A[p] = sum_c g x channel, dq = A spatial (1 - spatial), and sum_p g x spatial for each channel.
   void upstream(const Matrix<const T>& x, const Matrix<const T>& g, bool nhwc, int64_t b) {
     const int64_t p0 = blocks.first_pixel(b), p1 = blocks.last_pixel(b);
     gate_sums<T>(pixels_of(x, nhwc, p0, p1), pixels_of(g, nhwc, p0, p1), nhwc, channel.get(), &spatial[p0],
@@ -109,7 +109,7 @@ struct CbamGrads {
     dq.set_rows(blocks.begin(b), blocks.end(b), blocks.W, along_c.get());
   }
 
-  // Pass 2: the maps' gradients, and what they give each channel.
+  // Pass 2: the maps' gradients, and what they contribute to each channel.
   void maps(const Matrix<const T>& x, bool nhwc, const int32_t* at, const A* turned, int64_t k, int64_t b) {
     const int64_t p0 = blocks.first_pixel(b), p1 = blocks.last_pixel(b), C = nhwc ? x.cols : x.rows;
     conv_input_grad(dq, turned, k, blocks.begin(b), blocks.end(b), blocks.W, dmean_c.get(), dmax_c.get());

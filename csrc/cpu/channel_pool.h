@@ -15,8 +15,8 @@
 
 namespace visattn {
 
-// One value per channel and part (nhwc) or per channel (nchw), and the fixed order in which parts are
-// combined.
+// One value for each channel and part (nhwc) or for each channel (nchw), and the fixed order in which parts
+// are added.
 template <class A>
 class ChannelPartials {
  public:
@@ -37,7 +37,8 @@ class ChannelPartials {
   Buffer<A> values_;
 };
 
-// Mean, and with kMax the maximum and its pixel, of every channel of an image; with kEven ties are counted.
+// The mean of every channel of an image, and with kMax its maximum and the pixel of that; with kEven it
+// counts ties.
 template <class T, bool kMax, bool kEven = false>
 class ChannelPool {
   using A = Acc<T>;
@@ -76,7 +77,7 @@ class ChannelPool {
   }
 
  private:
-  // Parts in order, so that the first of equal maxima, or the first NaN, stays.
+  // Merges the parts in order, so that the first of equal maxima, or the first NaN, stays.
   void merge(A* max, int32_t* at) {
     A* best = max_.part(0);
     Index<A>* where = at_.part(0);

@@ -1,5 +1,5 @@
-// The passes over x of any channel gate whose mathematics stands elsewhere: the mean, y = act(x * gate +
-// residual), its gradient to the gate, and its gradient to x; and y = act(x * scale + shift + residual).
+// The passes over x of a channel gate whose mathematics is elsewhere: the mean, y = act(x * gate + residual),
+// its gradient to the gate, and its gradient to x; and y = act(x * scale + shift + residual).
 #include "channel_scale.h"
 
 #include <torch/csrc/stable/library.h>

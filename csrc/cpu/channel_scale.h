@@ -1,5 +1,5 @@
 // Gates that scale whole channels (SE, ECA, ...): y = act(x * gate[c] + residual) and its backward. A module
-// brings the mathematics from pooled means to gates and back.
+// supplies the mathematics from pooled means to gates and back.
 #pragma once
 
 #include <torch/headeronly/util/Exception.h>
@@ -43,7 +43,7 @@ void affine_image(const Matrix<const T>& x, const Split& parts, const Workers& w
   });
 }
 
-// dots = sum over the pixels of g x of one image, where g = grad * act'(x * gate + residual); with an
+// dots = the sum over the pixels of g x of one image, where g = grad * act'(x * gate + residual). With an
 // activation, g is kept.
 template <class T>
 void dot_image(const Matrix<const T>& x, const T* grad, const Split& parts, const Workers& workers, bool nhwc,
@@ -103,8 +103,8 @@ struct Norm {
   }
 };
 
-// gate_of(n, mean [C], gate [C]) fills the gate of image n. mean and gate are [N, C]. With a norm, x stands
-// for what the norm makes of it.
+// gate_of(n, mean [C], gate [C]) computes the gate of image n. mean and gate are [N, C]. With a norm, x is
+// the norm's input, and its output is what is gated.
 template <class T, class GateOf>
 Tensor scale_channels_fwd(const FeatureMap& x, const Shape& s, const std::optional<Tensor>& residual,
                           int64_t activation, Acc<T>* mean, Acc<T>* gate, const GateOf& gate_of,
@@ -133,7 +133,7 @@ Tensor scale_channels_fwd(const FeatureMap& x, const Shape& s, const std::option
         continue;
       }
       for (int64_t c = 0; c < s.C; ++c) {
-        padded[c] *= gain[c];  // as it is rounded, so that a mean far from zero cancels
+        padded[c] *= gain[c];  // rounded before it enters the shift: so a mean far from zero cancels
         shift[c] = bias[c] * factor[c] - middle[c] * padded[c];
       }
       affine_image<T>(in, parts, workers, x.nhwc, {padded.get(), shift.get()}, pr, py + n * s.C * s.P,

@@ -1,4 +1,4 @@
-// Per column of a matrix: sum_r x[r, c] * scale[r] (scale may be null), and its maximum.
+// Reductions down the columns of a matrix: sum_r x[r, c] * scale[r] (scale may be null), and its maximum.
 #pragma once
 
 #include <cstdint>
@@ -39,7 +39,7 @@ VF_INLINE inline void column_stats_group(const Matrix<const T>& x, int64_t r0, c
   });
 }
 
-// sum, max and at are whole vectors long (Buffer pads them) and are overwritten.
+// Overwrites sum, max and at, which are whole vectors long (Buffer pads them).
 template <class T, bool kMax, bool kScale>
 void column_stats(Matrix<const T> x, const Acc<T>* scale, Acc<T>* sum, Acc<T>* max = nullptr,
                   Index<Acc<T>>* at = nullptr) {

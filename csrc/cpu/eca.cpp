@@ -15,14 +15,14 @@
 namespace visattn {
 namespace {
 
-// The channels that tap j of a k-wide window reaches: out[c] meets in[c + shift] for c in [begin, end).
+// The channels within reach of tap j of a k-wide window: out[c] uses in[c + shift] for c in [begin, end).
 struct Tap {
   int64_t shift, begin, end;
   Tap(int64_t j, int64_t k, int64_t C)
       : shift(j - k / 2), begin(std::max<int64_t>(0, -shift)), end(std::min(C, C - shift)) {}
 };
 
-// y; mean and gate [N, C] are written where they are to be kept.
+// Returns y, and writes mean and gate [N, C].
 template <class T>
 Tensor forward(const Tensor& x, const Shape& s, const Tensor& weight, const std::optional<Tensor>& residual,
                int64_t activation, Acc<T>* mean, Acc<T>* gate, const Norm<Acc<T>>* norm = nullptr) {
@@ -52,7 +52,7 @@ std::tuple<Tensor, Tensor, Tensor> eca_fwd(Tensor x, Tensor weight, std::optiona
   });
 }
 
-// y alone.
+// Returns y alone.
 template <class T>
 Tensor inferred(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& residual,
                 int64_t activation, const Norm<Acc<T>>* norm = nullptr) {

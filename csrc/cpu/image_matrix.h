@@ -1,4 +1,5 @@
-// One image in either layout, cut into parts; reductions to channels.
+// One image as a matrix in either layout: its parts, its elements, and gates as factors of its rows and
+// columns.
 #pragma once
 
 #include <algorithm>
@@ -10,7 +11,8 @@
 
 namespace visattn {
 
-// [0, total) in pieces of `size`. Depends on the shape alone, so that sums do not depend on the threads.
+// [0, total) in pieces of `size`. It depends on the shape alone, so that sums do not depend on the number of
+// threads.
 struct Split {
   int64_t total, size, count;
 
@@ -31,7 +33,7 @@ Matrix<T> rows_of(const Matrix<T>& m, int64_t begin, int64_t end) {
   return {m.row(begin), m.ld, end - begin, m.cols};
 }
 
-// Pixels [begin, end) of an image: columns of nchw, rows of nhwc.
+// Pixels [begin, end) of an image: columns in nchw, rows in nhwc.
 template <class T>
 Matrix<T> pixels_of(const Matrix<T>& m, bool nhwc, int64_t begin, int64_t end) {
   if (nhwc) return rows_of(m, begin, end);
@@ -43,7 +45,7 @@ T* element(const Matrix<T>& m, bool nhwc, int64_t channel, int64_t pixel) {
   return nhwc ? m.row(pixel) + channel : m.row(channel) + pixel;
 }
 
-// Rows (channels of nchw, pixels of nhwc) in parts of about 64 KB.
+// Rows (channels in nchw, pixels in nhwc) in parts of about 64 KB.
 template <class T>
 Split row_parts(const Shape& s, bool nhwc) {
   const int64_t rows = nhwc ? s.P : s.C, cols = nhwc ? s.C : s.P;
@@ -51,13 +53,14 @@ Split row_parts(const Shape& s, bool nhwc) {
   return Split(rows, std::max<int64_t>(8, size / 8 * 8));
 }
 
-// The channel gate as a factor of the matrix: per row in nchw, per column (in a padded copy) in nhwc.
+// The channel gate as a factor of the matrix: of its rows in nchw, of its columns in nhwc, where `gate` is
+// padded.
 template <class A>
 Gate<A> channel_factor(bool nhwc, const A* gate, int64_t row0 = 0) {
   return nhwc ? Gate<A>{nullptr, gate} : Gate<A>{gate + row0, nullptr};
 }
 
-// Channel and spatial gate of a block that begins at pixel p0, as the factors of its matrix.
+// Channel gate and spatial gate as factors of the matrix of a block that begins at pixel p0.
 template <class A>
 Gate<A> both_factors(bool nhwc, const A* channel, const A* spatial, int64_t p0, bool sum = false) {
   return nhwc ? Gate<A>{spatial + p0, channel, sum} : Gate<A>{channel, spatial + p0, sum};

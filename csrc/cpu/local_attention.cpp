@@ -1,5 +1,5 @@
-// LocalAttention: y = act(x * channel * spatial + residual), spatial = sigmoid(p2 relu(p1 x + q1) + q2) per
-// pixel.
+// LocalAttention: y = act(x * channel * spatial + residual), spatial = sigmoid(p2 relu(p1 x + q1) + q2) for
+// each pixel.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
@@ -24,14 +24,14 @@ namespace {
 
 constexpr int64_t kWord = 32;  // hidden units whose signs share an integer
 
-// The spatial gate, a two-layer perceptron of a pixel's channels. Its hidden values live in a block's
-// scratch; only their signs are kept.
+// The spatial gate, a perceptron of a pixel's channels. Its hidden values live in a block's scratch memory;
+// only their signs are kept.
 template <class T>
 struct HiddenPixel {
   using A = Acc<T>;
   static constexpr int64_t L = kLanes<A>;
   int64_t C, R, padded, words, P;
-  Buffer<A> first, transposed, bias, second, product;  // p1 [R, C], [C, padded], q1, p2, p2 p1 [R, C]
+  Buffer<A> first, transposed, bias, second, product;  // p1 as [R, C] and [C, padded], q1, p2, p2 p1 [R, C]
   A offset = 0;                                        // q2
   int32_t* signs;                                      // [N, words, P]
 
@@ -77,7 +77,8 @@ struct HiddenPixel {
     });
   }
 
-  // [R, C] of sum_p mask dz x, transposed and padded in nchw; then [padded] of sum_p mask dz; then sum_p dz.
+  // Floats of a block's share: sum_p mask dz x [R, C] (in nchw transposed and padded), sum_p mask dz
+  // [padded], sum_p dz.
   int64_t share_size(bool nhwc) const { return (nhwc ? R * C : C * padded) + padded + 1; }
 
   void weight_grad(const Matrix<const T>& x, PixelGrad<A> grad, A* out) const {
@@ -127,7 +128,7 @@ struct HiddenPixel {
   }
 
  private:
-  // Hidden values of one pixel, before the bias -> its logit and signs.
+  // The hidden values of one pixel, before the bias -> its logit and signs.
   VF_INLINE void activate_row(const A* h, int32_t* kept, A* out) const {
     Vec<A> total = set1<A>(0);
     for (int64_t word = 0; word < words; ++word) {
@@ -136,7 +137,7 @@ struct HiddenPixel {
       for (int64_t r = word * kWord; r < end; r += L) {
         const IVec<A> unit = iota<A>() + set1_index<A>(r);
         const Vec<A> sum = load(h + r) + load(bias.get() + r);
-        const Vec<A> v = unit < set1_index<A>(R) ? sum : Vec<A>{};  // past the last, 0 times infinity
+        const Vec<A> v = unit < set1_index<A>(R) ? sum : Vec<A>{};  // 0 times infinity, past the last unit
         total += load(second.get() + r) * (v < 0 ? Vec<A>{} : v);
         bits |= (v <= 0 ? IVec<A>{} : IVec<A>{} + 1) << (iota<A>() + set1_index<A>(r - word * kWord));
       }
@@ -164,7 +165,7 @@ struct HiddenPixel {
     store(out, total);
   }
 
-  // [pixels, padded] of dz where the hidden value is positive.
+  // out [pixels, padded] = dz where the hidden value is positive, else 0.
   VF_INLINE void mask_rows(PixelGrad<A> grad, int64_t pixels, A* out) const {
     const int32_t* kept = signs + grad.n * words * P + grad.p0;
     for (int64_t p = 0; p < pixels; ++p) {
@@ -176,7 +177,7 @@ struct HiddenPixel {
     }
   }
 
-  // [R, pixels] of it; rows are whole vectors.
+  // The same as [R, pixels], whose rows are whole vectors.
   VF_INLINE void mask_columns(PixelGrad<A> grad, int64_t pixels, A* out, int64_t ld) const {
     const int32_t* kept = signs + grad.n * words * P + grad.p0;
     Index<A> word[L] = {};

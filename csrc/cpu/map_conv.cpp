@@ -1,4 +1,5 @@
-// The convolution of an image's two maps to one, where a gate's mathematics goes on outside.
+// The convolution of an image's two maps to one, as an op of its own, for gates whose other steps are ops of
+// PyTorch.
 #include "map_conv.h"
 
 #include <torch/csrc/stable/library.h>

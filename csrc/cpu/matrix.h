@@ -1,5 +1,5 @@
-// A row-major matrix. A feature map is one in either layout (rows are channels or pixels), so the few reductions
-// and maps over matrices are all the loops over big tensors.
+// A row-major matrix. A feature map is one in either layout (its rows are channels or pixels), so that all
+// loops over big tensors are a few reductions and maps over matrices.
 #pragma once
 
 #include <cstdint>
@@ -16,9 +16,9 @@ struct Matrix {
   VF_INLINE T* row(int64_t r) const { return p + r * ld; }
 };
 
-// Keeps the greater of two maxima and its index, lane by lane, the first of equals, NaN aside. The second
-// comparison is against the new maximum, so that the first can become a max instruction and nothing else
-// stands in the way of the next element.
+// Keeps the greater of two maxima and its index, lane by lane: the first of equal ones, ignoring NaN. It
+// compares with the new maximum, so that GCC makes a max instruction, and the next element depends on that
+// alone.
 template <class A>
 VF_INLINE inline void keep_max(Vec<A> value, IVec<A> index, Vec<A>& max, IVec<A>& at) {
   const Vec<A> next = greater(value, max);
@@ -26,7 +26,7 @@ VF_INLINE inline void keep_max(Vec<A> value, IVec<A> index, Vec<A>& max, IVec<A>
   max = next;
 }
 
-// Elements are summed in chunks of this many vectors, so that rounding grows with the root of a row's length.
+// Sums add up chunks of this many vectors, so that rounding errors grow with the root of a row's length.
 constexpr int64_t kChunk = 32;
 
 }  // namespace visattn

@@ -1,6 +1,6 @@
-// A channel's gate of its mean together with a pixel's gate of its own channels (scSE, LocalAttention):
-// y = act(x * (channel + spatial) + residual), or with their product. A module brings the mathematics of both
-// gates.
+// A gate for each channel, from its mean, together with a gate for each pixel, from its own channels (scSE,
+// LocalAttention): y = act(x * (channel + spatial) + residual), or with their product. A module supplies the
+// mathematics of both gates.
 #pragma once
 
 #include <algorithm>
@@ -22,8 +22,8 @@
 
 namespace visattn {
 
-// Pixels in blocks of about 256 KB of x, so that x and its gradient stay in cache together. Whole vectors
-// each, and at most 1024, so that rounding grows with the root of the number of pixels.
+// Pixels in blocks of about 256 KB of x, so that x and its gradient stay in cache together. A block has whole
+// vectors of pixels, and at most 1024, so that rounding errors grow with the root of the number of pixels.
 template <class T>
 Split pixel_blocks(const Shape& s) {
   constexpr int64_t kUnit = 16, kMost = 1024;
@@ -33,8 +33,8 @@ Split pixel_blocks(const Shape& s) {
   return Split(s.P, ((s.P + blocks - 1) / blocks + kUnit - 1) / kUnit * kUnit);
 }
 
-// Sums over the pixels of a block, one per channel (padded), each pixel weighted by `weight` (padded) if
-// kWeight.
+// The sums over the pixels of a block, one for each channel (padded); with kWeight each pixel is weighted by
+// `weight` (padded).
 template <class T, bool kWeight>
 void channel_sums(const Matrix<const T>& x, bool nhwc, const Acc<T>* weight, Acc<T>* out) {
   if (nhwc) {
@@ -44,9 +44,9 @@ void channel_sums(const Matrix<const T>& x, bool nhwc, const Acc<T>* weight, Acc
   }
 }
 
-// gate_of(n, mean [C], gate [C]) fills the channel gate of image n; pixel.logits(block, nhwc, n, p0, out)
-// what the spatial gate of a block's pixels is the sigmoid of (out is padded). mean and channel are [N, C],
-// spatial [N, P].
+// gate_of(n, mean [C], gate [C]) computes the channel gate of image n. pixel.logits(block, nhwc, n, p0, out)
+// computes the logits of the spatial gate for a block's pixels; out is padded. mean and channel are [N, C],
+// spatial is [N, P].
 template <class T, bool kSum, class GateOf, class Pixel>
 Tensor pixel_gate_fwd(const FeatureMap& x, const Shape& s, const std::optional<Tensor>& residual,
                       int64_t activation, Acc<T>* mean, Acc<T>* channel, Acc<T>* spatial,
@@ -91,18 +91,22 @@ Tensor pixel_gate_fwd(const FeatureMap& x, const Shape& s, const std::optional<T
   return y;
 }
 
-// What the spatial gate gets of a block's upstream gradient, and what it makes of it.
+// The upstream gradient of a block's spatial gate.
 template <class A>
 struct PixelGrad {
   bool nhwc;
   int64_t n, p0;
-  const A* dz;  // of its pixels, before the sigmoid; padded
+  const A* dz;  // the gradient of its logits; padded
 };
 
-// dmean_of(n, dgate [C], dmean [C]) turns the channel gate's gradient into the gradient of the channel means.
-// pixel.weight_grad(block of x, PixelGrad, out) adds a block's share of the spatial weights' gradients to
-// `out`, and pixel.input_grad(block of g, PixelGrad, channel gate, spatial gate, dmean / P, dx) writes its
-// dx. dweights is [N, size].
+//  - dmean_of(n, dgate [C], dmean [C]) turns the channel gate's gradient into the gradient of the channel
+//    means.
+//  - pixel.weight_grad(block of x, PixelGrad, out) adds a block's share of the spatial weights' gradients to
+//    `out`.
+//  - pixel.input_grad(block of g, PixelGrad, channel gate, spatial gate, dmean / P, dx) writes the block's
+//    dx.
+//
+// dweights is [N, size].
 template <class T, bool kSum, class DmeanOf, class Pixel>
 MapGrads pixel_gate_bwd(const Tensor& grad, const FeatureMap& x, const Shape& s,
                         const std::optional<Tensor>& residual, const Acc<T>* channel, const Acc<T>* spatial,
@@ -126,9 +130,8 @@ MapGrads pixel_gate_bwd(const Tensor& grad, const FeatureMap& x, const Shape& s,
       const T* pr = image_or_null<T>(res, n);
       T* kept = act ? data<T>(out.dresidual) + n * image : nullptr;
       const auto upstream = matrix<const T>(act ? kept : g.image<T>(n), s, nhwc, g.ld);
-      ChannelPartials<A> shares(
-          size,
-          workers.alone() ? 1 : blocks.count);  // alone, blocks add up in the same order
+      // A lone thread adds the blocks' shares in the same order.
+      ChannelPartials<A> shares(size, workers.alone() ? 1 : blocks.count);
       workers.each(blocks.count, [&](int64_t b, int64_t e) {
         for (; b < e; ++b) {
           const int64_t p0 = blocks.begin(b), p1 = blocks.end(b), skip = nhwc ? p0 * s.C : p0;

@@ -1,4 +1,5 @@
-// Products of two matrices: per row sum_c a b v[c], per column sum_r a b u[r].
+// Sums of the elementwise product of two matrices: sum_c a b v[c] for each row, sum_r a b u[r] for each
+// column.
 #pragma once
 
 #include <cstdint>
@@ -22,7 +23,7 @@ VF_INLINE inline void products_group(const Matrix<const T>& a, const Matrix<cons
     weight[r] = set1<A>(u ? u[r0 + r] : A(1));
     total[r] = set1<A>(0);
   }
-  // What is left of a short row costs less one by one than as a vector that is filled and emptied.
+  // A short row's last elements cost less one by one than as a vector that is filled and emptied.
   const int64_t cols = kColumn ? a.cols : a.cols - a.cols % kLanes<A>;
   for (int64_t c0 = 0; c0 < cols; c0 += kChunk * kLanes<A>) {
     const int64_t count = cols - c0 < kChunk * kLanes<A> ? cols - c0 : kChunk * kLanes<A>;
@@ -53,8 +54,8 @@ VF_INLINE inline void products_group(const Matrix<const T>& a, const Matrix<cons
   }
 }
 
-// Both sums want both weights, null for ones; one sum alone is unweighted. per_column is padded and
-// overwritten; it sums rows in chunks, as rows sum columns.
+// Both sums together take both weights (null for ones); one sum alone is unweighted. Overwrites per_column,
+// which is padded, and sums rows in chunks, as rows sum columns.
 template <class T, bool kRow, bool kColumn>
 void products(Matrix<const T> a, Matrix<const T> b, const Acc<T>* u, const Acc<T>* v, Acc<T>* per_row,
               Acc<T>* per_column) {

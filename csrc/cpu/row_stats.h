@@ -1,4 +1,4 @@
-// Per row of a matrix: sum_c x[r, c] * scale[c] (scale may be null), and its maximum.
+// Reductions along the rows of a matrix: sum_c x[r, c] * scale[c] (scale may be null), and its maximum.
 #pragma once
 
 #include <cstdint>
@@ -10,9 +10,9 @@
 
 namespace visattn {
 
-constexpr int kBlock = 4;  // vectors of a row between two looks at its maximum
+constexpr int kBlock = 4;  // vectors of a row between two updates of its maximum
 
-// Index of the first element of kBlock vectors, from column c on, that equals `max`.
+// The index of the first element that equals `max` in the kBlock vectors from column c on.
 template <class T, bool kScale>
 VF_INLINE inline int64_t find_in_block(const T* row, const Acc<T>* scale, int64_t c, Acc<T> max) {
   using A = Acc<T>;
@@ -26,7 +26,7 @@ VF_INLINE inline int64_t find_in_block(const T* row, const Acc<T>* scale, int64_
   return reduce_lanes(first, [](IVec<A> a, IVec<A> b) VF_INLINE { return a < b ? a : b; });
 }
 
-// Sums a row's columns from `begin` on, and keeps the maximum and its index, NaN aside.
+// Sums a row's columns from `begin` on, and updates the maximum and its index, ignoring NaN.
 template <class T, bool kScale>
 VF_INLINE inline void finish_row(const T* row, const Acc<T>* scale, int64_t begin, int64_t cols, Acc<T>* sum,
                                  Acc<T>* max, int64_t* index) {
@@ -37,7 +37,7 @@ VF_INLINE inline void finish_row(const T* row, const Acc<T>* scale, int64_t begi
   }
 }
 
-// The first NaN of a row, if there is one, is its maximum.
+// Makes the first NaN of a row, if any, its maximum.
 template <class T, bool kScale>
 void find_nan(const T* row, const Acc<T>* scale, int64_t cols, Acc<T>* max, int64_t* index) {
   for (int64_t c = 0; c < cols; ++c) {
@@ -110,14 +110,14 @@ VF_INLINE inline void row_stats_group(const Matrix<const T>& x, int64_t r0, cons
     finish_row<T, kScale>(row[r], scale, done, x.cols, &s, &m, &index);
     sum[r0 + r] = s;
     if constexpr (kMax) {
-      if (s != s) find_nan<T, kScale>(row[r], scale, x.cols, &m, &index);  // or both infinities
+      if (s != s)
+        find_nan<T, kScale>(row[r], scale, x.cols, &m, &index);  // NaN in the row, or both infinities
       max[r0 + r] = m, at[r0 + r] = static_cast<Index<A>>(index);
     }
   }
 }
 
-// Short rows, as many as a vector has lanes: what their lanes hold is transposed, and reduced for all rows at
-// once.
+// As many short rows as a vector has lanes: their lanes are transposed and reduced for all rows at once.
 template <class T, bool kScale>
 VF_INLINE inline void short_row_stats(const Matrix<const T>& x, int64_t r0, const Acc<T>* scale, Acc<T>* sum,
                                       Acc<T>* max, Index<Acc<T>>* at) {

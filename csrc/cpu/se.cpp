@@ -1,6 +1,6 @@
-// Squeeze-and-excitation: y = act(x * gate(w2 hidden(w1 mean + b1) + b2) + residual); gate is the sigmoid or
-// the hard sigmoid, hidden is ReLU or SiLU. `hidden` keeps what the derivative of its activation is told
-// from: relu(z), or of SiLU z itself.
+// Squeeze-and-excitation: y = act(x * gate(w2 hidden(w1 mean + b1) + b2) + residual). gate is the sigmoid or
+// the hard sigmoid, hidden is ReLU or SiLU. The op keeps in `hidden` what the derivative of its activation
+// needs: relu(z), or with SiLU z itself.
 #include <torch/csrc/stable/library.h>
 
 #include <cmath>
@@ -18,7 +18,7 @@
 namespace visattn {
 namespace {
 
-// What the second layer takes, from what is kept; `buffer` has room for it.
+// The second layer's input, from what is kept; `buffer` has room for it.
 template <class A>
 const A* activated(const A* hidden, int64_t count, int64_t activation, A* buffer) {
   if (activation == kRelu) return hidden;
@@ -35,7 +35,7 @@ void activated_grad(const A* hidden, int64_t count, int64_t activation, A* dh) {
   }
 }
 
-// y; mean [N, C], hidden [N, R] and gate [N, C] are written where they are to be kept.
+// Returns y, and writes mean [N, C], hidden [N, R] and gate [N, C].
 template <class T>
 Tensor forward(const Tensor& x, const Shape& s, const Mlp<Acc<T>>& mlp, const std::optional<Tensor>& b1,
                const std::optional<Tensor>& b2, const std::optional<Tensor>& residual, int64_t activation,
@@ -71,7 +71,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> se_fwd(Tensor x, Tensor w1, std::opti
   });
 }
 
-// y alone.
+// Returns y alone.
 template <class T>
 Tensor inferred(const Tensor& x, const Tensor& w1, const std::optional<Tensor>& b1, const Tensor& w2,
                 const std::optional<Tensor>& b2, const std::optional<Tensor>& residual, int64_t activation,

@@ -1,17 +1,20 @@
-// Gates that each element computes of itself and of its channel (SimAM, NAM, ...):
-//   y = act(x * sigmoid(k d^p + b) + residual), d = x - m, with m, k, b of the channel;
-// or that it computes for the same element of another map, which is then what is scaled (GAM).
+// Gates that each element computes from itself and from its channel (SimAM, NAM, ...):
+//   y = act(x * sigmoid(k d^p + b) + residual), d = x - m, with m, k, b of the channel.
+// With another map z (GAM), the gate of an element of x scales the same element of z instead.
 //
-// A module brings its algebra, a class with
-//   kPower      p, 1 or 2;
-//   kOther      another map z is scaled: y = act(z * sigmoid(...) + residual);
-//   kShared     the statistics are the batch's, not each image's;
-//   kShuffled   channel h C/2 + j of the result of the gate is channel 2 j + h of y;
-//   kFlat       m that is NaN stands for d = 0: the gate is sigmoid(b) all over the channel, whatever x
-//   holds; fixed()     m, k, b are known without the moments of x; fit(g, c, moments, count) -> Coefficients:
-//   of channel c in group g (an image, or 0 where kShared); known(g, c) -> Coefficients: the same in the
-//   backward pass, from what the forward pass has kept; line(g, c, sums, count) -> Line: what the statistics
-//   add to dx; it keeps what the parameters' gradients need.
+// A module supplies its algebra, a class with these constants:
+//  - kPower: p, 1 or 2.
+//  - kOther: another map z is scaled: y = act(z * sigmoid(...) + residual).
+//  - kShared: the batch shares its statistics; else each image has its own.
+//  - kShuffled: channel h C/2 + j of the gate's result becomes channel 2 j + h of y.
+//  - kFlat: a NaN m means d = 0: the gate is sigmoid(b) for the whole channel, whatever x holds.
+//
+// and these functions, where g is a group (an image, or 0 with kShared) and c a channel:
+//  - fixed(): true if m, k, b do not depend on the moments of x.
+//  - fit(g, c, moments, count) -> Coefficients: m, k, b in the forward pass.
+//  - known(g, c) -> Coefficients: the same in the backward pass, from what the forward pass has kept.
+//  - line(g, c, sums, count) -> Line: the statistics' contribution to dx. It keeps what the parameters'
+//    gradients need.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -27,6 +30,7 @@
 #include "image_matrix.h"
 #include "moments.h"
 #include "parallel.h"
+#include "self_gate_coefficients.h"
 #include "self_gate_passes.h"
 #include "simd.h"
 #include "tensor.h"
@@ -39,7 +43,7 @@ struct Scaled {
   Tensor grad;
 };
 
-// The images that share their statistics, one group after the other: [first, first + images).
+// The groups of images that share their statistics, one after the other.
 struct Groups {
   int64_t count, images;
   Groups(const Shape& s, bool shared) : count(shared ? (s.N > 0) : s.N), images(shared ? s.N : 1) {}
@@ -49,8 +53,8 @@ inline int64_t result_channel(int64_t c, int64_t C, bool shuffled) {
   return shuffled ? c % (C / 2) * 2 + c / (C / 2) : c;
 }
 
-// f(group, begin, end) over channels: a channel's planes in a group stay in cache from the first pass to the
-// last.
+// Calls f(group, begin, end) for ranges of channels. A channel's planes in a group stay in cache from the
+// first pass to the last.
 template <class F>
 void for_channels(const Groups& groups, const Shape& s, const F& f) {
   constexpr int64_t kTooSmall = 1 << 13;
@@ -64,7 +68,7 @@ void for_channels(const Groups& groups, const Shape& s, const F& f) {
   });
 }
 
-// f(group, workers): where statistics are the batch's, all threads work on the one group.
+// Calls f(group, workers). With shared statistics all threads work on the only group.
 template <class F>
 void for_groups(const Groups& groups, const Shape& s, bool shared, const F& f) {
   if (shared) {
@@ -76,7 +80,7 @@ void for_groups(const Groups& groups, const Shape& s, bool shared, const F& f) {
   });
 }
 
-// Parts of a group of channels_last images: part i lies in one image.
+// The parts of a group of channels_last images; each part lies in one image.
 template <class T>
 struct GroupParts {
   Split split;

@@ -8,7 +8,7 @@
 
 #include "moments.h"
 #include "self_gate.h"
-#include "self_gate_passes.h"
+#include "self_gate_coefficients.h"
 #include "simd.h"
 #include "tensor.h"
 
@@ -42,7 +42,7 @@ class SimAM {
   }
 
  private:
-  // One value has no variance.
+  // The divisor of the variance, 1 for a single value.
   static A others(int64_t count) { return static_cast<A>(std::max<int64_t>(count - 1, 1)); }
 
   int64_t C_;

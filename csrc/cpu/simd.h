@@ -1,7 +1,7 @@
-// Fixed-width vectors and the choice of instruction set at run time.
+// Fixed-width vectors, and the choice of an instruction set at run time.
 //
-// Kernels are written once with GCC vector extensions in always-inline functions; `simd(f)` runs them in a
-// copy compiled for the best instruction set of this machine. Everything called inside must be VF_INLINE.
+// Kernels are written once, with GCC vector extensions in always-inline functions. `simd(f)` runs f in a copy
+// compiled for the best instruction set of this machine. Every function called inside must be VF_INLINE.
 #pragma once
 
 #include <torch/headeronly/util/BFloat16.h>
@@ -49,7 +49,7 @@ using Index = typename Simd<A>::Index;
 template <class A>
 constexpr int kLanes = kVectorBytes / sizeof(A);
 
-// Accumulation type of an element type.
+// The accumulation type of an element type.
 template <class T>
 using Acc = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
@@ -59,19 +59,20 @@ VF_INLINE constexpr int64_t whole_vectors(int64_t count) {
   return (count + kLanes<A> - 1) / kLanes<A> * kLanes<A>;
 }
 
-// How many lanes a load or store touches: all of them, or the `n` that a row's end leaves.
+// Lanes that a load or store touches: all of them, or the first `n` at the end of a row.
 struct Full {};
 struct Tail {
   int n;
 };
 
-// As Tail, where memory goes on behind the row's end: the rest is read, and made zeros.
+// Like Tail, for memory that continues past the end of the row: all lanes are read, and those past the end
+// become zero.
 struct Masked {
   int n;
 };
 
-// All lanes equal. GCC writes a constructor of a vector wider than the base instruction set as a chain of
-// inserts, even where the function ends up in a wider one; a shuffle stays a broadcast.
+// A vector of equal lanes. GCC writes the constructor of a vector wider than the base instruction set as a
+// chain of inserts, even in a function of a wider set; a shuffle stays a broadcast.
 template <class V, class E>
 VF_INLINE inline V broadcast(E value) {
   V v{};
@@ -133,8 +134,8 @@ VF_INLINE inline void store(BFloat16* p, Vec<float> v, Full = {}) {
   std::memcpy(p, &half, sizeof(half));
 }
 
-// The first n < kLanes elements, in pieces of known sizes: of a loop GCC makes a call of memcpy, around which
-// every register is saved.
+// Copies the first n < kLanes elements in pieces of constant size. GCC turns a loop into a call of memcpy,
+// and saves every register around it.
 template <class T>
 VF_INLINE inline void copy_tail(T* to, const T* from, int n) {
   int done = 0;
@@ -189,7 +190,7 @@ VF_INLINE inline void store_index(Index<A>* p, IVec<A> v) {
   std::memcpy(p, &v, sizeof(v));
 }
 
-// Calls f(column, Full or Tail) over [0, count).
+// Calls f(column, Full or Tail) for the vectors of [0, count).
 template <class A, class F>
 VF_INLINE inline void for_vectors(int64_t count, const F& f) {
   int64_t c = 0;
@@ -197,8 +198,8 @@ VF_INLINE inline void for_vectors(int64_t count, const F& f) {
   if (c < count) f(c, Tail{static_cast<int>(count - c)});
 }
 
-// As for_vectors, for an f that may do a column again: the last vector then lies within the row, and is
-// whole.
+// Like for_vectors, for an f that may process a column twice: the last vector ends at the end of the row, and
+// is whole.
 template <class A, class F>
 VF_INLINE inline void cover_vectors(int64_t count, const F& f) {
   if (count < kLanes<A>) return for_vectors<A>(count, f);

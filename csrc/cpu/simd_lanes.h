@@ -8,14 +8,14 @@
 
 namespace visattn {
 
-// Lanes of a and b by constant indices, those of b counted on from a's.
+// Picks lanes of a and b by constant indices; the indices of b follow those of a.
 #ifdef __clang__
 #define VF_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else
 #define VF_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, decltype(a == a){__VA_ARGS__})
 #endif
 
-// Rows become columns, in place.
+// Transposes in place.
 template <class V>
 VF_INLINE inline void transpose(V (&v)[8]) {
   V t[8], u[8];
@@ -55,7 +55,7 @@ VF_INLINE inline void transpose(V (&v)[2]) {
   v[0] = first;
 }
 
-// Two vectors taken as one run of elements: those at even and those at odd places.
+// Splits two vectors, taken as one run of elements, into the elements at even and at odd positions.
 template <class V>
 VF_INLINE inline void unzip(V low, V high, V& even, V& odd) {
   constexpr int lanes = sizeof(V) / sizeof(low[0]);
@@ -87,7 +87,8 @@ VF_INLINE inline void zip(V even, V odd, V& low, V& high) {
   }
 }
 
-// The lanes moved by half, quarter, ... of the vector: after log2(lanes) steps each lane has met every other.
+// Rotates the lanes by `step`. After steps of half, a quarter, ... of the vector each lane has met every
+// other.
 template <int step, class V>
 VF_INLINE inline V rotate(V v) {
   constexpr int lanes = sizeof(V) / sizeof(v[0]);
@@ -120,7 +121,7 @@ VF_INLINE inline A sum_lanes(Vec<A> v) {
   return reduce_lanes(v, [](Vec<A> a, Vec<A> b) VF_INLINE { return a + b; });
 }
 
-// Greatest lane, and the least index among the lanes that hold it. NaN lanes are not looked for.
+// The greatest lane, and the smallest index among the lanes that hold it. Ignores NaN.
 template <class A>
 VF_INLINE inline void max_lanes(Vec<A> v, IVec<A> at, A* max, int64_t* index) {
   *max = reduce_lanes(v, [](Vec<A> a, Vec<A> b) VF_INLINE { return greater(a, b); });

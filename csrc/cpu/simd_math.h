@@ -7,8 +7,8 @@
 
 namespace visattn {
 
-// The value, as one that the compiler knows nothing of: GCC makes min and max of a comparison only if it does
-// not see through one of its sides.
+// Hides the value from the optimiser: GCC turns a comparison into min or max only if it does not see through
+// one of its sides.
 VF_INLINE inline float opaque(float v) {
 #if defined(__x86_64__)
   asm("" : "+x"(v));
@@ -16,9 +16,9 @@ VF_INLINE inline float opaque(float v) {
   return v;
 }
 
-// exp by range reduction to [-ln2/2, ln2/2] and a degree-6 polynomial, 1-2 ulp; inf above 88.7, 0 below -88,
-// NaN kept. The bounds lie where the exponent's bits themselves become those of inf and of 0. What bounds the
-// speed is the length of the chain of dependent steps: hence the polynomial in pairs.
+// exp by range reduction to [-ln2/2, ln2/2] and a polynomial of degree 6: 1-2 ulp, inf above 88.7, 0 below
+// -88, NaN kept. At the bounds of the clamp the bits of the exponent become those of inf and of 0. The chain
+// of dependent steps bounds the speed, so the polynomial is evaluated in pairs.
 VF_INLINE inline Vec<float> exp_lanes(Vec<float> x) {
   using V = Vec<float>;
   using I = IVec<float>;

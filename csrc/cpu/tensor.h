@@ -1,4 +1,5 @@
-// Tensors on the CPU: feature maps as matrices, conversion of weights, dispatch by dtype.
+// Tensors on the CPU, with all of common/tensor.h: feature maps as matrices, conversion of weights, dispatch
+// by dtype.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -13,7 +14,7 @@
 
 namespace visattn {
 
-// A feature map as N row-major matrices: [C, P] for nchw, [P, C] for nhwc. `ld` is the stride between rows.
+// A feature map as N row-major matrices: [C, P] in nchw, [P, C] in nhwc. `ld` is the distance between rows.
 struct FeatureMap {
   Tensor tensor;
   bool nhwc;
@@ -52,7 +53,7 @@ const T* image_or_null(const std::optional<FeatureMap>& map, int64_t n) {
   return map ? map->image<T>(n) : nullptr;
 }
 
-// dresidual as an op returns it: a map, or empty without an activation, where grad itself is the residual's gradient.
+// dresidual as an op returns it: a map, or empty without an activation, for then it equals grad.
 inline Tensor empty_residual_grad(const Shape& s, bool nhwc, ScalarType dtype, bool activated) {
   return activated ? empty_map(s, nhwc, dtype) : empty({0}, dtype);
 }

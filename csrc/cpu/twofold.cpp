@@ -1,5 +1,5 @@
-// The passes over x of any gate per channel and gate per pixel whose mathematics stands elsewhere:
-// u = x * channel, y = act(u * spatial + residual), with the means and maxima that both gates are made of.
+// The passes over x of a channel gate and a pixel gate whose mathematics is elsewhere: u = x * channel, y =
+// act(u * spatial + residual), with the means and maxima that both gates are computed from.
 #include <torch/csrc/stable/library.h>
 #include <torch/headeronly/util/Exception.h>
 
@@ -30,17 +30,17 @@ void with_ties(bool even, const F& f) {
   f(std::false_type{});
 }
 
-// A small tensor of the accumulation dtype with `rows` values a channel, or a pixel, of every image.
+// A small tensor in the accumulation dtype, which must have `count` elements.
 template <class A>
 Tensor small_as(const Tensor& t, int64_t count, const char* name) {
   STD_TORCH_CHECK(t.numel() == count, name, " must have ", count, " elements, got ", t.numel());
   return weight_as(t, kDtype<A>);
 }
 
-// Where maxima came from, as a pointer may walk it.
+// The indices of maxima, contiguous.
 Tensor dense_indices(const Tensor& at, int64_t count) {
   STD_TORCH_CHECK(at.numel() == count && at.scalar_type() == ScalarType::Int, "at must have ", count,
-                  " int32");
+                  " int32 elements");
   return as_contiguous(at);
 }
 

@@ -1,5 +1,5 @@
 // Attention inside (shifted) windows: each head of each window in tiles that stay in cache. Shift, partition,
-// biases, seams and padding are addresses; the backward pass computes the weights again.
+// biases, seams and padding are addresses. The backward pass computes the attention weights again.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/headeronly/util/Exception.h>
@@ -33,7 +33,7 @@ Windows windows_of(const Tensor& qkv, int64_t heads, int64_t window_h, int64_t w
           window_h * window_w};
 }
 
-// f(run, head, window's tiles) over all items, in parallel.
+// Calls f(run, head, tiles) for all items, in parallel.
 template <class T, class F>
 void each_item(const WindowInputs<T>& in, const WindowRuns& runs, bool backward, const F& f) {
   torch::stable::parallel_for(0, runs.count * in.w.heads, 1, [&](int64_t begin, int64_t end) {
@@ -63,7 +63,7 @@ Tensor window_attention_fwd(Tensor qkv, std::optional<Tensor> bias, Tensor table
   });
 }
 
-// parts [runs, size] -> their sum, in order.
+// Sums parts [runs, size] over the runs, in order.
 template <class A>
 void sum_runs(const Buffer<A>& parts, int64_t runs, int64_t size, A* sum) {
   std::fill_n(sum, size, A(0));

@@ -29,7 +29,7 @@ VF_INLINE inline void product(Broadcast<A> a, const A* b, int64_t ldb, int64_t r
   if (j < cols) gemm_columns<1, A>(a, b, ldb, depth, rows, j, Full{}, f);
 }
 
-// out[j, i] = in[i, j]: both sizes are whole vectors.
+// out[j, i] = in[i, j]; both sizes are whole vectors.
 template <class A>
 VF_INLINE inline void transpose_tile(const A* in, int64_t rows, int64_t cols, A* out) {
   constexpr int64_t lanes = kLanes<A>;
@@ -73,8 +73,7 @@ struct WindowInputs {
   const T* qkv_data() const { return data<const T>(qkv); }
 };
 
-// One head of one window at a time. Tiles have whole vectors of tokens and channels; what is too much is
-// zero.
+// One head of one window at a time. Tiles have whole vectors of tokens and channels, padded with zeros.
 template <class T>
 class WindowTiles {
   using A = Acc<T>;
@@ -106,7 +105,7 @@ class WindowTiles {
         region_(L_),
         next_region_(L_) {}
 
-  // The bias of a head; columns that are no keys get no weight.
+  // Loads the bias table of a head. Columns without a key get -inf, so that their weight is 0.
   void start(int64_t head) {
     head_ = head;
     const A* table = in_.table.get() + head * w_.table_rows();
@@ -167,8 +166,8 @@ class WindowTiles {
       product<A>(ds, k_.get(), dp_, L_, dp_, L_, sends(0, in_.scale));
       product<A>(ds_t, q_.get(), dp_, L_, dp_, L_, sends(1, A(1)));
       product<A>(p_t, g_.get(), dp_, L_, dp_, L_, sends(2, A(1)));
-      // A bias's gradient is the sum of all tokens' and padding's: of rows, each as often as it is in a
-      // product.
+      // A bias's gradient is the sum over all tokens and padding: over rows, each as often as it takes part
+      // in a product.
       if (!in_.biased) return;
       add_rows(ds_keys_.get(), in_.scale, k_.get(), 0);
       add_rows(ds_queries_.get(), A(1), q_.get(), 1);
@@ -176,7 +175,8 @@ class WindowTiles {
     });
   }
 
-  // What the windows since start_gradients() have given: the head's table, reversed, and its bias, [3, d].
+  // Writes the gradients of the windows since start_gradients(): of the head's table, reversed, and of its
+  // bias, [3, d].
   void finish_gradients(A* dtable, A* dbias) {
     std::fill_n(dtable, w_.table_rows(), A(0));
     w_.each_bias(Lp_, [&](int64_t from, int64_t to, int64_t count) {
@@ -187,8 +187,8 @@ class WindowTiles {
   }
 
  private:
-  // Asks for the next window while this one is computed: pieces of rows far apart, which no prefetcher
-  // guesses.
+  // Prefetches the next window while this one is computed: its rows are far apart, and no hardware prefetcher
+  // guesses them.
   void fetch(const T* map, int64_t parts, int64_t window) {
     constexpr int64_t kLine = 64 / sizeof(T);
     const int64_t C = w_.C(), first = window / w_.per_image() * w_.H * w_.W;
@@ -221,7 +221,7 @@ class WindowTiles {
     });
   }
 
-  // A token and its bias, or padding, which has no more than a bias.
+  // A token plus its bias; padding is the bias alone.
   VF_INLINE void take(const T* from, const A* bias, A factor, A* to) const {
     for_vectors<A>(w_.d, [&](int64_t c, auto lanes) VF_INLINE {
       Vec<A> v = load(bias + c, lanes);
@@ -230,7 +230,7 @@ class WindowTiles {
     });
   }
 
-  // p_: exponentials of the logits over each row's largest; inverse_: one over each row's sum.
+  // p_: exponentials of the logits minus each row's largest; inverse_: one over each row's sum.
   VF_INLINE void weights() {
     transpose_tile(k_.get(), Lp_, dp_, kt_.get());
     product<A>(Broadcast<A>{q_.get(), dp_, 1}, kt_.get(), Lp_, L_, Lp_, w_.d,
@@ -257,8 +257,8 @@ class WindowTiles {
     }
   }
 
-  // ds = p (dp - sum_j dp p), the gradient of a row's logits, which is its positions', too. Sums of ds: of a
-  // row, where nothing but rounding and NaN is left, and of columns.
+  // ds = p (dp - sum_j dp p), the gradient of a row's logits, and so of its positions. Also sums ds: along
+  // the row, where only rounding and NaN remain, and down the columns.
   VF_INLINE void logit_gradients(int64_t i) {
     A *p = p_.get() + i * Lp_, *ds = ds_.get() + i * Lp_, *dposition = dposition_.get() + i * Lp_;
     A* keys = ds_keys_.get();

@@ -1,4 +1,4 @@
-// CBAM on CUDA, experimental: see se.cpp.
+// CBAM on CUDA. Experimental: see se.cpp.
 #include <torch/csrc/stable/library.h>
 #include <torch/headeronly/util/Exception.h>
 

@@ -1,4 +1,4 @@
-// The kernels of cbam_forward.h and cbam_backward.h; cbam_<dtype>.cu compile them, one dtype each.
+// The kernels of cbam_forward.h and cbam_backward.h; each cbam_<dtype>.cu compiles them for one dtype.
 #pragma once
 
 #include <type_traits>

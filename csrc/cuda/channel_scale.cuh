@@ -1,4 +1,4 @@
-// The kernels of channel_scale.h; channel_scale_<dtype>.cu compile them, one dtype each.
+// The kernels of channel_scale.h; each channel_scale_<dtype>.cu compiles them for one dtype.
 #pragma once
 
 #include <type_traits>

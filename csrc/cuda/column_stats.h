@@ -12,7 +12,7 @@
 
 namespace visattn::cuda {
 
-// How blocks exchange the statistics of their columns: as three vectors [cols].
+// The exchange of column statistics between blocks as three vectors [cols].
 template <class Exec>
 struct PlainStats {
   Exec& ex;
@@ -28,8 +28,8 @@ struct PlainStats {
   VF_DEVICE Stat of_block(int r, int c) const { return get_stat(ex.peer(stats, r), cols, c); }
 };
 
-// Of x [rows, cols] times `gates` of its rows, where x has two bytes: as the sums, and x with its row in one
-// word. Every block has the gates of its rows.
+// The exchange for x [rows, cols] times `gates` of its rows, where x has two bytes: the sums, and one word
+// for the maximum's x and row. Every block has the gates of its rows.
 template <class Exec, class Slab>
 struct GatedStats {
   Exec& ex;
@@ -45,7 +45,7 @@ struct GatedStats {
     memcpy(&bits, &x, sizeof(bits));
     put(stats, cols + c, bits_of(static_cast<int>(static_cast<unsigned>(bits) << 16 | (p.at - row0))));
   }
-  VF_DEVICE int blocks() const { return (all_rows + slab_rows - 1) / slab_rows; }  // those with rows
+  VF_DEVICE int blocks() const { return (all_rows + slab_rows - 1) / slab_rows; }  // blocks with rows
   VF_DEVICE Stat of_block(int r, int c) const {
     const unsigned word = static_cast<unsigned>(index_of(get(ex.peer(stats, r), cols + c)));
     const unsigned short bits = static_cast<unsigned short>(word >> 16);
@@ -59,9 +59,9 @@ struct GatedStats {
   }
 };
 
-// finish(column, Stat) for the columns of `part`, down the rows of all blocks of the team; the index is the
-// row of the image, of which the block's first is row0. `stats`: one of those above; values(row, offset, out
-// [V]).
+// Calls finish(column, Stat) for the columns of `part`, over the rows of all blocks of the team. The argmax
+// is the row of the image; the block's first row is row0. `stats`: one of the exchanges above. values(row,
+// offset, out [V]) reads elements.
 template <int V, class Exec, class Partial, class Stats, class Values, class Finish>
 VF_DEVICE void column_stats(Exec& ex, int rows, int cols, int row0, const Part& part, Partial partial,
                             const Stats& stats, const Values& values, const Finish& finish) {
@@ -70,8 +70,8 @@ VF_DEVICE void column_stats(Exec& ex, int rows, int cols, int row0, const Part& 
     int at[V];
   };
   const int packs = cols / V, groups = packs < 1 || packs >= ex.threads() ? 1 : ex.threads() / packs;
-  const Partial winners = partial + groups * cols;  // [cols]: the maxima of all groups
-  // Of groups, one vector after the other passes through `partial`; a thread has one pack of columns then.
+  const Partial winners = partial + groups * cols;  // [cols]: the maxima over all groups
+  // Groups pass one vector after the other through `partial`; a thread then has one pack of columns.
   Lane mine = {};
   int my_group = 0, my_column = -1;
   for_columns<V, 2>(

@@ -1,4 +1,4 @@
-// Efficient channel attention on CUDA, experimental: see se.cpp.
+// Efficient channel attention on CUDA. Experimental: see se.cpp.
 #include <torch/csrc/stable/library.h>
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-// The arithmetic of gates and activations, on the device and in the emulation.
+// The arithmetic of gates and activations, on the device and in the emulation. Each function keeps NaN.
 #pragma once
 
 #include <cmath>
@@ -10,7 +10,7 @@ namespace visattn::cuda {
 
 VF_DEVICE float sigmoid(float v) { return 1.0f / (1.0f + expf(-v)); }
 
-// Of elements of maps, of which there are many: within some units of the last place.
+// For the elements of maps, of which there are many: exact to some units in the last place.
 VF_DEVICE float quick_sigmoid(float v) {
 #ifdef __CUDA_ARCH__
   return __fdividef(1.0f, 1.0f + __expf(-v));
@@ -19,7 +19,6 @@ VF_DEVICE float quick_sigmoid(float v) {
 #endif
 }
 
-// NaN stays NaN, as in all of these.
 VF_DEVICE float activate(float v, int activation) {
   if (activation == kRelu) return v < 0.0f ? 0.0f : v;
   if (activation == kSilu) return v * quick_sigmoid(v);
@@ -36,7 +35,7 @@ VF_DEVICE float activate_grad(float g, float v, int activation) {
   return g;
 }
 
-// The same of V elements, with one branch.
+// The same for V elements, with one branch.
 template <int V>
 VF_DEVICE void activate(float (&v)[V], int activation) {
   if (activation == kRelu) {
@@ -64,7 +63,7 @@ VF_DEVICE float gate_of(float v, int gate_activation) {
   return (shifted < 0.0f ? 0.0f : shifted > 6.0f ? 6.0f : shifted) / 6.0f;
 }
 
-// The derivative of a gate's activation, from its value, times d.
+// d times the derivative of the gate's activation, computed from the gate.
 VF_DEVICE float gate_grad(float d, float gate, int gate_activation) {
   if (gate_activation == kSigmoid) return d * gate * (1.0f - gate);
   return gate <= 0.0f || gate >= 1.0f ? 0.0f : d / 6.0f;

@@ -11,13 +11,14 @@
 
 namespace visattn::cuda {
 
-// finish(row, Stat) for each of the block's rows; the index is the column. values(offset, out [V]).
+// Calls finish(row, Stat) for each of the block's rows; the argmax is the column. values(offset, out [V])
+// reads elements.
 template <int V, class Exec, class Partial, class Values, class Finish>
 VF_DEVICE void row_stats(Exec& ex, int rows, int cols, Partial partial, const Values& values,
                          const Finish& finish) {
   struct Lane {
     float sum[V], most;
-    int line, at;  // of the row, and of the pack with the maximum
+    int line, at;  // offset of the row, and of the pack with the maximum
   };
   const RowShare share(rows, cols, V, ex.threads());
   const int lane = (ex.thread() & (share.lanes - 1)), count = rows * share.parts;
@@ -45,7 +46,7 @@ VF_DEVICE void row_stats(Exec& ex, int rows, int cols, Partial partial, const Va
           values(l.at, v);
           s.peak = peak_of(v, l.at - l.line);
           if (l.sum[0] != l.sum[0]) {
-        // A lane whose first pack has only NaN is at a later one, hence all of the row.
+        // A lane whose first pack is all NaN reports a later one, so look through all of the row.
 #pragma unroll 1
             for (int i = lane * V; i < cols; i += share.lanes * V) {
               values(l.line + i, v);
@@ -66,8 +67,8 @@ VF_DEVICE void row_stats(Exec& ex, int rows, int cols, Partial partial, const Va
   }
 }
 
-// The same of v = data * a coefficient of its column, for rows that are short: a lane keeps the coefficients
-// of its packs in registers for all of its rows. factors(column, out [V]).
+// The same for v = data * a coefficient of its column, for short rows: a lane keeps the coefficients of its
+// packs in registers for all of its rows. `factors` [cols] are the coefficients.
 template <int V, int K, class Exec, class Partial, class Values, class Finish>
 VF_DEVICE void scaled_row_stats(Exec& ex, int rows, int cols, Partial partial,
                                 typename Exec::template Shared<float> factors, const Values& values,
@@ -103,7 +104,7 @@ VF_DEVICE void scaled_row_stats(Exec& ex, int rows, int cols, Partial partial,
           for (int j = 1; j < V; ++j) v[0] += v[j];
           sum += has ? v[0] : 0.0f;
         }
-        const bool odd = sum != sum;  // in any lane
+        const bool odd = sum != sum;
         Stat s;
         s.sum = ex.template warp_sum<kRowLanes>(sum, t.lanes);
         if (ex.warp_any(odd)) {
@@ -129,7 +130,7 @@ VF_DEVICE void scaled_row_stats(Exec& ex, int rows, int cols, Partial partial,
   for (int r = ex.thread(); r < rows; r += ex.threads()) {
     Stat s = get_stat(partial, rows * t.chunks, r * t.chunks);
     for (int k = 1; k < t.chunks; ++k) s.merge(get_stat(partial, rows * t.chunks, r * t.chunks + k));
-    // Where in its pack: where all is finite, only that has been found so far.
+    // Locate the maximum in its pack: for finite rows only the pack is known so far.
     if (s.peak.value == s.peak.value && s.peak.at < cols) {
       const int pack = s.peak.at / V * V;
       float v[V], factor[V];

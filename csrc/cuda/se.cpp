@@ -1,5 +1,6 @@
-// Squeeze-and-excitation on CUDA, experimental: slower than Triton on an H200, so only use_backend("cuda")
-// chooses it. The ops are declared in Python, in a namespace of their own, with the schemas of visattn_fast.
+// Squeeze-and-excitation on CUDA. Experimental: on an H200 the native kernels are right, but slower than
+// Triton's, so only use_backend("cuda") chooses them. Python declares the ops, in a namespace of their own,
+// with the schemas of visattn_fast.
 #include <torch/csrc/stable/library.h>
 #include <torch/headeronly/util/Exception.h>
 

@@ -1,5 +1,5 @@
-// Sum, maximum and its index, over the rows and down the columns of an image. NaN wins a maximum, and of
-// equal values the first does, so that no order of merging matters.
+// Sum, maximum and argmax of some elements. NaN wins a maximum, and the first of equal values does, so that
+// the order of merging does not matter.
 #pragma once
 
 #include <cmath>
@@ -30,7 +30,7 @@ VF_DEVICE int index_of(float f) {
   return i;
 }
 
-// Stat i of `count`, kept as three vectors.
+// Stat i of `count`, stored as three vectors.
 template <class Memory>
 VF_DEVICE void put_stat(Memory m, int count, int i, const Stat& s) {
   put(m, i, s.sum);
@@ -45,8 +45,8 @@ VF_DEVICE Stat get_stat(Memory m, int count, int i) {
   return s;
 }
 
-// A maximum that NaN has no part in, whose place is that of the first pack, or row, that has it. A sum is NaN
-// where any element is (and may be where none is): then the elements are gone through again.
+// The maximum, ignoring NaN. Statistics locate it only up to its pack (or row). If the sum is NaN, an element
+// may be: then the elements are scanned again.
 template <int V>
 VF_DEVICE float most_of(const float (&v)[V]) {
   float most = v[0];
@@ -55,7 +55,7 @@ VF_DEVICE float most_of(const float (&v)[V]) {
   return most;
 }
 
-// The first of a pack's elements that beats all others of it; the first one is number `first`.
+// The maximum of a pack and the first index that has it; element 0 has the index `first`.
 template <int V>
 VF_DEVICE Peak peak_of(const float (&v)[V], int first) {
   Peak peak;
