@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 
 from .. import reference
-from .autograd import fused_function, mixed
-from .layout import accumulation_dtype, empty_map, empty_small, memory_format
+from .declare import composed_op
+from .layout import accumulation_dtype, empty_map, memory_format
 from .library import define
 
 
@@ -78,11 +78,6 @@ def _channel_mlp_fwd_fake(x, w1, b1, w2, b2, keep):
     return empty_map(x), _hidden_like(x, w1), empty_map(x)
 
 
-def _channel_mlp_bwd_fake(grad, x, w1, w2, hidden, factor):
-    r, c = w1.shape[:2]
-    return empty_map(x), empty_small(x, *w1.shape), empty_small(x, r), empty_small(x, *w2.shape), empty_small(x, c)
-
-
 channel_mlp_fwd = define(
     "channel_mlp_fwd(Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, bool keep)"
     " -> (Tensor y, Tensor hidden, Tensor factor)",
@@ -95,7 +90,8 @@ channel_mlp_bwd = define(
     " -> (Tensor dx, Tensor dw1, Tensor db1, Tensor dw2, Tensor db2)",
     None,
     _channel_mlp_bwd_reference,
-    _channel_mlp_bwd_fake,
+    ("like x", "shape of w1", "R", "shape of w2", "C"),
+    weights={"w1": "R C"},
 )
 
 
@@ -104,8 +100,8 @@ def _gradients(grad, tensors, small, options):
     return channel_mlp_bwd(grad, x, w1, w2, *small)
 
 
-def _mathematics(*arguments):
-    return mixed(reference.channel_mlp, *arguments[:-1])
+def _mathematics(*tensors_and_keep):
+    return reference.channel_mlp(*tensors_and_keep[:-1])
 
 
-ChannelMLPFunction = fused_function("ChannelMLPFunction", channel_mlp_fwd, _gradients, _mathematics)
+CHANNEL_MLP = composed_op("channel_mlp", channel_mlp_fwd, _gradients, _mathematics, tiny=49)
