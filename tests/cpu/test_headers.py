@@ -10,14 +10,11 @@ from pathlib import Path
 import pytest
 from torch.utils.cpp_extension import include_paths
 
-from cases import INTERPRETED
-
 CSRC = Path(__file__).parents[2] / "csrc"
 FLAGS = runpy.run_path(str(CSRC / "toolchain.py"))["FLAGS"]
 HEADERS = [path.relative_to(CSRC).as_posix() for path in sorted(CSRC.rglob("*.h"))]
 
 
-@pytest.mark.skipif(INTERPRETED, reason="once is enough")
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 @pytest.mark.parametrize("header", HEADERS)
 def test_header_compiles_alone(header):

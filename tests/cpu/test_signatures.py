@@ -12,7 +12,6 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from cases import INTERPRETED
 from visattn_fast import native
 from visattn_fast.ops.library import OPS
 
@@ -59,7 +58,6 @@ def test_cpp_function_has_the_signature_of_the_schema(source, op, function):
     assert cpp_signature(source, function) == schema_signature(op)
 
 
-@pytest.mark.skipif(INTERPRETED, reason="Triton serves the CPU")
 def test_every_kernel_in_the_library_is_checked():
     if why_not := native.load():
         pytest.skip(why_not)
