@@ -23,6 +23,8 @@ import torch
 from torch import Tensor
 from torch.utils.cpp_extension import include_paths
 
+from visattn_fast.reference.activations import Activation, GateActivation
+
 from .table import show
 
 CSRC = Path(__file__).parents[1] / "csrc"
@@ -87,9 +89,9 @@ class Call:
     weights: dict[str, Tensor]
     residual: Tensor | None = None
     window: int = 0
-    activation: int = 0
-    hidden_activation: int = 1
-    gate_activation: int = 0
+    activation: Activation = Activation.NONE
+    hidden_activation: Activation = Activation.RELU
+    gate_activation: GateActivation = GateActivation.SIGMOID
     device: Device = field(default_factory=Device)
     seed: int = 0
     sabotage: str = ""

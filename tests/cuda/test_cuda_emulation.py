@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from visattn_fast.ops.library import OPS
+from visattn_fast.reference.activations import Activation, GateActivation
 
 emulation = pytest.importorskip("tools.emulation", reason="not beside the repository's tools")
 Device = emulation.Device
@@ -82,11 +83,16 @@ def test_se_of_odd_shapes(layout, device, shape):
 
 
 @layouts
-@pytest.mark.parametrize("activation", [1, 2], ids=["relu", "silu"])
+@pytest.mark.parametrize("activation", [Activation.RELU, Activation.SILU], ids=["relu", "silu"])
 @pytest.mark.parametrize("shape", [(2, 16, 8, 8), (2, 24, 7, 7)], ids=str)
 def test_se_with_residual_and_activation(layout, activation, shape):
     call = emulation.example(
-        shape, layout, torch.bfloat16, activation=activation, hidden_activation=2, gate_activation=1
+        shape,
+        layout,
+        torch.bfloat16,
+        activation=activation,
+        hidden_activation=Activation.SILU,
+        gate_activation=GateActivation.HARD_SIGMOID,
     )
     call.residual = torch.randn_like(call.x)
     _, backward = hold(call)
@@ -120,7 +126,7 @@ def test_cbam_with_room_for_x_alone_reads_grad_again(layout, shared):
     """With an activation it reads dresidual again."""
     device = Device(shared_bytes=shared, count=16)
     call = emulation.cbam_example((2, 64, 16, 24), layout, torch.bfloat16, device=device)
-    for call.activation, moved in ((0, 4), (1, 6)):
+    for call.activation, moved in ((Activation.NONE, 4), (Activation.RELU, 6)):
         call.residual = torch.randn_like(call.x) if call.activation else None
         _, backward = hold(call)
         assert (backward.variant, backward.held) == ("cluster", 1)
@@ -132,7 +138,7 @@ def test_cbam_with_room_for_x_alone_reads_grad_again(layout, shared):
 @pytest.mark.parametrize("shape", [(2, 24, 7, 7), (2, 3, 5, 5), (1, 40, 1, 1), (2, 16, 3, 9)], ids=str)
 def test_cbam_of_odd_shapes(layout, device, shape):
     call = emulation.cbam_example(
-        shape, layout, torch.bfloat16, window=7, device=roomy(DEVICES[device][0]), seed=3, activation=1
+        shape, layout, torch.bfloat16, window=7, device=roomy(DEVICES[device][0]), seed=3, activation=Activation.RELU
     )
     call.residual = torch.randn_like(call.x)
     hold(call)
