@@ -1,6 +1,18 @@
-// S2-MLPv2's split attention: three branches in one map u [N, 3C, H, W], of which the first two are shifted
-// by a pixel as they are read. A pixel at the border keeps its own value.
-#include "branch.h"
+// S2-MLPv2's split attention. One map u [N, 3C, H, W] holds three branches; the first two are shifted by a
+// pixel as they are read. A pixel at the border keeps its own value.
+#include <torch/csrc/stable/library.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <algorithm>
+#include <cstdint>
+
+#include "../common/activations.h"
+#include "branches.h"
+#include "channel_pool.h"
+#include "image_matrix.h"
+#include "parallel.h"
+#include "simd.h"
+#include "tensor.h"
 
 namespace visattn {
 namespace {
@@ -10,7 +22,8 @@ constexpr int K = 3;
 // The direction that a channel's values come from.
 enum From : int { kAbove = 0, kBelow = 1, kLeft = 2, kRight = 3 };
 
-// Quarter q of branch 0 comes from direction q, of branch 1 from the one along the other axis.
+// Quarter q of branch 0 comes from direction q, that of branch 1 from the corresponding direction of the
+// other axis.
 VF_INLINE inline int direction(int branch, int64_t quarter) {
   return static_cast<int>((quarter + 2 * branch) % 4);
 }
@@ -40,7 +53,7 @@ struct Shifted {
   int64_t quarter_of(int64_t c) const { return quarter ? std::min<int64_t>(c / quarter, 3) : 3; }
   int64_t quarter_end(int64_t q) const { return q == 3 ? s.C : (q + 1) * quarter; }
 
-  // The pixel whose value comes to p.
+  // The pixel whose value moves to p.
   int64_t source(int64_t p, int from) const {
     const int64_t h = p / s.W, w = p % s.W;
     if (from == kAbove) return h > 0 ? p - s.W : p;
@@ -49,7 +62,7 @@ struct Shifted {
     return w + 1 < s.W ? p + 1 : p;
   }
 
-  // The pixels that p's value goes to: the one behind it, and itself at the border; -1 for none.
+  // The pixels that p's value moves to: the next one, and p itself at the border; -1 for none.
   void targets(int64_t p, int from, int64_t (&to)[2]) const {
     const int opposite = from ^ 1;
     const int64_t next = source(p, opposite);
@@ -57,7 +70,8 @@ struct Shifted {
     to[1] = source(p, from) == p ? p : -1;
   }
 
-  // f(first channel, end, rows from there on) for each quarter of pixel p: nhwc.
+  // Calls f(first channel, end, rows) for each quarter of pixel p's channels (nhwc); the rows begin at that
+  // channel.
   template <class F>
   VF_INLINE void each_quarter(int64_t n, int64_t p, const F& f) const {
     const T* image = u.image<T>(n);
@@ -70,7 +84,7 @@ struct Shifted {
     }
   }
 
-  // Channel c of the three branches, the shifted ones in planes [2, P]: nchw.
+  // Channel c of the three branches (nchw); `planes` [2, P] receives the shifted ones.
   Rows<const T, K> shifted_planes(int64_t n, int64_t c, T* planes) const {
     for (int k = 0; k < 2; ++k) shift_plane(channel(n, k, c), direction(k, quarter_of(c)), planes + k * s.P);
     return {{planes, planes + s.P, channel(n, 2, c)}};
@@ -96,7 +110,7 @@ struct Shifted {
   }
 };
 
-// out = (a + b) * gate + shift for each of a and b that is there; none gives zeros.
+// out = the sum of v * gate + shift over those of a and b that are not null, 0 for none.
 template <class T, bool kPerRow>
 VF_INLINE inline void gather_row(const T* a, const T* b, const Factor<Acc<T>, kPerRow>& gate,
                                  const Factor<Acc<T>, kPerRow>& shift, T* out, int64_t cols) {
@@ -108,7 +122,8 @@ VF_INLINE inline void gather_row(const T* a, const T* b, const Factor<Acc<T>, kP
   });
 }
 
-// The gates' logits are large sums of these totals: pixels are summed in blocks, to keep rounding small.
+// Pixels that are summed before they are added to a total: the gates' logits are large sums of these totals,
+// so blocks keep the rounding small.
 constexpr int64_t kBlock = 32;
 
 template <class A>
@@ -126,10 +141,10 @@ Tensor shift_total(Tensor u) {
     const Shifted<T> in(u);
     const Shape& s = in.s;
     Tensor total = empty({s.N, s.C}, kDtype<A>);
-    for_images(s.N, K * s.C * s.P, [&](int64_t begin, int64_t end, const Team& team) {
+    for_images(s.N, K * s.C * s.P, [&](int64_t begin, int64_t end, const Workers& workers) {
       ChannelPartials<A> sums(s.C, in.nhwc ? in.parts.count : 1);
       for (int64_t n = begin; n < end; ++n) {
-        team.each(in.parts.count, [&](int64_t b, int64_t e) {
+        workers.each(in.parts.count, [&](int64_t b, int64_t e) {
           Buffer<A> block(in.nhwc ? s.C : 0);
           Buffer<T> planes(in.nhwc ? 0 : 2 * s.P);
           for (int64_t i = b; i < e; ++i) {
@@ -164,12 +179,12 @@ Tensor shift_sum(Tensor u, Tensor gate) {
     const Shifted<T> in(u);
     const Shape& s = in.s;
     Tensor y = empty_map(s, in.nhwc, u.scalar_type());
-    for_images(s.N, K * s.C * s.P, [&](int64_t begin, int64_t end, const Team& team) {
+    for_images(s.N, K * s.C * s.P, [&](int64_t begin, int64_t end, const Workers& workers) {
       Buffer<A> g(K * s.C);
       for (int64_t n = begin; n < end; ++n) {
         std::copy_n(data<A>(gate) + n * K * s.C, K * s.C, g.get());
         T* out = data<T>(y) + n * s.C * s.P;
-        team.each(in.parts.count, [&](int64_t b, int64_t e) {
+        workers.each(in.parts.count, [&](int64_t b, int64_t e) {
           Buffer<T> planes(in.nhwc ? 0 : 2 * s.P);
           const int64_t r0 = in.parts.begin(b), r1 = in.parts.end(e - 1);
           simd([&]() VF_INLINE {
@@ -203,11 +218,11 @@ Tensor shift_dot(Tensor grad, Tensor u) {
     const Shape& s = in.s;
     const FeatureMap g = dense_map(grad, s, in.nhwc);
     Tensor dgate = empty({s.N, K, s.C}, kDtype<A>);
-    for_images(s.N, (K + 1) * s.C * s.P, [&](int64_t begin, int64_t end, const Team& team) {
+    for_images(s.N, (K + 1) * s.C * s.P, [&](int64_t begin, int64_t end, const Workers& workers) {
       const int64_t count = in.nhwc ? in.parts.count : 1;
       ChannelPartials<A> dots[K] = {{s.C, count}, {s.C, count}, {s.C, count}};
       for (int64_t n = begin; n < end; ++n) {
-        team.each(in.parts.count, [&](int64_t b, int64_t e) {
+        workers.each(in.parts.count, [&](int64_t b, int64_t e) {
           Buffer<T> planes(in.nhwc ? 0 : 2 * s.P);
           for (int64_t i = b; i < e; ++i) {
             Rows<A, K> dot;
@@ -239,7 +254,8 @@ Tensor shift_dot(Tensor grad, Tensor u) {
   });
 }
 
-// One channel of a branch's gradient, nchw: what its pixels have given, row by row.
+// One channel of a branch's gradient (nchw): the gradients of the pixels that its values moved to, row by
+// row.
 template <class T>
 VF_INLINE inline void gather_plane(const Shifted<T>& in, const T* grad, int from, Acc<T> gate, Acc<T> shift,
                                    T* out) {
@@ -274,14 +290,14 @@ Tensor shift_grad(Tensor grad, Tensor u, Tensor gate, Tensor dtotal) {
     const Shape whole = shape_of(u);
     const FeatureMap g = dense_map(grad, s, in.nhwc);
     Tensor du = empty_map(whole, in.nhwc, u.scalar_type());
-    for_images(s.N, (K + 1) * s.C * s.P, [&](int64_t begin, int64_t end, const Team& team) {
+    for_images(s.N, (K + 1) * s.C * s.P, [&](int64_t begin, int64_t end, const Workers& workers) {
       Buffer<A> gates(K * s.C), shift(s.C);
       for (int64_t n = begin; n < end; ++n) {
         std::copy_n(data<A>(gate) + n * K * s.C, K * s.C, gates.get());
         std::copy_n(data<A>(dtotal) + n * s.C, s.C, shift.get());
         const T* pg = g.image<T>(n);
         T* out = data<T>(du) + n * whole.C * s.P;
-        team.each(in.parts.count, [&](int64_t b, int64_t e) {
+        workers.each(in.parts.count, [&](int64_t b, int64_t e) {
           const int64_t r0 = in.parts.begin(b), r1 = in.parts.end(e - 1);
           simd([&]() VF_INLINE {
             for (int64_t r = r0; r < r1; ++r) {

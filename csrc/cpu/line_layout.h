@@ -1,8 +1,13 @@
-// Lines [N, C, L], L = H + W: values of the rows, then of the columns. Dense along L for nchw, along C for
-// nhwc.
+// How lines lie in memory. Lines [N, C, L], L = H + W, hold a value for each row, then for each column, of a
+// channel. They are dense along L in nchw, along C in nhwc.
 #pragma once
 
-#include "tensor.h"
+#include <torch/csrc/stable/ops.h>
+
+#include <cstdint>
+
+#include "../common/tensor.h"
+#include "simd.h"
 
 namespace visattn {
 
@@ -11,14 +16,12 @@ inline Tensor empty_lines(const Shape& s, bool nhwc, ScalarType dtype) {
   return empty_strided(3, sizes, strides, dtype);
 }
 
-// Lines that came from outside, dense as they are wanted.
+// Lines from outside, dense in the layout.
 inline Tensor dense_lines(const Tensor& t, bool nhwc) {
-  if (!nhwc) return t.is_contiguous() ? t : torch::stable::contiguous(t);
-  const Tensor rows = torch::stable::transpose(t, 1, 2);
-  return rows.is_contiguous() ? rows : torch::stable::contiguous(rows);
+  return as_contiguous(nhwc ? torch::stable::transpose(t, 1, 2) : t);
 }
 
-// A dense image of lines, as its map lies.
+// One image's lines.
 template <class A>
 struct Lines {
   A* p;

@@ -1,19 +1,26 @@
 // Branches that a module weighs against each other, row by row: sums of K rows, weighted sums, and their
 // gradients. A row holds the pixels of a channel (nchw: one gate for the row) or the channels of a pixel
-// (nhwc: one a column).
+// (nhwc: one gate for each column).
 #pragma once
 
-#include "image.h"
+#include <algorithm>
+#include <cstdint>
+
+#include "elementwise.h"
+#include "matrix.h"
+#include "simd.h"
+#include "simd_lanes.h"
 
 namespace visattn {
 
-// Row r of each of K branches; branches are taken after an activation kAct, kNone or kRelu.
+// Row r of each of K branches. The functions below first apply the activation kAct, kNone or kRelu, to the
+// branches.
 template <class T, int K>
 struct Rows {
   T* p[K];
 };
 
-// A factor per row, or per column of a padded buffer.
+// One factor for a row, or one for each column in a padded buffer.
 template <class A, bool kPerRow>
 struct Factor {
   const A* p;
@@ -22,7 +29,7 @@ struct Factor {
   VF_INLINE Vec<A> at(int64_t c) const { return kPerRow ? row : load(p + c); }
 };
 
-// Sum of all elements of the rows.
+// The sum of all elements of the rows.
 template <class T, int kAct, int K>
 VF_INLINE inline Acc<T> row_total(const Rows<const T, K>& x, int64_t cols) {
   using A = Acc<T>;
@@ -49,7 +56,7 @@ VF_INLINE inline void add_rows(const Rows<const T, K>& x, int64_t cols, Acc<T>* 
   });
 }
 
-// dot[k] = sum of grad * row k.
+// dot[k] = the sum of grad * row k.
 template <class T, int kAct, int K>
 VF_INLINE inline void row_dots(const T* grad, const Rows<const T, K>& x, int64_t cols, Acc<T> (&dot)[K]) {
   using A = Acc<T>;

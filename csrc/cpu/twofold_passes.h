@@ -1,13 +1,26 @@
-// The passes of a gate per channel and a gate per pixel together, y = x * channel * spatial, for pixels [p0,
-// p1) of an image. Vectors over channels are padded; those over pixels begin at the image's first.
+// The passes of a channel gate and a pixel gate together, y = x * channel * spatial, for pixels [p0, p1) of
+// an image. Vectors over channels are padded; those over pixels begin at the image's first pixel.
 #pragma once
 
-#include "image.h"
+#include <algorithm>
+#include <cstdint>
+#include <limits>
+
+#include "column_stats.h"
+#include "elementwise.h"
+#include "image_matrix.h"
+#include "matrix.h"
+#include "parallel.h"
+#include "products.h"
+#include "row_stats.h"
+#include "simd.h"
+#include "simd_lanes.h"
+#include "ties.h"
 
 namespace visattn {
 
 // per_channel = sum over the pixels of g x spatial (padded), per_pixel = sum over channels of g x channel.
-// All but the channel's begin at p0.
+// spatial and per_pixel begin at p0.
 template <class T>
 void gate_sums(const Matrix<const T>& x, const Matrix<const T>& g, bool nhwc, const Acc<T>* channel,
                const Acc<T>* spatial, Acc<T>* per_channel, Acc<T>* per_pixel) {
@@ -17,8 +30,8 @@ void gate_sums(const Matrix<const T>& x, const Matrix<const T>& g, bool nhwc, co
   std::copy_n(columns.get(), x.cols, per_pixel);
 }
 
-// The maxima out of [begin, end) that have equals: their value and each one's share of the gradient, padded;
-// elsewhere NaN, which equals nothing.
+// The values of the maxima of [begin, end) that several elements equal, and each element's share of the
+// gradient, padded. The entries of other maxima are NaN, which equals nothing.
 template <class A>
 struct Shares {
   Buffer<A> value, share;
@@ -35,8 +48,8 @@ struct Shares {
   }
 };
 
-// out[c] (padded) = sum over the pixels of x (dmean + share where x channel equals value), of pixels in
-// columns or rows.
+// out[c] (padded) = sum over the pixels of x (dmean + share where x channel equals value). Pixels are columns
+// or rows.
 template <class T, bool kPixelColumns>
 void shared_sums(Matrix<const T> x, const Acc<T>* channel, const Acc<T>* dmean, const Acc<T>* value,
                  const Acc<T>* share, Acc<T>* out) {
@@ -85,8 +98,8 @@ void map_sums(const Matrix<const T>& image, bool nhwc, int64_t p0, int64_t p1, c
   }
 }
 
-// dx as InputGrad has it, but for the maxima without equals. All but x, g and out are padded, per channel and
-// pixel.
+// dx as in InputGrad, without the unique maxima. All members are padded, with a value for each channel or
+// each pixel.
 template <class A>
 struct SharedGrad {
   const A *channel, *spatial, *dmean_c, *dmean_hw, *value_c, *share_c, *value_hw, *share_hw;
@@ -115,7 +128,7 @@ struct SharedGrad {
   }
 };
 
-// dx = (g spatial + dmean_c + dmax at the maxima over channels) channel + dmean_hw + dmax at those over
+// dx = (g spatial + dmean_c + dmax at the maxima over channels) channel + dmean_hw + dmax at the maxima over
 // pixels.
 template <class T>
 struct InputGrad {
@@ -123,8 +136,7 @@ struct InputGrad {
   const A *channel, *spatial, *dmean_c, *dmean_hw;
   Maxima<A> over_c, over_hw;
 
-  // The dense terms and shares first; then the elements that maxima without equals came from are computed
-  // anew.
+  // Writes the dense terms and the shares, then computes the elements at unique maxima again.
   void run(const Matrix<const T>& x, const Matrix<const T>& g, bool nhwc, int64_t p0, int64_t p1,
            T* dx) const {
     const int64_t channels = nhwc ? g.cols : g.rows;

@@ -1,12 +1,19 @@
 // The k x k convolution of two maps to one (weights [2, k, k], zero padding k / 2) and its backward.
 #pragma once
 
+#include <algorithm>
+#include <cstdint>
+#include <optional>
+
 #include "mlp.h"
 #include "parallel.h"
+#include "simd.h"
+#include "simd_lanes.h"
+#include "tensor.h"
 
 namespace visattn {
 
-// A map [H, W] inside a frame of zeros, wide enough for whole vectors to be read at every tap.
+// A map [H, W] in a frame of zeros that is wide enough to read whole vectors at every tap.
 template <class A>
 class Framed {
  public:
@@ -15,7 +22,7 @@ class Framed {
   Framed(int64_t H, int64_t W, int64_t k)
       : pad_(k / 2), ld_((W + kTile - 1) / kTile * kTile + 2 * pad_), values_((H + 2 * pad_) * ld_ + kTile) {}
 
-  // Pixel (y, x); both may reach k / 2 outside of the map.
+  // Pixel (y, x); y and x may lie up to k / 2 outside the map.
   A* at(int64_t y, int64_t x) { return values_.get() + (y + pad_) * ld_ + x + pad_; }
   const A* at(int64_t y, int64_t x) const { return values_.get() + (y + pad_) * ld_ + x + pad_; }
 
@@ -28,7 +35,8 @@ class Framed {
   Buffer<A> values_;
 };
 
-// out[x] for x < W of row y: bias + sum over taps of w[i, j] in(y + i - k/2, x + j - k/2) of `count` maps.
+// Row y of the convolution of `count` maps: out[x] = bias + sum over maps and taps of w[i, j] in(y + i - k/2,
+// x + j - k/2).
 template <class A>
 VF_INLINE inline void conv_row(const Framed<A>* in, int count, const A* w, int64_t k, int64_t y, int64_t W,
                                A* out, A bias = 0) {
@@ -56,7 +64,7 @@ VF_INLINE inline void conv_row(const Framed<A>* in, int count, const A* w, int64
   }
 }
 
-// What bias adds to every pixel.
+// The bias's value, 0 without one.
 template <class A>
 A value_of(const std::optional<Tensor>& bias) {
   return bias ? *data<A>(weight_as(*bias, kDtype<A>)) : A(0);
@@ -72,7 +80,7 @@ void conv_gate(const Framed<A>* maps, const A* w, A bias, int64_t k, int64_t beg
   sigmoid_in_place(gate + begin * W, (end - begin) * W);
 }
 
-// The weights turned by half a turn: the transposed convolution is the convolution with them.
+// The weights rotated by 180 degrees: convolving with them transposes the convolution.
 template <class A>
 Buffer<A> flipped(const A* w, int64_t k) {
   Buffer<A> out(2 * k * k);
@@ -95,13 +103,13 @@ void conv_input_grad(const Framed<A>& dq, const A* turned, int64_t k, int64_t be
   });
 }
 
-// dw [2, k, k] of one image: correlation of the maps with dq.
+// dw [2, k, k] of one image: the correlation of the maps with dq.
 template <class A>
 void conv_weight_grad(const Framed<A>* maps, const Framed<A>& dq, int64_t k, int64_t H, int64_t W,
-                      const Team& team, A* dw) {
+                      const Workers& workers, A* dw) {
   const Framed<A>* grad = &dq;
   const int64_t pad = k / 2;
-  team.each(2 * k, [=](int64_t begin, int64_t end) {
+  workers.each(2 * k, [=](int64_t begin, int64_t end) {
     simd([=]() VF_INLINE {
       for (int64_t row = begin; row < end; ++row) {  // rows of both kernels
         const int64_t m = row / k, i = row % k;
@@ -135,7 +143,7 @@ void conv_bias_grad(const Framed<A>& dq, int64_t H, int64_t W, A* dbias) {
   });
 }
 
-// The bias's gradient, from that of every image; empty where there is no bias.
+// The bias's gradient from the images' gradients; empty without a bias.
 template <class A>
 Tensor bias_grad(const std::optional<Tensor>& bias, int64_t batch, const A* images) {
   Tensor dbias = empty({bias ? 1 : 0}, kDtype<A>);

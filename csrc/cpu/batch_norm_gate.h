@@ -1,13 +1,23 @@
 // The sigmoid of a batch norm as a gate.
 #pragma once
 
-#include "self_gate.h"
+#include <torch/headeronly/util/Exception.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <optional>
+
+#include "moments.h"
+#include "parallel.h"
+#include "self_gate_coefficients.h"
+#include "tensor.h"
 
 namespace visattn {
 
 // Algebra of a gate that is the sigmoid of a batch norm: of x itself, scaled by abs(weight) / sum abs(weight)
-// (NAM), or of another map (kOther_), as it is (GAM). mean and var [C] are given (`fixed`) or are to be
-// filled.
+// (NAM), or of another map (kOther_), unscaled (GAM). mean and var [C] are given (`fixed`), or computed and
+// written.
 template <class A, bool kOther_>
 class BatchGate {
  public:
@@ -28,7 +38,7 @@ class BatchGate {
     }
   }
 
-  // Where the gradients of weight and bias go.
+  // Sets where the gradients of weight and bias go.
   void grads_to(A* dweight, A* dbias) {
     dweight_ = dweight, dbias_ = dbias;
     std::fill_n(dweight, C_, A(0)), std::fill_n(dbias, C_, A(0));
@@ -61,7 +71,7 @@ class BatchGate {
   A *dweight_ = nullptr, *dbias_ = nullptr;
 };
 
-// What normalises: copies of the given statistics, or zeros to be filled.
+// Mean and variance of the norm: copies of the given ones, or zeros, to become the batch's.
 template <class A>
 struct Statistics {
   Tensor mean, var;

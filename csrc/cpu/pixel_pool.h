@@ -1,13 +1,22 @@
 // Reductions from an image to its pixels: mean, maximum and argmax over channels.
 #pragma once
 
+#include <algorithm>
+#include <cstdint>
 #include <numeric>
 
-#include "image.h"
+#include "../common/tensor.h"
+#include "column_stats.h"
+#include "image_matrix.h"
+#include "matrix.h"
+#include "parallel.h"
+#include "row_stats.h"
+#include "simd.h"
+#include "ties.h"
 
 namespace visattn {
 
-// An image in blocks of whole image rows, about 512 KB each: what one pass leaves in cache for the next.
+// An image in blocks of whole image rows, about 512 KB each, so that the next pass finds them in cache.
 template <class T>
 struct PixelBlocks : Split {
   int64_t W;
@@ -15,12 +24,12 @@ struct PixelBlocks : Split {
   explicit PixelBlocks(const Shape& s) : Split(s.H, rows_per_block(s)), W(s.W) {}
   int64_t first_pixel(int64_t i) const { return begin(i) * W; }
   int64_t last_pixel(int64_t i) const { return end(i) * W; }
-  // How many blocks a k x k window reaches beyond its own.
+  // Blocks that a k x k window reaches beyond its own.
   int64_t reach(int64_t k) const { return std::min(count, (k / 2 + size - 1) / size); }
 
  private:
   static int64_t rows_per_block(const Shape& s) {
-    const int64_t unit = 8 / std::gcd(s.W, int64_t{8});  // rows that make up whole vectors
+    const int64_t unit = 8 / std::gcd(s.W, int64_t{8});  // image rows that make up whole vectors
     const int64_t most =
         std::max<int64_t>(1, (int64_t{1} << 19) / static_cast<int64_t>(sizeof(T) * s.C * s.W));
     const int64_t blocks = ((s.H + most - 1) / most + 3) / 4 * 4;  // two or four threads share them evenly
@@ -28,8 +37,8 @@ struct PixelBlocks : Split {
   }
 };
 
-// Mean, maximum and argmax over channels of x (* scale [C], padded, if kScale) for the pixels of a block;
-// with kEven `at` counts ties.
+// Mean, maximum and argmax over channels of x (with kScale of x * scale, where scale [C] is padded) for the
+// pixels of a block; with kEven `at` counts ties.
 template <class T, bool kScale, bool kEven = false>
 void pixel_stats(const Matrix<const T>& x, bool nhwc, const Acc<T>* scale, Acc<T>* mean, Acc<T>* max,
                  int32_t* at) {

@@ -1,57 +1,22 @@
-// One image in either layout, cut into parts; reductions to channels.
+// Reductions from an image to its channels: partial sums, mean, maximum and argmax over pixels.
 #pragma once
 
 #include <algorithm>
+#include <cstdint>
 
-#include "elementwise.h"
-#include "tensor.h"
+#include "../common/tensor.h"
+#include "column_stats.h"
+#include "image_matrix.h"
+#include "matrix.h"
+#include "parallel.h"
+#include "row_stats.h"
+#include "simd.h"
 #include "ties.h"
 
 namespace visattn {
 
-// [0, total) in pieces of `size`. Depends on the shape alone, so that sums do not depend on the threads.
-struct Split {
-  int64_t total, size, count;
-
-  Split(int64_t total_, int64_t size_) : total(total_), size(std::clamp<int64_t>(size_, 1, total_)) {
-    count = (total + size - 1) / size;
-  }
-  int64_t begin(int64_t i) const { return i * size; }
-  int64_t end(int64_t i) const { return std::min(total, (i + 1) * size); }
-};
-
-template <class T>
-Matrix<T> matrix(T* image, const Shape& s, bool nhwc, int64_t ld) {
-  return nhwc ? Matrix<T>{image, ld, s.P, s.C} : Matrix<T>{image, ld, s.C, s.P};
-}
-
-template <class T>
-Matrix<T> rows_of(const Matrix<T>& m, int64_t begin, int64_t end) {
-  return {m.row(begin), m.ld, end - begin, m.cols};
-}
-
-// Pixels [begin, end) of an image: columns of nchw, rows of nhwc.
-template <class T>
-Matrix<T> pixels_of(const Matrix<T>& m, bool nhwc, int64_t begin, int64_t end) {
-  if (nhwc) return rows_of(m, begin, end);
-  return {m.p + begin, m.ld, m.rows, end - begin};
-}
-
-template <class T>
-T* element(const Matrix<T>& m, bool nhwc, int64_t channel, int64_t pixel) {
-  return nhwc ? m.row(pixel) + channel : m.row(channel) + pixel;
-}
-
-// Rows (channels of nchw, pixels of nhwc) in parts of about 64 KB.
-template <class T>
-Split row_parts(const Shape& s, bool nhwc) {
-  const int64_t rows = nhwc ? s.P : s.C, cols = nhwc ? s.C : s.P;
-  const int64_t size = (int64_t{1} << 16) / static_cast<int64_t>(sizeof(T) * cols);
-  return Split(rows, std::max<int64_t>(8, size / 8 * 8));
-}
-
-// One value per channel and part (nhwc) or per channel (nchw), and the fixed order in which parts are
-// combined.
+// One value for each channel and part (nhwc) or for each channel (nchw), and the fixed order in which parts
+// are added.
 template <class A>
 class ChannelPartials {
  public:
@@ -72,7 +37,8 @@ class ChannelPartials {
   Buffer<A> values_;
 };
 
-// Mean, and with kMax the maximum and its pixel, of every channel of an image; with kEven ties are counted.
+// The mean of every channel of an image, and with kMax its maximum and the pixel of that; with kEven it
+// counts ties.
 template <class T, bool kMax, bool kEven = false>
 class ChannelPool {
   using A = Acc<T>;
@@ -87,8 +53,9 @@ class ChannelPool {
         at_(kMax ? s.C : 0, nhwc ? parts_.count : 1),
         count_(kEven ? s.C : 0, nhwc ? parts_.count : 1) {}
 
-  void run(const Matrix<const T>& x, const Team& team, A* mean, A* max = nullptr, int32_t* at = nullptr) {
-    team.each(parts_.count, [&](int64_t begin, int64_t end) {
+  void run(const Matrix<const T>& x, const Workers& workers, A* mean, A* max = nullptr,
+           int32_t* at = nullptr) {
+    workers.each(parts_.count, [&](int64_t begin, int64_t end) {
       if (!nhwc_) {
         const int64_t c0 = parts_.begin(begin), c1 = parts_.end(end - 1);
         row_stats<T, kMax, false>(rows_of(x, c0, c1), nullptr, sum_.part(0) + c0, max_.part(0) + c0,
@@ -110,7 +77,7 @@ class ChannelPool {
   }
 
  private:
-  // Parts in order, so that the first of equal maxima, or the first NaN, stays.
+  // Merges the parts in order, so that the first of equal maxima, or the first NaN, stays.
   void merge(A* max, int32_t* at) {
     A* best = max_.part(0);
     Index<A>* where = at_.part(0);
@@ -145,17 +112,5 @@ class ChannelPool {
   ChannelPartials<A> sum_, max_;
   ChannelPartials<Index<A>> at_, count_;
 };
-
-// The channel gate as a factor of the matrix: per row in nchw, per column (in a padded copy) in nhwc.
-template <class A>
-Gate<A> channel_gate(bool nhwc, const A* gate, int64_t row0 = 0) {
-  return nhwc ? Gate<A>{nullptr, gate} : Gate<A>{gate + row0, nullptr};
-}
-
-// Channel and spatial gate of a block that begins at pixel p0, as the factors of its matrix.
-template <class A>
-Gate<A> both_gates(bool nhwc, const A* channel, const A* spatial, int64_t p0, bool sum = false) {
-  return nhwc ? Gate<A>{spatial + p0, channel, sum} : Gate<A>{channel, spatial + p0, sum};
-}
 
 }  // namespace visattn

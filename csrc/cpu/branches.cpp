@@ -1,14 +1,25 @@
 // The passes over two branches, each after a ReLU, that a module weighs against each other (SK).
-#include "branch.h"
+#include "branches.h"
 
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <cstdint>
 #include <tuple>
+
+#include "../common/activations.h"
+#include "channel_pool.h"
+#include "image_matrix.h"
+#include "parallel.h"
+#include "simd.h"
+#include "tensor.h"
 
 namespace visattn {
 namespace {
 
 constexpr int K = 2, kAct = kRelu;
 
-// Both branches of an image in one layout, and the parts of their rows that threads share.
+// Both branches of an image in the same layout, and the parts of their rows that threads share.
 template <class T>
 struct Branches {
   Shape s;
@@ -29,10 +40,10 @@ struct Branches {
     return {{v1.image<T>(n) + r * v1.ld, v2.image<T>(n) + r * v2.ld}};
   }
 
-  // f(image, first row, last row, part) over all parts, the sums of a part being the caller's.
+  // Calls f(first row, end, part) for all parts; each part has sums of its own.
   template <class F>
-  void each_part(int64_t n, const Team& team, const F& f) const {
-    team.each(parts.count, [&](int64_t b, int64_t e) {
+  void each_part(const Workers& workers, const F& f) const {
+    workers.each(parts.count, [&](int64_t b, int64_t e) {
       for (int64_t i = b; i < e; ++i) f(parts.begin(i), parts.end(i), i);
     });
   }
@@ -45,10 +56,10 @@ Tensor branch_mean(Tensor v1, Tensor v2) {
     const Branches<T> in(v1, v2);
     const Shape& s = in.s;
     Tensor mean = empty({s.N, s.C}, kDtype<A>);
-    for_images(s.N, K * s.C * s.P, [&](int64_t begin, int64_t end, const Team& team) {
+    for_images(s.N, K * s.C * s.P, [&](int64_t begin, int64_t end, const Workers& workers) {
       ChannelPartials<A> sums(s.C, in.nhwc ? in.parts.count : 1);
       for (int64_t n = begin; n < end; ++n) {
-        in.each_part(n, team, [&](int64_t r0, int64_t r1, int64_t i) {
+        in.each_part(workers, [&](int64_t r0, int64_t r1, int64_t i) {
           A* sum = sums.part(in.nhwc ? i : 0);
           if (in.nhwc) std::fill_n(sum, s.C, A(0));
           simd([&, sum]() VF_INLINE {
@@ -77,13 +88,13 @@ Tensor branch_sum(Tensor v1, Tensor v2, Tensor gate) {
     const Branches<T> in(v1, v2);
     const Shape& s = in.s;
     Tensor y = empty_map(s, in.nhwc, v1.scalar_type());
-    for_images(s.N, K * s.C * s.P, [&](int64_t begin, int64_t end, const Team& team) {
+    for_images(s.N, K * s.C * s.P, [&](int64_t begin, int64_t end, const Workers& workers) {
       Buffer<A> g1(s.C), g2(s.C);
       for (int64_t n = begin; n < end; ++n) {
         const A* g = data<A>(gate) + n * K * s.C;
         std::copy_n(g, s.C, g1.get()), std::copy_n(g + s.C, s.C, g2.get());
         T* out = data<T>(y) + n * s.C * s.P;
-        in.each_part(n, team, [&](int64_t r0, int64_t r1, int64_t) {
+        in.each_part(workers, [&](int64_t r0, int64_t r1, int64_t) {
           simd([&]() VF_INLINE {
             for (int64_t r = r0; r < r1; ++r) {
               T* row = out + r * in.dense_ld();
@@ -112,11 +123,11 @@ Tensor branch_dot(Tensor grad, Tensor v1, Tensor v2) {
     const Shape& s = in.s;
     const FeatureMap g = dense_map(grad, s, in.nhwc);
     Tensor dgate = empty({s.N, K, s.C}, kDtype<A>);
-    for_images(s.N, (K + 1) * s.C * s.P, [&](int64_t begin, int64_t end, const Team& team) {
+    for_images(s.N, (K + 1) * s.C * s.P, [&](int64_t begin, int64_t end, const Workers& workers) {
       const int64_t count = in.nhwc ? in.parts.count : 1;
       ChannelPartials<A> first(s.C, count), second(s.C, count);
       for (int64_t n = begin; n < end; ++n) {
-        in.each_part(n, team, [&](int64_t r0, int64_t r1, int64_t i) {
+        in.each_part(workers, [&](int64_t r0, int64_t r1, int64_t i) {
           const Rows<A, K> dots = {{first.part(in.nhwc ? i : 0), second.part(in.nhwc ? i : 0)}};
           for (int k = 0; k < K && in.nhwc; ++k) std::fill_n(dots.p[k], s.C, A(0));
           simd([&, dots]() VF_INLINE {
@@ -148,14 +159,14 @@ std::tuple<Tensor, Tensor> branch_grad(Tensor grad, Tensor v1, Tensor v2, Tensor
     const Shape& s = in.s;
     const FeatureMap g = dense_map(grad, s, in.nhwc);
     Tensor d1 = empty_map(s, in.nhwc, v1.scalar_type()), d2 = empty_map(s, in.nhwc, v1.scalar_type());
-    for_images(s.N, (2 * K + 1) * s.C * s.P, [&](int64_t begin, int64_t end, const Team& team) {
+    for_images(s.N, (2 * K + 1) * s.C * s.P, [&](int64_t begin, int64_t end, const Workers& workers) {
       Buffer<A> g1(s.C), g2(s.C), shift(s.C);
       for (int64_t n = begin; n < end; ++n) {
         const A *gates = data<A>(gate) + n * K * s.C, *dm = data<A>(dmean) + n * s.C;
         std::copy_n(gates, s.C, g1.get()), std::copy_n(gates + s.C, s.C, g2.get());
         for (int64_t c = 0; c < s.C; ++c) shift[c] = dm[c] / static_cast<A>(s.P);
         T *p1 = data<T>(d1) + n * s.C * s.P, *p2 = data<T>(d2) + n * s.C * s.P;
-        in.each_part(n, team, [&](int64_t r0, int64_t r1, int64_t) {
+        in.each_part(workers, [&](int64_t r0, int64_t r1, int64_t) {
           simd([&]() VF_INLINE {
             for (int64_t r = r0; r < r1; ++r) {
               const T* pg = g.image<T>(n) + r * g.ld;

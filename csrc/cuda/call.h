@@ -1,30 +1,33 @@
-// Tensors of the CUDA ops: maps whose images are dense, results, the plan of a call. For host code alone.
+// The host's side of every CUDA op: the map, weights, scratch memory, stream and plan of a call.
 #pragma once
 
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
+#include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
-#include <tuple>
+#include <cstdint>
+#include <initializer_list>
+#include <optional>
 #include <vector>
 
-#include "../cpu/tensor.h"
+#include "../common/geometry.h"
+#include "../common/plan.h"
+#include "../common/tensor.h"
 #include "launch.h"
 #include "portable.h"
 
 namespace visattn::cuda {
 
-// x as it stands if each of its images is dense in one of the layouts, else a dense copy.
+using Guard = torch::stable::accelerator::DeviceGuard;
+
+// x itself if each of its images is dense in one of the layouts, else a dense copy.
 struct Map {
   Tensor tensor;
   Shape s;
   bool nhwc;
   int64_t stride_n;
 };
-
-inline Tensor dense(const Tensor& t, bool nhwc) {
-  if (is_dense(t, nhwc)) return t;
-  return torch::stable::contiguous(t, nhwc ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
-}
 
 inline Map map_of(const Tensor& x) {
   const Shape s = shape_of(x);
@@ -42,48 +45,31 @@ inline std::optional<Tensor> dense_residual(const std::optional<Tensor>& residua
   return dense(*residual, x.nhwc);
 }
 
-inline Tensor empty_on(const Tensor& x, const std::vector<int64_t>& sizes,
-                       const std::vector<int64_t>& strides, ScalarType dtype) {
-  AtenTensorHandle handle = nullptr;
-  const int32_t code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
-                                                  strides.data(), code, aoti_torch_device_type_cuda(),
-                                                  x.get_device_index(), &handle));
-  return Tensor(handle);
-}
+inline Place place_of(const Tensor& x) { return {aoti_torch_device_type_cuda(), x.get_device_index()}; }
 
-inline Tensor empty_small(const Tensor& x, const std::vector<int64_t>& sizes,
-                          ScalarType dtype = ScalarType::Float) {
-  std::vector<int64_t> strides(sizes.size(), 1);
-  for (size_t d = sizes.size(); d-- > 1;) strides[d - 1] = strides[d] * sizes[d];
-  return empty_on(x, sizes, strides, dtype);
-}
-
-inline Tensor empty_as(const Tensor& x, const Tensor& like) {
-  return empty_small(x, std::vector<int64_t>(like.sizes().begin(), like.sizes().end()));
+// An uninitialised contiguous tensor on the device of x.
+inline Tensor empty_beside(const Tensor& x, std::initializer_list<int64_t> sizes,
+                           ScalarType dtype = ScalarType::Float) {
+  return empty(sizes, dtype, place_of(x));
 }
 
 inline Tensor empty_map(const Map& x) {
-  const Shape& s = x.s;
-  const std::vector<int64_t> nhwc = {s.C * s.P, 1, s.W * s.C, s.C}, nchw = {s.C * s.P, s.P, s.W, 1};
-  return empty_on(x.tensor, {s.N, s.C, s.H, s.W}, x.nhwc ? nhwc : nchw, x.tensor.scalar_type());
+  return empty_map(x.s, x.nhwc, x.tensor.scalar_type(), place_of(x.tensor));
 }
 
-template <class T>
-const T* in(const Tensor& t) {
-  return static_cast<const T*>(t.const_data_ptr());
-}
-template <class T>
-const T* in(const std::optional<Tensor>& t) {
-  return t ? in<T>(*t) : nullptr;
+// dresidual as an op returns it: a map, or empty without an activation.
+inline Tensor empty_residual_grad(const Map& x, bool activated) {
+  return activated ? empty_map(x) : empty_beside(x.tensor, {0}, x.tensor.scalar_type());
 }
 
-// What a call needs beside its results: one allocation, or none. Memory of torch's allocator on the current
-// stream may be given back once the launches are in line, for it is reused in stream order.
+// Scratch memory of a call: one allocation, or none. torch's allocator reuses memory of the current stream in
+// stream order, so the call may free it as soon as its launches are queued.
 class Scratchpad {
  public:
   Scratchpad(const Tensor& x, int64_t floats) {
-    if (floats) memory_ = empty_small(x, {floats}), next_ = data<float>(*memory_);
+    if (!floats) return;
+    memory_ = empty_beside(x, {floats});
+    next_ = data<float>(*memory_);
   }
   float* take(int64_t floats) { return floats ? (next_ += floats) - floats : nullptr; }
 
@@ -105,12 +91,11 @@ inline WeightType weight_type(const Tensor& w) {
   }
 }
 
-// A weight that the kernels read as it is, in its own dtype. The tensor outlives the launch's preparation in
-// `keep`.
+// A weight in its own dtype, as the kernels read it. `keep` holds the tensor until the launches are queued.
 inline Weight<PlainMemory> weight(const std::optional<Tensor>& w, std::vector<Tensor>& keep) {
   if (!w) return {nullptr, kFloatWeight};
-  keep.push_back(w->is_contiguous() ? *w : torch::stable::contiguous(*w));
-  return {in<char>(keep.back()), weight_type(keep.back())};
+  keep.push_back(as_contiguous(*w));
+  return {data<const char>(keep.back()), weight_type(keep.back())};
 }
 
 inline Call call_on(const Tensor& x, const int64_t* sizes) {
@@ -118,6 +103,16 @@ inline Call call_on(const Tensor& x, const int64_t* sizes) {
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
   return {device, stream, sizes};
+}
+
+// The plan of a launch of kernel(plan), which also goes into the kernel's arguments.
+template <class Args, class KernelOf>
+Plan plan_of(Args& args, const Problem& problem, const KernelOf& kernel, const Call& call) {
+  const Plan p = plan(problem, device_of(call.device), [&](const Plan& candidate) {
+    return resident_clusters(kernel(candidate), candidate, call.device);
+  });
+  args.geometry = p.geometry, args.scratch = p.scratch;
+  return p;
 }
 
 inline bool is_aligned(std::initializer_list<const void*> pointers) {
