@@ -47,8 +47,18 @@ def test_reasons_against_every_other_backend():
     assert "serves cuda, not cpu" in call.against["cuda"]
     text = str(call)
     assert text.startswith(f"eca on cpu, float32, [2, 16, 5, 4], nchw: {KERNELS}, op eca_fwd")
-    assert "export:" in text
+    assert "export, torch.func: reference: " in text
     assert call.elsewhere["export"].backend == "reference"
+    assert not any("opt-in" in reason for reason in call.against.values())  # a missing backend cannot be asked for
+
+
+def test_ops_made_of_pytorch_are_marked():
+    x = torch.empty(2, 16, 5, 4)
+    (call,) = vf.explain(vf.FastCrissCross(16), x).calls
+    assert call.in_torch == {"criss_cross_fwd"}
+    assert "op criss_cross_fwd (PyTorch's operations)" in str(call)
+    (call,) = vf.explain(vf.FastSE(16), x).calls
+    assert not call.in_torch
 
 
 def test_tiny_maps_are_plain_when_compiled():
@@ -64,7 +74,7 @@ def test_choice_in_force_counts():
     with vf.use_backend("reference"):
         (call,) = vf.explain(gate, x).calls
         assert (call.decision.backend, call.ops, call.asked) == ("reference", [], "reference")
-        assert call.against[KERNELS] == "asked for by use_backend"
+        assert call.against[KERNELS] == "can serve, but reference is asked for"
     with vf.use_backend("cuda"), pytest.raises(RuntimeError, match="backend 'cuda' cannot serve"):
         vf.explain(gate, x)
 
