@@ -9,13 +9,11 @@ import sys
 import pytest
 import torch
 
-from cases import INTERPRETED
 from visattn_fast import catalogue
 
 pytest.importorskip("triton")
 gpu_check = pytest.importorskip("tools.gpu_check", reason="not beside the repository's tools")
 ledger = gpu_check.ledger
-pytestmark = pytest.mark.skipif(INTERPRETED, reason="starts processes of its own")
 
 
 def written(folder):
@@ -54,7 +52,7 @@ def test_groups_name_existing_tests():
     assert sum(share for share, _ in gpu_check.TESTS.values()) == pytest.approx(1)
     text = "".join((gpu_check.ROOT / file).read_text() for file in files)
     assert "def test_more_than_2_to_31_elements(" in text
-    assert "def test_fuzz(" in text
+    assert "def test_fuzzed_calls_match_reference(" in text
 
 
 def test_common_gates_come_first():
