@@ -26,5 +26,5 @@ def test_stage(benchmark: Any, stage: tuple[int, int, int, int], contender: str,
     library("timm.models.swin_transformer")
     contest = Contest(Case("window_attention", stage, layout="channels_last", mode=mode), DEVICE)
     run = contest.run(contender)
-    assert max(contest.errors(run(), contest.oracle()).values()) < 1e-4  # what is timed is the same computation
+    assert max(contest.errors(run(), contest.oracle()).values()) < 1e-4  # same results
     measure(benchmark, run, f"{contest.case}, window 7, shifted", contest.x, heads=contest.plain.heads)

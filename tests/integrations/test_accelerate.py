@@ -13,16 +13,12 @@ import torch
 from torch import nn
 
 import visattn_fast as vf
-from cases import INTERPRETED
 from outside import timm_model
 from visattn_fast.catalogue import feature_map
 from visattn_fast.integrations import verify
 from visattn_fast.models import AttentionResNet
 
-pytestmark = [
-    pytest.mark.skipif(INTERPRETED, reason="swaps classes; other tests check the kernels"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 C = 32
 
 
@@ -42,7 +38,7 @@ def seconds(monkeypatch):
 @pytest.mark.usefixtures("seconds")
 def test_example_checks_blocks_after_their_gates():
     """A block of timm is asked again after its gate was compared with the original."""
-    model = timm_model("resnet10t", block_args={"attn_layer": "se"})
+    model = timm_model("resnet10t", block_args={"attn_layer": "se"})()
     found = vf.accelerate(model, feature_map((2, 3, 32, 32)))
     assert not found.skipped, str(found)
     assert [s.speedup for s in found.swapped] == [2.0] * 8

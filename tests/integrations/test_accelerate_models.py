@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from functools import partial
 from typing import NamedTuple
 
 import pytest
@@ -12,15 +11,11 @@ import torch
 from torch import nn
 
 import visattn_fast as vf
-from cases import INTERPRETED
 from outside import library, timm_model
 from visattn_fast.catalogue import feature_map
 from visattn_fast.models import AttentionResNet
 
-pytestmark = [
-    pytest.mark.skipif(INTERPRETED, reason="swaps classes; other tests check the kernels"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
 class Model(NamedTuple):
@@ -31,8 +26,8 @@ class Model(NamedTuple):
     blocks: int
 
 
-def torchvision_model(name: str) -> nn.Module:
-    return getattr(library("torchvision.models"), name)(num_classes=10)
+def torchvision_model(name: str) -> Callable[[], nn.Module]:
+    return lambda: getattr(library("torchvision.models"), name)(num_classes=10)
 
 
 def unet() -> nn.Module:
@@ -58,16 +53,16 @@ def monai_senet() -> nn.Module:
 
 
 MODELS = {
-    "timm seresnet50": Model(partial(timm_model, "seresnet50"), 16, 16),
-    "timm ecaresnet50d": Model(partial(timm_model, "ecaresnet50d"), 16, 16),
-    "timm efficientnet_b0": Model(partial(timm_model, "efficientnet_b0"), 16, 0),
-    "timm mobilenetv3_large_100": Model(partial(timm_model, "mobilenetv3_large_100"), 8, 0),
-    "torchvision efficientnet_b0": Model(partial(torchvision_model, "efficientnet_b0"), 16, 0),
-    "torchvision mobilenet_v3_small": Model(partial(torchvision_model, "mobilenet_v3_small"), 9, 0),
+    "timm seresnet50": Model(timm_model("seresnet50"), 16, 16),
+    "timm ecaresnet50d": Model(timm_model("ecaresnet50d"), 16, 16),
+    "timm efficientnet_b0": Model(timm_model("efficientnet_b0"), 16, 0),
+    "timm mobilenetv3_large_100": Model(timm_model("mobilenetv3_large_100"), 8, 0),
+    "torchvision efficientnet_b0": Model(torchvision_model("efficientnet_b0"), 16, 0),
+    "torchvision mobilenet_v3_small": Model(torchvision_model("mobilenet_v3_small"), 9, 0),
     "timm Swin": Model(timm_swin, 4, 0),
     "torchvision Swin": Model(torchvision_swin, 4, 0),
     "smp Unet": Model(unet, 10, 0),
-    "timm resnet10t with CBAM": Model(partial(timm_model, "resnet10t", block_args={"attn_layer": "cbam"}), 4, 4),
+    "timm resnet10t with CBAM": Model(timm_model("resnet10t", block_args={"attn_layer": "cbam"}), 4, 4),
     "monai SENet": Model(monai_senet, 4, 4),
     "own ResNet": Model(lambda: AttentionResNet("cbam", fused=False), 3, 3),
 }
@@ -132,7 +127,7 @@ def test_accelerated_model_trains_alike(name):
 def test_swin_tiny_trains_alike():
     """The published size: one step of training, then restore."""
     torch.manual_seed(0)
-    model, x = timm_model("swin_tiny_patch4_window7_224"), feature_map((1, 3, 224, 224))
+    model, x = timm_model("swin_tiny_patch4_window7_224")(), feature_map((1, 3, 224, 224))
     plain = copy.deepcopy(model)
     assert len(vf.accelerate(model).swapped) == 12
     want, got = step(plain, x), step(model, x)

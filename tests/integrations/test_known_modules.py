@@ -11,15 +11,12 @@ import torch
 from torch import nn
 
 import visattn_fast as vf
-from cases import INTERPRETED, run
+from cases import run
 from outside import library, ultralytics_modules
 from visattn_fast import catalogue
 from visattn_fast.catalogue import ENTRIES, feature_map
 
-pytestmark = [
-    pytest.mark.skipif(INTERPRETED, reason="swaps classes; other tests check the kernels"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 C = 32
 
 

@@ -6,12 +6,9 @@ import pytest
 from torch import nn
 
 import visattn_fast as vf
-from cases import INTERPRETED
 from outside import library
 from visattn_fast.integrations.recipe import Recipe, first_match, require_layers
 from visattn_fast.integrations.se_like import GATES, se_layers
-
-pytestmark = pytest.mark.skipif(INTERPRETED, reason="runs no kernels")
 
 
 class First(nn.Sequential):

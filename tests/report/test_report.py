@@ -13,8 +13,6 @@ from html.parser import HTMLParser
 import pytest
 import torch
 
-from cases import INTERPRETED
-
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 
@@ -23,7 +21,6 @@ from visattn_fast.measure.timing import Effort
 from visattn_fast.report import markdown, page, whole_model
 from visattn_fast.report.results import Report
 
-pytestmark = pytest.mark.skipif(INTERPRETED, reason="times kernels, which the interpreter does not")
 TINY = ("--quick", "--shapes", "2x16x6x5", "--seconds", "0")
 
 

@@ -9,7 +9,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cases import INTERPRETED
 from outside import library
 from visattn_fast.catalogue import ENTRIES
 from visattn_fast.measure.step import MODES, step
@@ -19,7 +18,6 @@ from visattn_fast.report.contest import Contest
 from visattn_fast.report.launch_counts import dispatched, generated_calls
 from visattn_fast.report.rows import bytes_moved, measure
 
-pytestmark = pytest.mark.skipif(INTERPRETED, reason="times kernels, which the interpreter does not")
 CPU = torch.device("cpu")
 SHAPE = (2, 16, 6, 5)
 ONCE = Effort(seconds=0, fewest=2, most=2)

@@ -9,8 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from cases import INTERPRETED
-
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 
@@ -21,7 +19,6 @@ from visattn_fast.report.machine import describe
 from visattn_fast.report.results import Report
 from visattn_fast.report.rows import Row
 
-pytestmark = pytest.mark.skipif(INTERPRETED, reason="runs no kernels")
 NEW_FIELDS = ("bytes", "kernels", "cold")
 
 

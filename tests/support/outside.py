@@ -27,11 +27,6 @@ def library(name: str) -> ModuleType:
     return importlib.import_module(name)
 
 
-def timm_model(name: str, **options: Any) -> nn.Module:
-    """Builds a model of timm with random weights and ten classes."""
-    return library("timm").create_model(name, num_classes=10, **options)
-
-
 def ultralytics_modules() -> ModuleType:
     """Imports Ultralytics' convolution modules, or stand-ins if it is not installed.
 

@@ -9,13 +9,11 @@ import sys
 import pytest
 import torch
 
-from cases import INTERPRETED
 from visattn_fast import catalogue
 
 pytest.importorskip("triton")
 gpu_check = pytest.importorskip("tools.gpu_check", reason="not beside the repository's tools")
 ledger = gpu_check.ledger
-pytestmark = pytest.mark.skipif(INTERPRETED, reason="starts processes of its own")
 
 
 def written(folder):

@@ -10,10 +10,6 @@ from typing import NamedTuple
 
 import pytest
 
-from cases import INTERPRETED
-
-pytestmark = pytest.mark.skipif(INTERPRETED, reason="reads files")
-
 NAME = "visattn_fast"
 PACKAGE = Path(__file__).parents[2] / NAME
 

@@ -8,14 +8,11 @@ from collections import Counter
 
 import pytest
 
-from cases import INTERPRETED
 from visattn_fast import catalogue
 from visattn_fast.backends import backends
 
 pytest.importorskip("triton")
 ledger = pytest.importorskip("tools.ledger", reason="not beside the repository's tools")
-
-pytestmark = pytest.mark.skipif(INTERPRETED, reason="reads a file")
 
 
 def test_ledger_lists_every_module_and_target():
