@@ -15,9 +15,9 @@ from cases import DEVICES, DTYPES, TARGETS, needs_dtype, poisoned, targets
 from visattn_fast import reference
 from visattn_fast.ops import self_attention as ops
 from visattn_fast.ops.library import OPS
-from visattn_fast.reference.attention2d import relative_bias
+from visattn_fast.reference.self_attention import relative_bias
 
-functional = importlib.import_module("visattn_fast.functional.self_attention")  # the module, not the function
+functional = importlib.import_module("visattn_fast.fused.self_attention")  # the module, not the function
 with_reference = pytest.mark.parametrize(("device", "backend"), [*TARGETS, *((d, "reference") for d in DEVICES)])
 SIZE, HEADS, D = (3, 5), 2, 8
 CASES = list(itertools.product((False, True), repeat=2))  # with a bias, with a mask

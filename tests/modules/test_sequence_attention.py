@@ -23,6 +23,7 @@ from sequences import (
     weighted,
 )
 from visattn_fast import functional, reference
+from visattn_fast.fused import sequence
 from visattn_fast.ops import additive_score
 
 NAN = float("nan")
@@ -32,7 +33,7 @@ classes = pytest.mark.parametrize("which", [0, 1], ids=["reference", "fast"])
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     """Makes the additive score run in blocks, and the products fused, at these small sizes too."""
-    monkeypatch.setattr(functional.sequence, "_SMALL", 0)
+    monkeypatch.setattr(sequence, "_SMALL", 0)
     monkeypatch.setattr(additive_score, "_LIMITS", {"cpu": 400})
 
 

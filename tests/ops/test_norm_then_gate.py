@@ -22,7 +22,7 @@ from cases import (
     within_budget,
 )
 from visattn_fast import catalogue
-from visattn_fast.functional.normed import gate_normed_channels
+from visattn_fast.fused.normed import gate_normed_channels
 from visattn_fast.ops.library import OPS
 from visattn_fast.reference.batch_norm import Norm
 

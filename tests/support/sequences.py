@@ -12,7 +12,7 @@ from visattn_fast import reference
 
 N, Q, K, D = 3, 5, 7, 6  # sequences, queries, keys, features
 LENGTHS = torch.tensor([7, 4, 0])
-SCORES = reference.sequence_attention.SCORES
+SCORES = reference.sequence.SCORES
 VARIANTS = {
     "layer": ("layer", {}),
     "pooling": ("pooling", {}),
