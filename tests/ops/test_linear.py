@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from cases import value_and_gradients
-from visattn_fast import ops
+from visattn_fast.ops.linear import linear
 
 
 @pytest.fixture(autouse=True)
@@ -42,19 +42,19 @@ def test_strides_and_empty_batches_match_float64(tensors, biased):
     x, weight, bias = tensors
     for given in (x, x.transpose(1, 2), x[:1].expand(4, 3, 5, 8), x[:0]):
         inputs = (given, weight, bias if biased else None)
-        got = value_and_gradients(ops.linear, leaves(inputs))
+        got = value_and_gradients(linear, leaves(inputs))
         assert_near(got, value_and_gradients(F.linear, leaves(inputs, torch.float64)), 2e-6)
 
 
 def test_gradient_of_x_with_frozen_weights(tensors):
     x, weight, bias = tensors
-    (dx,) = torch.autograd.grad(ops.linear(x.requires_grad_(), weight, bias).sum(), x, create_graph=True)
+    (dx,) = torch.autograd.grad(linear(x.requires_grad_(), weight, bias).sum(), x, create_graph=True)
     torch.testing.assert_close(dx, weight.sum(0).expand_as(dx))
 
 
 def test_second_order_matches_float64(tensors):
     found = []
-    for function, dtype in ((ops.linear, torch.float32), (F.linear, torch.float64)):
+    for function, dtype in ((linear, torch.float32), (F.linear, torch.float64)):
         inputs = leaves(tensors, dtype)
         (dx,) = torch.autograd.grad(function(*inputs).square().sum(), inputs[0], create_graph=True)
         found.append(torch.autograd.grad(dx.square().sum(), inputs))
@@ -62,11 +62,11 @@ def test_second_order_matches_float64(tensors):
 
 
 def test_op_fits_its_contract(tensors):
-    torch.library.opcheck(torch.ops.visattn_fast.linear_fwd.default, tuple(tensors))
+    torch.library.opcheck(torch.ops.visattn_fast.ops.linear_fwd.default, tuple(tensors))
 
 
 def test_dtype_follows_autocast_and_inputs(tensors):
     x, weight, bias = tensors
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert ops.linear(x, weight, bias).dtype == torch.bfloat16
-    assert ops.linear(x.double(), weight.double()).dtype == torch.float64
+        assert linear(x, weight, bias).dtype == torch.bfloat16
+    assert linear(x.double(), weight.double()).dtype == torch.float64
