@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 
 from ..backends import NAMES, select
 from ..catalogue import ENTRIES, LAYOUTS, SHAPES, feature_map
@@ -198,7 +199,7 @@ def _measure(
     effort: Effort,
     contenders: list[str],
     args: argparse.Namespace,
-    out: terminal.Console,
+    out: Console,
 ) -> tuple[list[Row], list[str]]:
     """The rows, and what was left out, in words."""
     end = time.perf_counter() + (_QUICK_BUDGET if args.quick else float("inf"))
