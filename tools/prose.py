@@ -1,7 +1,7 @@
 """Checks docstrings against the house's English: ``python -m tools.prose [FILE or FOLDER ...]``.
 
-Prints ``path:line: message`` for each docstring that begins with a word of `WORDS`, or whose first paragraph does not end
-a sentence. The exit status is 1 if it prints anything.
+Prints ``path:line: message`` for each docstring that begins with a word of `WORDS`, or whose first paragraph does not
+end a sentence. The exit status is 1 if it prints anything.
 """
 
 from __future__ import annotations
