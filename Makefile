@@ -42,9 +42,9 @@ ext-cuda: ## build the native CUDA kernels; needs nvcc and a CUDA torch
 evidence: $(VENV)/installed ## write docs/internals/evidence.md from the tests, the tools and bench/results/
 	$(BIN)/python -m tools.ledger
 
-# Strict: a broken link is an error. Nothing is downloaded.
+# A broken link is an error. Nothing is downloaded.
 docs: $(VENV)/installed ## build the documentation site: site/index.html
-	$(BIN)/python -m mkdocs build --strict --quiet
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet -d build/doctrees docs site
 
 lint: $(VENV)/installed ## ruff, mypy, clang-format
 	$(BIN)/ruff check .

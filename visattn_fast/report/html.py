@@ -69,9 +69,9 @@ def document(title: str, body: Iterable[str]) -> str:
 
 
 def drawing(svg: str) -> str:
-    """An SVG file of its own, with the colours of a page."""
+    """An SVG file of its own, 480 pixels wide, with the colours of a page."""
     head, tag, rest = svg.partition(">")
-    head = head.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1)
+    head = head.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" width="480" ', 1)
     return f"{head}{tag}<style>{_DRAWING_STYLE}</style>{rest}"
 
 
