@@ -22,14 +22,23 @@ toc_object_entries_show_parents = "hide"
 autodoc_default_options = {"members": True, "imported-members": True}
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
-napoleon_use_ivar = True
+napoleon_attr_annotations = False  # the signature above has the types
 napoleon_use_rtype = False
 
 
-def setup(app):
+def without_tuple_fields(app, what, name, member, skip, options):
     """Leaves out the fields of named tuples, which their class describes."""
+    return skip or (getattr(member, "__doc__", None) or "").startswith("Alias for field number")
 
-    def skip(app, what, name, member, skip, options):
-        return skip or (getattr(member, "__doc__", None) or "").startswith("Alias for field number")
 
-    app.connect("autodoc-skip-member", skip)
+def from_the_top(app, env, node, contnode):
+    """Looks a name up from the top of the package: a docstring says `reference.SE` wherever it stands."""
+    if node["refdomain"] != "py":
+        return None
+    name = f"visattn_fast.{node['reftarget']}"
+    return env.domains["py"].resolve_xref(env, node["refdoc"], app.builder, "obj", name, node, contnode)
+
+
+def setup(app):
+    app.connect("autodoc-skip-member", without_tuple_fields)
+    app.connect("missing-reference", from_the_top)
