@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from . import modules, reference
-from .functional.normed import gate_normed_channels
+from .fused.normed import gate_normed_channels
 
 
 @dataclass(frozen=True)

@@ -87,20 +87,20 @@ def test_native_cuda_kernels_share_their_key():
     """They serve their ops while they are chosen, Triton's serve otherwise, and an op without one says so."""
     code = """
 import torch
-from visattn_fast import backends, ops
+import visattn_fast
 from visattn_fast.ops import library
 def load():
-    library = torch.library.Library("visattn_fast_cuda", "IMPL")
-    library.impl("eca_fwd", lambda *args: args, "CUDA")
-    kept.append(library)
+    made = torch.library.Library("visattn_fast_cuda", "IMPL")
+    made.impl("eca_fwd", lambda *args: args, "CUDA")
+    kept.append(made)
 kept, chosen = [], []
-assert ops.register_cuda(lambda: "not built", bool) == "not built"
+assert library.register_cuda(lambda: "not built", bool) == "not built"
 assert not library._NATIVE
-assert ops.register_cuda(load, lambda: bool(chosen)) is None
+assert library.register_cuda(load, lambda: bool(chosen)) is None
 native = torch.ops.visattn_fast_cuda.eca_fwd.default
 assert library.cuda_kernel("eca_fwd", True) is native
 assert library.cuda_kernel("eca_fwd", False) is native  # nobody else is there
-ops.register_triton("CUDA")
+library.register_triton("CUDA")
 assert library.cuda_kernel("eca_fwd", True) is native
 assert library.cuda_kernel("eca_bwd", True).__module__ == "visattn_fast.kernels.ops.eca"  # of a native forward
 assert library.cuda_kernel("eca_fwd", False).__module__ == "visattn_fast.kernels.ops.eca"

@@ -17,7 +17,7 @@ import visattn_fast as vf
 from cases import INTERPRETED, run
 from outside import library
 from visattn_fast.catalogue import feature_map
-from visattn_fast.functional.normed import gate_normed_channels
+from visattn_fast.fused.normed import gate_normed_channels
 
 pytestmark = [
     pytest.mark.skipif(INTERPRETED, reason="nothing of it is a kernel of ours"),

@@ -20,7 +20,7 @@ from visattn_fast.ops import self_attention as ops
 from visattn_fast.ops.library import OPS
 from visattn_fast.reference.attention2d import relative_bias
 
-functional = importlib.import_module("visattn_fast.functional.self_attention")  # not the function of that name
+functional = importlib.import_module("visattn_fast.fused.self_attention")  # not the function of that name
 targets = pytest.mark.parametrize(("device", "backend"), [*TARGETS, *((d, "reference") for d in DEVICES)])
 native_only = pytest.mark.skipif(INTERPRETED, reason="calls no kernel that other tests do not call")
 SIZE, HEADS, D = (3, 5), 2, 8

@@ -110,7 +110,7 @@ def run(
         residual = inputs["residual"] = residual.detach().requires_grad_()
     if residual is None and activation is None:
         y = module(x)
-    elif type(module).__module__.startswith("visattn_fast.modules"):
+    elif type(module).__module__.startswith("visattn_fast.fused"):
         y = module(x, residual=residual, activation=activation)
     else:
         y = reference.epilogue(module(x), residual, activation)

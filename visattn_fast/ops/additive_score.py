@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from .autograd import fused_function, mixed
+from .declare import composed_op
 from .layout import accumulation_dtype, empty_small
 from .library import define
 
@@ -87,8 +87,4 @@ def _gradients(grad, tensors, small, options):
     return additive_score_bwd(grad, *tensors)
 
 
-def _mathematics(q, k, v):
-    return mixed(reference.additive_score, q, k, v)
-
-
-AdditiveScoreFunction = fused_function("AdditiveScoreFunction", _forward, _gradients, _mathematics)
+ADDITIVE_SCORE = composed_op("additive_score", _forward, _gradients, reference.additive_score, in_torch="all")

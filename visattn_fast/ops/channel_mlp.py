@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from .. import reference
-from .autograd import fused_function, mixed
+from .declare import composed_op
 from .layout import accumulation_dtype, empty_map, empty_small, memory_format
 from .library import define
 
@@ -104,8 +104,8 @@ def _gradients(grad, tensors, small, options):
     return channel_mlp_bwd(grad, x, w1, w2, *small)
 
 
-def _mathematics(*arguments):
-    return mixed(reference.channel_mlp, *arguments[:-1])
+def _mathematics(*tensors_and_keep):
+    return reference.channel_mlp(*tensors_and_keep[:-1])
 
 
-ChannelMLPFunction = fused_function("ChannelMLPFunction", channel_mlp_fwd, _gradients, _mathematics)
+CHANNEL_MLP = composed_op("channel_mlp", channel_mlp_fwd, _gradients, _mathematics, tiny=49)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from .. import reference
-from .autograd import fused_function, without_autocast
+from .autograd import without_autocast
 from .axis import axis_input_grad, axis_mean, axis_scale, axis_scale_bwd
-from .epilogue import with_epilogue
+from .declare import composed_op
 from .layout import memory_format
 from .line_gates import line_gates_bwd, line_gates_fwd
 
@@ -39,4 +39,4 @@ def _mathematics(x, w1, b1, bn_weight, bn_bias, mean, var, w_h, b_h, w_w, b_w, e
     return reference.coord_att(x, *weights, mean is None, 0.0, eps)
 
 
-CoordAttFunction = fused_function("CoordAttFunction", _forward, _gradients, with_epilogue(_mathematics, options=1))
+COORD_ATT = composed_op("coord_att", _forward, _gradients, _mathematics, epilogue=True, options=1)

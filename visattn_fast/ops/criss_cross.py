@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from .autograd import fused_function, mixed
+from .declare import composed_op
 from .layout import accumulation_dtype, empty_map, empty_small, to_map
 from .library import define
 
@@ -179,8 +179,4 @@ def _gradients(grad, tensors, small, options):
     return dx, dwq, dbq, dwk, dbk, dwv, dbv, dgamma
 
 
-def _mathematics(x, *weights):
-    return mixed(reference.criss_cross, x, *weights)
-
-
-CrissCrossFunction = fused_function("CrissCrossFunction", _forward, _gradients, _mathematics)
+CRISS_CROSS = composed_op("criss_cross", _forward, _gradients, reference.criss_cross)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .autograd import run
+from .autograd import call_function
 from .layout import empty_small
 from .library import define
 
@@ -68,7 +68,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     if not _worthwhile(x, weight) or not _onednn_serves(x, weight, bias) or torch.is_autocast_enabled("cpu"):
         return functional.linear(x, weight, bias)
-    return run(LinearFunction, x, weight, bias)[0]
+    return call_function(LinearFunction, x, weight, bias)[0]
 
 
 def _worthwhile(x: Tensor, weight: Tensor) -> bool:

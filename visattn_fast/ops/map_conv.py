@@ -6,10 +6,9 @@ PyTorch's own takes as long on a CPU as all passes over x together.
 from __future__ import annotations
 
 import torch.nn.functional as F
-from torch import Tensor
 
-from .autograd import fused_function, mixed
 from .cbam_halves import spatial_gate_backward
+from .declare import composed_op
 from .layout import empty_small
 from .library import define
 
@@ -38,13 +37,9 @@ map_conv_bwd = define(
 )
 
 
-def _mathematics(maps: Tensor, w: Tensor) -> Tensor:
-    return mixed(lambda maps, w: F.conv2d(maps, w, padding=w.shape[3] // 2), maps, w)
-
-
-MapConvFunction = fused_function(
-    "MapConvFunction",
+MAP_CONV = composed_op(
+    "map_conv",
     lambda maps, w: (map_conv(maps, w),),
     lambda grad, tensors, small, options: map_conv_bwd(grad, *tensors),
-    _mathematics,
+    lambda maps, w: F.conv2d(maps, w, padding=w.shape[3] // 2),
 )

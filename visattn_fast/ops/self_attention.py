@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import reference
 from ..reference.attention2d import split_heads
-from .autograd import fused_function
+from .declare import composed_op
 from .layout import accumulation_dtype, empty_small
 from .library import define
 
@@ -243,4 +243,15 @@ def _mathematics(qkv, table, key_mask, scale):
     return reference.attention2d(qkv, table, key_mask, scale)[0]
 
 
-Attention2dFunction = fused_function("Attention2dFunction", attention_fwd, _gradients, _mathematics, saves_result=True)
+# On CPUs the op is made of PyTorch's fused attention and its products.
+ATTENTION2D = composed_op(
+    "attention2d",
+    attention_fwd,
+    _gradients,
+    _mathematics,
+    saves_result=True,
+    widens=False,
+    tiny=196,
+    pixels=(1, 2),
+    in_torch="cpu",
+)

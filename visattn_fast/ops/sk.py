@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import torch.nn.functional as F
 
 from .. import reference
-from .autograd import fused_function, mixed, without_autocast
+from .autograd import without_autocast
 from .branches import branch_dot, branch_grad, branch_mean, branch_sum
+from .declare import composed_op
 
 
 @without_autocast
@@ -51,9 +50,10 @@ def _double(*weights):
     return [None if t is None else (t.flatten(1) if t.dim() > 1 else t).double() for t in weights]
 
 
-def _mathematics(*args):
-    *tensors, eps = args
-    return mixed(functools.partial(reference.sk, eps=eps), *tensors)
+def _mathematics(*tensors_and_eps):
+    *tensors, eps = tensors_and_eps
+    return reference.sk(*tensors, eps=eps)
 
 
-SKFunction = fused_function("SKFunction", _forward, _gradients, _mathematics)
+# Compiled, Inductor fuses the branches' own norms with what follows them. An op would have the normed maps stored.
+SK = composed_op("sk", _forward, _gradients, _mathematics, compiled_plain=True)

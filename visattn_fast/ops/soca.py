@@ -15,9 +15,9 @@ from torch import Tensor
 
 from .. import reference
 from ..reference.soca import STEPS, trace
-from .autograd import fused_function, without_autocast
+from .autograd import without_autocast
 from .channel_scale import channel_input_grad, channel_mean, channel_scale_bwd, channel_scale_fwd
-from .epilogue import with_epilogue
+from .declare import composed_op
 from .layout import empty_small, memory_format
 from .library import define
 
@@ -242,6 +242,6 @@ def _add_product(dx: Tensor, dcov: Tensor, x: Tensor) -> None:
         dx.flatten(2).baddbmm_(dcov, x.flatten(2))
 
 
-SOCAFunction = fused_function(
-    "SOCAFunction", without_autocast(_forward), without_autocast(_gradients), with_epilogue(reference.soca)
+SOCA = composed_op(
+    "soca", without_autocast(_forward), without_autocast(_gradients), reference.soca, epilogue=True, tiny=196
 )

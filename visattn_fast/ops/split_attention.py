@@ -7,7 +7,8 @@ import torch.nn.functional as F
 
 from .. import reference
 from ..reference.split_attention import ALONG_H, ALONG_W, BRANCHES, shifted_branches
-from .autograd import fused_function, mixed, without_autocast
+from .autograd import without_autocast
+from .declare import composed_op
 from .layout import accumulation_dtype, empty_map, empty_small, memory_format
 from .library import define
 
@@ -91,8 +92,4 @@ def _gradients(grad, tensors, small, options):
     return du, dz.t() @ total, dlogits.t() @ F.gelu(z)
 
 
-def _mathematics(*tensors):
-    return mixed(reference.split_attention, *tensors)
-
-
-SplitAttentionFunction = fused_function("SplitAttentionFunction", _forward, _gradients, _mathematics)
+SPLIT_ATTENTION = composed_op("split_attention", _forward, _gradients, reference.split_attention, tiny=49)

@@ -6,7 +6,7 @@ import torch
 
 from .. import reference
 from ..reference.window_attention import Windows, join_windows, relative_position, split_windows, window_weights
-from .autograd import fused_function, mixed
+from .declare import composed_op
 from .layout import accumulation_dtype, empty_small
 from .library import define
 
@@ -82,7 +82,7 @@ def _gradients(grad, tensors, small, options):
 def _mathematics(qkv, bias, table, heads, window_h, window_w, shift_h, shift_w, scale, pad_first):
     window, shift = (window_h, window_w), (shift_h, shift_w)
     arguments = (bias, table, heads, window, shift, scale, bool(pad_first))
-    return mixed(reference.window_attention, qkv, *arguments)
+    return reference.window_attention(qkv, *arguments)
 
 
-WindowAttentionFunction = fused_function("WindowAttentionFunction", _forward, _gradients, _mathematics)
+WINDOW_ATTENTION = composed_op("window_attention", _forward, _gradients, _mathematics)

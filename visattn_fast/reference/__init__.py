@@ -1,5 +1,6 @@
 """The catalogue in plain PyTorch: specification of the fused modules and oracle of their tests. Needs torch alone."""
 
+# Lists of names: written by `make names`.
 from .attention2d import attention2d
 from .attention_layer import AttentionLayer
 from .attention_pooling import AttentionPooling
@@ -71,3 +72,4 @@ __all__ = [
     "split_attention",
     "window_attention",
 ]
+# End of the lists.

@@ -8,6 +8,8 @@ from torch import Tensor
 from .checks import check_choice, check_floating, check_weight
 from .masking import masked_softmax
 
+__all__ = ["attention2d"]
+
 NEED_WEIGHTS = ("none", "mean", "full")
 
 

@@ -8,6 +8,8 @@ from .checks import check_positive
 from .masking import masked_softmax, without_padding
 from .sequence_checks import check_key_value, check_mask, check_sequence
 
+__all__ = ["AttentionLayer"]
+
 
 class AttentionLayer(nn.Module):
     """Scaled dot-product attention (Vaswani et al., "Attention is all you need", NeurIPS 2017), one head.

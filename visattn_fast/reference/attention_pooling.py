@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from .masking import masked_softmax
 from .sequence_checks import check_mask, check_pooling
 
+__all__ = ["AttentionPooling"]
+
 
 class AttentionPooling(nn.Module):
     """Nadaraya-Watson kernel regression with a learned width (Zhang et al., "Dive into Deep Learning", 11.2).

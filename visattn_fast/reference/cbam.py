@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from .checks import check_bottleneck, check_feature_map, check_spatial_kernel, hidden_width
 from .parameters import child, parameter
 
+__all__ = ["CBAM", "ChannelAttention", "SpatialAttention", "cbam", "channel_attention", "spatial_attention"]
+
 
 def channel_attention(x: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
     """The gate ``sigmoid(f(mean(x)) + f(max(x)))`` with ``f(v) = w2 relu(w1 v)``; mean and max over H and W.

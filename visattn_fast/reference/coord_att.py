@@ -12,6 +12,8 @@ from .batch_norm import batch_norm_step
 from .checks import check_coordinate_gates, check_feature_map, check_positive
 from .parameters import child, weight_and_bias
 
+__all__ = ["CoordAtt", "coord_att"]
+
 
 def coord_att(
     x: Tensor,

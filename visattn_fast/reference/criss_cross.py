@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from .checks import check_feature_map, check_weight, hidden_width
 from .parameters import child, parameter, weight_and_bias
 
+__all__ = ["CrissCross", "criss_cross"]
+
 
 def cross_weights(q: Tensor, k: Tensor) -> Tensor:
     """Weights of every position over its column, itself left out, then its row: ``[N, H, W, H + W]``.

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from .checks import check_channel_kernel, check_feature_map, check_odd, check_positive
 from .parameters import child, parameter
 
+__all__ = ["ECA", "eca"]
+
 
 def eca(x: Tensor, weight: Tensor) -> Tensor:
     """``x * sigmoid(conv1d(mean(x)))``: the mean over H and W, the convolution along C with zero padding.

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+__all__ = ["epilogue"]
+
 
 def epilogue(gated: Tensor, residual: Tensor | None = None, activation: str | None = None) -> Tensor:
     """``act(gated + residual)``: the end of a residual block.

@@ -21,6 +21,8 @@ from .checks import (
     hidden_width,
 )
 
+__all__ = ["GAM", "channel_mlp", "norm_gate"]
+
 
 def channel_mlp_factor(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None) -> Tensor:
     """What `channel_mlp` multiplies x by, ``[N, C, H, W]``."""

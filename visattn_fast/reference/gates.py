@@ -10,6 +10,8 @@ from torch import Tensor
 from .cbam import global_maximum
 from .checks import TIES, check_choice, check_feature_map
 
+__all__ = ["gate_channels", "gate_twice"]
+
 
 def gate_channels(x: Tensor, gate: Callable[[Tensor], Tensor]) -> Tensor:
     """``x * gate(mean(x))``: mean over H and W.

@@ -12,6 +12,8 @@ from .checks import check_bottleneck, check_feature_map, check_floating, check_w
 from .parameters import child, weight_and_bias
 from .se import se_gate
 
+__all__ = ["LocalAttention", "local_attention"]
+
 
 def local_attention(
     x: Tensor,

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from .checks import check_batch_norm, check_feature_map, check_positive, check_weight
 
+__all__ = ["NAM", "nam"]
+
 
 def nam(
     x: Tensor,

@@ -12,6 +12,8 @@ from .checks import check_bottleneck, check_weight, hidden_width
 from .parameters import child, weight_and_bias
 from .se import se_gate
 
+__all__ = ["scSE", "scse"]
+
 
 def scse(
     x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, ws: Tensor, bs: Tensor | None

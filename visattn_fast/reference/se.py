@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from .checks import ACTIVATIONS, GATES, check_bottleneck, check_choice, hidden_width
 from .parameters import child, weight_and_bias
 
+__all__ = ["SE", "se"]
+
 
 def se(
     x: Tensor,

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from .attention2d import NEED_WEIGHTS, attention2d
 from .checks import check_choice, check_feature_map, check_positive, check_weight
 
+__all__ = ["SelfAttention2d"]
+
 if TYPE_CHECKING:
     from typing_extensions import Self
 

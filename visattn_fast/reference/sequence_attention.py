@@ -9,6 +9,8 @@ from .checks import check_positive
 from .masking import masked_softmax, without_padding
 from .sequence_checks import check_key_value, check_lengths, check_mask, check_position, check_sequence
 
+__all__ = ["SequenceAttention", "additive_score"]
+
 SCORES = ("dot", "general", "concat")
 
 

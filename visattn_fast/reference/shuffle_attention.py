@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from .checks import check_feature_map, check_positive, check_positive_number, check_weight
 
+__all__ = ["ShuffleAttention", "shuffle_attention"]
+
 
 def check_shuffle_attention(x: Tensor, weights: tuple[Tensor, ...], eps: float) -> int:
     """Raises unless the six weights have one width K and x has a multiple of 2 K channels. Returns the groups."""

@@ -7,6 +7,8 @@ from torch import Tensor, nn
 
 from .checks import check_feature_map, check_positive_number
 
+__all__ = ["SimAM", "simam"]
+
 
 def simam_gate(x: Tensor, e_lambda: float = 1e-4) -> Tensor:
     """The gate of `simam`, ``[N, C, H, W]``."""

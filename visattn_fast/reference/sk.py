@@ -12,6 +12,8 @@ from .batch_norm import batch_norm_step, look_through, update_running_statistics
 from .checks import check_branches, check_feature_map, check_positive, check_weight
 from .parameters import child, parameter, weight_and_bias
 
+__all__ = ["SK", "sk"]
+
 BRANCHES = 2
 
 

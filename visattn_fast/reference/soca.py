@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from .checks import check_bottleneck, hidden_width
 from .parameters import child, weight_and_bias
 
+__all__ = ["SOCA", "soca"]
+
 STEPS = 5  # of the Newton-Schulz iteration
 
 

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from .checks import check_feature_map, check_positive, check_weight
 
+__all__ = ["S2MLPv2", "split_attention"]
+
 BRANCHES = 3
 
 

@@ -11,6 +11,8 @@ from torch.nn import functional
 
 from .checks import check_choice, check_feature_map, check_floating, check_positive, check_weight
 
+__all__ = ["WindowAttention2d", "window_attention"]
+
 APART = -100.0  # added to the logits of two tokens that a cyclic shift has brought together, as Swin does
 LAYOUTS = ("nchw", "nhwc")
 WEIGHTS = ("none", "mean", "full")
