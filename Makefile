@@ -12,7 +12,7 @@ INTERPRETED := $(addprefix tests/,modules/test_parity.py modules/test_autograd.p
 	ops/test_gates.py kernels/test_flash_attention.py kernels/test_kernels_interpreter.py kernels/test_launches.py \
 	kernels/test_resident.py kernels/test_traffic.py kernels/test_planted_faults.py)
 
-.PHONY: help report test bench kernels evidence docs lint prose format ext-cuda gpu-check build clean
+.PHONY: help report test bench kernels evidence names docs lint prose format ext-cuda gpu-check build clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
@@ -42,14 +42,18 @@ ext-cuda: ## build the native CUDA kernels; needs nvcc and a CUDA torch
 evidence: $(VENV)/installed ## write docs/internals/evidence.md from the tests, the tools and bench/results/
 	$(BIN)/python -m tools.ledger
 
+names: $(VENV)/installed ## write the lists of public names from each file's __all__
+	$(BIN)/python -m tools.names
+
 # A broken link is an error. Nothing is downloaded.
 docs: $(VENV)/installed ## build the documentation site: site/index.html
 	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet -d build/doctrees docs site
 
-lint: $(VENV)/installed ## ruff, mypy, clang-format
+lint: $(VENV)/installed ## ruff, mypy, lists of names, clang-format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python -m tools.names --check
 	$(BIN)/clang-format --dry-run --Werror $(SOURCES) $(CUDA_SOURCES)
 
 prose: $(VENV)/installed ## check the English of docstrings

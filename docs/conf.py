@@ -32,11 +32,12 @@ def without_tuple_fields(app, what, name, member, skip, options):
 
 
 def from_the_top(app, env, node, contnode):
-    """Looks a name up from the top of the package: a docstring says `reference.SE` wherever it stands."""
-    if node["refdomain"] != "py":
-        return None
-    name = f"visattn_fast.{node['reftarget']}"
-    return env.domains["py"].resolve_xref(env, node["refdoc"], app.builder, "obj", name, node, contnode)
+    """Looks a name up from the top of the package: a docstring says `reference.SE` or `se` wherever it stands."""
+    for package in ("visattn_fast", "visattn_fast.functional") if node["refdomain"] == "py" else ():
+        name, place = f"{package}.{node['reftarget']}", (env, node["refdoc"], app.builder)
+        if link := env.domains["py"].resolve_xref(*place, "obj", name, node, contnode):
+            return link
+    return None
 
 
 def setup(app):

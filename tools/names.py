@@ -14,7 +14,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "visattn_fast"
-BEGIN, END = "# Lists of names: written by `make names`.\n", "# End of the lists.\n"
+# The split keeps ruff from sorting the file's own imports into the lists.
+BEGIN, END = "# isort: split\n# Lists of names: written by `make names`.\n", "# End of the lists.\n"
 
 
 def public(folder: str) -> dict[str, list[str]]:
@@ -70,7 +71,8 @@ def formatted(path: Path, text: str) -> str:
     """``text`` as ruff sorts and formats it."""
     for command in (["check", "--fix", "--select", "I,RUF022", "--quiet"], ["format"]):
         name = ["--stdin-filename", str(path)]
-        done = subprocess.run(["ruff", *command, *name, "-"], input=text, capture_output=True, text=True, check=True)
+        whole = [sys.executable, "-m", "ruff", *command, *name, "-"]
+        done = subprocess.run(whole, input=text, capture_output=True, text=True, check=True)
         text = done.stdout
     return text
 

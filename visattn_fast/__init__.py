@@ -3,7 +3,10 @@
 from . import functional, reference
 from .backends import Backend, Decision, backends, use_backend
 from .explain import explain
+from .integrations import Acceleration, accelerate, restore
+from .watch import GateStatistics, attention_maps, watch_gates
 
+# isort: split
 # Lists of names: written by `make names`.
 from .fused.cbam import FastCBAM, FastChannelAttention, FastSpatialAttention
 from .fused.coord_att import FastCoordAtt
@@ -22,8 +25,6 @@ from .fused.sk import FastSK
 from .fused.soca import FastSOCA
 from .fused.split_attention import FastS2MLPv2
 from .fused.window_attention import FastWindowAttention2d
-from .integrations import Acceleration, accelerate, restore
-from .watch import GateStatistics, attention_maps, watch_gates
 
 __all__ = [
     "Acceleration",

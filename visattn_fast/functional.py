@@ -1,5 +1,8 @@
 """The public functions. Each checks its arguments, decides which backend serves, and calls it."""
 
+from .reference.batch_norm import Norm
+
+# isort: split
 # Lists of names: written by `make names`.
 from .fused.cbam import cbam, channel_attention, spatial_attention
 from .fused.coord_att import coord_att
@@ -19,7 +22,6 @@ from .fused.sk import sk
 from .fused.soca import soca
 from .fused.split_attention import split_attention
 from .fused.window_attention import window_attention
-from .reference.batch_norm import Norm
 
 __all__ = [
     "Norm",

@@ -1,5 +1,6 @@
 """The fused modules: each inherits constructor and parameters from its reference and overrides forward alone."""
 
+# isort: split
 # Lists of names: written by `make names`.
 from .fused.cbam import FastCBAM, FastChannelAttention, FastSpatialAttention
 from .fused.coord_att import FastCoordAtt

@@ -1,5 +1,6 @@
 """The catalogue in plain PyTorch: specification of the fused modules and oracle of their tests. Needs torch alone."""
 
+# isort: split
 # Lists of names: written by `make names`.
 from .attention2d import attention2d
 from .attention_layer import AttentionLayer
