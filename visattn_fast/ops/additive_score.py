@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import reference
 from .declare import composed_op
-from .layout import accumulation_dtype, empty_small
+from .layout import accumulation_dtype
 from .library import define
 
 # Elements of a hidden layer's block: what stays in cache, or is worth a launch.
@@ -57,25 +57,18 @@ def _additive_score_bwd_reference(grad, q, k, v):
     return dq.mul_(v), dk.mul_(v), dv
 
 
-def _additive_score_fwd_fake(q, k, v):
-    return q.new_empty(*q.shape[:2], k.shape[1])
-
-
-def _additive_score_bwd_fake(grad, q, k, v):
-    return empty_small(q, *q.shape), empty_small(q, *k.shape), empty_small(q, *v.shape)
-
-
 additive_score_fwd = define(
     "additive_score_fwd(Tensor q, Tensor k, Tensor v) -> Tensor scores",
     None,
     _additive_score_fwd_reference,
-    _additive_score_fwd_fake,
+    ("N Q K : q",),
+    weights={"q": "N Q", "k": "N K"},
 )
 additive_score_bwd = define(
     "additive_score_bwd(Tensor grad, Tensor q, Tensor k, Tensor v) -> (Tensor dq, Tensor dk, Tensor dv)",
     None,
     _additive_score_bwd_reference,
-    _additive_score_bwd_fake,
+    ("shape of q", "shape of k", "shape of v"),
 )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from .layout import accumulation_dtype, empty_map, empty_small, to_map
+from .layout import accumulation_dtype, to_map
 from .library import define
 
 
@@ -36,23 +36,23 @@ branch_mean = define(
     "branch_mean(Tensor v1, Tensor v2) -> Tensor mean",
     "branches",
     _branch_mean_reference,
-    lambda v1, v2: empty_small(v1, *v1.shape[:2]),
+    ("N C",),
 )
 branch_sum = define(
     "branch_sum(Tensor v1, Tensor v2, Tensor gate) -> Tensor y",
     "branches",
     _branch_sum_reference,
-    lambda v1, v2, gate: empty_map(v1),
+    ("like v1",),
 )
 branch_dot = define(
     "branch_dot(Tensor grad, Tensor v1, Tensor v2) -> Tensor dgate",
     "branches",
     _branch_dot_reference,
-    lambda grad, v1, v2: empty_small(v1, v1.shape[0], 2, v1.shape[1]),
+    ("N 2 C",),
 )
 branch_grad = define(
     "branch_grad(Tensor grad, Tensor v1, Tensor v2, Tensor gate, Tensor dmean) -> (Tensor dv1, Tensor dv2)",
     "branches",
     _branch_grad_reference,
-    lambda grad, v1, v2, gate, dmean: (empty_map(v1), empty_map(v1)),
+    ("like v1", "like v1"),
 )

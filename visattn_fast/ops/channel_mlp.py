@@ -11,7 +11,7 @@ import torch
 
 from .. import reference
 from .declare import composed_op
-from .layout import accumulation_dtype, empty_map, empty_small, memory_format
+from .layout import accumulation_dtype, empty_map, memory_format
 from .library import define
 
 
@@ -78,11 +78,6 @@ def _channel_mlp_fwd_fake(x, w1, b1, w2, b2, keep):
     return empty_map(x), _hidden_like(x, w1), empty_map(x)
 
 
-def _channel_mlp_bwd_fake(grad, x, w1, w2, hidden, factor):
-    r, c = w1.shape[:2]
-    return empty_map(x), empty_small(x, *w1.shape), empty_small(x, r), empty_small(x, *w2.shape), empty_small(x, c)
-
-
 channel_mlp_fwd = define(
     "channel_mlp_fwd(Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, bool keep)"
     " -> (Tensor y, Tensor hidden, Tensor factor)",
@@ -95,7 +90,8 @@ channel_mlp_bwd = define(
     " -> (Tensor dx, Tensor dw1, Tensor db1, Tensor dw2, Tensor db2)",
     None,
     _channel_mlp_bwd_reference,
-    _channel_mlp_bwd_fake,
+    ("like x", "shape of w1", "R", "shape of w2", "C"),
+    weights={"w1": "R C"},
 )
 
 

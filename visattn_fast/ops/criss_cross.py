@@ -134,30 +134,21 @@ def _criss_cross_bwd_reference(grad, x, weight, gamma, packed, out, lse):
     return dx, dweight, dbias, dgamma
 
 
-def _criss_cross_fwd_fake(x, weight, bias, gamma):
-    n, _, height, width = x.shape
-    packed, out = (empty_small(x, n, height, width, size) for size in (weight.shape[0], x.shape[1]))
-    return empty_map(x), packed, out, empty_small(x, n, height, width)
-
-
-def _criss_cross_bwd_fake(grad, x, weight, gamma, packed, out, lse):
-    dweight, dbias = empty_small(x, *weight.shape), empty_small(x, weight.shape[0])
-    return empty_map(x), dweight, dbias, empty_small(x, 1)
-
-
 criss_cross_fwd = define(
     "criss_cross_fwd(Tensor x, Tensor weight, Tensor bias, Tensor gamma)"
     " -> (Tensor y, Tensor packed, Tensor out, Tensor lse)",
     None,
     _criss_cross_fwd_reference,
-    _criss_cross_fwd_fake,
+    ("like x", "N H W P", "N H W C", "N H W"),
+    weights={"weight": "P C"},
 )
 criss_cross_bwd = define(
     "criss_cross_bwd(Tensor grad, Tensor x, Tensor weight, Tensor gamma, Tensor packed, Tensor out, Tensor lse)"
     " -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dgamma)",
     None,
     _criss_cross_bwd_reference,
-    _criss_cross_bwd_fake,
+    ("like x", "shape of weight", "P", "1"),
+    weights={"weight": "P C"},
 )
 
 

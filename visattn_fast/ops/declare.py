@@ -20,7 +20,7 @@ from typing import Any
 from torch import Tensor
 
 from .autograd import FusedOp, Gradients, fused_function, in_dtype_of_x
-from .epilogue import empty_residual_gradient, with_epilogue
+from .epilogue import residual_gradient_shape, with_epilogue
 from .library import define, define_infer, define_normed
 from .shapes import Arguments, Shape, allocated
 
@@ -106,7 +106,7 @@ def gate_op(
         backward,
         (
             *("like x" for _ in ("x", *maps)),
-            *([lambda given: empty_residual_gradient(given["x"], given["activation"])] if epilogue else []),
+            *([residual_gradient_shape] if epilogue else []),
             *(gradient(key) for key in small),
         ),
         weights=shapes,

@@ -41,7 +41,7 @@ def _carriers(x: Tensor, *shapes: tuple[int, ...]) -> tuple[Tensor, ...]:
 def _save(ctx: Any, inputs: tuple[Any, ...], tensors: int, small: tuple[Tensor, ...] = ()) -> None:
     """Keeps the first of the inputs, the small results, and the last input, a number."""
     ctx.options = inputs[-1:]
-    ctx.mark_nondifferentiate(*(t for t in small if not t.is_floating_point()))
+    ctx.mark_non_differentiable(*(t for t in small if not t.is_floating_point()))
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*inputs[:tensors], *small)
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .layout import converted, empty_small
 from .library import define
+from .shapes import Arguments
 
 
 def _normed(z, bn_weight, bn_bias, mean, var, eps):
@@ -86,26 +87,24 @@ def _line_gates_bwd_reference(
     return _to_lines(dz, w1_.t(), None, inside), torch.stack([dbias, dweight, db1]), db_h, db_w, dw1, dw_h, dw_w
 
 
-def _line_gates_fwd_fake(means, height, w1, b1, bn_weight, bn_bias, mean, var, w_h, b_h, w_w, b_w, eps):
-    n, _, lines = means.shape
-    z, of_batch = empty_small(means, n, lines, w1.shape[0]), 0 if mean is not None else w1.shape[0]
-    return torch.empty_like(means), z, empty_small(means, of_batch), empty_small(means, of_batch)
+def _like_means(given: Arguments) -> Tensor:
+    return torch.empty_like(given["means"])
 
 
-def _line_gates_bwd_fake(
-    dgates, gates, means, z, height, w1, bn_weight, bn_bias, mean, var, w_h, w_w, eps, fixed
-):  # fmt: skip
-    new, c = means.new_empty, means.shape[1]
-    return torch.empty_like(means), new(3, w1.shape[0]), new(c), new(c), new(w1.shape), new(w_h.shape), new(w_w.shape)
+def _batch_statistic(given: Arguments) -> Tensor:
+    """Empty where statistics are given."""
+    return empty_small(given["means"], 0 if given["mean"] is not None else given["w1"].shape[0])
 
 
+_SHAPES = {"means": "N C L", "w1": "M C"}
 line_gates_fwd = define(
     "line_gates_fwd(Tensor means, SymInt height, Tensor w1, Tensor? b1, Tensor? bn_weight, Tensor? bn_bias,"
     " Tensor? mean, Tensor? var, Tensor w_h, Tensor? b_h, Tensor w_w, Tensor? b_w, float eps)"
     " -> (Tensor gates, Tensor z, Tensor mean, Tensor var)",
     "line_gates",
     _line_gates_fwd_reference,
-    _line_gates_fwd_fake,
+    (_like_means, "N L M", _batch_statistic, _batch_statistic),
+    weights=_SHAPES,
 )
 # sums are the gradients of the norm's bias and weight, and of b1.
 line_gates_bwd = define(
@@ -114,6 +113,7 @@ line_gates_bwd = define(
     " -> (Tensor dmeans, Tensor sums, Tensor db_h, Tensor db_w, Tensor dw1, Tensor dw_h, Tensor dw_w)",
     "line_gates",
     _line_gates_bwd_reference,
-    _line_gates_bwd_fake,
+    (_like_means, "3 M", "C", "C", "shape of w1", "shape of w_h", "shape of w_w"),
+    weights=_SHAPES,
     gradients_of=("w1", "w_h", "w_w"),
 )

@@ -9,7 +9,6 @@ import torch.nn.functional as F
 
 from .cbam_halves import spatial_gate_backward
 from .declare import composed_op
-from .layout import empty_small
 from .library import define
 
 
@@ -27,13 +26,13 @@ map_conv = define(
     "map_conv(Tensor maps, Tensor w) -> Tensor",
     None,
     _map_conv_reference,
-    lambda maps, w: empty_small(maps, maps.shape[0], 1, *maps.shape[2:]),
+    ("N 1 H W",),
 )
 map_conv_bwd = define(
     "map_conv_bwd(Tensor grad, Tensor maps, Tensor w) -> (Tensor dmaps, Tensor dw)",
     None,
     _map_conv_bwd_reference,
-    lambda grad, maps, w: (empty_small(maps, *maps.shape), empty_small(maps, *w.shape)),
+    ("N C H W", "shape of w"),
 )
 
 

@@ -16,6 +16,7 @@ from ..reference.attention2d import split_heads
 from .declare import composed_op
 from .layout import accumulation_dtype, empty_small
 from .library import define
+from .shapes import Arguments
 
 _FLASH = 16  # keys; of fewer, which are no vector, PyTorch's kernel for CPUs makes zeros where a query is NaN
 _BLOCK = 1 << 18  # weights, or biases, that are computed at a time
@@ -198,38 +199,43 @@ def _attention_mean_reference(qkv, table, key_mask, lse, scale):
     return total.div_(height * width).unflatten(2, (height, width))
 
 
-def _attention_fwd_fake(qkv, table, key_mask, scale):
-    n, height, width, _, heads, d = qkv.shape
-    return qkv.new_empty(n, height, width, heads, d), empty_small(qkv, n, heads, height * width)
+_QKV = {"qkv": "N H W 3 heads d"}
 
 
-def _attention_bwd_fake(grad, qkv, table, key_mask, out, lse, scale):
-    return qkv.new_empty(qkv.shape), empty_small(qkv, *(table.shape if table is not None else (0,)))
+def _empty_lse(given: Arguments) -> Tensor:
+    n, height, width, _, heads, _ = given["qkv"].shape
+    return empty_small(given["qkv"], n, heads, height * width)
 
 
-def _attention_mean_fake(qkv, table, key_mask, lse, scale):
-    n, height, width, _, heads, _ = qkv.shape
-    return empty_small(qkv, n, heads, height, width)
+def _empty_dqkv(given: Arguments) -> Tensor:
+    return empty_small(given["qkv"], *given["qkv"].shape, dtype=given["qkv"].dtype)
+
+
+def _empty_dtable(given: Arguments) -> Tensor:
+    table = given["table"]
+    return empty_small(given["qkv"], *((0,) if table is None else table.shape))
 
 
 attention_fwd = define(
     "attention_fwd(Tensor qkv, Tensor? table, Tensor? key_mask, float scale) -> (Tensor out, Tensor lse)",
     "self_attention",
     _attention_fwd_reference,
-    _attention_fwd_fake,
+    ("N H W heads d : qkv", _empty_lse),
+    weights=_QKV,
 )
 attention_bwd = define(
     "attention_bwd(Tensor grad, Tensor qkv, Tensor? table, Tensor? key_mask, Tensor out, Tensor lse, float scale)"
     " -> (Tensor dqkv, Tensor dtable)",
     "self_attention_bwd",
     _attention_bwd_reference,
-    _attention_bwd_fake,
+    (_empty_dqkv, _empty_dtable),
 )
 attention_mean = define(
     "attention_mean(Tensor qkv, Tensor? table, Tensor? key_mask, Tensor lse, float scale) -> Tensor mean",
     "self_attention",
     _attention_mean_reference,
-    _attention_mean_fake,
+    ("N heads H W",),
+    weights=_QKV,
 )
 
 

@@ -1,7 +1,7 @@
 """Results of ops as declared: a small language of shapes, and the fakes that follow from it.
 
-- ``"N 2 C"``: sizes. N, C, H and W are those of the first map among the arguments; other letters are bound by the
-  declared shapes of weights, ``{"w1": "R C"}``. The dtype is the accumulation dtype;
+- ``"N 2 C"``: sizes. N, C, H and W are those of the map x; other letters are bound by the declared shapes of arguments,
+  ``{"w1": "R C"}``. The dtype is the accumulation dtype;
 - ``"N C : int32"``, ``"N C 1 1 : x"``: sizes, and a dtype, or the argument whose dtype it is;
 - ``"like x"``: a map of that argument's shape, dtype and memory format;
 - ``"shape of w"``: that argument's shape, in the accumulation dtype.
@@ -38,7 +38,7 @@ def allocated(result: Shape, given: Arguments, weights: Mapping[str, str]) -> Te
     """One uninitialised result."""
     if callable(result):
         return result(given)
-    x = next(t for t in given.values() if isinstance(t, Tensor) and t.dim() == 4)
+    x = _leading(given, weights)
     kind, _, name = result.rpartition(" ")
     if kind == "like":
         return empty_map(given[name])
@@ -50,9 +50,16 @@ def allocated(result: Shape, given: Arguments, weights: Mapping[str, str]) -> Te
     return empty_small(x, *(sizes[s] if s in sizes else int(s) for s in shape.split()), dtype=wanted)
 
 
+def _leading(given: Arguments, weights: Mapping[str, str]) -> Tensor:
+    """The argument that gives results their device and dtype: x, else the first declared one, else the first map."""
+    if "x" in given or weights:
+        return given["x" if "x" in given else next(iter(weights))]
+    return next(t for t in given.values() if isinstance(t, Tensor) and t.dim() == 4)
+
+
 def _sizes(x: Tensor, given: Arguments, weights: Mapping[str, str]) -> dict[str, int]:
-    """Letters -> sizes: of the map, and of the weights that are given."""
-    sizes = dict(zip("NCHW", x.shape, strict=True))
+    """Letters -> sizes: of the map, if there is one, and of the arguments whose shapes are declared."""
+    sizes = dict(zip("NCHW", x.shape, strict=True)) if x.dim() == 4 else {}
     for name, shape in weights.items():
         weight = given.get(name)
         if weight is not None:

@@ -50,7 +50,7 @@ covariance = define(
     "channel_covariance(Tensor x, Tensor mean) -> Tensor cov",
     None,
     _covariance_reference,
-    lambda x, mean: empty_small(x, x.shape[0], x.shape[1], x.shape[1]),
+    ("N C C",),
 )
 
 
@@ -188,29 +188,21 @@ def _soca_gate_bwd_reference(dgate, cov, w1, w2, pooled, hidden, gate):
     return dcov, dw1, dz1.sum(0), dw2, dz2.sum(0)
 
 
-def _soca_gate_fwd_fake(cov, w1, b1, w2, b2):
-    n, c = cov.shape[:2]
-    return cov.new_empty(n, c), cov.new_empty(n, w1.shape[0]), cov.new_empty(n, c)
-
-
-def _soca_gate_bwd_fake(dgate, cov, w1, w2, pooled, hidden, gate):
-    dw1, dw2 = cov.new_empty(w1.shape), cov.new_empty(w2.shape)
-    return torch.empty_like(cov), dw1, cov.new_empty(w1.shape[0]), dw2, cov.new_empty(w2.shape[0])
-
-
 soca_gate_fwd = define(
     "soca_gate_fwd(Tensor cov, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2)"
     " -> (Tensor pooled, Tensor hidden, Tensor gate)",
     None,
     _soca_gate_fwd_reference,
-    _soca_gate_fwd_fake,
+    ("N C", "N R", "N C"),
+    weights={"cov": "N C C", "w1": "R C"},
 )
 soca_gate_bwd = define(
     "soca_gate_bwd(Tensor dgate, Tensor cov, Tensor w1, Tensor w2, Tensor pooled, Tensor hidden, Tensor gate)"
     " -> (Tensor dcov, Tensor dw1, Tensor db1, Tensor dw2, Tensor db2)",
     None,
     _soca_gate_bwd_reference,
-    _soca_gate_bwd_fake,
+    ("shape of cov", "shape of w1", "R", "shape of w2", "C"),
+    weights={"cov": "N C C", "w1": "R C"},
 )
 
 

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from .cbam_halves import pool_channels as _first_of_channels
 from .cbam_halves import pool_pixels as _first_of_pixels
-from .epilogue import empty_residual_gradient, finish, residual_gradient, start_backward
-from .layout import accumulation_dtype, empty_map, empty_small, to_map
+from .epilogue import finish, residual_gradient, residual_gradient_shape, start_backward
+from .layout import accumulation_dtype, to_map
 from .library import define
 
 
@@ -72,60 +72,45 @@ def _twofold_input_grad_reference(grad, x, channel, spatial, maps, dmaps, at_c, 
     return to_map(du * channel[:, :, None, None] + (dmean + shared).view(x.shape), x)
 
 
-def _pool_pixels_fake(x, even):
-    n, c = x.shape[:2]
-    return empty_small(x, n, 2, c), empty_small(x, n, c, dtype=torch.int32)
-
-
-def _pool_channels_fake(x, gate, even):
-    n, _, h, w = x.shape
-    return empty_small(x, n, 2, h, w), empty_small(x, n, h, w, dtype=torch.int32)
-
-
-def _twofold_scale_bwd_fake(grad, x, channel, spatial, residual, activation):
-    n, c, h, w = x.shape
-    return empty_small(x, n, c), empty_small(x, n, h, w), empty_residual_gradient(x, activation)
-
-
 pool_pixels = define(
     "pool_pixels(Tensor x, bool even) -> (Tensor pooled, Tensor at)",
     "twofold",
     _pool_pixels_reference,
-    _pool_pixels_fake,
+    ("N 2 C", "N C : int32"),
 )
 # Maps of u = x * gate, which is never stored.
 pool_channels = define(
     "pool_channels(Tensor x, Tensor gate, bool even) -> (Tensor maps, Tensor at)",
     "twofold",
     _pool_channels_reference,
-    _pool_channels_fake,
+    ("N 2 H W", "N H W : int32"),
 )
 pool_channels_bwd = define(
     "pool_channels_bwd(Tensor x, Tensor gate, Tensor maps, Tensor dmaps, Tensor at) -> Tensor dgate",
     "twofold",
     _pool_channels_bwd_reference,
-    lambda x, gate, maps, dmaps, at: empty_small(x, *x.shape[:2]),
+    ("N C",),
 )
 # y = act(x * channel * spatial + residual)
 twofold_scale = define(
     "twofold_scale(Tensor x, Tensor channel, Tensor spatial, Tensor? residual, int activation) -> Tensor y",
     "twofold",
     _twofold_scale_reference,
-    lambda x, channel, spatial, residual, activation: empty_map(x),
+    ("like x",),
 )
 twofold_scale_bwd = define(
     "twofold_scale_bwd(Tensor grad, Tensor x, Tensor channel, Tensor spatial, Tensor? residual, int activation)"
     " -> (Tensor dchannel, Tensor dspatial, Tensor dresidual)",
     "twofold",
     _twofold_scale_bwd_reference,
-    _twofold_scale_bwd_fake,
+    ("N C", "N H W", residual_gradient_shape),
 )
-# dx = (grad spatial + dmean map / C + dmax map at the maxima) channel + dmean / HW + dmax at the maxima. Of x, only the
-# elements of maxima with equals are read.
+# dx = (grad spatial + dmean map / C + dmax map at the maxima) channel + dmean / HW + dmax at the maxima. Values of
+# x are read only where several maxima are equal.
 twofold_input_grad = define(
     "twofold_input_grad(Tensor grad, Tensor x, Tensor channel, Tensor spatial, Tensor maps, Tensor dmaps, Tensor at_c,"
     " Tensor pooled, Tensor dpooled, Tensor at_hw) -> Tensor dx",
     "twofold",
     _twofold_input_grad_reference,
-    lambda grad, x, *small: empty_map(x),
+    ("like x",),
 )

@@ -47,27 +47,20 @@ def _window_attention_bwd_reference(grad, qkv, bias, table, heads, *geometry):
     return dqkv, dbias, dtable
 
 
-def _window_attention_bwd_fake(grad, qkv, bias, table, *options):
-    return (
-        empty_small(qkv, *qkv.shape, dtype=qkv.dtype),
-        empty_small(qkv, qkv.shape[3]),
-        empty_small(qkv, *table.shape),
-    )
-
-
 _GEOMETRY = "int heads, int window_h, int window_w, int shift_h, int shift_w, float scale, int pad_first"
 window_attention_fwd = define(
     f"window_attention_fwd(Tensor qkv, Tensor? bias, Tensor table, {_GEOMETRY}) -> Tensor out",
     "window_attention",
     _window_attention_fwd_reference,
-    lambda qkv, bias, table, *options: _empty_out(qkv),
+    (lambda given: _empty_out(given["qkv"]),),
 )
 window_attention_bwd = define(
     f"window_attention_bwd(Tensor grad, Tensor qkv, Tensor? bias, Tensor table, {_GEOMETRY})"
     " -> (Tensor dqkv, Tensor dbias, Tensor dtable)",
     "window_attention_bwd",
     _window_attention_bwd_reference,
-    _window_attention_bwd_fake,
+    (lambda given: empty_small(qkv := given["qkv"], *qkv.shape, dtype=qkv.dtype), "Q", "shape of table"),
+    weights={"qkv": "N H W Q"},
 )
 
 
