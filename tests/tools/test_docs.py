@@ -52,6 +52,14 @@ def test_links_lead_to_files():
     assert not [(page.name, link) for page, link in inside if not (page.parent / link).exists()]
 
 
+def test_files_that_pages_name_exist():
+    """Paths from the root, such as `kernels/core/tiles.py`, and those in the package, such as `ops/linear.py`."""
+    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
+    named = {name for page in pages for name in re.findall(r"[\w./]+/[\w/]+\.(?:py|h|cpp|cuh?)\b", page.read_text())}
+    assert len(named) > 30
+    assert not [name for name in named if not any((root / name).exists() for root in (ROOT, ROOT / "visattn_fast"))]
+
+
 @pytest.mark.parametrize("page", ["README.md", "docs/guide/modules.md"])
 def test_every_module_is_named(page):
     text = (ROOT / page).read_text(encoding="utf-8")
