@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,7 +34,7 @@ def _blocks(q: Tensor, k: Tensor) -> Iterator[tuple[slice, slice]]:
             yield slice(n, n + images), slice(i, i + rows)
 
 
-def _additive_score_fwd_reference(q, k, v):
+def _additive_score_fwd_reference(q: Tensor, k: Any, v: Tensor) -> Tensor:
     a = accumulation_dtype(q)
     scores = q.new_empty(*q.shape[:2], k.shape[1])
     q, k, v = q.to(a), k.to(a), v.to(a)
@@ -42,7 +43,7 @@ def _additive_score_fwd_reference(q, k, v):
     return scores
 
 
-def _additive_score_bwd_reference(grad, q, k, v):
+def _additive_score_bwd_reference(grad: Tensor, q: Tensor, k: Any, v: Tensor) -> tuple[Tensor, ...]:
     a = accumulation_dtype(q)
     grad, q, k = grad.to(a), q.to(a), k.to(a)
     dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros(v.shape, dtype=a, device=v.device)
@@ -72,11 +73,11 @@ additive_score_bwd = define(
 )
 
 
-def _forward(q, k, v):
+def _forward(q: Tensor, k: Any, v: Tensor) -> tuple[Tensor, ...]:
     return (additive_score_fwd(q, k, v),)
 
 
-def _gradients(grad, tensors, small, options):
+def _gradients(grad: Tensor, tensors: Any, small: Any, options: Any) -> tuple[Tensor | None, ...]:
     return additive_score_bwd(grad, *tensors)
 
 

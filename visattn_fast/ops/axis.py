@@ -32,17 +32,19 @@ def _rows_and_columns(lines: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     return rows[:, :, :, None], columns[:, :, None]
 
 
-def _axis_mean_reference(x):
+def _axis_mean_reference(x: Tensor) -> Tensor:
     a = accumulation_dtype(x)
     return _to_lines(x.mean(3, dtype=a), x.mean(2, dtype=a), x)
 
 
-def _axis_scale_reference(x, gates, residual, activation):
+def _axis_scale_reference(x: Tensor, gates: Tensor, residual: Tensor | None, activation: int) -> Tensor:
     rows, columns = _rows_and_columns(gates, x)
     return finish(x, rows * columns, residual, activation)
 
 
-def _axis_scale_bwd_reference(grad, x, gates, residual, activation):
+def _axis_scale_bwd_reference(
+    grad: Tensor, x: Tensor, gates: Tensor, residual: Tensor | None, activation: int
+) -> tuple[Tensor, ...]:
     rows, columns = _rows_and_columns(gates, x)
     grad = start_backward(grad, x, rows * columns, residual, activation)
     product = grad * x
@@ -50,7 +52,7 @@ def _axis_scale_bwd_reference(grad, x, gates, residual, activation):
     return dgates, residual_gradient(grad, x, activation)
 
 
-def _axis_input_grad_reference(grad, x, gates, dmeans):
+def _axis_input_grad_reference(grad: Tensor, x: Tensor, gates: Tensor, dmeans: Tensor) -> Tensor:
     rows, columns = _rows_and_columns(gates, x)
     drows, dcolumns = _rows_and_columns(dmeans, x)
     return to_map(grad.to(gates.dtype) * (rows * columns) + (drows / x.shape[3] + dcolumns / x.shape[2]), x)

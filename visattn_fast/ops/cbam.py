@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from torch import Tensor
+
 from .. import reference
 from .cbam_halves import (
     channel_gate,
@@ -19,7 +23,9 @@ from .epilogue import finish, residual_gradient, start_backward
 from .layout import accumulation_dtype, to_map
 
 
-def _forward(x, w1, w2, wconv, bias, residual, activation):
+def _forward(
+    x: Tensor, w1: Tensor, w2: Tensor, wconv: Tensor, bias: Tensor | None, residual: Tensor | None, activation: int
+) -> tuple[Tensor, ...]:
     a = accumulation_dtype(x)
     pooled, argmax_hw = pool_pixels(x, a)
     hidden, gate_c = channel_gate(pooled, w1, w2)
@@ -29,7 +35,16 @@ def _forward(x, w1, w2, wconv, bias, residual, activation):
     return y, pooled, argmax_hw, hidden, gate_c, maps, argmax_c, gate_s
 
 
-def _backward(grad, x, w1, w2, wconv, bias, residual, *saves_and_activation):
+def _backward(
+    grad: Tensor,
+    x: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    wconv: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    *saves_and_activation: Any,
+) -> tuple[Tensor, ...]:
     pooled, argmax_hw, hidden, channel_gate, maps, argmax_c, spatial_gate, activation = saves_and_activation
     gate_c, gate_s = channel_gate[:, :, None, None], spatial_gate[:, None]
     grad = start_backward(grad, x, gate_c * gate_s, residual, activation)

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from .. import reference
 from .cbam_halves import channel_gate, channel_gate_backward, pool_pixels, unpool_pixels
 from .declare import gate_op
 from .layout import accumulation_dtype, to_map
 
 
-def _forward(x, w1, w2):
+def _forward(x: Tensor, w1: Tensor, w2: Tensor) -> tuple[Tensor, ...]:
     pooled, argmax_hw = pool_pixels(x, accumulation_dtype(x))
     hidden, gate = channel_gate(pooled, w1, w2)
     return gate.to(x.dtype, copy=True)[:, :, None, None], pooled, argmax_hw, hidden
 
 
-def _backward(grad, x, w1, w2, gate, pooled, argmax_hw, hidden):
+def _backward(
+    grad: Tensor, x: Tensor, w1: Tensor, w2: Tensor, gate: Tensor, pooled: Tensor, argmax_hw: Tensor, hidden: Tensor
+) -> tuple[Tensor, ...]:
     gate = gate.to(pooled.dtype)
     dz = (grad * gate * (1 - gate))[:, :, 0, 0]
     dpooled, dw1, dw2 = channel_gate_backward(dz, pooled, hidden, w1, w2)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from ..reference import epilogue
 from ..reference.checks import ACTIVATIONS
 from .epilogue import finish, residual_gradient, residual_gradient_shape, start_backward
@@ -9,26 +11,30 @@ from .layout import accumulation_dtype, to_map
 from .library import define
 
 
-def _channel_mean_reference(x):
+def _channel_mean_reference(x: Tensor) -> Tensor:
     return x.mean((2, 3), dtype=accumulation_dtype(x))
 
 
-def _channel_scale_fwd_reference(x, gate, residual, activation):
+def _channel_scale_fwd_reference(x: Tensor, gate: Tensor, residual: Tensor | None, activation: int) -> Tensor:
     return finish(x, gate[:, :, None, None], residual, activation)
 
 
-def _channel_affine_reference(x, scale, shift, residual, activation):
+def _channel_affine_reference(
+    x: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None, activation: int
+) -> Tensor:
     a = accumulation_dtype(x)
     moved = x * scale[:, :, None, None].to(a) + shift[:, :, None, None].to(a)
     return to_map(epilogue(moved, residual, ACTIVATIONS[activation]), x)
 
 
-def _channel_scale_bwd_reference(grad, x, gate, residual, activation):
+def _channel_scale_bwd_reference(
+    grad: Tensor, x: Tensor, gate: Tensor, residual: Tensor | None, activation: int
+) -> tuple[Tensor, ...]:
     grad = start_backward(grad, x, gate[:, :, None, None], residual, activation)
     return (grad * x).sum((2, 3)), residual_gradient(grad, x, activation)
 
 
-def _channel_input_grad_reference(grad, x, gate, dmean):
+def _channel_input_grad_reference(grad: Tensor, x: Tensor, gate: Tensor, dmean: Tensor | None) -> Tensor:
     dx = grad * gate[:, :, None, None].to(accumulation_dtype(x))
     if dmean is not None:
         dx = dx + dmean[:, :, None, None] / (x.shape[2] * x.shape[3])

@@ -9,7 +9,7 @@ in groups.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -58,7 +58,7 @@ def _split(packed: Tensor, channels: int) -> tuple[Tensor, ...]:
     return packed.split([hidden, hidden, channels], -1)
 
 
-def _criss_cross_fwd_reference(x, weight, bias, gamma):
+def _criss_cross_fwd_reference(x: Tensor, weight: Tensor, bias: Tensor, gamma: Tensor) -> tuple[Tensor, ...]:
     n, c, height, width = x.shape
     a = accumulation_dtype(x)
     weight, bias, gamma = weight.to(a), bias.to(a), gamma.to(a)
@@ -93,7 +93,9 @@ def _criss_cross_fwd_reference(x, weight, bias, gamma):
     return y, packed, out, lse
 
 
-def _criss_cross_bwd_reference(grad, x, weight, gamma, packed, out, lse):
+def _criss_cross_bwd_reference(
+    grad: Tensor, x: Tensor, weight: Tensor, gamma: Tensor, packed: Tensor, out: Tensor, lse: Tensor
+) -> tuple[Tensor, ...]:
     n, c, height, width = x.shape
     a = accumulation_dtype(x)
     weight, gamma = weight.to(a), gamma.to(a)
@@ -157,11 +159,13 @@ def _pack(*tensors: Tensor) -> Tensor:
     return torch.cat([t.flatten(1) if t.dim() > 1 else t for t in tensors])
 
 
-def _forward(x, wq, bq, wk, bk, wv, bv, gamma):
+def _forward(
+    x: Tensor, wq: Tensor, bq: Tensor, wk: Tensor, bk: Tensor, wv: Tensor, bv: Tensor, gamma: Tensor
+) -> tuple[Tensor, ...]:
     return criss_cross_fwd(x, _pack(wq, wk, wv), _pack(bq, bk, bv), gamma)
 
 
-def _gradients(grad, tensors, small, options):
+def _gradients(grad: Tensor, tensors: Any, small: Any, options: Any) -> tuple[Tensor | None, ...]:
     x, wq, _, wk, _, wv, _, gamma = tensors
     dx, dweight, dbias, dgamma = criss_cross_bwd(grad, x, _pack(wq, wk, wv), gamma, *small)
     sizes = [wq.shape[0], wk.shape[0], wv.shape[0]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from .. import reference
 from .declare import gate_op
@@ -11,7 +12,7 @@ from .epilogue import finish, residual_gradient, start_backward
 from .layout import accumulation_dtype, to_map
 
 
-def _forward(x, weight, residual, activation):
+def _forward(x: Tensor, weight: Tensor, residual: Tensor | None, activation: int) -> tuple[Tensor, ...]:
     a = accumulation_dtype(x)
     mean = x.mean((2, 3), dtype=a)
     kernel = weight.to(a).view(1, 1, -1)
@@ -19,7 +20,9 @@ def _forward(x, weight, residual, activation):
     return finish(x, gate[:, :, None, None], residual, activation), mean, gate
 
 
-def _backward(grad, x, weight, residual, mean, gate, activation):
+def _backward(
+    grad: Tensor, x: Tensor, weight: Tensor, residual: Tensor | None, mean: Tensor, gate: Tensor, activation: int
+) -> tuple[Tensor, ...]:
     grad = start_backward(grad, x, gate[:, :, None, None], residual, activation)
     dz = (grad * x).sum((2, 3)) * gate * (1 - gate)
     kernel = weight.to(dz.dtype).view(1, 1, -1)

@@ -7,6 +7,8 @@ statistics are the norm's, else the batch's, which are results. Results are dens
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,7 +18,9 @@ from .library import define
 from .shapes import Arguments
 
 
-def _normed(z, bn_weight, bn_bias, mean, var, eps):
+def _normed(
+    z: Tensor, bn_weight: Tensor | None, bn_bias: Tensor | None, mean: Any, var: Any, eps: float
+) -> tuple[Tensor, ...]:
     """The batch norm without and with its weight and bias, and the factor of z in it."""
     inverse = torch.rsqrt(var.to(z.dtype) + eps)
     normal = (z - mean.to(z.dtype)) * inverse
@@ -42,8 +46,20 @@ def _to_lines(rows: Tensor, weight: Tensor, bias: Tensor | None, channels_inside
 
 
 def _line_gates_fwd_reference(
-    means, height, w1, b1, bn_weight, bn_bias, mean, var, w_h, b_h, w_w, b_w, eps
-):  # fmt: skip
+    means: Tensor,
+    height: int,
+    w1: Tensor,
+    b1: Tensor | None,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    w_h: Tensor,
+    b_h: Tensor | None,
+    w_w: Tensor,
+    b_w: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, ...]:
     weights = (w1.flatten(1), w_h.flatten(1), w_w.flatten(1), b1, bn_weight, bn_bias, b_h, b_w)
     w1, w_h, w_w, b1, bn_weight, bn_bias, b_h, b_w = converted(weights, [means.dtype] * len(weights))
     inside = not means.is_contiguous()
@@ -62,8 +78,21 @@ def _line_gates_fwd_reference(
 
 
 def _line_gates_bwd_reference(
-    dgates, gates, means, z, height, w1, bn_weight, bn_bias, mean, var, w_h, w_w, eps, fixed
-):  # fmt: skip
+    dgates: Tensor,
+    gates: Tensor,
+    means: Tensor,
+    z: Tensor,
+    height: int,
+    w1: Tensor,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    w_h: Tensor,
+    w_w: Tensor,
+    eps: float,
+    fixed: bool,
+) -> tuple[Tensor, ...]:
     inside = not means.is_contiguous()
     weights = (w1.flatten(1), w_h.flatten(1), w_w.flatten(1), bn_weight, bn_bias)
     w1_, w_h_, w_w_, bn_weight, bn_bias = converted(weights, [means.dtype] * len(weights))

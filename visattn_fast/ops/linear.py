@@ -25,7 +25,7 @@ def _onednn_serves(*tensors: Tensor | None) -> bool:
     return suits and bool(torch.backends.mkldnn.enabled)
 
 
-def _linear_reference(x, weight, bias):
+def _linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if x.numel() == 0 or weight.numel() == 0 or not _onednn_serves(x, weight, bias):
         return functional.linear(x, weight, bias).contiguous()
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")

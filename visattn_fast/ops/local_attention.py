@@ -15,7 +15,19 @@ from .shapes import Arguments
 _WORD = 32  # hidden units whose signs share an int32
 
 
-def _forward(x, w1, b1, w2, b2, p1, q1, p2, q2, residual, activation):
+def _forward(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    p1: Tensor,
+    q1: Tensor | None,
+    p2: Tensor,
+    q2: Tensor | None,
+    residual: Tensor | None,
+    activation: int,
+) -> tuple[Tensor, ...]:
     a = accumulation_dtype(x)
     mean = x.mean((2, 3), dtype=a)
     hidden, channel_gate = mean_gate(mean, w1, b1, w2, b2)
@@ -27,7 +39,22 @@ def _forward(x, w1, b1, w2, b2, p1, q1, p2, q2, residual, activation):
     return y, mean, hidden, channel_gate, spatial_gate, _pack(~(inner <= 0))
 
 
-def _backward(grad, x, w1, w2, p1, q1, p2, residual, mean, hidden, channel_gate, spatial_gate, signs, activation):
+def _backward(
+    grad: Tensor,
+    x: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    p1: Tensor,
+    q1: Tensor | None,
+    p2: Tensor,
+    residual: Tensor | None,
+    mean: Tensor,
+    hidden: Tensor,
+    channel_gate: Tensor,
+    spatial_gate: Tensor,
+    signs: Tensor,
+    activation: int,
+) -> tuple[Tensor, ...]:
     a = accumulation_dtype(x)
     gate_c, gate_s = channel_gate[:, :, None, None], spatial_gate[:, None]
     grad = start_backward(grad, x, gate_c * gate_s, residual, activation)
@@ -45,13 +72,13 @@ def _backward(grad, x, w1, w2, p1, q1, p2, residual, mean, hidden, channel_gate,
     return to_map(dx, x), residual_gradient(grad, x, activation), *dweights, *dspatial
 
 
-def _pack(positive):
+def _pack(positive: Tensor) -> Tensor:
     """``[N, S, H, W]`` -> int32 ``[N, ceil(S / 32), H, W]``, unit r in bit r % 32."""
     bits = positive.int() << (torch.arange(positive.shape[1], device=positive.device) % _WORD).int()[:, None, None]
     return torch.stack([part.sum(1, dtype=torch.int32) for part in bits.split(_WORD, 1)], 1)
 
 
-def _unpack(signs, units):
+def _unpack(signs: Tensor, units: int) -> Tensor:
     r = torch.arange(units, device=signs.device)
     return (signs[:, r // _WORD] >> (r % _WORD).int()[:, None, None]) & 1 != 0
 

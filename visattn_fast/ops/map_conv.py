@@ -6,17 +6,18 @@ PyTorch's own takes as long on a CPU as all passes over x together.
 from __future__ import annotations
 
 import torch.nn.functional as F
+from torch import Tensor
 
 from .cbam_halves import spatial_gate_backward
 from .declare import composed_op
 from .library import define
 
 
-def _map_conv_reference(maps, w):
+def _map_conv_reference(maps: Tensor, w: Tensor) -> Tensor:
     return F.conv2d(maps, w.to(maps.dtype), padding=w.shape[3] // 2).contiguous()
 
 
-def _map_conv_bwd_reference(grad, maps, w):
+def _map_conv_bwd_reference(grad: Tensor, maps: Tensor, w: Tensor) -> tuple[Tensor, ...]:
     dmaps, dw = spatial_gate_backward(grad[:, 0].to(maps.dtype), maps, w)
     return dmaps.contiguous(), dw
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import torch
+from torch import Tensor
+
 from .. import reference
 from .declare import gate_op
 from .epilogue import finish, residual_gradient, start_backward
@@ -9,25 +12,45 @@ from .layout import accumulation_dtype, to_map
 from .self_gate import Coefficients, deviation_and_gate, fixed_or_batch_statistics, input_gradient, logit_gradient
 
 
-def share_of(weight, dtype):
+def share_of(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """``abs(weight) / sum(abs(weight))``."""
     share = weight.detach().to(dtype).abs()
     return share / share.sum()
 
 
-def _coefficients(x, weight, bias, mean, var, eps):
+def _coefficients(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, eps: float) -> Coefficients:
     dtype = accumulation_dtype(x)
     share = share_of(weight, dtype)
     return Coefficients(mean, a=weight.to(dtype) * share * (var + eps).rsqrt(), b=bias.to(dtype) * share)
 
 
-def _forward(x, weight, bias, mean, var, residual, activation, eps):
+def _forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor | None,
+    var: Tensor | None,
+    residual: Tensor | None,
+    activation: int,
+    eps: float,
+) -> tuple[Tensor, ...]:
     mean, var = fixed_or_batch_statistics(x, mean, var)
     _, gate = deviation_and_gate(x, _coefficients(x, weight, bias, mean, var, eps))
     return finish(x, gate, residual, activation), mean, var
 
 
-def _backward(grad, x, weight, bias, residual, mean, var, activation, eps, fixed):
+def _backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    residual: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    activation: int,
+    eps: float,
+    fixed: bool,
+) -> tuple[Tensor, ...]:
     k = _coefficients(x, weight, bias, mean, var, eps)
     d, gate = deviation_and_gate(x, k)
     grad = start_backward(grad, x, gate, residual, activation)
@@ -41,7 +64,9 @@ def _backward(grad, x, weight, bias, residual, mean, var, activation, eps, fixed
     return dx, residual_gradient(grad, x, activation), share * rstd * sum_rd, share * sum_r
 
 
-def _mathematics(x, weight, bias, mean, var, eps):
+def _mathematics(
+    x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor | None, var: Tensor | None, eps: float
+) -> Tensor:
     return reference.nam(x, weight, bias, mean, var, training=mean is None, momentum=0.0, eps=eps)
 
 

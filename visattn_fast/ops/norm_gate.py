@@ -5,6 +5,8 @@ Statistics that are given are arguments; the batch's own are results alone.
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from .. import reference
 from .declare import gate_op
 from .epilogue import finish, residual_gradient, start_backward
@@ -12,18 +14,40 @@ from .layout import accumulation_dtype, to_map
 from .self_gate import Coefficients, deviation_and_gate, fixed_or_batch_statistics, input_gradient, logit_gradient
 
 
-def _coefficients(x, weight, bias, mean, var, eps):
+def _coefficients(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, eps: float) -> Coefficients:
     dtype = accumulation_dtype(x)
     return Coefficients(mean, a=weight.to(dtype) * (var + eps).rsqrt(), b=bias.to(dtype))
 
 
-def _forward(x, m, weight, bias, mean, var, residual, activation, eps):
+def _forward(
+    x: Tensor,
+    m: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor | None,
+    var: Tensor | None,
+    residual: Tensor | None,
+    activation: int,
+    eps: float,
+) -> tuple[Tensor, ...]:
     mean, var = fixed_or_batch_statistics(m, mean, var)
     _, gate = deviation_and_gate(m, _coefficients(x, weight, bias, mean, var, eps))
     return finish(x, gate, residual, activation), mean, var
 
 
-def _backward(grad, x, m, weight, bias, residual, mean, var, activation, eps, fixed):
+def _backward(
+    grad: Tensor,
+    x: Tensor,
+    m: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    residual: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    activation: int,
+    eps: float,
+    fixed: bool,
+) -> tuple[Tensor, ...]:
     k = _coefficients(x, weight, bias, mean, var, eps)
     d, gate = deviation_and_gate(m, k)
     grad = start_backward(grad, x, gate, residual, activation)
@@ -36,7 +60,9 @@ def _backward(grad, x, m, weight, bias, residual, mean, var, activation, eps, fi
     return to_map(grad * gate, x), dm, residual_gradient(grad, x, activation), rstd * sum_rd, sum_r
 
 
-def _mathematics(x, m, weight, bias, mean, var, eps):
+def _mathematics(
+    x: Tensor, m: Tensor, weight: Tensor, bias: Tensor, mean: Tensor | None, var: Tensor | None, eps: float
+) -> Tensor:
     return reference.norm_gate(x, m, weight, bias, mean, var, training=mean is None, momentum=0.0, eps=eps)
 
 

@@ -4,14 +4,25 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from .. import reference
 from .declare import gate_op
 from .epilogue import finish, residual_gradient, start_backward
-from .layout import accumulation_dtype, to_map
+from .layout import accumulation_dtype, as_matrices, to_map
 
 
-def _forward(x, w1, b1, w2, b2, ws, bs, residual, activation):
+def _forward(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    ws: Tensor,
+    bs: Tensor | None,
+    residual: Tensor | None,
+    activation: int,
+) -> tuple[Tensor, ...]:
     a = accumulation_dtype(x)
     mean = x.mean((2, 3), dtype=a)
     hidden, channel_gate = mean_gate(mean, w1, b1, w2, b2)
@@ -21,7 +32,19 @@ def _forward(x, w1, b1, w2, b2, ws, bs, residual, activation):
     return y, mean, hidden, channel_gate, spatial_gate
 
 
-def _backward(grad, x, w1, w2, ws, residual, mean, hidden, channel_gate, spatial_gate, activation):
+def _backward(
+    grad: Tensor,
+    x: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    ws: Tensor,
+    residual: Tensor | None,
+    mean: Tensor,
+    hidden: Tensor,
+    channel_gate: Tensor,
+    spatial_gate: Tensor,
+    activation: int,
+) -> tuple[Tensor, ...]:
     gate = channel_gate[:, :, None, None] + spatial_gate[:, None]
     grad = start_backward(grad, x, gate, residual, activation)
     product = grad * x
@@ -33,14 +56,16 @@ def _backward(grad, x, w1, w2, ws, residual, mean, hidden, channel_gate, spatial
     return to_map(dx, x), residual_gradient(grad, x, activation), *dweights, dws, dz_s.sum().view(1)
 
 
-def mean_gate(mean, w1, b1, w2, b2):
+def mean_gate(mean: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None) -> tuple[Tensor, ...]:
     """Means ``[N, C]`` -> hidden ``[N, R]`` and gate ``[N, C]``."""
-    w1, b1, w2, b2 = (None if t is None else t.to(mean.dtype) for t in (w1.flatten(1), b1, w2.flatten(1), b2))
+    w1, b1, w2, b2 = as_matrices(mean.dtype, w1, b1, w2, b2)
     hidden = F.relu(F.linear(mean, w1, b1))
     return hidden, torch.sigmoid(F.linear(hidden, w2, b2))
 
 
-def mean_gate_backward(dgate, w1, w2, mean, hidden, gate):
+def mean_gate_backward(
+    dgate: Tensor, w1: Tensor, w2: Tensor, mean: Tensor, hidden: Tensor, gate: Tensor
+) -> tuple[Tensor, ...]:
     """Gradient of `mean_gate`'s gate -> those of the means, w1, b1, w2 and b2."""
     dz2 = dgate * gate * (1 - gate)
     dz1 = torch.where(hidden <= 0, 0.0, dz2 @ w2.flatten(1).to(dz2.dtype))

@@ -10,15 +10,25 @@ from .. import reference
 from ..reference.checks import ACTIVATIONS, GATES
 from .declare import gate_op
 from .epilogue import activation_gradient, finish, residual_gradient, start_backward
-from .layout import accumulation_dtype, to_map
+from .layout import accumulation_dtype, as_matrices, to_map
 
 # ``hidden`` is what the derivative of its activation is told from: ReLU's result, but the argument of SiLU.
 _RELU = ACTIVATIONS.index("relu")
 
 
-def _forward(x, w1, b1, w2, b2, residual, activation, hidden_activation, gate_activation):
+def _forward(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    residual: Tensor | None,
+    activation: int,
+    hidden_activation: int,
+    gate_activation: int,
+) -> tuple[Tensor, ...]:
     a = accumulation_dtype(x)
-    w1, b1, w2, b2 = (None if t is None else t.to(a) for t in (w1.flatten(1), b1, w2.flatten(1), b2))
+    w1, b1, w2, b2 = as_matrices(a, w1, b1, w2, b2)
     mean = x.mean((2, 3), dtype=a)
     hidden = F.linear(mean, w1, b1)
     hidden = F.relu(hidden) if hidden_activation == _RELU else hidden
@@ -27,7 +37,19 @@ def _forward(x, w1, b1, w2, b2, residual, activation, hidden_activation, gate_ac
     return finish(x, gate[:, :, None, None], residual, activation), mean, hidden, gate
 
 
-def _backward(grad, x, w1, w2, residual, mean, hidden, gate, activation, hidden_activation, gate_activation):
+def _backward(
+    grad: Tensor,
+    x: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    residual: Tensor | None,
+    mean: Tensor,
+    hidden: Tensor,
+    gate: Tensor,
+    activation: int,
+    hidden_activation: int,
+    gate_activation: int,
+) -> tuple[Tensor, ...]:
     a = accumulation_dtype(x)
     grad = start_backward(grad, x, gate[:, :, None, None], residual, activation)
     slope = torch.where((gate <= 0) | (gate >= 1), 0.0, 1 / 6) if gate_activation else gate * (1 - gate)
@@ -43,7 +65,15 @@ def _activate(hidden: Tensor, code: int) -> Tensor:
     return hidden if code == _RELU else F.silu(hidden)
 
 
-def _mathematics(x, w1, b1, w2, b2, hidden_activation, gate_activation):
+def _mathematics(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    hidden_activation: int,
+    gate_activation: int,
+) -> Tensor:
     return reference.se(x, w1, b1, w2, b2, str(ACTIVATIONS[hidden_activation]), GATES[gate_activation])
 
 

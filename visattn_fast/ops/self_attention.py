@@ -7,6 +7,7 @@ the bias wants a gradient, the weights of those rows are computed again from the
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -85,7 +86,9 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) 
 
 
 @torch.no_grad()  # an exported program calls the op without its autograd
-def _attention_fwd_reference(qkv, table, key_mask, scale):
+def _attention_fwd_reference(
+    qkv: Tensor, table: Tensor | None, key_mask: Tensor | None, scale: float
+) -> tuple[Tensor, ...]:
     n, height, width, _, heads, d = qkv.shape
     out, lse = qkv.new_empty(n, height * width, heads, d), empty_small(qkv, n, heads, height * width)
     if n:
@@ -155,7 +158,9 @@ def _add_offsets(dtable: Tensor, dscores: Tensor, first: int, width: int) -> Non
 
 
 @torch.no_grad()
-def _attention_bwd_reference(grad, qkv, table, key_mask, out, lse, scale):
+def _attention_bwd_reference(
+    grad: Tensor, qkv: Tensor, table: Tensor | None, key_mask: Tensor | None, out: Tensor, lse: Tensor, scale: float
+) -> tuple[Tensor, ...]:
     n, _, width, _, heads, _ = qkv.shape
     a = accumulation_dtype(qkv)
     dqkv = torch.zeros(qkv.shape, dtype=a, device=qkv.device)
@@ -189,7 +194,9 @@ def _attention_bwd_reference(grad, qkv, table, key_mask, out, lse, scale):
 
 
 @torch.no_grad()
-def _attention_mean_reference(qkv, table, key_mask, lse, scale):
+def _attention_mean_reference(
+    qkv: Tensor, table: Tensor | None, key_mask: Tensor | None, lse: Tensor, scale: float
+) -> Tensor:
     n, height, width, _, heads, _ = qkv.shape
     total = empty_small(qkv, n, heads, height * width).zero_()
     for images, _, p in _Products(qkv, table, key_mask, lse, scale).blocks():
@@ -239,13 +246,13 @@ attention_mean = define(
 )
 
 
-def _gradients(grad, tensors, small, options):
+def _gradients(grad: Tensor, tensors: Any, small: Any, options: Any) -> tuple[Tensor | None, ...]:
     qkv, table, key_mask = tensors
     dqkv, dtable = attention_bwd(grad.contiguous(), qkv, table, key_mask, *small, *options)
     return dqkv, None if table is None else dtable, None
 
 
-def _mathematics(qkv, table, key_mask, scale):
+def _mathematics(qkv: Tensor, table: Tensor | None, key_mask: Tensor | None, scale: float) -> Tensor:
     return reference.attention2d(qkv, table, key_mask, scale)[0]
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from torch import Tensor
 
 from .. import reference
 from ..reference.checks import ACTIVATIONS
@@ -14,7 +17,7 @@ from .layout import to_map
 from .self_gate import Coefficients, deviation_and_gate, input_gradient, logit_gradient, moments
 
 
-def _channelwise(x, weights, dtype):
+def _channelwise(x: Tensor, weights: Any, dtype: torch.dtype) -> tuple[Tensor, ...]:
     """The weights by channel of x ``[C]``, and which channels have a gate per element."""
     width = weights[0].numel()
     groups = x.shape[1] // (2 * width)
@@ -22,7 +25,7 @@ def _channelwise(x, weights, dtype):
     return *(w.flatten().to(dtype).repeat(2 * groups) for w in weights), spatial
 
 
-def _coefficients(weights, mean, rstd, pixels):
+def _coefficients(weights: Any, mean: Tensor, rstd: Tensor, pixels: int) -> Coefficients:
     cweight, cbias, sweight, sbias, gn_weight, gn_bias, spatial = weights
     # One pixel is its own mean: d is 0, and a, large as 1 / sqrt(eps), would only be rounded in dx.
     a = torch.where(spatial, sweight * gn_weight * rstd, 0.0) if pixels > 1 else 0.0
@@ -30,15 +33,26 @@ def _coefficients(weights, mean, rstd, pixels):
     return Coefficients(mean, a=a, b=b)
 
 
-def _deviation_and_gate(x, k, spatial):
+def _deviation_and_gate(x: Tensor, k: Coefficients, spatial: Tensor) -> tuple[Tensor, ...]:
     """As for other gates, but d is 0 where the gate is the channel's: there x may be infinite, and a is not felt."""
     d, gate = deviation_and_gate(x, k)
-    constant = torch.sigmoid(k.b)[..., None, None]
+    constant = torch.sigmoid(torch.as_tensor(k.b))[..., None, None]
     spatial = spatial[:, None, None]
     return torch.where(spatial, d, 0.0), torch.where(spatial, gate, constant)
 
 
-def _forward(x, cweight, cbias, sweight, sbias, gn_weight, gn_bias, residual, activation, eps):
+def _forward(
+    x: Tensor,
+    cweight: Tensor,
+    cbias: Tensor,
+    sweight: Tensor,
+    sbias: Tensor,
+    gn_weight: Tensor,
+    gn_bias: Tensor,
+    residual: Tensor | None,
+    activation: int,
+    eps: float,
+) -> tuple[Tensor, ...]:
     mean, second = moments(x, (2, 3))
     pixels = x.shape[2] * x.shape[3]
     rstd = (second / pixels + eps).rsqrt()
@@ -47,7 +61,20 @@ def _forward(x, cweight, cbias, sweight, sbias, gn_weight, gn_bias, residual, ac
     return to_map(epilogue(shuffle(x * gate), residual, ACTIVATIONS[activation]), x), mean, rstd
 
 
-def _backward(grad, x, cweight, cbias, sweight, sbias, gn_weight, gn_bias, residual, mean, rstd, activation):
+def _backward(
+    grad: Tensor,
+    x: Tensor,
+    cweight: Tensor,
+    cbias: Tensor,
+    sweight: Tensor,
+    sbias: Tensor,
+    gn_weight: Tensor,
+    gn_bias: Tensor,
+    residual: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    activation: int,
+) -> tuple[Tensor, ...]:
     pixels, width = x.shape[2] * x.shape[3], cweight.numel()
     weights = _channelwise(x, (cweight, cbias, sweight, sbias, gn_weight, gn_bias), mean.dtype)
     w_c, _, w_s, _, gn_w, gn_b, spatial = weights
@@ -63,7 +90,7 @@ def _backward(grad, x, cweight, cbias, sweight, sbias, gn_weight, gn_bias, resid
     v = torch.where(spatial, -k.a, w_c) * sum_r / pixels
     dx = to_map(input_gradient(grad, gate, d, r, k, u, v), x)
 
-    def over_groups(value, half):
+    def over_groups(value: Tensor, half: int) -> Tensor:
         return value.view(n, c // (2 * width), 2, width)[:, :, half].sum((0, 1))
 
     normed = rstd * sum_rd

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from .. import reference
 from .declare import gate_op
 from .epilogue import finish, residual_gradient, start_backward
@@ -9,14 +11,16 @@ from .layout import to_map
 from .self_gate import Coefficients, deviation_and_gate, input_gradient, logit_gradient, moments
 
 
-def _forward(x, residual, activation, e_lambda):
+def _forward(x: Tensor, residual: Tensor | None, activation: int, e_lambda: float) -> tuple[Tensor, ...]:
     mean, second = moments(x, (2, 3))
     scale = 1 / (4 * (second / max(x.shape[2] * x.shape[3] - 1, 1) + e_lambda))
     _, gate = deviation_and_gate(x, Coefficients(mean, q=scale, b=0.5))
     return finish(x, gate, residual, activation), mean, scale
 
 
-def _backward(grad, x, residual, mean, scale, activation):
+def _backward(
+    grad: Tensor, x: Tensor, residual: Tensor | None, mean: Tensor, scale: Tensor, activation: int
+) -> tuple[Tensor, ...]:
     k, pixels = Coefficients(mean, q=scale, b=0.5), x.shape[2] * x.shape[3]
     d, gate = deviation_and_gate(x, k)
     grad = start_backward(grad, x, gate, residual, activation)

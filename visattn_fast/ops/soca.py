@@ -7,7 +7,7 @@ the gradient. All steps commute, and each is its own transpose. Small matrices a
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -18,13 +18,13 @@ from ..reference.soca import STEPS, trace
 from .autograd import without_autocast
 from .channel_scale import channel_input_grad, channel_mean, channel_scale_bwd, channel_scale_fwd
 from .declare import composed_op
-from .layout import empty_small, memory_format
+from .layout import as_matrices, empty_small, memory_format
 from .library import define
 
 _BLOCK = 1 << 18  # elements of x that are centred at a time; on a GPU, where calls are what smaller ones cost, 32 times
 
 
-def _covariance_reference(x, mean):
+def _covariance_reference(x: Tensor, mean: Tensor) -> Tensor:
     """Centred some images at a time, or blocks of one: nothing cancels, and no centred copy of x is made."""
     n, c, h, w = x.shape
     nhwc = memory_format(x) == torch.channels_last
@@ -165,15 +165,19 @@ def _ones(cov: Tensor) -> Tensor:
     return torch.full((cov.shape[0], 1, cov.shape[1]), 1 / cov.shape[1], dtype=cov.dtype, device=cov.device)
 
 
-def _soca_gate_fwd_reference(cov, w1, b1, w2, b2):
-    w1, b1, w2, b2 = (None if t is None else t.to(cov.dtype) for t in (w1.flatten(1), b1, w2.flatten(1), b2))
+def _soca_gate_fwd_reference(
+    cov: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None
+) -> tuple[Tensor, ...]:
+    w1, b1, w2, b2 = as_matrices(cov.dtype, w1, b1, w2, b2)
     total = trace(cov)
     pooled = (_root(cov / total).apply(_ones(cov)) * total.sqrt())[:, 0]
     hidden = F.relu(F.linear(pooled, w1, b1))
     return pooled, hidden, torch.sigmoid(F.linear(hidden, w2, b2))
 
 
-def _soca_gate_bwd_reference(dgate, cov, w1, w2, pooled, hidden, gate):
+def _soca_gate_bwd_reference(
+    dgate: Tensor, cov: Tensor, w1: Tensor, w2: Tensor, pooled: Tensor, hidden: Tensor, gate: Tensor
+) -> tuple[Tensor, ...]:
     dz2 = dgate * gate * (1 - gate)
     dz1 = torch.where(hidden <= 0, 0.0, dz2 @ w2.flatten(1).to(cov.dtype))
     dpooled = (dz1 @ w1.flatten(1).to(cov.dtype))[:, None]
@@ -206,7 +210,9 @@ soca_gate_bwd = define(
 )
 
 
-def _forward(x, w1, b1, w2, b2, residual, activation):
+def _forward(
+    x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, residual: Tensor | None, activation: int
+) -> tuple[Tensor, ...]:
     # On a GPU PyTorch's own mean of channels_last maps takes scratch of many megabytes for the parts of its sums.
     mean = channel_mean(x)
     cov = covariance(x, mean)
@@ -214,7 +220,7 @@ def _forward(x, w1, b1, w2, b2, residual, activation):
     return channel_scale_fwd(x, gate, residual, activation), mean, cov, pooled, hidden, gate
 
 
-def _gradients(grad, tensors, small, options):
+def _gradients(grad: Tensor, tensors: Any, small: Any, options: Any) -> tuple[Tensor | None, ...]:
     (x, w1, _, w2, _, residual), (mean, cov, pooled, hidden, gate) = tensors, small
     dgate, dresidual = channel_scale_bwd(grad, x, gate, residual, *options)
     dcov, dw1, db1, dw2, db2 = soca_gate_bwd(dgate, cov, w1, w2, pooled, hidden, gate)

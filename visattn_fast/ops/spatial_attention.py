@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from .. import reference
 from .cbam_halves import (
     pool_channels,
@@ -14,12 +16,14 @@ from .declare import gate_op
 from .layout import accumulation_dtype, to_map
 
 
-def _forward(x, wconv, bias):
+def _forward(x: Tensor, wconv: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
     maps, argmax_c = pool_channels(x, accumulation_dtype(x))
     return spatial_gate(maps, wconv, bias).to(x.dtype)[:, None], maps, argmax_c
 
 
-def _backward(grad, x, wconv, bias, gate, maps, argmax_c):
+def _backward(
+    grad: Tensor, x: Tensor, wconv: Tensor, bias: Tensor | None, gate: Tensor, maps: Tensor, argmax_c: Tensor
+) -> tuple[Tensor, ...]:
     gate = gate.to(maps.dtype)
     dz = (grad * gate * (1 - gate))[:, 0]
     dmaps, dwconv = spatial_gate_backward(dz, maps, wconv)

@@ -26,12 +26,12 @@ def _count_ties(at: Tensor, equal: Tensor, dim: int) -> Tensor:
     return torch.where(count > 1, -count, at)
 
 
-def _pool_pixels_reference(x, even):
+def _pool_pixels_reference(x: Tensor, even: int) -> tuple[Tensor, ...]:
     pooled, at = _first_of_pixels(x, accumulation_dtype(x))
     return pooled, _count_ties(at, x.flatten(2) == pooled[:, 1, :, None], 2) if even else at
 
 
-def _pool_channels_reference(x, gate, even):
+def _pool_channels_reference(x: Tensor, gate: Tensor, even: int) -> tuple[Tensor, ...]:
     u = x * gate[:, :, None, None]
     maps, at = _first_of_channels(u, u.dtype)
     return maps, _count_ties(at, u == maps[:, 1:], 1) if even else at
@@ -44,28 +44,43 @@ def _share(value: Tensor, maximum: Tensor, grad: Tensor, at: Tensor, dim: int) -
     return torch.where(hits, grad / torch.where(at < 0, -at, 1), 0.0)
 
 
-def _map_gradient(x, gate, maps, dmaps, at):
+def _map_gradient(x: Tensor, gate: Tensor, maps: Tensor, dmaps: Tensor, at: Tensor) -> Tensor:
     """Of ``u = x * gate`` by way of its maps."""
     u = x * gate[:, :, None, None]
     return dmaps[:, :1] / x.shape[1] + _share(u, maps[:, 1:], dmaps[:, 1:], at[:, None], 1)
 
 
-def _pool_channels_bwd_reference(x, gate, maps, dmaps, at):
+def _pool_channels_bwd_reference(x: Tensor, gate: Tensor, maps: Tensor, dmaps: Tensor, at: Tensor) -> Tensor:
     return (x * _map_gradient(x, gate, maps, dmaps, at)).sum((2, 3))
 
 
-def _twofold_scale_reference(x, channel, spatial, residual, activation):
+def _twofold_scale_reference(
+    x: Tensor, channel: Tensor, spatial: Tensor, residual: Tensor | None, activation: int
+) -> Tensor:
     return finish(x, _both(channel, spatial), residual, activation)
 
 
-def _twofold_scale_bwd_reference(grad, x, channel, spatial, residual, activation):
+def _twofold_scale_bwd_reference(
+    grad: Tensor, x: Tensor, channel: Tensor, spatial: Tensor, residual: Tensor | None, activation: int
+) -> tuple[Tensor, ...]:
     grad = start_backward(grad, x, _both(channel, spatial), residual, activation)
     product = grad * x
     dchannel, dspatial = (product * spatial[:, None]).sum((2, 3)), (product * channel[:, :, None, None]).sum(1)
     return dchannel, dspatial, residual_gradient(grad, x, activation)
 
 
-def _twofold_input_grad_reference(grad, x, channel, spatial, maps, dmaps, at_c, pooled, dpooled, at_hw):
+def _twofold_input_grad_reference(
+    grad: Tensor,
+    x: Tensor,
+    channel: Tensor,
+    spatial: Tensor,
+    maps: Tensor,
+    dmaps: Tensor,
+    at_c: Tensor,
+    pooled: Tensor,
+    dpooled: Tensor,
+    at_hw: Tensor,
+) -> Tensor:
     du = grad * spatial[:, None] + _map_gradient(x, channel, maps, dmaps, at_c)
     dmean, dmax = dpooled[:, 0, :, None] / (x.shape[2] * x.shape[3]), dpooled[:, 1, :, None]
     shared = _share(x.flatten(2).to(dmax.dtype), pooled[:, 1, :, None], dmax, at_hw[:, :, None], 2)

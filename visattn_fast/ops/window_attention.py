@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from torch import Tensor
 
 from .. import reference
 from ..reference.window_attention import Windows, join_windows, relative_position, split_windows, window_weights
@@ -11,23 +14,29 @@ from .layout import accumulation_dtype, empty_small
 from .library import define
 
 
-def _windows(qkv, window_h, window_w, shift_h, shift_w, scale, pad_first):
+def _windows(
+    qkv: Tensor, window_h: int, window_w: int, shift_h: int, shift_w: int, scale: float, pad_first: bool
+) -> tuple[Windows, float]:
     return Windows(qkv.shape[1], qkv.shape[2], (window_h, window_w), (shift_h, shift_w), bool(pad_first)), scale
 
 
-def _empty_out(qkv):
+def _empty_out(qkv: Tensor) -> Tensor:
     n, height, width, channels = qkv.shape
     return empty_small(qkv, n, height, width, channels // 3, dtype=qkv.dtype)
 
 
-def _window_attention_fwd_reference(qkv, bias, table, heads, *geometry):
+def _window_attention_fwd_reference(
+    qkv: Tensor, bias: Tensor | None, table: Tensor, heads: int, *geometry: Any
+) -> Tensor:
     (windows, scale), a = _windows(qkv, *geometry), accumulation_dtype(qkv)
     q, k, v = split_windows(qkv.to(a), bias, heads, windows)
     out = join_windows(window_weights(q, k, table.to(a), windows, scale) @ v, windows)
     return _empty_out(qkv).copy_(out)
 
 
-def _window_attention_bwd_reference(grad, qkv, bias, table, heads, *geometry):
+def _window_attention_bwd_reference(
+    grad: Tensor, qkv: Tensor, bias: Tensor | None, table: Tensor, heads: int, *geometry: Any
+) -> tuple[Tensor, ...]:
     (windows, scale), a = _windows(qkv, *geometry), accumulation_dtype(qkv)
     q, k, v = split_windows(qkv.to(a), bias, heads, windows)
     p = window_weights(q, k, table.to(a), windows, scale)
@@ -64,15 +73,26 @@ window_attention_bwd = define(
 )
 
 
-def _forward(qkv, bias, table, *options):
+def _forward(qkv: Tensor, bias: Tensor | None, table: Tensor, *options: Any) -> tuple[Tensor, ...]:
     return (window_attention_fwd(qkv, bias, table, *options),)
 
 
-def _gradients(grad, tensors, small, options):
+def _gradients(grad: Tensor, tensors: Any, small: Any, options: Any) -> tuple[Tensor | None, ...]:
     return window_attention_bwd(grad, *tensors, *options)
 
 
-def _mathematics(qkv, bias, table, heads, window_h, window_w, shift_h, shift_w, scale, pad_first):
+def _mathematics(
+    qkv: Tensor,
+    bias: Tensor | None,
+    table: Tensor,
+    heads: int,
+    window_h: int,
+    window_w: int,
+    shift_h: int,
+    shift_w: int,
+    scale: float,
+    pad_first: bool,
+) -> Tensor:
     window, shift = (window_h, window_w), (shift_h, shift_w)
     arguments = (bias, table, heads, window, shift, scale, bool(pad_first))
     return reference.window_attention(qkv, *arguments)
