@@ -49,11 +49,10 @@ names: $(VENV)/installed ## write the lists of public names from each file's __a
 docs: $(VENV)/installed ## build the documentation site: site/index.html
 	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet -d build/doctrees docs site
 
-lint: $(VENV)/installed ## ruff, mypy, lists of names, clang-format
+lint: $(VENV)/installed ## ruff, mypy, clang-format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m tools.names --check
 	$(BIN)/clang-format --dry-run --Werror $(SOURCES) $(CUDA_SOURCES)
 
 prose: $(VENV)/installed ## check the English of docstrings

@@ -14,7 +14,6 @@ from collections.abc import Iterable
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "visattn_fast"
-# The split keeps ruff from sorting the file's own imports into the lists.
 BEGIN, END = "# isort: split\n# Lists of names: written by `make names`.\n", "# End of the lists.\n"
 
 
@@ -69,10 +68,9 @@ def replaced(text: str, lists: str) -> str:
 
 def formatted(path: Path, text: str) -> str:
     """``text`` as ruff sorts and formats it."""
-    for command in (["check", "--fix", "--select", "I,RUF022", "--quiet"], ["format"]):
-        name = ["--stdin-filename", str(path)]
-        whole = [sys.executable, "-m", "ruff", *command, *name, "-"]
-        done = subprocess.run(whole, input=text, capture_output=True, text=True, check=True)
+    for arguments in (["check", "--fix", "--select", "I,RUF022", "--quiet"], ["format"]):
+        command = [sys.executable, "-m", "ruff", *arguments, "--stdin-filename", str(path), "-"]
+        done = subprocess.run(command, input=text, capture_output=True, text=True, check=True)
         text = done.stdout
     return text
 
