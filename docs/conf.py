@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import visattn_fast
 
 project = "visattn_fast"
@@ -20,6 +22,7 @@ add_module_names = False
 python_maximum_signature_line_length = 100
 toc_object_entries_show_parents = "hide"
 autodoc_default_options = {"members": True, "imported-members": True}
+autodoc_inherit_docstrings = False
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
 napoleon_attr_annotations = False  # the signature above has the types
@@ -29,6 +32,11 @@ napoleon_use_rtype = False
 def without_tuple_fields(app, what, name, member, skip, options):
     """Leaves out the fields of named tuples, which their class describes."""
     return skip or (getattr(member, "__doc__", None) or "").startswith("Alias for field number")
+
+
+def sizes_as_code(app, what, name, obj, options, lines):
+    """Keeps napoleon from taking "channels: C." for item C of a list."""
+    lines[:] = [re.sub(r"^(\s+[\w, ]+: )([A-Z])\.$", r"\1``\2``.", line) for line in lines]
 
 
 def from_the_top(app, env, node, contnode):
@@ -42,4 +50,5 @@ def from_the_top(app, env, node, contnode):
 
 def setup(app):
     app.connect("autodoc-skip-member", without_tuple_fields)
+    app.connect("autodoc-process-docstring", sizes_as_code, priority=100)  # before napoleon
     app.connect("missing-reference", from_the_top)
