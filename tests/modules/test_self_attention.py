@@ -18,7 +18,7 @@ from visattn_fast import reference
 from visattn_fast.measure.memory import peak_bytes
 from visattn_fast.ops import self_attention as ops
 from visattn_fast.ops.library import OPS
-from visattn_fast.reference.attention2d import relative_bias
+from visattn_fast.reference.self_attention import relative_bias
 
 functional = importlib.import_module("visattn_fast.fused.self_attention")  # not the function of that name
 targets = pytest.mark.parametrize(("device", "backend"), [*TARGETS, *((d, "reference") for d in DEVICES)])

@@ -17,7 +17,7 @@ from visattn_fast.ops.library import OPS
 N, Q, K, D = 3, 5, 7, 6
 NAN = float("nan")
 LENGTHS = torch.tensor([7, 4, 0])
-SCORES = reference.sequence_attention.SCORES
+SCORES = reference.sequence.SCORES
 
 
 @pytest.fixture(autouse=True)

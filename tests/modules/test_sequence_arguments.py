@@ -52,7 +52,7 @@ BAD = [
         {"score": "dot"},
         lambda m: m(X, S, position=torch.ones(3, 5)),
         ValueError,
-        r"position is taken with a window",
+        r"position must be None without a window",
     ),
     (
         "sequence",

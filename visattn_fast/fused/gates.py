@@ -13,7 +13,7 @@ from ..ops.autograd import call_function
 from ..ops.gates import GATE_CHANNELS, GATE_TWICE, ChannelScale, Mean, PoolChannels, PoolPixels, TwofoldScale
 from ..ops.map_conv import MAP_CONV
 from ..reference.checks import ACTIVATIONS, TIES, check_choice, check_feature_map, check_spatial_kernel
-from ..reference.gates import checked
+from ..reference.custom_gates import checked
 from .serve import check_epilogue
 
 __all__ = ["conv_maps", "gate_channels", "gate_twice"]

@@ -14,7 +14,7 @@ from ..ops.channel_scale import channel_affine, channel_mean
 from ..ops.gates import GATE_CHANNELS
 from ..reference.batch_norm import update_running_statistics
 from ..reference.checks import ACTIVATIONS, check_batch_norm, check_choice, check_residual
-from ..reference.gates import checked
+from ..reference.custom_gates import checked
 
 
 def gate_normed_channels(

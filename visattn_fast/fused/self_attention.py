@@ -12,7 +12,7 @@ from .. import reference
 from ..backends import decide, reference_asked
 from ..ops.self_attention import ATTENTION2D, attention_mean
 from ..ops.token_grid import in_format_of, token_grid
-from ..reference.attention2d import check_attention2d, relative_bias, split_heads
+from ..reference.self_attention import check_attention2d, relative_bias, split_heads
 
 __all__ = ["FastSelfAttention2d", "attention2d"]
 

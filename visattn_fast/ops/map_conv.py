@@ -33,7 +33,7 @@ map_conv_bwd = define(
     "map_conv_bwd(Tensor grad, Tensor maps, Tensor w) -> (Tensor dmaps, Tensor dw)",
     None,
     _map_conv_bwd_reference,
-    ("N C H W", "shape of w"),
+    ("shape of maps", "shape of w"),
 )
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..reference.attention2d import split_heads
+from ..reference.self_attention import split_heads
 from .declare import composed_op
 from .layout import accumulation_dtype, empty_small
 from .library import define

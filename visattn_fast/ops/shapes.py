@@ -54,7 +54,8 @@ def _leading(given: Arguments, weights: Mapping[str, str]) -> Tensor:
     """The argument that gives results their device and dtype: x, else the first declared one, else the first map."""
     if "x" in given or weights:
         return given["x" if "x" in given else next(iter(weights))]
-    return next(t for t in given.values() if isinstance(t, Tensor) and t.dim() == 4)
+    tensors = [t for t in given.values() if isinstance(t, Tensor)]
+    return next((t for t in tensors if t.dim() == 4), tensors[0])
 
 
 def _sizes(x: Tensor, given: Arguments, weights: Mapping[str, str]) -> dict[str, int]:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..reference.window_attention import Windows, join_windows, relative_position, split_windows, window_weights
+from ..reference.window_attention import join_windows, split_windows, window_weights
+from ..reference.window_geometry import Windows, relative_position
 from .declare import composed_op
 from .layout import accumulation_dtype, empty_small
 from .library import define

@@ -1,4 +1,7 @@
-"""Reading a module's parameters in little time: on small maps nn.Module's ``__getattr__`` is a good part of a call."""
+"""Fast access to the children and parameters of a module.
+
+On small maps ``nn.Module.__getattr__`` takes a good part of a call.
+"""
 
 from __future__ import annotations
 
@@ -8,18 +11,18 @@ from torch import nn
 
 
 def child(module: nn.Module, name: str) -> Any:
-    """``module.name``, a submodule."""
+    """The submodule ``module.name``."""
     return module._modules[name]
 
 
 def parameter(module: nn.Module, name: str) -> Any:
-    """``module.name``; ``__getattr__`` finds it where it is no plain parameter: parametrized, pruned, a replica's."""
+    """``module.name``, by ``__getattr__`` only if it is no plain parameter: parametrized, pruned, or in a replica."""
     own = module._parameters
     return own[name] if name in own else getattr(module, name)
 
 
 def weight_and_bias(layer: nn.Module) -> tuple[Any, Any]:
-    """``(layer.weight, layer.bias)``; see `parameter`."""
+    """``(layer.weight, layer.bias)``, read as by `parameter`."""
     own = layer._parameters
     if "weight" in own and "bias" in own:
         return own["weight"], own["bias"]

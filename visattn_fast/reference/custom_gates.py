@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .activations import Ties
 from .cbam import global_maximum
 from .checks import TIES, check_choice, check_feature_map
 
@@ -14,7 +15,7 @@ __all__ = ["gate_channels", "gate_twice"]
 
 
 def gate_channels(x: Tensor, gate: Callable[[Tensor], Tensor]) -> Tensor:
-    """``x * gate(mean(x))``: mean over H and W.
+    """``x * gate(mean(x))``, the mean over H and W.
 
     Args:
         x: ``[N, C, H, W]``.
@@ -22,7 +23,7 @@ def gate_channels(x: Tensor, gate: Callable[[Tensor], Tensor]) -> Tensor:
 
     Raises:
         ValueError: a shape that does not fit.
-        TypeError: a dtype that is not floating.
+        TypeError: a dtype that is not floating-point.
     """
     check_feature_map(x)
     return x * checked(gate(x.mean((2, 3), keepdim=True)), (*x.shape[:2], 1, 1), "gate")
@@ -38,17 +39,17 @@ def gate_twice(
 
     Args:
         x: ``[N, C, H, W]``.
-        channel: ``[N, C, 1, 1]`` twice -> ``[N, C, 1, 1]``, in differentiable PyTorch; None for no such gate.
+        channel: two ``[N, C, 1, 1]`` -> ``[N, C, 1, 1]``, in differentiable PyTorch; None: no channel gate.
         spatial: ``[N, 2, H, W]`` -> ``[N, 1, H, W]``, in differentiable PyTorch.
-        ties: which of equal maxima gets the gradient: the ``"first"``, as `torch.max` has it, or each an ``"even"``
-            share, as `torch.amax` has it.
+        ties: the gradient of equal maxima: ``"first"``: all of it to the first, as `torch.max`; ``"even"``: an even
+            share to each, as `torch.amax`.
 
     Raises:
         ValueError: a shape that does not fit, an unknown ``ties``.
-        TypeError: a dtype that is not floating.
+        TypeError: a dtype that is not floating-point.
     """
     check_feature_map(x)
-    even = bool(check_choice("ties", ties, TIES))
+    even = check_choice("ties", ties, TIES) == Ties.EVEN
     if channel is not None:
         maximum = x.amax((2, 3), keepdim=True) if even else global_maximum(x)
         x = x * checked(channel(x.mean((2, 3), keepdim=True), maximum), (*x.shape[:2], 1, 1), "channel")
@@ -58,7 +59,7 @@ def gate_twice(
 
 
 def checked(gate: Tensor, shape: tuple[int, ...], name: str) -> Tensor:
-    """The gate that a callable of that name returned. Raises ValueError unless it has the shape."""
+    """Returns ``gate``, the result of the callable ``name``. Raises ValueError unless it has ``shape``."""
     if gate.shape != shape:
         raise ValueError(f"{name} must return shape {list(shape)}, got {list(gate.shape)}")
     return gate
