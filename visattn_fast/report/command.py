@@ -112,7 +112,7 @@ def _rendered(report: Report | ModelReport) -> dict[str, str]:
 
 
 def _draw(report: Report | ModelReport, args: argparse.Namespace) -> list[Path]:
-    """Draws the figure that was asked for, and returns its path. Raises ValueError if the report has no training steps."""
+    """Draws the figure that was asked for. Returns its path. Raises ValueError if no training steps were measured."""
     if not args.figure:
         return []
     svg = bars.mean_times(report, "both") if isinstance(report, Report) else ""
