@@ -8,9 +8,6 @@ SOURCES := $(wildcard csrc/common/*.h csrc/cpu/*.h csrc/cpu/*.cpp csrc/cuda/plan
 CUDA_SOURCES := $(wildcard csrc/cuda/*.* csrc/cuda/emulation/*.*)
 # Test processes. Threads of two of them share the cores, and wait asleep; the interpreter needs one thread each.
 PROCESSES ?= 2
-INTERPRETED := $(addprefix tests/,modules/test_parity.py modules/test_autograd.py modules/test_window_attention.py \
-	ops/test_gates.py kernels/test_flash_attention.py kernels/test_kernels_interpreter.py kernels/test_launches.py \
-	kernels/test_resident.py kernels/test_traffic.py kernels/test_planted_faults.py)
 
 .PHONY: help report test bench kernels evidence names docs lint prose format ext-cuda gpu-check build clean
 
@@ -22,7 +19,7 @@ report: $(VENV)/built ## compare eager, torch.compile and fused on this machine:
 
 test: $(VENV)/built ## run all tests, then those of the Triton kernels under the interpreter
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses $(PROCESSES)
-	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest --numprocesses $(PROCESSES) $(INTERPRETED)
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest --numprocesses $(PROCESSES) -m interpreted tests
 
 bench: $(VENV)/built ## run the benchmarks
 	$(BIN)/python -m pytest bench --benchmark-only

@@ -1,12 +1,12 @@
-"""Attention over sequences called wrongly: what each message says."""
+"""Bad input of attention over sequences raises an error that names it."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from test_sequence import LENGTHS, D, K, N, Q, build
 
 import visattn_fast as vf
+from sequences import LENGTHS, D, K, N, Q, build
 from visattn_fast import reference
 
 X, S = torch.randn(N, Q, D), torch.randn(N, K, D)
@@ -66,7 +66,7 @@ BAD = [
 
 @pytest.mark.parametrize("which", [0, 1], ids=["reference", "fast"])
 @pytest.mark.parametrize(("name", "options", "call", "error", "message"), BAD)
-def test_bad_calls(name, options, call, error, message, which):
+def test_bad_call_raises(name, options, call, error, message, which):
     with pytest.raises(error, match=message):
         call(build(name, **options)[which])
 
@@ -81,6 +81,6 @@ def test_bad_calls(name, options, call, error, message, which):
         (lambda: reference.SequenceAttention("dot", 8, predictive=True), r"a predicted position needs a window"),
     ],
 )
-def test_bad_arguments(construct, message):
+def test_bad_constructor_argument_raises(construct, message):
     with pytest.raises(ValueError, match=message):
         construct()

@@ -1,4 +1,4 @@
-"""The passes over SK's branches by themselves: any number of threads, empty batches, both layouts on every target."""
+"""SK: running statistics, empty batches, and the kernels over its branches in both layouts."""
 
 from __future__ import annotations
 
@@ -8,45 +8,23 @@ import pytest
 import torch
 
 import visattn_fast as vf
-from cases import INTERPRETED, TARGETS, feature_map
+from cases import feature_map, layouts
 from visattn_fast import catalogue, reference
 
-layouts = pytest.mark.parametrize("layout", catalogue.LAYOUTS)
 
-
-def arguments(shape, layout, dtype=torch.float32, device="cpu"):
-    """Branches and weights of `functional.sk`, d = 6."""
-    branches = [feature_map(shape, layout, dtype, device, seed=seed) for seed in (0, 1)]
+def arguments(shape, layout, dtype=torch.float32):
+    """Returns branches and weights of `functional.sk` with d = 6."""
+    branches = [feature_map(shape, layout, dtype, seed=seed) for seed in (0, 1)]
     c, generator = shape[1], torch.Generator().manual_seed(0)
     sizes = ((6, c), (6,), (6,), (6,), (6,), (c, 6), (c,), (c, 6), (c,))
-    weights = [torch.rand(size, generator=generator, dtype=torch.float32).to(device, dtype) for size in sizes]
+    weights = [torch.rand(size, generator=generator).to(dtype) for size in sizes]
     return branches + weights
-
-
-@pytest.mark.parametrize(("device", "backend"), TARGETS)
-@layouts
-def test_threads(layout, device, backend):
-    """The same bits with any number of threads."""
-    tensors = [t.requires_grad_() for t in arguments((3, 40, 13, 11), layout, device=device)]
-    for statistic in tensors[5:7]:
-        statistic.requires_grad_(False)
-    wanted = [t for t in tensors if t.requires_grad]
-    results, before = [], torch.get_num_threads()
-    for threads in (before, 1, 3):
-        torch.set_num_threads(threads)
-        try:
-            with vf.use_backend(backend):
-                y = vf.functional.sk(*tensors)
-                results.append((y, *torch.autograd.grad(y.square().sum(), wanted)))
-        finally:
-            torch.set_num_threads(before)
-    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
 
 
 @layouts
 @pytest.mark.parametrize("backend", ["auto", "reference"])
-def test_running_statistics(layout, backend):
-    """They move as `nn.BatchNorm2d`'s do, whatever the dtypes, and a single image in training is refused."""
+def test_running_statistics_move_as_those_of_a_batch_norm(layout, backend):
+    """Running statistics may have another dtype than x."""
     tensors = arguments((3, 8, 4, 5), layout, torch.float64)
     for i in (5, 6):
         tensors[i] = tensors[i].float()
@@ -56,9 +34,12 @@ def test_running_statistics(layout, backend):
         vf.functional.sk(*tensors, training=True, momentum=0.25)
     torch.testing.assert_close(tensors[5], 0.75 * center + 0.25 * z.mean(0).float())
     torch.testing.assert_close(tensors[6], 0.75 * var + 0.25 * z.var(0).float())
-    for module in (vf.functional, reference):
-        with pytest.raises(ValueError, match=r"at least 2 images in training, got 1"):
-            module.sk(*arguments((1, 8, 4, 5), layout), training=True)
+
+
+@pytest.mark.parametrize("functions", [vf.functional, reference], ids=["fast", "reference"])
+def test_single_image_in_training_raises(functions):
+    with pytest.raises(ValueError, match=r"at least 2 images in training, got 1"):
+        functions.sk(*arguments((1, 8, 4, 5), "nchw"), training=True)
 
 
 def test_empty_batch_launches_nothing(monkeypatch):
@@ -76,12 +57,11 @@ def test_empty_batch_launches_nothing(monkeypatch):
     assert all(d.shape == v.shape for d in branches.branch_grad(v, v, v, gate, dmean))
 
 
-@pytest.mark.skipif(INTERPRETED, reason="compiles: needs TRITON_INTERPRET unset")
 @layouts
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
 @pytest.mark.parametrize("shape", [(64, 256, 56, 56), (4096, 256, 56, 56)], ids=["plain", "huge"])
-def test_compiled(layout, target, shape):
-    """Both layouts: the convolutions that stand before the branches in SK forget the layout of meta tensors."""
+def test_branch_kernels_compile_without_faults(layout, target, shape):
+    """`tools.compiled` sees one layout alone, since the convolutions before the branches drop that of meta tensors."""
     pytest.importorskip("triton")
     compiled = pytest.importorskip("tools.compiled", reason="not beside the repository's tools")
     launches = importlib.import_module("tools.launches")

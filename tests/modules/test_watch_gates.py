@@ -1,4 +1,4 @@
-"""watch_gates: statistics of every gate while a model trains, and nothing changed by looking."""
+"""watch_gates reports statistics of every gate while a model trains, and changes nothing in the training."""
 
 from __future__ import annotations
 
@@ -12,59 +12,12 @@ from torch import nn
 
 import visattn_fast as vf
 from cases import feature_map
+from gated_net import KEYS, images, net
 from visattn_fast import reference
-from visattn_fast.models import AttentionResNet
-
-
-class Net(nn.Module):
-    """Gates of several kinds, batch norm, dropout; ``twice`` runs twice, ``idle`` never."""
-
-    def __init__(self, fused: bool = True) -> None:
-        super().__init__()
-        self.conv = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.Dropout(0.5))
-        self.se, self.twice, self.cbam, self.idle = (
-            (vf.FastSE(16), vf.FastECA(16), vf.FastCBAM(16), vf.FastSE(16))
-            if fused
-            else (reference.SE(16), reference.ECA(16), reference.CBAM(16), reference.SE(16))
-        )
-
-    def forward(self, x, scale=None):
-        x = self.twice(self.twice(self.se(x=self.conv(x))))
-        x = self.cbam(x, residual=x, activation="relu") if isinstance(self.cbam, vf.FastCBAM) else self.cbam(x)
-        return x if scale is None else x * scale
-
-
-KEYS = ["se", "twice[0]", "twice[1]", "cbam.channel", "cbam.spatial"]
-
-
-def net(fused: bool = True) -> Net:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return Net(fused)
-
-
-def images(dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return feature_map((2, 3, 6, 5), "nchw", dtype)
-
-
-def snapshot(model: nn.Module) -> tuple:
-    """All that looking must not change, in a form that compares."""
-    state = {key: (value.data_ptr(), value._version, value.clone()) for key, value in model.state_dict().items()}
-    hooks = [(list(m._forward_hooks), list(m._forward_pre_hooks)) for m in model.modules()]
-    grads = [p.grad for p in model.parameters()]
-    return state, [m.training for m in model.modules()], hooks, grads, torch.get_rng_state()
-
-
-def assert_unchanged(before: tuple, model: nn.Module) -> None:
-    state, modes, hooks, grads, rng = snapshot(model)
-    for key, (pointer, version, value) in before[0].items():
-        assert state[key][:2] == (pointer, version), key
-        assert torch.equal(state[key][2], value), key
-    assert (modes, hooks, grads) == before[1:4]
-    assert torch.equal(rng, before[4])
 
 
 def train(model: nn.Module, steps: int, root: nn.Module | None = None) -> list[torch.Tensor]:
+    """Trains the model, called through ``root`` if given; returns the losses."""
     torch.manual_seed(1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     losses = []
@@ -78,8 +31,8 @@ def train(model: nn.Module, steps: int, root: nn.Module | None = None) -> list[t
 
 
 @pytest.mark.parametrize("fused", [True, False])
-def test_watch(fused):
-    """Every n-th training step reports every gate; training is bit for bit the same."""
+def test_every_nth_step_reports_every_gate(fused):
+    """Evaluation is not reported, and training is the same bit for bit."""
     plain, watched = net(fused), net(fused)
     seen: list[vf.GateStatistics] = []
     with vf.watch_gates(watched, seen.append, every=2) as watch:
@@ -97,8 +50,8 @@ def test_watch(fused):
     assert len(seen) == 10
 
 
-class Given(nn.Module):
-    """A gate of given values, as a user may write one."""
+class GivenGate(nn.Module):
+    """A gate of given values, like a user's own module."""
 
     def __init__(self, values: torch.Tensor, kind: str = "channel") -> None:
         super().__init__()
@@ -112,14 +65,15 @@ class Given(nn.Module):
 
 
 def statistics(values: torch.Tensor, kind: str = "channel") -> vf.GateStatistics:
+    """Returns what a watched gate of these values reports."""
     seen: list[vf.GateStatistics] = []
-    gate = Given(values, kind)
+    gate = GivenGate(values, kind)
     with vf.watch_gates(gate, seen.append):
         gate(torch.zeros(1))
     return seen[0]
 
 
-def test_statistics():
+def test_statistics_are_mean_deviation_and_fractions():
     values = torch.tensor([0.0, 0.04, 0.5, 0.5, 0.5, 0.5, 0.6, 0.96])
     found = statistics(values)
     assert found[:3] == (0, "channel", "channel")
@@ -133,19 +87,19 @@ def test_statistics():
         (torch.full((100,), 0.5), "channel", "constant"),
         (torch.linspace(0, 0.04, 100), "spatial", "shut"),
         (torch.linspace(0.96, 1, 100), "element", "open"),
-        (torch.linspace(0, 4e-4, 100), "received", ""),  # a softmax over many positions
+        (torch.linspace(0, 4e-4, 100), "received", ""),  # a softmax over many positions is small everywhere
         (torch.full((100,), 2e-4), "received", "constant"),
         (torch.tensor([0.5, float("nan")]), "channel", "not finite"),
         (torch.tensor([0.5, float("inf")]), "channel", "not finite"),
         (torch.linspace(0.2, 0.8, 100).bfloat16(), "channel", ""),
     ],
 )
-def test_faults(values, kind, fault):
+def test_fault_names_what_is_wrong(values, kind, fault):
     assert statistics(values, kind).fault == fault
 
 
-def test_a_dead_gate_shows(caplog):
-    """One gate of a network is shut by a bias; it alone is a warning in the log."""
+def test_shut_gate_is_a_warning_in_the_log(caplog):
+    """A bias shuts one gate of the network; the other gate is logged as information."""
     model = nn.Sequential(nn.Conv2d(3, 16, 3), vf.FastSE(16, 4, bias=True), vf.FastSE(16, 4, bias=True))
     with torch.no_grad():
         for gate in (model[1], model[2]):
@@ -159,8 +113,8 @@ def test_a_dead_gate_shows(caplog):
     assert levels[3][1].endswith("100% below 0.05, 0% above 0.95: shut")
 
 
-def test_watch_under_autocast():
-    """Autocast may keep weights that were cast while looking; their gradients must not get lost."""
+def test_gradients_under_autocast_are_kept():
+    """Autocast caches weights that a report has cast without gradients; training must not use that cache."""
     x = feature_map((2, 16, 6, 5), "nchw", torch.float32)
     grads = []
     for every in (1, 10**6):
@@ -178,8 +132,8 @@ def test_watch_under_autocast():
 
 @pytest.mark.parametrize("wrap", ["parallel", "compiled", "part"])
 @pytest.mark.filterwarnings("ignore:The .grad attribute")
-def test_watch_of_wrapped_models(wrap):
-    """Compiled models run once more, eagerly, in the steps to report; training does not notice."""
+def test_wrapped_models_are_reported_and_train_the_same(wrap):
+    """A compiled model runs once more, eagerly, in each step to report; this does not change its training."""
     torch._dynamo.reset()
     results = []
     for watched in (False, True):
@@ -200,8 +154,8 @@ def test_watch_of_wrapped_models(wrap):
         assert torch.equal(a, b)
 
 
-def test_watch_before_compilation_does_not_break():
-    """Hooks inside a compiled graph do nothing, not even break the graph."""
+def test_hooks_do_not_break_a_compiled_graph():
+    """Hooks inside a compiled graph report nothing, and leave it one graph."""
     torch._dynamo.reset()
     model = nn.Sequential(nn.Conv2d(3, 16, 3), vf.FastSE(16))
     seen: list[vf.GateStatistics] = []
@@ -230,7 +184,7 @@ def test_copies_of_a_watched_model_are_not_watched():
     assert len(seen) == len(KEYS)
 
 
-def test_recomputed_activations_count_once():
+def test_recomputed_activations_are_reported_once():
     model = net()
     seen: list[vf.GateStatistics] = []
 
@@ -248,13 +202,8 @@ def test_recomputed_activations_count_once():
     assert [s.name for s in seen] == [f"net.{key}" for key in KEYS] * 2
 
 
-def test_bad_arguments():
+def test_bad_argument_raises():
     with pytest.raises(ValueError, match="every must be a positive int, got 0"):
         vf.watch_gates(net(), every=0)
     with pytest.raises(ValueError, match=r"model must have a module with a method attention\(x\), got Linear"):
         vf.watch_gates(nn.Linear(3, 3))
-
-
-def test_a_network_of_the_package():
-    maps = vf.attention_maps(AttentionResNet("cbam", width=8), feature_map((1, 3, 12, 9), "nchw", torch.float32))
-    assert list(maps) == [f"stages.{i}.0.gate.{kind}" for i in range(3) for kind in ("channel", "spatial")]
