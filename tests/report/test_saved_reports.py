@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -148,6 +149,20 @@ def test_render_repeats_markdown_and_page(tmp_path):
     page = (tmp_path / "a" / "report.html").read_text()
     assert all(f"var(--{name})" in page and f"--{name}: #" in page for name in CONTENDERS)
     assert page.count("<svg") == 4  # speed-ups and memory of all, times and speed-ups of one; no bytes, no roofline
+
+
+def test_figure_stands_alone(saved, tmp_path, capsys):
+    """An SVG file with the colours of both schemes and the times of every contender; none without training steps."""
+    (path,), figure = saved(new=report()), tmp_path / "figure.svg"
+    assert cli.main(["report", "--render", path, "--figure", str(figure)]) == 0
+    texts = [node.text for node in ElementTree.parse(figure).iter("{http://www.w3.org/2000/svg}text")]
+    assert {"se", "eca", "eager", "compile", "fused", "8.00", "4.00", "2.00"} <= set(texts)
+    assert "prefers-color-scheme: dark" in figure.read_text()
+    found = report()
+    forward = dataclasses.replace(found, rows=[dataclasses.replace(r, mode="forward") for r in found.rows])
+    (path,) = saved(forward=forward)
+    assert cli.main(["report", "--render", path, "--figure", str(figure)]) == 2
+    assert "--figure needs" in capsys.readouterr().err
 
 
 def test_losses_name_faster_rivals_and_the_lowest_peak():

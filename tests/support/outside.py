@@ -7,11 +7,9 @@ import importlib.util
 import sys
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 _ULTRALYTICS = "ultralytics.nn.modules.conv"
 _needs_torchvision = ("segmentation_models_pytorch", "timm", "torchvision", "ultralytics")

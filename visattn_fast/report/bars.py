@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from operator import attrgetter
+
 from matplotlib.axes import Axes
+from matplotlib.patches import Patch
 
 from ..measure.step import MODES
 from .results import Comparison, Mean, Report
@@ -32,18 +36,39 @@ def times(report: Report, op: str, mode: str) -> str:
 
 def memory(report: Report, mode: str) -> str:
     """Draws the peak memory of each module in one mode, in multiples of x; empty if no peak is known."""
-    means = [mean for mean in report.means if mean.mode == mode and any(mean.peak.values())]
-    names = [name for name in report.contenders if any(mean.peak.get(name) for mean in means)]
+    return _means(report, mode, attrgetter("peak"), "peak, x (1 = the bytes of x)", "peak memory in multiples of x")
+
+
+def mean_times(report: Report, mode: str) -> str:
+    """Draws the time of each module in one mode, in multiples of a copy; empty if the mode was not measured."""
+    title = "time, in multiples of out.copy_(x)"
+    return _means(report, mode, attrgetter("x_of_copy"), title, "time in multiples of a copy", key=True)
+
+
+def _means(
+    report: Report,
+    mode: str,
+    values: Callable[[Mean], dict[str, float | None]],
+    title: str,
+    what: str,
+    key: bool = False,
+) -> str:
+    """Draws the mean ``values`` of each module in one mode, a bar per contender."""
+    means = [mean for mean in report.means if mean.mode == mode and any(values(mean).values())]
+    names = [name for name in report.contenders if any(values(mean).get(name) for mean in means)]
     if not names:
         return ""
 
     def paint(axes: Axes) -> None:
         for index, name in enumerate(names):
             for place, mean in enumerate(means):
-                _bar(axes, mean.peak.get(name), place * (len(names) + 1) + index, name)
-        _dress(axes, [_name(mean, report) for mean in means], len(names), "peak / x (1 = the bytes of x)")
+                _bar(axes, values(mean).get(name), place * (len(names) + 1) + index, name)
+        _dress(axes, [_name(mean, report) for mean in means], len(names), title)
+        if key:
+            patches = [Patch(color=COLOURS[name], label=name) for name in names]
+            axes.legend(handles=patches, frameon=False)
 
-    label = f"{MODES[mode]}: peak memory of each module with {', '.join(names)}, in multiples of x"
+    label = f"{MODES[mode]}: {what} of each module, of {', '.join(names)}"
     return drawn(paint, _height(len(means), len(names)), label)
 
 

@@ -17,7 +17,7 @@ from ..backends import NAMES, select
 from ..catalogue import ENTRIES, LAYOUTS, SHAPES, feature_map
 from ..measure.step import DEFAULT_MODES, MODES
 from ..measure.timing import Effort
-from . import markdown, page, terminal
+from . import bars, html, markdown, page, terminal
 from .cases import CONTENDERS, DEFAULT_CONTENDERS, DTYPES, MODULES, QUICK_MODULES, Case, choose, matrix, parse_shape
 from .compare import compare
 from .machine import describe
@@ -55,6 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backend", default="auto", choices=("auto", *NAMES), help="backend of fused (default: auto)")
     parser.add_argument("--threads", type=int, metavar="N", help="threads that torch may use (default: torch's choice)")
     parser.add_argument("--seconds", type=float, metavar="S", help="seconds to time each case for")
+    parser.add_argument("--figure", metavar="SVG", help="also draw the mean times of training steps (mode both)")
     whole = parser.add_argument_group("a whole model before and after accelerate, instead of single modules")
     whole.add_argument("--model", metavar="SPEC", help="timm:NAME, torchvision:NAME or MODULE:FUNCTION")
     whole.add_argument("--options", default="{}", metavar="JSON", help="keyword arguments to build the model with")
@@ -91,7 +92,7 @@ def _run_modules(args: argparse.Namespace) -> int:
     settings |= {"cold": args.cold}
     report = Report(describe(device), settings, left_out, rows, time.perf_counter() - start)
     terminal.show(report, out)
-    written = write(report, _folder(args))
+    written = write(report, _folder(args)) + _draw(report, args)
     out.print(f"wrote {', '.join(map(str, written))} in {report.seconds:.0f} s", highlight=False, soft_wrap=True)
     return int(any(CONTENDERS[row.contender].fused for row in report.failures))
 
@@ -111,6 +112,18 @@ def _rendered(report: Report | ModelReport) -> dict[str, str]:
     return {".md": markdown.render(report), ".html": page.render(report)}
 
 
+def _draw(report: Report | ModelReport, args: argparse.Namespace) -> list[Path]:
+    """Draws the figure that was asked for. Returns its path. Raises ValueError if no training steps were measured."""
+    if not args.figure:
+        return []
+    svg = bars.mean_times(report, "both") if isinstance(report, Report) else ""
+    if not svg:
+        raise ValueError("--figure needs a report of modules in mode both")
+    path = Path(args.figure)
+    path.write_text(html.drawing(svg), encoding="utf-8")
+    return [path]
+
+
 def _write(folder: Path, name: str, texts: dict[str, str]) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     files = {folder / f"{name}{ending}": text for ending, text in texts.items()}
@@ -124,7 +137,7 @@ def _render(args: argparse.Namespace) -> int:
     path = Path(args.render)
     data = read(path)
     report = ModelReport.parse(data, path) if "accelerated" in data else Report.parse(data, path)
-    written = _write(Path(args.out) if args.out else path.parent, path.stem, _rendered(report))
+    written = _write(Path(args.out) if args.out else path.parent, path.stem, _rendered(report)) + _draw(report, args)
     terminal.console().print(f"wrote {', '.join(map(str, written))}", highlight=False, soft_wrap=True)
     return 0
 

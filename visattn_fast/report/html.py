@@ -7,7 +7,8 @@ from html import escape
 
 from .tables import Table
 
-_STYLE = """
+# Colours in light and dark, and what drawings need beside them.
+_DRAWING_STYLE = """
 :root { color-scheme: light dark; --font: system-ui, -apple-system, "Segoe UI", Roboto, sans-serif;
   --paper: #fcfcfb; --card: #f1f2f0; --ink: #1d2126; --quiet: #5d646d; --rule: #c9cdd1; --spread: #1d2126;
   --eager: #858e98; --compile: #3f7cc9; --compile-max-autotune: #8a5fc4;
@@ -18,6 +19,11 @@ _STYLE = """
   --eager: #8b949e; --compile: #5f97dc; --compile-max-autotune: #a987e0;
   --timm: #62b586; --timm-compile: #45b6bd; --fused: #f0923c; --fused-compile: #e0709c;
   --win: #6fd394; --loss: #ff8a80; --even: #e3c35a; --link: #8ab8f0; } }
+svg text { fill: var(--ink); font-family: var(--font); }
+"""
+_STYLE = (
+    _DRAWING_STYLE
+    + """
 * { box-sizing: border-box; }
 body { margin: 0 auto; max-width: 76rem; padding: 1.5rem 1rem 4rem; background: var(--paper); color: var(--ink);
   font: 1rem/1.5 var(--font); }
@@ -36,7 +42,6 @@ a { color: var(--link); } nav { display: flex; flex-wrap: wrap; gap: .2rem .9rem
 .card dd.large { font-size: 1.35rem; line-height: 1.4; }
 .plots { display: grid; gap: 1rem 2rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)); }
 figure { margin: 0; max-width: 34rem; } figure svg { width: 100%; height: auto; display: block; }
-svg text { fill: var(--ink); font-family: var(--font); }
 .key span { display: inline-block; margin-right: 1rem; }
 .key i { display: inline-block; width: .8em; height: .8em; border-radius: .15em; margin-right: .35em; }
 .scroll { overflow: auto; max-height: 34rem; }
@@ -49,6 +54,7 @@ pre { overflow-x: auto; background: var(--card); border-radius: .6rem; padding: 
 dl.facts { display: grid; grid-template-columns: max-content 1fr; gap: .15rem 1rem; font-size: .9rem; }
 dl.facts dt { color: var(--quiet); } dl.facts dd { margin: 0; overflow-wrap: anywhere; }
 """
+)
 
 
 def document(title: str, body: Iterable[str]) -> str:
@@ -60,6 +66,13 @@ def document(title: str, body: Iterable[str]) -> str:
         + "\n".join(body)
         + "\n</body>\n</html>\n"
     )
+
+
+def drawing(svg: str) -> str:
+    """An SVG file of its own, 480 pixels wide, with the colours of a page."""
+    head, tag, rest = svg.partition(">")
+    head = head.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" width="480" ', 1)
+    return f"{head}{tag}<style>{_DRAWING_STYLE}</style>{rest}"
 
 
 def table(found: Table) -> str:
