@@ -6,29 +6,15 @@ import pytest
 import torch
 
 import visattn_fast as vf
-from cases import INTERPRETED, feature_map
+from cases import INTERPRETED, RecordedOps, entries, feature_map
 from visattn_fast import catalogue
 from visattn_fast.ops.library import OPS
 
+pytestmark = pytest.mark.interpreted
 KERNELS = "triton" if INTERPRETED else "cpp"
 
 
-def called_ops(function, *args) -> list[str]:
-    """The package's ops that a real call dispatches."""
-    found: list[str] = []
-
-    class Dispatched(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            if func.namespace == "visattn_fast":
-                found.append(func._opname)
-            return func(*args, **(kwargs or {}))
-
-    with Dispatched():
-        function(*args)
-    return found
-
-
-@pytest.mark.parametrize("entry", catalogue.ENTRIES.values(), ids=lambda e: e.name)
+@entries
 @pytest.mark.parametrize("training", [True, False])
 def test_named_ops_are_those_that_a_call_dispatches(entry, training):
     module, x = entry.pair(32)[0], feature_map((2, 32, 6, 5), "channels_last", torch.float32)
@@ -37,7 +23,9 @@ def test_named_ops_are_those_that_a_call_dispatches(entry, training):
         explained = vf.explain(module, x)
         for name, t in module.state_dict().items():
             assert torch.equal(t, before[name]), f"explain changed {name}"
-        assert [op for call in explained.calls for op in call.ops] == called_ops(module, x)
+        with RecordedOps() as recorded:
+            module(x)
+    assert [op for call in explained.calls for op in call.ops] == recorded.names
 
 
 def test_reasons_against_every_other_backend():
