@@ -46,9 +46,9 @@ def coord_att(
 
     Args:
         x: ``[N, C, H, W]``, any floating dtype, NCHW or channels_last.
-        w1, b1: ``[M, C]`` (or, as a 1x1 convolution, ``[M, C, 1, 1]``) and ``[M]`` or None.
+        w1, b1: weight ``[M, C]`` (or, as a 1x1 convolution, ``[M, C, 1, 1]``) and bias ``[M]`` or None.
         bn_weight, bn_bias, running_mean, running_var: parameters and statistics of the batch norm, ``[M]`` or None.
-        w_h, b_h, w_w, b_w: ``[C, M]`` (or ``[C, M, 1, 1]``) and ``[C]`` or None.
+        w_h, b_h, w_w, b_w: weight ``[C, M]`` (or ``[C, M, 1, 1]``) and bias ``[C]`` or None.
         training: normalise with the batch's statistics, and update the running ones, if given, in place.
         momentum: weight of this batch in the running statistics; 0: they stay as they are.
         eps: added to the variance.

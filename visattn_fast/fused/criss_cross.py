@@ -22,9 +22,9 @@ def criss_cross(
 
     Args:
         x: ``[N, C, H, W]``, any floating dtype, NCHW or channels_last.
-        wq, bq, wk, bk: layers that make queries and keys, ``[R, C]`` (or, as a 1x1 convolution, ``[R, C, 1, 1]``) and
-            ``[R]``.
-        wv, bv: the layer that makes values, ``[C, C]`` (or ``[C, C, 1, 1]``) and ``[C]``.
+        wq, bq, wk, bk: layers that make queries and keys: weight ``[R, C]`` (or, as a 1x1 convolution,
+            ``[R, C, 1, 1]``) and bias ``[R]``.
+        wv, bv: the layer that makes values: weight ``[C, C]`` (or ``[C, C, 1, 1]``) and bias ``[C]``.
         gamma: ``[1]``.
 
     Returns:

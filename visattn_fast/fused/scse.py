@@ -31,9 +31,9 @@ def scse(
 
     Args:
         x: ``[N, C, H, W]``, any floating dtype, NCHW or channels_last.
-        w1, b1: ``[R, C]`` (or, as a 1x1 convolution, ``[R, C, 1, 1]``) and ``[R]`` or None.
-        w2, b2: ``[C, R]`` (or ``[C, R, 1, 1]``) and ``[C]`` or None.
-        ws, bs: ``[1, C]`` (or ``[1, C, 1, 1]``) and ``[1]`` or None.
+        w1, b1: weight ``[R, C]`` (or, as a 1x1 convolution, ``[R, C, 1, 1]``) and bias ``[R]`` or None.
+        w2, b2: weight ``[C, R]`` (or ``[C, R, 1, 1]``) and bias ``[C]`` or None.
+        ws, bs: weight ``[1, C]`` (or ``[1, C, 1, 1]``) and bias ``[1]`` or None.
         residual: added before the activation; x's shape, or None.
         activation: None, ``"relu"`` or ``"silu"``.
 

@@ -44,7 +44,7 @@ def sk(
         w: ``[d, C]`` (or, as a 1x1 convolution, ``[d, C, 1, 1]``).
         norm_weight, norm_bias, running_mean, running_var: parameters and statistics of the batch norm, ``[d]``. Without
             running statistics the batch's are used.
-        w1, b1, w2, b2: ``[C, d]`` (or ``[C, d, 1, 1]``) and ``[C]``.
+        w1, b1, w2, b2: weight ``[C, d]`` (or ``[C, d, 1, 1]``) and bias ``[C]``.
         training: normalise with the batch's statistics and update the running ones in place.
         momentum: weight of this batch in the running statistics.
         eps: added to the variance.

@@ -26,8 +26,8 @@ class Op(NamedTuple):
 
     Attributes:
         reference: the implementation in plain PyTorch.
-        launcher: the module of ``visattn_fast.kernels.ops`` with the Triton launcher of the op's name. None: the op is
-            made of PyTorch's operations on every device.
+        launcher: the module of ``visattn_fast.kernels.ops`` with the Triton launcher of the op's name. None: no Triton
+            kernel; a C++ kernel or PyTorch's operations serve.
         schema: ``name(arguments) -> results``.
         gradients_of: positions of the arguments whose gradients are the last results, in these arguments' dtypes.
     """
@@ -62,7 +62,7 @@ def define(
     Args:
         schema: ``name(arguments) -> results``.
         launcher: the module of ``visattn_fast.kernels.ops`` whose function ``name`` is the Triton implementation.
-            None: PyTorch's own operations serve every device.
+            None: no Triton kernel; a C++ kernel or PyTorch's operations serve.
         reference: the implementation in plain PyTorch.
         fake: allocates the results: a function of the arguments, or the shape of each result as in `shapes`.
         gradients_of: the arguments whose gradients are the last results. Kernels round each of these sums once, to the
