@@ -1,4 +1,4 @@
-// What a call asks for, and how an image is shared by the blocks of a team and the warps of a block.
+// A call, and how the blocks of a team and the warps of a block share an image.
 #pragma once
 
 #include <cstdint>

@@ -76,7 +76,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cbam_
   });
 }
 
-// What the passes of the backward share for one image.
+// Memory and sums that the backward passes of one image share.
 template <class T>
 struct CbamGrads {
   using A = Acc<T>;

@@ -1,5 +1,5 @@
-// What the thread blocks of a team do together: meet, read each other's parts, and hold an image between
-// them.
+// The work that the thread blocks of a team do together: they meet, read each other's parts, and hold an
+// image between them.
 //
 // A kernel is a template over an Exec, which stands for one thread: ClusterExec and SemaphoreExec on the
 // device (device.cuh), or the emulation's. An Exec offers

@@ -1,4 +1,4 @@
-"""Asks csrc/cuda/plan.h, through the native library of the CPU, which native CUDA kernel a shape takes, and why."""
+"""Asks csrc/common/plan.h, through the native library of the CPU, which native CUDA kernel a shape takes, and why."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ DEVICES = (
 
 
 class Plan(NamedTuple):
-    """A planned call; csrc/cuda/plan.h explains the fields."""
+    """A planned call; csrc/common/plan.h explains the fields."""
 
     variant: str
     access: str

@@ -18,7 +18,7 @@
 
 namespace visattn::cuda::emulation {
 
-// What an Exec can leave out, so that tests see the fault found.
+// Parts of an Exec that tests leave out, to see the fault found.
 enum Sabotage : int {
   kNothing = 0,
   kNoTeamBarrier,
