@@ -114,6 +114,12 @@ def test_imports_go_down():
     assert not found, "\n".join(found)
 
 
+def test_contributing_shows_the_drawing():
+    text = (PACKAGE.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    assert DRAWING in text
+    assert FLOORS in text
+
+
 def test_every_module_has_a_place():
     """A new folder gets a place in these lists, and a folder that is gone leaves them."""
     modules = sources()

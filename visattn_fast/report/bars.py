@@ -36,12 +36,12 @@ def times(report: Report, op: str, mode: str) -> str:
 
 def memory(report: Report, mode: str) -> str:
     """Draws the peak memory of each module in one mode, in multiples of x; empty if no peak is known."""
-    return _means(report, mode, attrgetter("peak"), "peak, x (1 = the bytes of x)", "peak memory in multiples of x")
+    return _means(report, mode, attrgetter("peak"), "peak / x (1 = the bytes of x)", "peak memory in multiples of x")
 
 
 def mean_times(report: Report, mode: str) -> str:
     """Draws the time of each module in one mode, in multiples of a copy; empty if the mode was not measured."""
-    title = "time, in multiples of out.copy_(x)"
+    title = "time / copy (1 = the time of out.copy_(x))"
     return _means(report, mode, attrgetter("x_of_copy"), title, "time in multiples of a copy", key=True)
 
 
