@@ -7,9 +7,6 @@ SOURCES := $(wildcard csrc/*.h csrc/cpu/*.h csrc/cpu/*.cpp csrc/cuda/plan.h)
 CUDA_SOURCES := $(wildcard csrc/cuda/*.* csrc/cuda/emulation/*.*)
 # Test processes. Threads of two of them share the cores, and wait asleep; the interpreter needs one thread each.
 PROCESSES ?= 2
-INTERPRETED := $(addprefix tests/,modules/test_parity.py modules/test_autograd.py modules/test_window_attention.py \
-	ops/test_gates.py kernels/test_flash_attention.py kernels/test_kernels_interpreter.py kernels/test_launches.py \
-	kernels/test_resident.py kernels/test_traffic.py kernels/test_planted_faults.py)
 
 .PHONY: report test bench kernels evidence lint format ext-cuda gpu-check build clean
 
@@ -18,7 +15,7 @@ report: $(VENV)/built
 
 test: $(VENV)/built
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses $(PROCESSES)
-	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest --numprocesses $(PROCESSES) $(INTERPRETED)
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest --numprocesses $(PROCESSES) -m interpreted tests
 
 bench: $(VENV)/built
 	$(BIN)/python -m pytest bench --benchmark-only

@@ -1,7 +1,6 @@
-"""The clock of the benchmarks, which is that of the report: wall time on a CPU, elsewhere device time with a cold L2.
+"""Times benchmarks with the report's clock: wall time on a CPU, device time with a cold L2 elsewhere.
 
-`measure` also notes what a time is to be read beside: device, versions, the time of a copy, and bytes where they are
-known.
+`measure` also records what puts a time in context: device, versions, the time of a copy, and bytes if known.
 """
 
 from __future__ import annotations
@@ -20,11 +19,11 @@ from visattn_fast.report.measure import copy_share
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ROUNDS, WARMUP = (15, 2) if DEVICE.type == "cpu" else (50, 3)
-_COPY = Effort(seconds=0.2, fewest=5, most=20)
+_COPY_EFFORT = Effort(seconds=0.2, fewest=5, most=20)
 
 
 class Timer:
-    """A timer that stands still but for the time of what `timed` runs, by the report's clock."""
+    """A timer for pytest-benchmark that advances only by the time of `timed` runs, by the report's clock."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -34,6 +33,7 @@ class Timer:
         return self.now
 
     def timed(self, run: Run) -> None:
+        """Runs and advances by the time that it took."""
         self.now += self.clock(run)
 
 
@@ -42,19 +42,19 @@ timed = pytest.mark.benchmark(timer=TIMER)
 
 
 def measure(benchmark: Any, run: Run, group: str, x: Tensor, moved: int | None = None, **facts: Any) -> None:
-    """Times ``run`` in a test that is marked as `timed`.
+    """Times ``run`` in a test marked as `timed`.
 
     Args:
-        group: of the benchmarks that are to be held against each other.
-        x: the input, a copy of which is timed beside.
-        moved: bytes that it must move.
-        facts: for ``extra_info``.
+        group: name shared by the benchmarks to compare with each other.
+        x: the input; a copy of it is timed as well.
+        moved: bytes that ``run`` must move, if known.
+        facts: more entries for ``extra_info``.
     """
     benchmark.group = group
     copy = copy_seconds(x.detach())
     benchmark.extra_info.update(machine(), copy_ms=copy * 1e3, x_bytes=x.nbytes, bytes=moved, **facts)
     benchmark.pedantic(TIMER.timed, args=(run,), rounds=ROUNDS, iterations=1, warmup_rounds=WARMUP)
-    if benchmark.stats is not None:  # there are none with --benchmark-disable
+    if benchmark.stats is not None:  # it is None under --benchmark-disable
         median = benchmark.stats.stats.median
         benchmark.extra_info["x_of_copy"] = median / copy
         if moved:
@@ -62,12 +62,12 @@ def measure(benchmark: Any, run: Run, group: str, x: Tensor, moved: int | None =
 
 
 def copy_seconds(x: Tensor) -> float:
-    """The median time of a copy of x."""
+    """Measures the median time of a copy of x, in seconds."""
     out = torch.empty_like(x)
-    return quantiles(interleaved({"copy": lambda: out.copy_(x)}, DEVICE, _COPY)["copy"])[1]
+    return quantiles(interleaved({"copy": lambda: out.copy_(x)}, DEVICE, _COPY_EFFORT)["copy"])[1]
 
 
 @functools.cache
 def machine() -> dict[str, Any]:
-    """Device and versions."""
+    """Describes the device and the versions."""
     return dataclasses.asdict(describe(DEVICE))

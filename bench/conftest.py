@@ -1,4 +1,4 @@
-"""Options of the benchmarks: those of ``visattn-fast report``."""
+"""Options of the benchmarks, the same as those of ``visattn-fast report``."""
 
 from __future__ import annotations
 
@@ -13,33 +13,34 @@ from visattn_fast.report.cases import CONTENDERS, DEFAULT_CONTENDERS, DTYPES, ch
 from .clock import DEVICE
 
 
-def _own(names: Iterable[str]) -> tuple[str, ...]:
-    """Without other libraries' modules: there are none for gates."""
+def _without_libraries(names: Iterable[str]) -> tuple[str, ...]:
+    """Drops contenders from other libraries, which have no module for gates."""
     return tuple(name for name in names if not CONTENDERS[name].library)
 
 
 DEFAULT_SHAPES = (SHAPES[1], SHAPES[3])
-# Maps of 49 to 4096 positions, for attention over all of them.
+# Maps of 49 to 4096 positions, for attention over all positions.
 SIZES = ((7, 7), (8, 8), (14, 14), (1, 197), (16, 16), (32, 32), (64, 64))
 DEFAULT_SIZES = SIZES[2:3]
 DEFAULT_DTYPE = "float32" if DEVICE.type == "cpu" else "bfloat16"
-# Option: the argument of a benchmark, what there is of it, what is chosen.
+# Option -> the benchmarks' argument, its known values, its default values.
 OPTIONS: dict[str, tuple[str, Sequence[str], Sequence[str]]] = {
     "--modes": ("mode", tuple(MODES), DEFAULT_MODES),
-    "--contenders": ("gate_contender", _own(CONTENDERS), _own(DEFAULT_CONTENDERS)),
+    "--contenders": ("gate_contender", _without_libraries(CONTENDERS), _without_libraries(DEFAULT_CONTENDERS)),
     "--dtypes": ("dtype", DTYPES, (DEFAULT_DTYPE,)),
 }
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--all-shapes", action="store_true", help="every size of the catalogue, not two of them")
-    for option, (_, known, chosen) in OPTIONS.items():
-        parser.addoption(option, default=",".join(chosen), help=f"of {', '.join(known)} (default: {','.join(chosen)})")
+    parser.addoption("--all-shapes", action="store_true", help="all sizes of the catalogue instead of two")
+    for option, (_, known, defaults) in OPTIONS.items():
+        default = ",".join(defaults)
+        parser.addoption(option, default=default, help=f"some of {', '.join(known)} (default: {default})")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    every = metafunc.config.getoption("--all-shapes")
-    sizes = {"shape": SHAPES if every else DEFAULT_SHAPES, "size": SIZES if every else DEFAULT_SIZES}
+    all_shapes = metafunc.config.getoption("--all-shapes")
+    sizes = {"shape": SHAPES if all_shapes else DEFAULT_SHAPES, "size": SIZES if all_shapes else DEFAULT_SIZES}
     for name, values in sizes.items():
         if name in metafunc.fixturenames:
             metafunc.parametrize(name, values, ids=lambda s: "x".join(map(str, s)))

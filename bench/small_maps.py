@@ -1,8 +1,9 @@
-"""Small maps, where what is timed is the host: microseconds a call, blocks of eager and fused calls in turn.
+"""Times small maps, on which the host's overhead dominates: microseconds a call, eager and fused blocks in turn.
 
 ``python -m bench.small_maps`` prints a table for SE, ECA and CBAM at [1, 64, 7, 7], on one thread and on two.
-``--ops``, ``--shape`` and ``--threads`` choose others; ``--least`` is for a machine that is not quiet. With ``--device
-cuda`` the clock is the host's, too, and stops when the device has done a block; ``--backend`` serves the fused modules.
+``--ops``, ``--shape`` and ``--threads`` choose others; ``--least`` suits a busy machine. ``--device cuda`` also uses
+the host's clock, and stops it when the device has finished a block. ``--backend`` selects the backend of the fused
+modules.
 """
 
 from __future__ import annotations
@@ -21,18 +22,18 @@ from visattn_fast.report.cases import Case, parse_shape
 from visattn_fast.report.subject import Subject
 
 CONTENDERS = ("eager", "fused")
-CALLS = 20  # in a block
+CALLS = 20  # calls in a block
 Summary = Callable[[list[float]], float]
 
 
 def least(seconds: list[float]) -> float:
-    """The 5th percentile: on a busy machine, what is left when nothing interrupts."""
+    """The 5th percentile: on a busy machine, the time of a block that nothing interrupted."""
     return statistics.quantiles(seconds, n=20, method="inclusive")[0]
 
 
 def block(subject: Subject, contender: str) -> Run:
-    """``CALLS`` calls, done. A model enters ``no_grad`` once, not for each of its modules, and so does a block."""
-    done = torch.cuda.synchronize if subject.device.type == "cuda" else int
+    """Makes a run of ``CALLS`` calls. It enters ``no_grad`` once, as a model does, not once for each call."""
+    wait = torch.cuda.synchronize if subject.device.type == "cuda" else int
     run: Run = subject.run(contender)
     if subject.case.mode == "forward":
         run = functools.partial(subject.fast if contender == "fused" else subject.plain, subject.x)
@@ -41,13 +42,13 @@ def block(subject: Subject, contender: str) -> Run:
         with torch.set_grad_enabled(subject.case.mode == "both"):
             for _ in range(CALLS):
                 run()
-        done()
+        wait()
 
     return calls
 
 
 def microseconds(case: Case, seconds: float, summary: Summary, device: str = "cpu") -> dict[str, float]:
-    """What a call of each contender takes, by the host's clock."""
+    """Measures a call of each contender by the host's clock."""
     subject = Subject(case, torch.device(device))
     runs = {name: block(subject, name) for name in CONTENDERS}
     times = interleaved(runs, torch.device("cpu"), Effort(seconds, fewest=50, most=100_000))
@@ -55,14 +56,15 @@ def microseconds(case: Case, seconds: float, summary: Summary, device: str = "cp
 
 
 def main() -> None:
+    """Prints the table."""
     parser = argparse.ArgumentParser(description="Microseconds a call on small maps.")
     parser.add_argument("--ops", default="se,eca,cbam", help="modules of the catalogue (default %(default)s)")
-    parser.add_argument("--shape", type=parse_shape, default="1x64x7x7", help="N x C x H x W (default %(default)s)")
+    parser.add_argument("--shape", type=parse_shape, default="1x64x7x7", help="NxCxHxW (default %(default)s)")
     parser.add_argument("--threads", default="1,2", help="numbers of threads (default %(default)s)")
-    parser.add_argument("--seconds", type=float, default=2.0, help="for each row (default %(default)s)")
-    parser.add_argument("--least", action="store_true", help="5th percentiles, for a busy machine, not medians")
+    parser.add_argument("--seconds", type=float, default=2.0, help="time for each row (default %(default)s)")
+    parser.add_argument("--least", action="store_true", help="5th percentiles instead of medians, for a busy machine")
     parser.add_argument("--device", default="cpu", help="default %(default)s")
-    parser.add_argument("--backend", default="auto", help="of the fused modules (default %(default)s)")
+    parser.add_argument("--backend", default="auto", help="backend of the fused modules (default %(default)s)")
     args = parser.parse_args()
     summary: Summary = least if args.least else statistics.median
     print("| module | threads | mode | eager us | fused us | fused / eager |\n|---|---|---|---|---|---|")

@@ -1,12 +1,13 @@
-"""Attention over maps with a relative position bias: ours, PyTorch's with the bias expanded, compiled FlexAttention.
+"""Times attention over maps with a relative position bias: fused, PyTorch's with the bias expanded, FlexAttention.
 
-``pytest bench/test_attention.py --benchmark-only``, with ``--all-shapes`` for 49 to 4096 positions. Every contender
-takes the same packed queries, keys and values, and in mode ``both`` gives the gradients of those and of the table.
+``pytest bench/test_attention.py --benchmark-only``; ``--all-shapes`` runs 49 to 4096 positions. Every contender takes
+the same packed queries, keys and values. In mode ``both`` it returns the gradients of these and of the table.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -17,33 +18,33 @@ import visattn_fast as vf
 from bench.clock import DEVICE, measure, timed
 from visattn_fast.backends import backends
 from visattn_fast.measure.step import TRAINING, Results, step
-from visattn_fast.reference.attention2d import relative_bias, split_heads
+from visattn_fast.reference.self_attention import relative_bias, split_heads
 
 HEADS = 4
-TOKENS = 4096 if DEVICE.type == "cuda" else 1024  # of a batch, or one image
+TOKENS = 4096 if DEVICE.type == "cuda" else 1024  # tokens in a batch; a batch has at least one image
 DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
 
 
 def fused(qkv: Tensor, table: Tensor) -> Tensor:
-    # On GPUs that have not been tested yet the kernels are to be asked for.
+    """The kernels of this package. On an untested GPU they do not serve unless asked for."""
     with vf.use_backend("triton" if DEVICE.type == "cuda" and backends(DEVICE)["triton"].available else "auto"):
         return vf.functional.attention2d(qkv, table)[0]
 
 
 def sdpa(qkv: Tensor, table: Tensor) -> Tensor:
-    """`scaled_dot_product_attention`, the bias as a map of all pairs."""
+    """`scaled_dot_product_attention` with the bias expanded to all pairs of positions."""
     bias = relative_bias(table, *qkv.shape[1:3])[None].to(qkv.dtype)
     out = F.scaled_dot_product_attention(*split_heads(qkv, None), attn_mask=bias)
     return out.transpose(1, 2).unflatten(1, qkv.shape[1:3])
 
 
 def flex(qkv: Tensor, table: Tensor) -> Tensor:
-    """FlexAttention, which reads the bias from the table as we do."""
+    """FlexAttention. Like the fused kernels it reads the bias from the table."""
     from torch.nn.attention.flex_attention import flex_attention
 
     width, (rows, columns, _) = qkv.shape[2], table.shape
 
-    def add_bias(score, batch, head, i, j):
+    def add_bias(score: Tensor, batch: Tensor, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return score + table[i // width - j // width + rows // 2, i % width - j % width + columns // 2, head]
 
     q, k, v = (t.contiguous() for t in split_heads(qkv, None))
@@ -53,7 +54,8 @@ def flex(qkv: Tensor, table: Tensor) -> Tensor:
 CONTENDERS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"sdpa": sdpa, "flex": flex, "fused": fused}
 
 
-def run_of(contender: str, mode: str, qkv: Tensor, table: Tensor) -> Callable[[], Results]:
+def make_run(contender: str, mode: str, qkv: Tensor, table: Tensor) -> Callable[[], Results]:
+    """Makes a run of ``contender`` in ``mode``; FlexAttention is compiled."""
     function = CONTENDERS[contender]
     if contender == "flex":
         torch.compiler.reset()
@@ -65,7 +67,7 @@ def run_of(contender: str, mode: str, qkv: Tensor, table: Tensor) -> Callable[[]
 @timed
 @pytest.mark.parametrize("contender", CONTENDERS)
 @pytest.mark.parametrize("d", [32, 64])
-def test_attention(benchmark, d, contender, size, mode):
+def test_attention(benchmark: Any, d: int, contender: str, size: tuple[int, int], mode: str) -> None:
     if contender == "flex" and mode in TRAINING and DEVICE.type == "cpu":
         pytest.skip("FlexAttention has no backward pass on CPUs")
     height, width = size
@@ -78,9 +80,9 @@ def test_attention(benchmark, d, contender, size, mode):
             ((2 * height - 1, 2 * width - 1, HEADS), torch.float32),
         )
     )
-    run = run_of(contender, mode, qkv, table)
-    found, expected = run(), run_of("sdpa", mode, qkv.detach().float().requires_grad_(), table)()
-    for got, want in zip(found, expected, strict=True):  # what is timed is the same computation
+    run = make_run(contender, mode, qkv, table)
+    found, expected = run(), make_run("sdpa", mode, qkv.detach().float().requires_grad_(), table)()
+    for got, want in zip(found, expected, strict=True):  # all contenders compute the same
         assert (got.float() - want).abs().max() <= torch.finfo(DTYPE).eps ** 0.5 * want.abs().max()
     group = f"{images}x{height}x{width}, {HEADS} heads of {d}, {mode}"
     measure(benchmark, run, group, qkv, dtype=str(DTYPE), positions=height * width)

@@ -1,10 +1,13 @@
-"""Every gated module by every contender, in both layouts and several modes: side by side in a group.
+"""Times every gated module by every contender, in both layouts and several modes; a group compares the contenders.
 
-``pytest bench --benchmark-only``, with ``--all-shapes`` for every size; ``--modes``, ``--contenders`` and ``--dtypes``
-as for ``visattn-fast report``, whose cases, check against float64 and clock these are: docs/guide/benchmarks.md.
+``pytest bench --benchmark-only``; ``--all-shapes`` runs every size. ``--modes``, ``--contenders`` and ``--dtypes`` are
+those of ``visattn-fast report``, and so are the cases, the check against float64 and the clock:
+docs/guide/benchmarks.md.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 import torch
@@ -20,14 +23,16 @@ from visattn_fast.report.subject import Subject
 @timed
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("op", [name for name, entry in ENTRIES.items() if entry.epilogue])
-def test_module(benchmark, op, layout, shape, dtype, mode, gate_contender):
+def test_module(
+    benchmark: Any, op: str, layout: str, shape: tuple[int, int, int, int], dtype: str, mode: str, gate_contender: str
+) -> None:
     subject = Subject(Case(op, shape, dtype, layout, mode), DEVICE)
     run, oracle = subject.run(gate_contender), subject.oracle()
     errors = subject.errors(run(), oracle)
-    ours = CONTENDERS[gate_contender].fused
-    if ours:
+    fused = CONTENDERS[gate_contender].fused
+    if fused:
         subject.check(errors, subject.errors(subject.run("eager")(), oracle))
-    else:  # rivals set no budget for themselves, but what is timed is the same computation
+    else:  # no error budget for rivals, but they must compute the same
         assert max(errors.values()) < torch.finfo(subject.dtype).eps ** 0.5
     measure(
         benchmark,
@@ -35,7 +40,7 @@ def test_module(benchmark, op, layout, shape, dtype, mode, gate_contender):
         str(subject.case),
         subject.x,
         bytes_moved(subject.case, gate_contender, subject.x.nbytes),
-        backend=select(DEVICE.type, subject.dtype, "auto") if ours else gate_contender,
+        backend=select(DEVICE.type, subject.dtype, "auto") if fused else gate_contender,
         saved_bytes=subject.saved_bytes(gate_contender, run),
         error=max(errors.values()),
     )

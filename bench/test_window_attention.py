@@ -1,10 +1,12 @@
-"""Window attention at Swin-T's four stages: ours, timm's block with roll, partition and reverse, and that compiled.
+"""Times window attention at Swin-T's four stages: fused, timm's block with roll, partition and reverse, and compiled.
 
-``pytest bench/test_window_attention.py --benchmark-only``; it needs timm. The report's case, in batches of 4: every
-contender has the same weights, and in mode ``both`` gives the gradients of the map and of every parameter.
+``pytest bench/test_window_attention.py --benchmark-only`` needs timm. The cases are the report's, in batches of 4.
+Every contender has the same weights. In mode ``both`` it returns the gradients of the map and of every parameter.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 
@@ -20,9 +22,9 @@ CONTENDERS = ("timm", "timm-compile", "fused")
 @timed
 @pytest.mark.parametrize("contender", CONTENDERS)
 @pytest.mark.parametrize("stage", ENTRIES["window_attention"].shapes, ids=lambda s: "x".join(map(str, s)))
-def test_stage(benchmark, stage, contender, mode):
+def test_stage(benchmark: Any, stage: tuple[int, int, int, int], contender: str, mode: str) -> None:
     library("timm.models.swin_transformer")
     subject = Subject(Case("window_attention", stage, layout="channels_last", mode=mode), DEVICE)
     run = subject.run(contender)
-    assert max(subject.errors(run(), subject.oracle()).values()) < 1e-4  # what is timed is the same computation
+    assert max(subject.errors(run(), subject.oracle()).values()) < 1e-4  # same results
     measure(benchmark, run, f"{subject.case}, window 7, shifted", subject.x, heads=subject.plain.heads)

@@ -1,4 +1,4 @@
-"""What the examples share: scikit-learn's digits, a network in training on them, what a step of it takes."""
+"""Shared by the examples: scikit-learn's digits, training runs on them, and the time and memory of a step."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from visattn_fast.models import AttentionResNet
 
 BATCH = 64
 FIRST_STEPS = 3
-FIRST_TOLERANCE = 1e-3  # at a loss near 2; more would be another function, not another order of summation
+FIRST_TOLERANCE = 1e-3  # at a loss near 2; another order of summation stays below, another function does not
 
 
 class Run:
-    """A network in training, its losses and the seconds of each step. What is frozen beforehand stays so."""
+    """A network in training, with the loss and the seconds of each step. Parameters frozen before stay frozen."""
 
     def __init__(self, model: AttentionResNet, steps: int) -> None:
         self.model = model
@@ -37,6 +37,7 @@ class Run:
         self.seconds: list[float] = []
 
     def step(self, x: Tensor, y: Tensor) -> None:
+        """Trains on one batch."""
         start = time.perf_counter()
         loss = F.cross_entropy(self.model(x), y)
         self.optimizer.zero_grad()
@@ -48,23 +49,23 @@ class Run:
 
     @property
     def milliseconds(self) -> float:
-        """Of a step, the median."""
+        """The median time of a step."""
         return statistics.median(self.seconds) * 1e3
 
     @torch.no_grad()
     def accuracy(self, x: Tensor, y: Tensor) -> float:
-        """The share of images that are told right; the network is left in eval mode."""
+        """The share of images that the network classifies correctly. Puts it in eval mode."""
         return (self.model.eval()(x).argmax(1) == y).float().mean().item()
 
     def peak(self, x: Tensor, y: Tensor) -> int:
-        """The bytes that forward and backward of a batch allocate at a time. The network is left as it was."""
+        """The most bytes that forward and backward of a batch allocate at once. Leaves the network as it was."""
         x, y = x[:BATCH].clone(), y[:BATCH]
 
-        def both() -> object:
+        def forward_and_backward() -> object:
             return torch.autograd.grad(F.cross_entropy(self.model(x), y), self.trained)
 
         buffers = [buffer.clone() for buffer in self.model.buffers()]
-        found = peak_bytes(both, x.device)
+        found = peak_bytes(forward_and_backward, x.device)
         for buffer, before in zip(self.model.buffers(), buffers, strict=True):
             buffer.copy_(before)
         assert found is not None
@@ -72,9 +73,9 @@ class Run:
 
 
 def digits(pixels: int = 8) -> list[Tensor]:
-    """Images ``[N, 1, pixels, pixels]`` in 0..1 and labels ``[N]``: 1437 to train on and 360 held out.
+    """Loads images ``[N, 1, pixels, pixels]`` in 0..1 and labels ``[N]``: 1437 to train on, then 360 held out.
 
-    As many of each class as of another. The digits have 8 x 8 pixels; other sizes are interpolated.
+    Both sets are stratified by class. The digits have 8 x 8 pixels; other sizes are interpolated.
     """
     data = load_digits()
     images, labels = data.images[:, None].astype("float32") / 16, data.target
@@ -86,7 +87,7 @@ def digits(pixels: int = 8) -> list[Tensor]:
 
 
 def batches(x: Tensor, y: Tensor, epochs: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
-    """Shuffled batches of `BATCH`, each moved by up to one of the 8 pixels."""
+    """Yields shuffled batches of `BATCH`, each shifted by up to one of the original 8 pixels."""
     steps = len(x) // BATCH
     reach = x.shape[2] // 8
     for _ in range(epochs):
@@ -96,7 +97,7 @@ def batches(x: Tensor, y: Tensor, epochs: int, generator: torch.Generator) -> It
 
 
 def train(runs: list[Run], x: Tensor, y: Tensor, epochs: int, seed: int) -> None:
-    """Trains the runs side by side, step by step, on the same batches; each is first, second and last equally often."""
+    """Trains the runs on the same batches, in turn within each step. The turns rotate, so that none is always first."""
     order = list(runs)
     for images, labels in batches(x, y, epochs, torch.Generator().manual_seed(seed)):
         for run in order:
@@ -105,7 +106,7 @@ def train(runs: list[Run], x: Tensor, y: Tensor, epochs: int, seed: int) -> None
 
 
 def twins(attention: str, seed: int, classes: int = 10) -> tuple[AttentionResNet, AttentionResNet]:
-    """A network with reference modules and one with fused modules, with equal parameters drawn from ``seed``."""
+    """Makes a network with reference modules and one with fused modules, with equal parameters drawn from ``seed``."""
     torch.manual_seed(seed)
     reference = AttentionResNet(attention, classes, in_channels=1, fused=False)
     fused = AttentionResNet(attention, classes, in_channels=1)
@@ -113,28 +114,28 @@ def twins(attention: str, seed: int, classes: int = 10) -> tuple[AttentionResNet
     return reference, fused
 
 
-def departure(a: Run, b: Run) -> str:
-    """What is wrong if the first losses of two runs differ by more than rounding; empty if nothing is."""
+def check_first_losses(a: Run, b: Run) -> str:
+    """Returns a message if the first losses of two runs differ by more than rounding, else an empty string."""
     first = zip(a.losses[:FIRST_STEPS], b.losses[:FIRST_STEPS], strict=True)
     largest = max(abs(one - other) for one, other in first)
     return "" if largest <= FIRST_TOLERANCE else f"a loss of the first {FIRST_STEPS} steps is off by {largest:.1e}"
 
 
-def parse(parser: argparse.ArgumentParser, epochs: int) -> argparse.Namespace:
-    """Adds the options that two examples share, and reads all."""
+def parse_options(parser: argparse.ArgumentParser, epochs: int) -> argparse.Namespace:
+    """Adds the options that the examples share, and parses the command line."""
     parser.add_argument("--epochs", type=int, default=epochs, metavar="N", help="default: %(default)s")
-    parser.add_argument("--pixels", type=int, default=16, metavar="N", help="of a side, default: %(default)s")
+    parser.add_argument("--pixels", type=int, default=16, metavar="N", help="image size, default: %(default)s")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     for option, least in (("epochs", 1), ("pixels", 8)):
         if getattr(args, option) < least:
             parser.error(f"argument --{option}: must be at least {least}, got {getattr(args, option)}")
-    torch.set_num_threads(1)  # too few pixels to share
+    torch.set_num_threads(1)  # the maps are too small for two threads
     return args
 
 
-def show(header: Sequence[str], rows: Sequence[Sequence[str]], note: str, labels: int = 1) -> None:
-    """Prints a table, its first columns ``labels`` to the left, and a note."""
+def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], note: str, labels: int = 1) -> None:
+    """Prints a table and a note; all but the first ``labels`` columns are right-aligned."""
     console = Console() if sys.stdout.isatty() else Console(width=110)
     table = Table(*header, box=box.SIMPLE_HEAD, pad_edge=False)
     for column in table.columns[labels:]:

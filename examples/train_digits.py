@@ -1,15 +1,17 @@
-"""Trains a small residual network with attention on scikit-learn's digits three times, from one seed, batch by batch:
+"""Trains a small residual network with attention on scikit-learn's digits three times, from one seed.
+
+    python examples/train_digits.py [--attention cbam] [--epochs 12] [--seed 0]
+
+The three networks see the same batches:
 
 reference   plain PyTorch attention
 fused       the fused modules
-nudged      the reference again, one weight tensor off by a rounding error (one unit in the last place)
+nudged      the reference with one weight tensor changed by a rounding error (one unit in the last place)
 
-and exits with an error unless fused and reference tell the same story: the same loss curve, within tolerance, and both
-accurate on held-out digits. Training amplifies rounding errors: where two values nearly tie in a maximum or a ReLU
-nearly closes, one of them decides which weight learns. The row "nudged" measures that amplification, and with it what
-any other order of summation would do; the tolerances are set by it.
-
-    python examples/train_digits.py [--attention cbam] [--epochs 12] [--seed 0]
+Exits with an error unless fused and reference have the same loss curve within a tolerance, and both are accurate on
+held-out digits. Training amplifies rounding errors: if two values nearly tie in a maximum, or a ReLU nearly closes,
+rounding decides which weight learns. The row "nudged" measures this amplification, which any other order of summation
+would cause as well; it sets the tolerances.
 """
 
 from __future__ import annotations
@@ -26,12 +28,12 @@ from visattn_fast.models import AttentionResNet
 
 FIRST_STEPS = 5
 FIRST_TOLERANCE = 1e-4  # per step, at a loss near 2.3: rounding alone gives 2e-7, one flipped near-tie up to 5e-5
-EPOCH_TOLERANCE = 0.05  # on the mean loss of an epoch; nudged departs by 0.01 to 0.03, depending on the seed
+EPOCH_TOLERANCE = 0.05  # on the mean loss of an epoch; "nudged" is off by 0.01 to 0.03, depending on the seed
 ACCURACY = 0.97
 
 
 def networks(attention: str, seed: int) -> dict[str, AttentionResNet]:
-    """The three networks, with equal parameters but for the nudge."""
+    """Makes the three networks, with equal parameters except for the nudge."""
     reference, fused = twins(attention, seed)
     nudged = copy.deepcopy(reference)
     with torch.no_grad():
@@ -40,8 +42,8 @@ def networks(attention: str, seed: int) -> dict[str, AttentionResNet]:
 
 
 def train_three(attention: str, epochs: int, seed: int, x: Tensor, y: Tensor) -> dict[str, Run]:
-    """Trains the three on the same batches."""
-    for run in (Run(model, 4) for model in networks(attention, seed).values()):  # warm-up, thrown away
+    """Trains the three networks on the same batches."""
+    for run in (Run(model, 4) for model in networks(attention, seed).values()):  # warm-up; these networks are discarded
         for _ in range(3):
             run.step(x[:BATCH], y[:BATCH])
     runs = {name: Run(model, epochs * (len(x) // BATCH)) for name, model in networks(attention, seed).items()}
@@ -49,23 +51,23 @@ def train_three(attention: str, epochs: int, seed: int, x: Tensor, y: Tensor) ->
     return runs
 
 
-def departures(run: Run, reference: Run, epochs: int) -> tuple[float, float]:
-    """The largest difference of losses over the first steps, and that of the epochs' mean losses."""
+def largest_differences(run: Run, reference: Run, epochs: int) -> tuple[float, float]:
+    """Returns the largest difference of losses over the first steps, and of mean losses over the epochs."""
     a, b = torch.tensor(run.losses), torch.tensor(reference.losses)
     first = (a - b)[:FIRST_STEPS].abs().max().item()
     return first, (a - b).view(epochs, -1).mean(1).abs().max().item()
 
 
 def main() -> int:
-    """Returns 0, or 1 where a claim fails."""
-    parser = argparse.ArgumentParser(description="The same training, reference and fused: the same loss curve.")
+    """Returns 0, or 1 if a claim fails."""
+    parser = argparse.ArgumentParser(description="Reference and fused modules give the same loss curve.")
     parser.add_argument("--attention", default="cbam", choices=("se", "eca", "cbam"))
     parser.add_argument("--epochs", type=int, default=12, metavar="N")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     if args.epochs < 1:
         parser.error(f"argument --epochs: must be at least 1, got {args.epochs}")
-    torch.set_num_threads(1)  # 8 x 8 pixels are too few to share
+    torch.set_num_threads(1)  # maps of 8 x 8 pixels are too small for two threads
 
     x, y, x_held_out, y_held_out = digits()
     runs = train_three(args.attention, args.epochs, args.seed, x, y)
@@ -78,7 +80,7 @@ def main() -> int:
         steps, seconds = len(run.losses), sum(run.seconds)
         last = sum(run.losses[-(steps // args.epochs) :]) / (steps // args.epochs)
         accuracy = run.accuracy(x_held_out, y_held_out)
-        first, whole = departures(run, runs["reference"], args.epochs)
+        first, whole = largest_differences(run, runs["reference"], args.epochs)
         print(
             f"{name:<9}  {seconds:6.2f} s {seconds / steps * 1e3:7.2f} ms {last:19.4f} {accuracy:9.1%}"
             f" {first:20.1e} {whole:15.1e}"

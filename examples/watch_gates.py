@@ -1,7 +1,9 @@
-"""Trains a small residual network on scikit-learn's digits under ``vf.watch_gates``, the last gate dead on purpose,
-then lists every gate that ``vf.attention_maps`` finds for one digit.
+"""Shows the gates of a small residual network on scikit-learn's digits, in training and for one digit.
 
     python examples/watch_gates.py [--attention cbam] [--epochs 2] [--seed 0]
+
+``vf.watch_gates`` logs their statistics during training; the last gate is dead on purpose, and the log warns of it.
+``vf.attention_maps`` then returns every gate for one held-out digit.
 """
 
 from __future__ import annotations
@@ -13,15 +15,15 @@ import sys
 import torch
 
 import visattn_fast as vf
-from digits import BATCH, Run, digits, parse, train
+from digits import BATCH, Run, digits, parse_options, train
 from visattn_fast.models import GATES, AttentionResNet
 
 
 def main() -> int:
     """Returns 0."""
-    parser = argparse.ArgumentParser(description="Statistics of every gate in training, and each gate of one digit.")
+    parser = argparse.ArgumentParser(description="Every gate: statistics in training, then shape and range.")
     parser.add_argument("--attention", default="cbam", choices=GATES)
-    args = parse(parser, epochs=2)
+    args = parse_options(parser, epochs=2)
     x, y, x_held_out, _ = digits(args.pixels)
     torch.manual_seed(args.seed)
     model = AttentionResNet(args.attention, in_channels=1)
@@ -32,7 +34,7 @@ def main() -> int:
 
     logging.basicConfig(level=logging.INFO, format="%(levelname)-7s %(message)s", stream=sys.stdout)
     steps = len(x) // BATCH
-    with vf.watch_gates(model, every=steps):  # one line: this is all
+    with vf.watch_gates(model, every=steps):  # the one line to add to a training
         train([Run(model, args.epochs * steps)], x, y, args.epochs, args.seed)
 
     print()

@@ -1,37 +1,57 @@
-"""Exact and deterministic products on GPUs; Triton's interpreter, without what takes most of its time."""
+"""Settings of all tests: exact and deterministic products on GPUs, and the tests that Triton's interpreter runs."""
 
 from __future__ import annotations
 
 import functools
 import os
+from pathlib import Path
 
+import pytest
 import torch
 
 from cases import INTERPRETED
 
-# Asked of by torch.use_deterministic_algorithms, before the first product on a GPU.
+KERNELS = Path(__file__).parent / "kernels"
+
+# torch.use_deterministic_algorithms reads it before the first product on a GPU.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-# Convolutions round as products do: by TF32 one algorithm is a hundred times as far off as another.
+# Convolutions round as products do; with TF32 the error of one algorithm is a hundred times that of another.
 torch.backends.cudnn.allow_tf32 = False
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest selects by -m
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks the tests in kernels/ as `interpreted`; under the interpreter, skips the tests without this mark.
+
+    A test without it runs no Triton kernel, or takes too long in the interpreter.
+    """
+    for item in items:
+        if item.path.is_relative_to(KERNELS):
+            item.add_marker(pytest.mark.interpreted)
+        elif INTERPRETED and not item.get_closest_marker("interpreted"):
+            item.add_marker(pytest.mark.skip(reason="not marked `interpreted`"))
+
 
 if INTERPRETED:
     from triton import language
     from triton.runtime import interpreter
 
+    # Triton's interpreter patches its language anew at every call of a device function, which takes most of its time.
     _patch_lang = interpreter._patch_lang
     _patched: set[str] = set()
     _running: list[str] = []
 
     @functools.cache
     def _languages(fn):
-        """The language modules that the function's module knows, and that patching it would patch."""
+        """Returns the names of the language modules that ``fn`` sees, which patching it changes."""
         modules = fn.__globals__.values()
         return frozenset(m.__name__ for m in (language, language.core) if any(m is other for other in modules))
 
     def _patch_once(fn):
-        """Patches Triton's language for a kernel, as Triton does, and again for every device function that it calls,
+        """Patches Triton's language for a kernel as Triton does, but not again for each device function in it.
 
-        but not if that is of no effect: what a kernel has patched is restored after it, what a call has patched stays.
+        Triton restores the patches of a kernel when it ends. It never restores those of a device function, so these
+        need to be made once.
         """
         modules = _languages(fn)
         if _running:

@@ -63,14 +63,14 @@ TESTS = {
     "more of the kernels": (
         0.18,
         (
-            *("tests/kernels/test_kernels_interpreter.py", "tests/ops/test_gates.py"),
-            *(f"tests/modules/test_{name}.py" for name in ("flavours", "branches", "gam")),
-            *(
-                "tests/kernels/test_flash_attention.py",
-                "tests/modules/test_window_attention.py",
-                "-k",
-                "cuda and not fuzz",
-            ),
+            "tests/kernels/test_kernels_interpreter.py",
+            "tests/ops/test_custom_gates.py",
+            "tests/ops/test_gate_ops.py",
+            "tests/modules/test_activations_and_biases.py",
+            "tests/modules/test_gam.py",
+            "tests/kernels/test_flash_attention.py",
+            "tests/modules/test_window_attention.py",
+            *("-k", "cuda and not fuzz"),
         ),
     ),
     "over 2^31 elements": (0.15, ("tests/cuda/test_gpu.py", "-k", "more_than_2_to")),

@@ -1,18 +1,25 @@
-"""Which backends exist here, which one serves a call, and every reason why the others do not."""
+"""Which backends exist here, which one serves a call, and every reason why the others do not.
+
+`decide` is the one decision. Public functions ask it by way of `visattn_fast.fused.serve`; `explain` prints it.
+"""
 
 from __future__ import annotations
 
 import functools
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import native, ops
+from . import native
+from .ops.autograd import FusedOp
+from .ops.library import register_cuda, register_triton
 
 NAMES = ("cuda", "triton", "cpp", "reference")  # in the order in which "auto" tries them
 _DTYPES = {
@@ -24,14 +31,49 @@ _TRITON_KEYS = {"cuda": "CUDA", "xpu": "XPU", "cpu": "CPU"}  # the last under th
 # Device types on which the Triton kernels have passed their tests as they are now; others are opt-in. AMD's GPUs are
 # "cuda", too. What has run, and when: docs/internals/gpu.md.
 _TRITON_PROVEN = ()
-_CUDA_FASTER = ()  # those on which the native CUDA kernels are right, and faster than Triton's
+_CUDA_FASTER = ()  # device types on which the native CUDA kernels are right, and faster than Triton's
 
 _preference = "auto"
 
-# Asked at every call. Looking them up takes as long as calling them.
+# Looked up once: looking them up at each call takes as long as calling them.
 _exporting, _tracing = torch.compiler.is_exporting, torch._C._get_tracing_state
 _compiling = torch.compiler.is_compiling
 _transforming = torch._C._are_functorch_transforms_active
+
+
+class Decision(NamedTuple):
+    """Who serves a call, and why.
+
+    Attributes:
+        backend: ``"cuda"``, ``"triton"``, ``"cpp"`` or ``"reference"``; ``"torch"`` where the op is made of PyTorch's
+            operations and needs no kernel.
+        why: one clause.
+        fallback: True if the reference serves only because every other backend has a reason against it.
+    """
+
+    backend: str
+    why: str
+    fallback: bool = False
+
+    @property
+    def fused(self) -> bool:
+        """True if the ops serve; False if plain PyTorch does."""
+        return self.backend != "reference"
+
+
+_CHOSEN = {name: Decision(name, "the first in order without a reason against it") for name in NAMES[:-1]}
+_CHOSEN["reference"] = Decision("reference", "every other backend has a reason against it", fallback=True)
+_ASKED = {name: Decision(name, "asked for by use_backend") for name in NAMES}
+_OWN = Decision(
+    "reference", "exports, traces, torch.func and forward mode take plain PyTorch, unless a backend is asked for"
+)
+_TINY = Decision("reference", "compiled, so small a map is faster in Inductor's code")
+_INDUCTOR = Decision("reference", "compiled, Inductor fuses more than an op would")
+_TORCH = Decision("torch", "made of PyTorch's operations: it needs no kernel")
+
+# The surroundings of a call: as they are, or as `explain` supposes them.
+CONTEXTS = ("eager", "torch.compile", "export")
+listeners: list[Callable[[FusedOp, Tensor, Decision], None]] = []  # told of every decision; see `explain`
 
 
 @dataclass(frozen=True)
@@ -42,8 +84,8 @@ class Backend:
         name: ``"cuda"``, ``"triton"``, ``"cpp"`` or ``"reference"``.
         device: the device type, ``"cpu"``, ``"cuda"``, ...
         dtypes: the dtypes it serves; empty for all.
-        missing: why it cannot serve at all here; empty if it can.
-        opt_in: why ``"auto"`` passes it over although it can serve; empty if it does not.
+        missing: the reasons why it cannot serve at all here; empty if it can.
+        opt_in: the reason why ``"auto"`` passes it over although it can serve; empty if it does not.
     """
 
     name: str
@@ -54,7 +96,7 @@ class Backend:
 
     @property
     def available(self) -> bool:
-        """Whether an explicit choice of it works."""
+        """True if an explicit choice of it works."""
         return not self.missing
 
     def reasons_against(self, dtype: torch.dtype) -> list[str]:
@@ -67,7 +109,7 @@ class Backend:
 
 
 def backends(device: str | torch.device = "cpu") -> dict[str, Backend]:
-    """What each backend can do on ``device`` here, and why not. Loads the native library or triton to know.
+    """Returns each backend on ``device``, with the reasons against it. Loads the native library or triton to know.
 
     Args:
         device: a device or its type.
@@ -78,10 +120,10 @@ def backends(device: str | torch.device = "cpu") -> dict[str, Backend]:
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Within the context every call uses backend ``name``, in all threads.
+    """Makes every call within the context use backend ``name``, in all threads.
 
-    An explicit choice is never replaced: a call that it cannot serve raises RuntimeError with the reasons. So exports
-    hold its ops, and `torch.func.vmap` raises, where ``"auto"`` takes the reference.
+    An explicit choice is never replaced: a call that it cannot serve raises RuntimeError with the reasons. Exported
+    programs then hold its ops, and `torch.func.vmap` raises, where ``"auto"`` takes the reference.
 
     Args:
         name: ``"auto"``, ``"cuda"``, ``"triton"``, ``"cpp"`` or ``"reference"``.
@@ -99,60 +141,69 @@ def use_backend(name: str) -> Iterator[None]:
         _preference = before
 
 
-def fused(x: torch.Tensor, tiny: int = 0) -> bool:
-    """Whether the ops serve x under the current choice; the reference does otherwise.
+def preference() -> str:
+    """The choice in force: ``"auto"``, or the name given to `use_backend`."""
+    return _preference
+
+
+def decide(x: Tensor, op: FusedOp, context: str | None = None) -> Decision:
+    """Decides who serves ``op`` of x under the current choice.
 
     Args:
-        x: a map, or anything else that ops take.
-        tiny: the most pixels of a map with which Inductor's code of the reference is the faster one.
+        x: the first tensor of the call.
+        op: what is called.
+        context: one of `CONTEXTS`, to ask what would be; None: the surroundings of this call.
 
     Raises:
-        RuntimeError: the chosen backend cannot serve x.
+        RuntimeError: the backend that was chosen cannot serve x; the message lists every backend's reasons.
     """
-    if tiny and is_tiny(x.shape[2] * x.shape[3], tiny):
-        return False
-    return select(x.device, x.dtype, _asked()) != "reference"
+    decision = _decide(x, op, context)
+    if listeners:
+        for listener in listeners:
+            listener(op, x, decision)
+    return decision
 
 
-def is_tiny(pixels: int, most: int) -> bool:
-    """Whether `torch.compile` traces the call of a map of at most ``most`` pixels, and no backend was chosen.
+def _decide(x: Tensor, op: FusedOp, context: str | None) -> Decision:
+    if _preference == "auto":
+        if wants_own_operations() if context is None else context == "export":
+            return _OWN
+        if (op.tiny or op.compiled_plain) and (_compiling() if context is None else context == "torch.compile"):
+            if op.compiled_plain:
+                return _INDUCTOR
+            if _known_to_hold(x.shape[op.pixels[0]] * x.shape[op.pixels[1]] <= op.tiny):
+                return _TINY
+    if op.in_torch == "all":
+        return _ASKED["reference"] if _preference == "reference" else _TORCH
+    backend = select(x.device, x.dtype, _preference)
+    if _preference != "auto":
+        return _ASKED[backend]
+    if backend == "reference" and op.in_torch == x.device.type:
+        return _TORCH
+    return _CHOSEN[backend]
 
-    Asked of sizes that the graph fixes: of others nothing is known.
-    """
-    return _compiling() and _asked() == "auto" and _known_to_hold(pixels <= most)
+
+def reference_asked() -> bool:
+    """True if plain PyTorch is to serve whatever the tensor: the question of modules made of PyTorch's operations."""
+    return _preference == "reference" or (_preference == "auto" and wants_own_operations())
 
 
-def serving(x: torch.Tensor) -> str:
-    """The backend that serves x under the current choice. Raises as `fused` does."""
-    return select(x.device, x.dtype, _asked())
+def compiles_freely() -> bool:
+    """True if `torch.compile` traces the call and no backend was chosen: the fastest compiled form may then serve."""
+    return _preference == "auto" and _compiling() and not wants_own_operations()
 
 
 def _known_to_hold(condition: bool) -> bool:
-    """Whether it holds of all sizes that the code being compiled may meet; asking adds no guard."""
+    """True if the condition holds for all sizes that the compiled code may meet. Asking adds no guard."""
     from torch.fx.experimental.symbolic_shapes import statically_known_true
 
     return statically_known_true(condition)
 
 
-def reference_asked() -> bool:
-    """Whether the reference is to serve any tensor: what fast modules made of PyTorch's operations alone go by."""
-    return _asked() == "reference"
+def wants_own_operations() -> bool:
+    """True if the call is part of an export, or of a transform of torch.func or in forward mode.
 
-
-def compiled_freely() -> bool:
-    """Whether `torch.compile` traces the call and no backend was chosen: what is fastest compiled may then serve."""
-    return _compiling() and _asked() == "auto"
-
-
-def _asked() -> str:
-    """The choice in force: the reference where none was made and only PyTorch's own operations will do."""
-    return "reference" if _preference == "auto" and _wants_own_operations() else _preference
-
-
-def _wants_own_operations() -> bool:
-    """Whether the call is part of an export, or of a transform of torch.func or in forward mode.
-
-    Exported programs are to run without this package; the ops have no rules for such transforms.
+    Exported programs shall run without this package, and the ops have no rules for such transforms.
     """
     return _exporting() or _transforming() or forward_ad._current_level >= 0 or _tracing() is not None
 
@@ -169,7 +220,7 @@ def select(device: str | torch.device, dtype: torch.dtype, preference: str) -> s
 # torch.compile takes the result as a constant of its trace, guarded by the arguments: what is installed stays.
 # (torch.compiler.assume_constant_result sets just this, but imports all of Dynamo, 1.6 s, to do so.)
 select._dynamo_marked_constant = True  # type: ignore[attr-defined]
-_wants_own_operations._dynamo_marked_constant = True  # type: ignore[attr-defined]
+wants_own_operations._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache
@@ -197,7 +248,7 @@ def _probe(name: str, device_type: str) -> Backend:
         return Backend(name, device_type, _DTYPES[name], _why_no_cpp(device_type))
     missing = _why_no_triton(device_type)
     if not missing:
-        ops.register_triton(_TRITON_KEYS[device_type])
+        register_triton(_TRITON_KEYS[device_type])
     opt_in = (
         "" if _interpreted() or device_type in _TRITON_PROVEN else "not proven on such a device as it is now: opt-in"
     )
@@ -205,7 +256,7 @@ def _probe(name: str, device_type: str) -> Backend:
 
 
 def _interpreted() -> bool:
-    """Whether triton runs its kernels on CPU tensors in this process. It then owns the CPU key, as tests need it."""
+    """True if triton runs its kernels on CPU tensors in this process. It then owns the CPU key, as tests need it."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -223,7 +274,7 @@ def _why_no_cuda(device_type: str) -> tuple[str, ...]:
         return (f"serves cuda, not {device_type}",)
     if torch.version.cuda is None:
         return ("this torch is built without CUDA",)
-    absent = ops.register_cuda(lambda: native.load(native.CUDA_LIBRARY), lambda: _preference == "cuda")
+    absent = register_cuda(lambda: native.load(native.CUDA_LIBRARY), lambda: _preference == "cuda")
     return (absent,) if absent else ()
 
 

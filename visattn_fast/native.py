@@ -1,4 +1,4 @@
-"""Loads the native kernels once, and remembers why they are absent."""
+"""Loads the native kernels once, or records why it cannot."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 LIBRARY = Path(__file__).with_name("_C.so")
 CUDA_LIBRARY = Path(__file__).with_name("_CUDA.so")
-_HOW = {
+_HOW_TO_BUILD = {
     LIBRARY: "pip install --no-build-isolation with a C++ compiler builds it",
     CUDA_LIBRARY: "make ext-cuda, or VISATTN_BUILD_CUDA=1 pip install -v --no-build-isolation with nvcc builds it",
 }
@@ -16,7 +16,7 @@ _lock = threading.Lock()
 
 
 def load(library: Path = LIBRARY) -> str | None:
-    """Registers a library's kernels. Returns None, or the reason why there are none."""
+    """Registers the kernels of ``library``. Returns None, or the reason why it has none."""
     with _lock:
         return _load(library)
 
@@ -26,7 +26,7 @@ def _load(library: Path) -> str | None:
     import torch
 
     if not library.exists():
-        return f"the native library was not built: {_HOW[library]}"
+        return f"the native library was not built: {_HOW_TO_BUILD[library]}"
     if torch.torch_version.TorchVersion(torch.__version__) < "2.11":
         return f"the native library needs torch >= 2.11, found {torch.__version__}"
     try:

@@ -1,8 +1,8 @@
-"""Looking at a model's gates: all of them for one input, or their statistics while it trains.
+"""Shows a model's gates: all of them for one input, or their statistics during training.
 
-A gate is a module whose class has a method ``attention`` that takes what ``forward`` takes, or the first part of it,
-and returns its gates by name, as every module of the catalogue does: ``{"channel": [N, C, 1, 1]}``, say. A fused
-module never holds its gates as tensors; ``attention`` computes them in plain PyTorch.
+A gate is a module whose class has a method ``attention``. It takes some or all arguments of ``forward`` and returns
+gates by name, for example ``{"channel": [N, C, 1, 1]}``. Every module of the catalogue has it. A fused module never
+holds its gates as tensors; ``attention`` computes them in plain PyTorch.
 """
 
 from __future__ import annotations
@@ -25,32 +25,32 @@ from torch.utils.hooks import RemovableHandle
 _logger = logging.getLogger(__name__)
 
 _SHUT, _OPEN = 0.05, 0.95
-_FLAT = 1e-3  # a spread below which a gate is a constant factor: of a sigmoid, or in shares of any other's mean
-_SIGMOIDS = ("channel", "spatial", "height", "width", "element")  # gates that may rest at 0 or 1; a softmax's may not
+_FLAT = 1e-3  # below this spread a gate counts as constant; for gates that are no sigmoid, relative to their mean
+_SIGMOIDS = ("channel", "spatial", "height", "width", "element")  # kinds that can saturate at 0 or 1
 _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
-_looking = ContextVar("_looking", default=False)  # a run that only looks is no training step
+_looking = ContextVar("_looking", default=False)  # True in a run that only looks at gates: no training step
 
-Found = list[tuple[str, dict[str, Tensor]]]  # a module's name and its gates, call by call
+Found = list[tuple[str, dict[str, Tensor]]]  # for each call of a gate module: its name and its gates
 
 
 def attention_maps(model: nn.Module, x: Any) -> dict[str, Tensor]:
-    """Every gate of ``model`` for the input x, by module name, in the order in which the modules run.
+    """Returns every gate of ``model`` for the input x by module name, in the order in which the modules run.
 
-    The model runs in eval mode, eagerly and without gradients, and is left exactly as it was: parameters, buffers,
-    modes, hooks, gradients and random generators. DataParallel, DistributedDataParallel and torch.compile's wrappers
-    are looked through.
+    The model runs in eval mode, eagerly and without gradients. Its parameters, buffers, modes, hooks and gradients stay
+    exactly as they are, and so do the random generators. DataParallel, DistributedDataParallel and torch.compile's
+    wrappers are unwrapped.
 
     Args:
-        model: any module. Its gates are found by their method ``attention``; what lies inside a gate counts as a part
-            of it. Gates that do not run are left out.
+        model: any module. Gates are found by their method ``attention``; modules inside a gate count as parts of it.
+            Gates that do not run are left out.
         x: the model's input; a tuple: its positional arguments.
 
     Returns:
-        Detached tensors, of the shapes that each module's ``attention`` documents. Keys are the names of
-        ``model.named_modules()``: ``"stages.0.0.gate"``; for a module with several gates each gate's name is added,
-        ``"stages.0.0.gate.channel"``, and for a module that runs several times the count of the call, from 0:
-        ``"gate[1].channel"``. A model that is itself a gate has no name: its keys are its gates' names.
+        Detached tensors with the shapes that each module's ``attention`` documents. Keys are the names of
+        ``model.named_modules()``: ``"stages.0.0.gate"``. A module with several gates adds the name of each:
+        ``"stages.0.0.gate.channel"``. A module that runs several times adds the number of the call, from 0:
+        ``"gate[1].channel"``. If the model itself is a gate, keys are the names of its gates.
     """
     model = _unwrapped(model)
     modes = {module: module.training for module in model.modules()}
@@ -64,14 +64,14 @@ def attention_maps(model: nn.Module, x: Any) -> dict[str, Tensor]:
 
 
 class GateStatistics(NamedTuple):
-    """One gate in one training step, over all images, channels and pixels.
+    """Statistics of one gate in one training step, over all images, channels and pixels.
 
     Attributes:
-        step: which training step, from 0.
-        name: of the gate, as in `attention_maps`.
-        kind: the gate's name in its module: ``"channel"``, ``"spatial"``, ...
+        step: number of the training step, from 0.
+        name: key of the gate, as in `attention_maps`.
+        kind: name of the gate in its module: ``"channel"``, ``"spatial"``, ...
         mean, spread: mean and standard deviation.
-        below, above: the shares of values below 0.05 and above 0.95.
+        below, above: shares of values below 0.05 and above 0.95.
     """
 
     step: int
@@ -84,10 +84,10 @@ class GateStatistics(NamedTuple):
 
     @property
     def fault(self) -> str:
-        """What is wrong with the gate; empty if nothing is.
+        """The fault of the gate, or an empty string.
 
-        ``"not finite"``; ``"shut"`` or ``"open"``: 99 % of a sigmoid gate are near 0 or 1; ``"constant"``: a spread
-        below 0.001, or, where a gate is no sigmoid, below a thousandth of its mean.
+        ``"not finite"``; ``"shut"`` or ``"open"``: 99 % of a sigmoid gate are below 0.05 or above 0.95; ``"constant"``:
+        the spread is at most 0.001 or, for a gate that is no sigmoid, at most a thousandth of the mean.
         """
         if not abs(self.mean) < float("inf"):
             return "not finite"
@@ -98,7 +98,7 @@ class GateStatistics(NamedTuple):
 
 
 def log_statistics(statistics: GateStatistics) -> None:
-    """Writes a line to the logger ``visattn_fast.watch``: a warning for a gate with a fault, else as information."""
+    """Logs one line to ``visattn_fast.watch``, as a warning if the gate has a fault, else as information."""
     level = logging.WARNING if statistics.fault else logging.INFO
     verdict = f": {statistics.fault}" if statistics.fault else ""
     message = "step %d, gate %s: mean %.3f, spread %.3f, %.0f%% below 0.05, %.0f%% above 0.95%s"
@@ -109,26 +109,26 @@ def log_statistics(statistics: GateStatistics) -> None:
 def watch_gates(
     model: nn.Module, log: Callable[[GateStatistics], object] = log_statistics, every: int = 100
 ) -> GateWatch:
-    """Hands the statistics of every gate of ``model`` to ``log``, in every ``every``-th training step from the first.
+    """Passes the statistics of every gate of ``model`` to ``log``, in every ``every``-th training step from the first.
 
     A training step is a call of ``model`` in training mode. Results, gradients, buffers and random generators stay
-    the same. Wrap the model in DistributedDataParallel before or after. Compile it before: hooks inside a compiled
-    graph do nothing, so in the steps that it reports, the watch of a ``torch.compile(model)`` runs the model once more,
-    eagerly and without gradients; a model compiled later is not watched.
+    the same. DistributedDataParallel may wrap the model before or after this call; torch.compile only before. Hooks
+    inside a compiled graph do nothing, so the watch of a ``torch.compile(model)`` runs the model once more in each step
+    that it reports, eagerly and without gradients. A model compiled later is not watched.
 
     Args:
-        model: any module, as `attention_maps` takes it.
-        log: is called with `GateStatistics`, for one gate after the other; by default `log_statistics`.
+        model: any module, as in `attention_maps`.
+        log: called with the `GateStatistics` of one gate after the other; by default `log_statistics`.
         every: steps from one report to the next.
 
     Returns:
-        A handle: ``remove()`` ends the watch, and so does leaving it as a context.
+        A handle. ``remove()`` ends the watch, and so does leaving the handle as a context manager.
 
     Raises:
         ValueError: ``every`` is not a positive int, or the model has no gate.
 
     Warns:
-        UserWarning: a module was compiled in place, by ``module.compile()``: its gates are not seen.
+        UserWarning: ``module.compile()`` has compiled a module in place; the watch cannot see its gates.
     """
     if not isinstance(every, int) or isinstance(every, bool) or every < 1:
         raise ValueError(f"every must be a positive int, got {every!r}")
@@ -149,17 +149,17 @@ def watch_gates(
 
 
 class GateWatch:
-    """What `watch_gates` returns. A model that is copied or pickled takes along a watch that does nothing."""
+    """The handle that `watch_gates` returns. A copied or pickled model carries a watch that does nothing."""
 
     def __init__(self, log: Callable[[GateStatistics], object], every: int) -> None:
         self._log, self._every = log, every
         self._compiled = False
         self._step = -1
-        self._found: Found | None = None  # what the step under way has shown, where it is one to report
+        self._found: Found | None = None  # gates of the current step; None if it is not reported
         self._handles: list[RemovableHandle] = []
 
     def remove(self) -> None:
-        """Takes the hooks off the model."""
+        """Removes the hooks from the model."""
         while self._handles:
             self._handles.pop().remove()
 
@@ -201,7 +201,7 @@ class GateWatch:
 
 
 def _summary(gate: Tensor) -> Tensor:
-    """Mean, spread, and the shares that are shut and open, ``[4]``."""
+    """Mean, spread, and the shares of values that are shut and open, ``[4]``."""
     values = gate.float()
     spread, mean = torch.std_mean(values, correction=0)
     return torch.stack([mean, spread, (values < _SHUT).float().mean(), (values > _OPEN).float().mean()])
@@ -210,7 +210,7 @@ def _summary(gate: Tensor) -> Tensor:
 def _run(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], keep: Callable[[Tensor], Tensor] = Tensor.detach
 ) -> Found:
-    """What ``keep`` keeps of every gate while the model runs once, on copies of its buffers, without any trace."""
+    """Runs the model once, on copies of its buffers and without side effects. Returns ``keep(gate)`` of every gate."""
     found: Found = []
 
     def look(name: str, gate: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -232,7 +232,7 @@ def _run(
 
 
 def _named(found: Found) -> Iterator[tuple[str, str, Tensor]]:
-    """(key, the gate's name in its module, tensor); `attention_maps` says what keys look like."""
+    """Yields each gate's key, its name in its module, and its tensor; `attention_maps` describes the keys."""
     calls, seen = Counter(name for name, _ in found), Counter[str]()
     for name, gates in found:
         call = f"{name}[{seen[name]}]" if calls[name] > 1 else name
@@ -242,7 +242,7 @@ def _named(found: Found) -> Iterator[tuple[str, str, Tensor]]:
 
 
 def _gates(module: nn.Module, name: str = "", seen: set[nn.Module] | None = None) -> Iterator[tuple[str, nn.Module]]:
-    """The outermost gates below and including ``module``, each once, by name."""
+    """Yields the outermost gates among ``module`` and the modules below it, each once, with their names."""
     seen = set() if seen is None else seen
     if module in seen:
         return
@@ -256,7 +256,7 @@ def _gates(module: nn.Module, name: str = "", seen: set[nn.Module] | None = None
 
 
 def _inputs(module: nn.Module) -> tuple[str, ...]:
-    """Names of the arguments of its method ``attention``, where it has one that takes what ``forward`` takes."""
+    """Argument names of the module's ``attention``; empty if there is no such method or ``forward`` lacks a name."""
     method = getattr(type(module), "attention", None)
     if not inspect.isfunction(method):
         return ()
@@ -265,7 +265,7 @@ def _inputs(module: nn.Module) -> tuple[str, ...]:
 
 
 def _gates_of(gate: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Tensor]:
-    """Its gates for the arguments of a call, in the parameters' dtype where x has another one."""
+    """The module's gates for one call. Outside autocast, floating-point inputs are cast to the parameters' dtype."""
     given = inspect.signature(type(gate).forward).bind(gate, *args, **kwargs).arguments
     inputs = {name: given[name] for name in _inputs(gate) if name in given}
     weight = next(gate.parameters(), None)
@@ -273,7 +273,8 @@ def _gates_of(gate: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         floating = isinstance(value, Tensor) and value.is_floating_point()
         if weight is not None and floating and not torch.is_autocast_enabled(value.device.type):
             inputs[name] = value.to(weight.dtype)
-    return gate.attention(**inputs)  # type: ignore[operator]
+    gates: dict[str, Tensor] = gate.attention(**inputs)  # type: ignore[operator]
+    return gates
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
@@ -283,17 +284,17 @@ def _unwrapped(model: nn.Module) -> nn.Module:
 
 
 def _is_compiled(module: nn.Module) -> bool:
-    """Whether it is what ``torch.compile(module)`` returns."""
+    """True if ``module`` is a result of ``torch.compile``."""
     return "_orig_mod" in module._modules
 
 
 def _eager() -> AbstractContextManager[object]:
-    """What is compiled runs eagerly in it, with its hooks. Nothing is where Dynamo was not even imported."""
+    """Makes compiled modules run eagerly, with their hooks. Does nothing unless Dynamo is imported."""
     return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
 def _same_randomness(model: nn.Module) -> AbstractContextManager[None]:
-    """Random generators of the CPU and of the model's devices leave it as they entered it."""
+    """Restores the random generators of the CPU and of the model's devices on exit."""
     devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
     accelerators = [device for device in devices if device.type in ("cuda", "xpu")]
     kind = accelerators[0].type if accelerators else "cuda"

@@ -1,4 +1,4 @@
-"""Which backend serves a call, why not another, and what an import brings."""
+"""The choice of a backend for a call, its reasons, and what importing the package loads."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PACKAGE = Path(vf.__file__).parent
 
 
 def python(code: str, path: Path = PACKAGE.parent) -> str:
-    """What ``code`` prints in a fresh process that imports the package from ``path``."""
+    """Returns what ``code`` prints in a new process that imports the package from ``path``."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(path)}
     command = [sys.executable, "-W", "error", "-c", code]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=path)
@@ -27,19 +27,21 @@ def python(code: str, path: Path = PACKAGE.parent) -> str:
     return done.stdout.strip()
 
 
-def test_kernels_are_tested_here():
-    """The suite would say little on a machine without kernels: the CPU always has some."""
+@pytest.mark.interpreted
+def test_cpu_has_kernels_to_test():
+    """Without kernels the parity tests would have no cases, and pass."""
     assert ("cpu", "triton" if INTERPRETED else "cpp") in TARGETS
 
 
-def test_auto_takes_the_kernels():
+@pytest.mark.interpreted
+def test_auto_prefers_kernels():
     with vf.use_backend("auto"):
         assert select("cpu", torch.float32, "auto") == ("triton" if INTERPRETED else "cpp")
     if not INTERPRETED:
         assert select("cpu", torch.float16, "auto") == "reference"
 
 
-def test_explicit_choice_is_never_replaced():
+def test_chosen_backend_that_cannot_serve_raises_all_reasons():
     x = feature_map((1, 16, 3, 3), "nchw", torch.float32)
     module = vf.FastSE(16)
     with vf.use_backend("cuda"), pytest.raises(RuntimeError) as caught:
@@ -51,7 +53,7 @@ def test_explicit_choice_is_never_replaced():
     assert torch.isfinite(module(x)).all()  # the choice ends with its context
 
 
-def test_choice_is_nested_and_survives_errors():
+def test_choices_nest_and_survive_errors():
     x, module = feature_map((1, 16, 3, 3), "nchw", torch.float32), vf.FastSE(16)
     with vf.use_backend("cuda"):
         with vf.use_backend("reference"):
@@ -63,14 +65,14 @@ def test_choice_is_nested_and_survives_errors():
     module(x)
 
 
-def test_unknown_backend():
+def test_unknown_backend_raises():
     with pytest.raises(ValueError, match=r"backend must be one of .*got 'tensorrt'"), vf.use_backend("tensorrt"):
         pass
 
 
-def test_gpu_paths_are_opt_in(monkeypatch):
-    """Kernels that no such device has run yet, or that are slower, are not chosen by themselves."""
-    module = sys.modules["visattn_fast.backends"]  # the name is that of a function, too
+def test_unproven_and_slower_gpu_kernels_are_opt_in(monkeypatch):
+    """Triton is opt-in on devices that have not run it yet; the native CUDA kernels are, since they are slower."""
+    module = sys.modules["visattn_fast.backends"]  # the module; the package has a function of the same name
     for proven, chosen in (((), "reference"), (("cuda",), "triton")):
         monkeypatch.setattr(module, "_TRITON_PROVEN", proven)
         module._probe.cache_clear()
@@ -83,26 +85,26 @@ def test_gpu_paths_are_opt_in(monkeypatch):
     assert native.opt_in
 
 
-def test_native_cuda_kernels_share_their_key():
-    """They serve their ops while they are chosen, Triton's serve otherwise, and an op without one says so."""
+def test_native_cuda_kernels_share_the_dispatch_key_with_triton():
+    """The native kernels serve while they are chosen, Triton's otherwise; a missing native kernel raises an error."""
     code = """
 import torch
-from visattn_fast import backends, ops
+import visattn_fast
 from visattn_fast.ops import library
 def load():
-    library = torch.library.Library("visattn_fast_cuda", "IMPL")
-    library.impl("eca_fwd", lambda *args: args, "CUDA")
-    kept.append(library)
+    made = torch.library.Library("visattn_fast_cuda", "IMPL")
+    made.impl("eca_fwd", lambda *args: args, "CUDA")
+    kept.append(made)
 kept, chosen = [], []
-assert ops.register_cuda(lambda: "not built", bool) == "not built"
+assert library.register_cuda(lambda: "not built", bool) == "not built"
 assert not library._NATIVE
-assert ops.register_cuda(load, lambda: bool(chosen)) is None
+assert library.register_cuda(load, lambda: bool(chosen)) is None
 native = torch.ops.visattn_fast_cuda.eca_fwd.default
 assert library.cuda_kernel("eca_fwd", True) is native
-assert library.cuda_kernel("eca_fwd", False) is native  # nobody else is there
-ops.register_triton("CUDA")
+assert library.cuda_kernel("eca_fwd", False) is native  # no other kernel is there
+library.register_triton("CUDA")
 assert library.cuda_kernel("eca_fwd", True) is native
-assert library.cuda_kernel("eca_bwd", True).__module__ == "visattn_fast.kernels.ops.eca"  # of a native forward
+assert library.cuda_kernel("eca_bwd", True).__module__ == "visattn_fast.kernels.ops.eca"  # behind a native forward
 assert library.cuda_kernel("eca_fwd", False).__module__ == "visattn_fast.kernels.ops.eca"
 for name in ("eca_fwd", "se_fwd"):
     assert torch._C._dispatch_has_kernel_for_dispatch_key("visattn_fast::" + name, "CUDA")
@@ -114,8 +116,8 @@ except RuntimeError as error:
     assert python(code) == "backend 'cuda' has no kernel for se_fwd; it has eca_fwd"
 
 
-def test_import_is_light():
-    """Neither triton nor the native library nor Dynamo is loaded by the import, and nothing asks the environment."""
+def test_import_loads_no_kernels_and_reads_no_environment():
+    """The import loads neither triton nor the native library nor Dynamo."""
     code = """
 import os, sys, torch
 class Environment(dict):
@@ -131,8 +133,7 @@ print([m for m in loaded if m != "numpy"], "torch._dynamo" in sys.modules, list(
     assert python(code) == "[] False []"
 
 
-def test_without_triton_and_without_the_extension(tmp_path):
-    """A bare install says what it lacks, and computes all the same."""
+def test_package_without_kernels_computes_and_says_what_it_lacks(tmp_path):
     shutil.copytree(PACKAGE, tmp_path / "visattn_fast", ignore=shutil.ignore_patterns("*.so", "*.pyd", "__pycache__"))
     code = """
 import sys

@@ -12,12 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-from test_accelerate_models import timm_model
 from torch import nn
 
 import visattn_fast as vf
 from cases import INTERPRETED, run
-from outside import library, ultralytics_modules
+from outside import library, timm_model, ultralytics_modules
 from visattn_fast import catalogue
 from visattn_fast.catalogue import ENTRIES, feature_map
 from visattn_fast.models import AttentionResNet

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from torch import nn
 
 import visattn_fast as vf
 from cases import INTERPRETED
-from outside import library
+from outside import library, timm_model
 from visattn_fast.catalogue import feature_map
 from visattn_fast.models import AttentionResNet
 
@@ -28,10 +28,6 @@ class Model(NamedTuple):
     build: Callable[[], nn.Module]
     gates: int
     blocks: int
-
-
-def timm_model(name: str, **options: Any) -> Callable[[], nn.Module]:
-    return lambda: library("timm").create_model(name, num_classes=10, **options)
 
 
 def torchvision_model(name: str) -> Callable[[], nn.Module]:

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_flavours import BIASED
-from test_gates import KINDS
 
 from cases import INTERPRETED
+from variants import BIASED, CUSTOM
 from visattn_fast import catalogue
 
 pytest.importorskip("triton")
@@ -99,7 +98,7 @@ def test_windows(window, head, dtype, target):
 
 def test_shared_maxima():
     """The passes around a caller's gates, whose equal maxima share their gradient, compile."""
-    layouts = [Call(KINDS["even"], compiled.SHAPES[0], layout, residual=True) for layout in catalogue.LAYOUTS]
+    layouts = [Call(CUSTOM["even"], compiled.SHAPES[0], layout, residual=True) for layout in catalogue.LAYOUTS]
     assert sum("pool" in name for name in hold(layouts, "sm_90")) > 2, "the launches were not seen"
 
 

@@ -6,9 +6,8 @@ import importlib
 
 import pytest
 import torch
-from test_autograd import _Recorder
 
-from cases import INTERPRETED, TARGETS, check, feature_map
+from cases import INTERPRETED, TARGETS, RecordedOps, check, feature_map
 from visattn_fast import catalogue
 from visattn_fast.ops.library import OPS
 
@@ -104,7 +103,7 @@ def test_gradients_have_their_weights_dtypes(name, dtypes):
     entry = catalogue.ENTRIES[name]
     fast = entry.pair(16, dtypes[1])[0]
     x = feature_map((2, 16, 5, 6), "nchw", dtypes[0]).requires_grad_()
-    with _Recorder() as recorder:
+    with RecordedOps() as recorder:
         fast(x).sum().backward()
     op, arguments = recorder.calls[-1]
     on_paper = [a.to("meta") if isinstance(a, torch.Tensor) else a for a in arguments]
@@ -123,7 +122,7 @@ def test_triton_rounds_once(name, device):
     fast = entry.pair(16)[0].to(device)
     x = feature_map((2, 16, 5, 6), "nchw", torch.float32, device).requires_grad_()
     backends = importlib.import_module("visattn_fast.backends")
-    with backends.use_backend("triton"), _Recorder() as recorder:
+    with backends.use_backend("triton"), RecordedOps() as recorder:
         fast(x).sum().backward()
     op, arguments = recorder.calls[-1]
     launcher = getattr(importlib.import_module(f"visattn_fast.kernels.ops.{OPS[op._opname].launcher}"), op._opname)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
-from test_flavours import BIASED
 
 from cases import INTERPRETED
+from variants import BIASED
 from visattn_fast import catalogue
 
 pytest.importorskip("triton")

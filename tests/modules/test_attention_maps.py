@@ -1,4 +1,4 @@
-"""attention_maps: every gate of a model, and nothing changed by looking."""
+"""attention_maps returns every gate of a model, and changes nothing in the model."""
 
 from __future__ import annotations
 
@@ -6,21 +6,21 @@ import copy
 
 import pytest
 import torch
-from test_watch import KEYS, assert_unchanged, images, net, snapshot
 from torch import nn
 
 import visattn_fast as vf
-from cases import feature_map
+from cases import entries, feature_map
+from gated_net import KEYS, assert_unchanged, images, net, snapshot
 from visattn_fast import catalogue
+from visattn_fast.models import AttentionResNet
 
-entries = pytest.mark.parametrize("entry", catalogue.ENTRIES.values(), ids=lambda e: e.name)
 modes = pytest.mark.parametrize("training", [True, False])
 
 
 @entries
 @modes
-def test_every_gate_of_the_catalogue(entry, training):
-    """Fast and reference modules show the same gates, and looking at them changes neither state nor results."""
+def test_fused_and_reference_modules_return_the_same_gates(entry, training):
+    """`attention` returns the same gates in both classes, and changes no state."""
     pair = [module.train(training) for module in entry.pair(32)]
     x = feature_map((2, 32, 6, 5), "nchw", torch.float32)
     gates = []
@@ -35,7 +35,7 @@ def test_every_gate_of_the_catalogue(entry, training):
         torch.testing.assert_close(gate, gates[1][kind])
 
 
-def test_gates_make_the_result():
+def test_input_times_gates_is_the_result():
     x = feature_map((2, 32, 6, 5), "nchw", torch.float64)
     for name in ("se", "eca", "cbam"):
         module, _ = catalogue.ENTRIES[name].pair(32, torch.float64)
@@ -51,8 +51,8 @@ def test_gates_make_the_result():
 
 @modes
 @pytest.mark.parametrize("fused", [True, False])
-def test_maps(fused, training):
-    """All gates that run, by name and in order, as in eval mode; the model is left alone, mixed modes included."""
+def test_maps_name_the_gates_in_their_order(fused, training):
+    """The maps are those of eval mode, for the gates that run; the model keeps its state and its mixed modes."""
     model = net(fused).train(training)
     model.conv[1].eval()
     expected = copy.deepcopy(model).eval()(images())
@@ -70,30 +70,30 @@ def test_maps(fused, training):
     assert torch.equal(model(images()), expected)
 
 
-def test_input_of_several_arguments():
+def test_model_may_take_several_arguments():
     model = net()
     assert list(vf.attention_maps(model, (images(), torch.tensor(2.0)))) == KEYS
 
 
-def test_a_model_that_is_a_gate():
+def test_model_may_be_a_gate_itself():
     x = feature_map((2, 16, 6, 5), "nchw", torch.float32)
     assert list(vf.attention_maps(vf.FastSE(16), x)) == ["channel"]
     assert list(vf.attention_maps(vf.FastCBAM(16), x)) == ["channel", "spatial"]
     assert vf.attention_maps(nn.Conv2d(16, 16, 1), x) == {}
 
 
-def test_foreign_modules_named_attention_are_no_gates():
+def test_other_modules_with_an_attention_are_no_gates():
     class Layer(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.attention = vf.FastSE(16)  # a submodule of that name
+            self.attention = vf.FastSE(16)  # a submodule, not the method
 
         def forward(self, x):
             return self.attention(x)
 
     class Other(nn.Module):
         def attention(self, query, key):
-            raise AssertionError("takes something else than forward")
+            raise AssertionError("takes other arguments than forward")
 
         def forward(self, x):
             return x
@@ -102,9 +102,14 @@ def test_foreign_modules_named_attention_are_no_gates():
     assert list(vf.attention_maps(nn.Sequential(Layer(), Other()), x)) == ["0.attention"]
 
 
+def test_maps_of_an_attention_resnet_name_its_stages():
+    maps = vf.attention_maps(AttentionResNet("cbam", width=8), feature_map((1, 3, 12, 9), "nchw", torch.float32))
+    assert list(maps) == [f"stages.{i}.0.gate.{kind}" for i in range(3) for kind in ("channel", "spatial")]
+
+
 @pytest.mark.parametrize("need_weights", [True, False])
-def test_maps_over_sequences(need_weights):
-    """They are gates too, and show the weights that they did not keep."""
+def test_sequence_layers_return_their_weights(need_weights):
+    """The weights are returned although the forward pass may keep none."""
 
     class Model(nn.Module):
         def __init__(self) -> None:
@@ -127,7 +132,7 @@ def test_maps_over_sequences(need_weights):
     assert (maps["sequence"][1, :, 3:] == 0).all()
 
 
-def test_maps_of_a_model_that_fails():
+def test_failing_model_is_unchanged():
     model = net().train()
     before = snapshot(model)
     with pytest.raises(RuntimeError):
@@ -136,20 +141,20 @@ def test_maps_of_a_model_that_fails():
 
 
 @pytest.mark.parametrize("fused", [True, False])
-def test_other_dtypes(fused):
+def test_maps_have_the_dtype_of_the_model(fused):
     model = net(fused).bfloat16()
     assert {gate.dtype for gate in vf.attention_maps(model, images(torch.bfloat16)).values()} == {torch.bfloat16}
-    if fused:  # the map's dtype is not the weights'
+    if fused:  # a map of another dtype than the weights
         gate = vf.FastSE(16)
         x = feature_map((2, 16, 6, 5), "nchw", torch.float32)
         mixed = vf.attention_maps(gate, x.bfloat16())["channel"]
         torch.testing.assert_close(mixed, gate.attention(x)["channel"].detach(), rtol=0.01, atol=0)
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute")  # Dynamo's, where a part of a model is compiled
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # of Dynamo, about a compiled part
 @pytest.mark.parametrize("wrap", ["parallel", "compiled", "part", "in place"])
-def test_maps_of_wrapped_models(wrap):
-    """Names and maps are those of the model inside; compiled parts run eagerly."""
+def test_maps_of_wrapped_models_are_those_of_the_model_inside(wrap):
+    """Names and maps do not depend on the wrapper; compiled parts run eagerly."""
     torch._dynamo.reset()
     model = net().eval()
     expected = vf.attention_maps(model, images())

@@ -1,4 +1,4 @@
-"""Bad input: one clear error, the same from the fused and the reference classes."""
+"""Bad input raises one clear error, the same from the fused and the reference classes and functions."""
 
 from __future__ import annotations
 
@@ -6,13 +6,10 @@ import pytest
 import torch
 
 import visattn_fast as vf
-from visattn_fast import catalogue, reference
-
-entries = pytest.mark.parametrize("entry", catalogue.ENTRIES.values(), ids=lambda e: e.name)
+from cases import entries
+from visattn_fast import reference
 
 X = torch.randn(2, 32, 4, 4)
-ANY_CHANNELS = ("spatial_attention", "simam")
-NO_PARAMETERS = ("simam",)
 BAD_CALLS = {
     "rank": (lambda m: m(X[0]), ValueError, r"x must have shape \[N, C, H, W\], got 3 dimensions: \(32, 4, 4\)"),
     "channels": (lambda m: m(X[:, :8]), ValueError, r"x must have 32 channels, .*got shape \(2, 8, 4, 4\)"),
@@ -25,20 +22,6 @@ BAD_CALLS = {
         r"at least one channel and one pixel, got shape \(2, 32, 4, 0\)",
     ),
     "device": (lambda m: m.to("meta")(X), ValueError, r"must be on the device of x, cpu, got meta"),
-}
-BAD_EPILOGUES = {
-    "activation": (lambda m: m(X, activation="gelu"), ValueError, r"activation must be one of .*got 'gelu'"),
-    "shape": (lambda m: m(X, residual=X[:1]), ValueError, r"residual must have the shape of x, .*got \(1, 32, 4, 4\)"),
-    "dtype": (
-        lambda m: m(X, residual=X.int()),
-        TypeError,
-        r"residual must have a floating-point dtype, got torch.int32",
-    ),
-    "device": (
-        lambda m: m(X, residual=X.to("meta")),
-        ValueError,
-        r"residual must be on the device of x, cpu, got meta",
-    ),
 }
 BAD_ARGUMENTS = [
     (lambda r: r.SE(8), r"channels must be at least reduction=16, got 8"),
@@ -81,26 +64,19 @@ BAD_ARGUMENTS = [
 @entries
 @pytest.mark.parametrize("which", [0, 1], ids=["fast", "reference"])
 @pytest.mark.parametrize("name", BAD_CALLS)
-def test_bad_calls(entry, which, name):
+def test_bad_map_raises(entry, which, name):
     call, error, message = BAD_CALLS[name]
-    if name == "channels" and entry.name in ANY_CHANNELS:
+    module = entry.pair(32)[which]
+    if name == "channels" and not entry.arguments(32):
         pytest.skip("takes any number of channels")
-    if name == "device" and entry.name in NO_PARAMETERS:
-        pytest.skip("has no parameters to be elsewhere")
+    if name == "device" and not list(module.parameters()):
+        pytest.skip("has no parameters on another device")
     with pytest.raises(error, match=message):
-        call(entry.pair(32)[which])
-
-
-@pytest.mark.parametrize("entry", [e for e in catalogue.ENTRIES.values() if e.epilogue], ids=lambda e: e.name)
-@pytest.mark.parametrize("name", BAD_EPILOGUES)
-def test_bad_epilogues(entry, name):
-    call, error, message = BAD_EPILOGUES[name]
-    with pytest.raises(error, match=message):
-        call(entry.pair(32)[0])
+        call(module)
 
 
 class _Fast:
-    """`reference`'s class names, for the fused modules."""
+    """The fused classes by the names of the reference classes."""
 
     def __getattr__(self, name):
         return getattr(vf, f"Fast{name}")
@@ -108,7 +84,7 @@ class _Fast:
 
 @pytest.mark.parametrize("classes", [_Fast(), reference], ids=["fast", "reference"])
 @pytest.mark.parametrize(("construct", "message"), BAD_ARGUMENTS)
-def test_bad_arguments(classes, construct, message):
+def test_bad_constructor_argument_raises(classes, construct, message):
     with pytest.raises(ValueError, match=message):
         construct(classes)
 
@@ -201,6 +177,6 @@ BAD_WEIGHTS = [
 
 @pytest.mark.parametrize("functions", [vf.functional, reference], ids=["fast", "reference"])
 @pytest.mark.parametrize(("call", "message"), BAD_WEIGHTS)
-def test_bad_weights(functions, call, message):
+def test_bad_argument_of_a_function_raises(functions, call, message):
     with pytest.raises(ValueError, match=message):
         call(functions)

@@ -1,4 +1,4 @@
-"""Two processes on one machine, which talk by gloo: DistributedDataParallel and fully_shard."""
+"""Training in two processes on one machine, which talk by gloo: DistributedDataParallel and fully_shard."""
 
 from __future__ import annotations
 
@@ -10,24 +10,23 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
-from cases import INTERPRETED
-from two_processes import CHECKS
+import two_processes
+import visattn_fast as vf
+from cases import feature_map
 
-WORLD = 2
+WORLD = 2  # processes
 ROOT = Path(__file__).parents[2]
 
-pytestmark = [
-    pytest.mark.skipif(INTERPRETED, reason="what the kernels compute is held elsewhere"),
-    pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed"),
-]
+pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
 
 
 @pytest.fixture(scope="module")
 def failures(tmp_path_factory):
-    """What failed in any of the processes, by check: they are started once for all checks."""
+    """Runs all checks in two processes; returns the failures of each process, by check."""
     folder = tmp_path_factory.mktemp("distributed")
-    script = [sys.executable, str(ROOT / "tests" / "two_processes.py"), str(folder / "store")]
+    script = [sys.executable, two_processes.__file__, str(folder / "store")]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     reports = [folder / f"{rank}.json" for rank in range(WORLD)]
     processes = [
@@ -45,7 +44,19 @@ def failures(tmp_path_factory):
     return [json.loads(report.read_text()) for report in reports]
 
 
-@pytest.mark.parametrize("name", CHECKS)
-def test_two_processes(failures, name):
+@pytest.mark.parametrize("name", two_processes.CHECKS)
+def test_two_processes_agree_with_one(failures, name):
     found = [failed[name] for failed in failures if name in failed]
     assert not found, "\n".join(found)
+
+
+def test_synchronised_batch_norm_is_refused(monkeypatch):
+    """The gate computes its batch norm itself, and would leave out the batches of the other processes."""
+    gate = nn.SyncBatchNorm.convert_sync_batchnorm(vf.FastCoordAtt(16))
+    x = feature_map((2, 16, 6, 5), "nchw", torch.float32)
+    gate(x)  # a single process has the whole batch
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda group=None: 2)
+    with pytest.raises(RuntimeError, match="SyncBatchNorm"):
+        gate(x)
+    gate.eval()(x)

@@ -15,39 +15,37 @@ from torch import nn
 from torch.export import Dim
 
 import visattn_fast as vf
-from cases import INTERPRETED, feature_map
+from cases import feature_map
 from outside import library
 from visattn_fast import catalogue
 
-pytestmark = [
-    pytest.mark.skipif(INTERPRETED, reason="exported programs have none of the kernels"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
-# In eval mode, and each once.
+# Each module once, in eval mode.
 ENTRIES = [e for e in catalogue.ENTRIES.values() if not e.training or f"{e.name}_eval" not in catalogue.ENTRIES]
 
 SIZES = (Dim.DYNAMIC, Dim.STATIC, Dim.DYNAMIC, Dim.DYNAMIC)
 SHAPES = ((2, 16, 9, 10), (3, 16, 15, 8))
-SMALL = (1, 16, 7, 3)  # one window covers it
+SMALL = (1, 16, 7, 3)  # fits into one window
 
 
 def program_of(module, x, strict=False):
     return torch.export.export(module, (x,), dynamic_shapes=(SIZES,), strict=strict)
 
 
-def targets(program):
+def called_by(program):
     return {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
 
 
 def ours(program):
-    return {target for target in targets(program) if "visattn_fast" in target}
+    """Returns the ops of this package that a program calls."""
+    return {target for target in called_by(program) if "visattn_fast" in target}
 
 
 def onnx_of(program):
-    """The kinds of nodes in the ONNX model of an exported program, and how ONNX Runtime computes it.
+    """Returns the kinds of nodes in the ONNX model of a program, and a function that runs it in ONNX Runtime.
 
-    ONNX Script's optimiser takes longer than the rest; `test_recipes` goes through it.
+    ONNX Script's optimiser takes longer than the rest, and is left to the test of the documented recipes.
     """
     runtime, _ = library("onnxruntime"), library("onnxscript")
     made = torch.onnx.export(program, verbose=False, optimize=False)
@@ -64,7 +62,7 @@ def onnx_of(program):
 
 
 class Each(nn.Module):
-    """The results of several modules, of which one program is made: most of an export is not the module's."""
+    """Several modules in one program, since most of the time of an export is the same for any module."""
 
     def __init__(self, modules):
         super().__init__()
@@ -75,13 +73,13 @@ class Each(nn.Module):
 
 
 @pytest.mark.parametrize("part", range(3))
-def test_dynamic_sizes(part):
-    """Exported without our ops for any batch, height and width; ONNX Runtime computes the same."""
+def test_exported_program_takes_any_size_and_onnx_agrees(part):
+    """Exported programs hold none of our ops and take any batch, height and width; ONNX Runtime computes the same."""
     fast = Each({entry.name: entry.pair(16)[0] for entry in ENTRIES[part::3]}).eval()
     x, other, small = (feature_map(shape, "nchw", torch.float32) for shape in (*SHAPES, SMALL))
     program = program_of(fast, x)
     assert not ours(program)
-    assert not [target for target in targets(program) if "max_pool" in target]
+    assert not [target for target in called_by(program) if "max_pool" in target]
     module = program.module()
     for given in (x, other):
         torch.testing.assert_close(module(given), fast(given))
@@ -94,8 +92,8 @@ def test_dynamic_sizes(part):
 
 
 @pytest.mark.parametrize("name", ["cbam", "coord_att_eval", "self_attention"])
-def test_strict(name):
-    """Traced by Dynamo, too."""
+def test_strict_export_has_none_of_our_ops(name):
+    """A program traced by Dynamo takes other sizes too."""
     fast, _ = catalogue.ENTRIES[name].pair(16)
     x, other = (feature_map(shape, "nchw", torch.float32) for shape in SHAPES)
     program = program_of(fast.eval(), x, strict=True)
@@ -103,8 +101,7 @@ def test_strict(name):
     torch.testing.assert_close(program.module()(other), fast(other))
 
 
-def test_training_mode():
-    """A program that normalises by the batch updates the running statistics."""
+def test_exported_training_updates_running_statistics():
     fast, plain = catalogue.ENTRIES["coord_att"].pair(16)
     x = feature_map(SHAPES[0], "nchw", torch.float32)
     program = program_of(fast, x)
@@ -114,8 +111,8 @@ def test_training_mode():
     torch.testing.assert_close(dict(module.named_buffers()), dict(plain.named_buffers()))
 
 
-def test_position_bias_and_mask():
-    """Where a table bounds the sizes of maps, they are dynamic below the bound."""
+def test_exported_sizes_are_dynamic_below_a_position_bias():
+    """Self-attention with a table and a mask takes any map up to the size of the table, in ONNX Runtime too."""
     attention = vf.FastSelfAttention2d(16, 2, position_bias=(14, 14)).eval()
     attention.relative_position_bias_table.data.normal_()
     x, other = (feature_map(shape, "nchw", torch.float32) for shape in ((2, 16, 9, 10), (1, 16, 14, 6)))
@@ -127,8 +124,19 @@ def test_position_bias_and_mask():
     torch.testing.assert_close(compute(other, masks[1])[0], attention(other, masks[1]), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("position_bias", [None, (3, 5)])
+def test_exported_self_attention_takes_any_batch(position_bias):
+    """The program takes a mask, with a position bias and without."""
+    fast = vf.FastSelfAttention2d(16, 2, position_bias=position_bias).eval()
+    x, mask = torch.randn(2, 16, 3, 5), torch.rand(2, 3, 5) < 0.7
+    batch = torch.export.Dim("batch", min=2, max=64)
+    program = torch.export.export(fast, (x, mask), dynamic_shapes=({0: batch}, {0: batch}))
+    x, mask = torch.randn(5, 16, 3, 5), torch.rand(5, 3, 5) < 0.7
+    torch.testing.assert_close(program.module()(x, mask), fast(x, mask))
+
+
 @pytest.mark.parametrize("score", ["dot", "concat"])
-def test_sequences(score):
+def test_exported_sequence_attention_takes_any_length(score):
     attention = vf.FastSequenceAttention(score, 8)
     (query, key), (others, keys) = ((torch.randn(n, 4 + n, 8), torch.randn(n, 9 - n, 8)) for n in (2, 3))
     sizes = {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}
@@ -139,8 +147,7 @@ def test_sequences(score):
     torch.testing.assert_close(program.module()(others, keys, **arguments)[0], attention(others, keys, **arguments)[0])
 
 
-def test_accelerated_model():
-    """Modules of other libraries are exported as if they had not been accelerated."""
+def test_exported_accelerated_model_has_none_of_our_ops():
     gate = library("torchvision").ops.SqueezeExcitation(16, 4)
     model = nn.Sequential(nn.Conv2d(3, 16, 3), gate, nn.ReLU()).eval()
     assert vf.accelerate(model).swapped
@@ -151,8 +158,8 @@ def test_accelerated_model():
 
 
 @pytest.mark.parametrize("strict", [False, True])
-def test_explicit_choice_is_kept(strict):
-    """A program exported under an explicit choice has the ops of it, for other sizes, too."""
+def test_export_under_a_chosen_backend_keeps_its_ops(strict):
+    """A program exported while a backend is chosen calls that backend's ops, for other sizes too."""
     fast, _ = catalogue.ENTRIES["cbam"].pair(16)
     x, other = (feature_map(shape, "nchw", torch.float32) for shape in SHAPES)
     with vf.use_backend("cpp"), torch.no_grad():
@@ -162,27 +169,26 @@ def test_explicit_choice_is_kept(strict):
 
 
 @pytest.mark.parametrize("entry", ENTRIES, ids=lambda e: e.name)
-def test_jit_trace(entry):
-    """Traced programs have none of our ops."""
+def test_jit_traced_module_has_none_of_our_ops(entry):
     fast, _ = entry.pair(16)
     fast.eval()
     x = feature_map(SHAPES[0], "nchw", torch.float32)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # sizes become constants
+        warnings.simplefilter("ignore")  # tracing warns that sizes become constants
         traced = torch.jit.trace(fast, (x,))
     assert "visattn_fast::" not in str(traced.inlined_graph)
     torch.testing.assert_close(traced(x), fast(x))
 
 
 def recipe(heading):
-    """The code blocks under a heading of docs/guide/deployment.md."""
+    """Returns the code blocks under a heading of docs/guide/deployment.md."""
     page = (Path(__file__).parents[2] / "docs" / "guide" / "deployment.md").read_text()
     (section,) = re.findall(rf"^## {re.escape(heading)}\n(.*?)(?=^## |\Z)", page, re.DOTALL | re.MULTILINE)
     return re.findall(r"```python\n(.*?)```", section, re.DOTALL)
 
 
-def test_recipes(tmp_path, monkeypatch):
-    """The page's: a program saved, and an ONNX model run."""
+def test_documented_recipes_save_and_run_programs(tmp_path, monkeypatch):
+    """The page saves an exported program and runs an ONNX model."""
     library("onnxruntime"), library("onnxscript")
     monkeypatch.chdir(tmp_path)
     names = {}
@@ -193,7 +199,7 @@ def test_recipes(tmp_path, monkeypatch):
     assert names["y"].shape == (3, 16, 18, 46)
 
 
-# The compiler takes half the time.
+# Half the compile time.
 SOONER = {"aot_inductor.compile_wrapper_opt_level": "O0", "aot_inductor.precompile_headers": False}
 CHECK = """
 import sys
@@ -203,8 +209,8 @@ torch.testing.assert_close([run(x) for x in inputs], expected)
 
 
 @pytest.mark.parametrize("fused", [False, True])
-def test_aot_inductor(fused, tmp_path, monkeypatch):
-    """The page's packages of compiled code run in a fresh process: without this package, or with its kernels."""
+def test_documented_packages_run_in_a_fresh_process(fused, tmp_path, monkeypatch):
+    """The page's AOTInductor packages run in a new process: without this package, or with its kernels."""
     monkeypatch.chdir(tmp_path)
     names = {}
     (export,), (compile_plain, run_plain, compile_fused, run_fused) = recipe("torch.export"), recipe("AOTInductor")

@@ -1,4 +1,4 @@
-"""The models: the fused network is the reference network, in results, gradients and state_dict."""
+"""The networks of `models`: the fused network equals the reference network in results, gradients and state_dict."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ attentions = pytest.mark.parametrize("attention", [*GATES, None])
 
 
 def pair(attention: str | None, **arguments) -> list[AttentionResNet]:
-    """The fused and the reference network, drawn from one seed."""
+    """Builds the fused and the reference network from one seed."""
     networks = []
     for fused in (True, False):
         with torch.random.fork_rng(devices=[]):
@@ -27,11 +27,11 @@ def pair(attention: str | None, **arguments) -> list[AttentionResNet]:
 
 @attentions
 @pytest.mark.parametrize("depths", [(1, 2), (2, 1, 1)])
-def test_fused_is_reference(attention, depths):
+def test_fused_resnet_matches_reference(attention, depths):
     fused, reference = pair(attention, num_classes=5, width=8, depths=depths)
     assert list(fused.state_dict()) == list(reference.state_dict())
     for p, q in zip(fused.parameters(), reference.parameters(), strict=True):
-        assert torch.equal(p, q)  # one seed, one network
+        assert torch.equal(p, q)  # drawn from one seed
     x = catalogue.feature_map((3, 3, 13, 10), dtype=torch.float64)
     for training in (True, False):
         outputs = [network.train(training)(x) for network in (fused, reference)]
@@ -47,7 +47,7 @@ def test_fused_is_reference(attention, depths):
 
 
 @attentions
-def test_state_dict_crosses(attention):
+def test_resnet_state_dict_crosses_classes(attention):
     fused, reference = pair(attention, width=8)
     other = AttentionResNet(attention, width=8, fused=False).double()
     other.load_state_dict(fused.state_dict())
@@ -56,14 +56,14 @@ def test_state_dict_crosses(attention):
 
 
 @pytest.mark.parametrize("attention", GATES)
-def test_gates_are_of_the_catalogue(attention):
+def test_resnet_blocks_hold_the_gates_of_the_catalogue(attention):
     entry = catalogue.ENTRIES[attention]
     for network, expected in zip(pair(attention, depths=(2, 1)), (entry.fast, entry.reference), strict=True):
         assert [type(block.gate) for stage in network.stages for block in stage] == [expected] * 3
 
 
-def test_gates():
-    """Every class that gates a map, once, and as it trains."""
+def test_every_gate_of_the_catalogue_is_offered_once():
+    """Each class that gates a map has one name, that of its training mode."""
     assert {"se", "eca", "cbam"} <= set(GATES)
     assert all(catalogue.ENTRIES[name].training for name in GATES)
     assert len({catalogue.ENTRIES[name].fast for name in GATES}) == len(GATES)
@@ -81,12 +81,12 @@ def test_gates():
         ({"depths": (1, 0)}, "every entry of depths must be a positive int, got 0"),
     ],
 )
-def test_bad_arguments(arguments, message):
+def test_bad_resnet_argument_raises(arguments, message):
     with pytest.raises(ValueError, match=message):
         AttentionResNet(**arguments)
 
 
-def test_bad_input():
+def test_bad_resnet_input_raises():
     with pytest.raises(ValueError, match=r"x must have 3 channels.*\(2, 1, 8, 8\)"):
         AttentionResNet()(torch.zeros(2, 1, 8, 8))
     with pytest.raises(ValueError, match=r"x must have shape \[N, C, H, W\]"):
@@ -101,13 +101,13 @@ def vgg() -> VGG16WithAttention:
 
 
 def structure(**arguments) -> VGG16WithAttention:
-    """A network whose 138 million parameters hold nothing."""
+    """Builds a VGG on the meta device, without memory for its 138 million parameters."""
     with torch.device("meta"):
         return VGG16WithAttention(**arguments)
 
 
 def vgg_run(network: VGG16WithAttention, x: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Logits, and the gradients of x and of all but the classifier's parameters."""
+    """Returns the logits, and the gradients of x and of all parameters outside the classifier."""
     x = x.detach().requires_grad_()
     inputs = {"x": x}
     inputs.update((n, p) for n, p in network.named_parameters() if not n.startswith("classifier"))
@@ -116,8 +116,8 @@ def vgg_run(network: VGG16WithAttention, x: torch.Tensor) -> dict[str, torch.Ten
     return {"y": y.detach(), **dict(zip(inputs, torch.autograd.grad(y, list(inputs.values()), grad), strict=True))}
 
 
-def test_vgg_structure():
-    """VGG-16's layers under torchvision's names, and the right attention before each pool."""
+def test_vgg_has_torchvisions_layers_and_five_gates():
+    """The layers have torchvision's names; a gate of the right class stands before each pool."""
     convolutions = [0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28]
     for fused, attention in ((True, vf.FastLocalAttention), (False, vf.reference.LocalAttention)):
         network = structure(num_classes=7, fused=fused)
@@ -128,7 +128,7 @@ def test_vgg_structure():
         assert network(torch.zeros(2, 3, 45, 33, device="meta")).shape == (2, 7)
 
 
-def test_vgg_loads_torchvision():
+def test_vgg_loads_torchvisions_state_dict():
     with torch.device("meta"):
         other = library("torchvision.models").vgg16().state_dict()
     ours = structure().state_dict()
@@ -140,7 +140,7 @@ def test_vgg_loads_torchvision():
     assert all(key.startswith("attentions.") for key in missing)
 
 
-def test_vgg_initialisation(vgg):
+def test_vgg_starts_with_scaled_weights_and_open_gates(vgg):
     assert all(not p.any() for name, p in vgg.named_parameters() if name.endswith("bias"))
     for layer in (vgg.features[2], vgg.features[28], vgg.classifier[3], vgg.attentions[4].spatial_attention[0]):
         deviation = (2 / layer.weight[0].numel()) ** 0.5
@@ -151,7 +151,7 @@ def test_vgg_initialisation(vgg):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_vgg_fused_is_reference(vgg, dtype):
+def test_fused_vgg_matches_reference(vgg, dtype):
     x = catalogue.feature_map((2, 3, 32, 40))
     exact = structure(dropout=0.0, fused=False)
     exact.load_state_dict({name: t.double() for name, t in vgg.state_dict().items()}, assign=True)
@@ -164,7 +164,7 @@ def test_vgg_fused_is_reference(vgg, dtype):
     within_budget(*runs, oracle, oracle)
 
 
-def test_vgg_state_dict_crosses(vgg):
+def test_vgg_state_dict_crosses_classes(vgg):
     other = structure(fused=False)
     assert list(other.state_dict()) == list(vgg.state_dict())
     other.load_state_dict(vgg.state_dict(), assign=True)
@@ -173,7 +173,7 @@ def test_vgg_state_dict_crosses(vgg):
         torch.testing.assert_close(other.eval()(x), vgg(x))
 
 
-def test_vgg_bad_input():
+def test_bad_vgg_argument_or_input_raises():
     with pytest.raises(ValueError, match="num_classes must be a positive int, got 0"):
         VGG16WithAttention(num_classes=0)
     with pytest.raises(ValueError, match="dropout"):

@@ -1,4 +1,4 @@
-"""Attention inside windows: odd maps and windows, strides, threads, maps of weights; timm's and torchvision's."""
+"""Attention inside windows: odd maps and windows, strides, seams, weights; timm's and torchvision's modules."""
 
 from __future__ import annotations
 
@@ -8,20 +8,18 @@ import pytest
 import torch
 
 import visattn_fast as vf
-from cases import INTERPRETED, TARGETS, feature_map, poisoned, run
+from cases import INTERPRETED, feature_map, poisoned, run, targets, threads, value_and_gradients
 from outside import library
-from visattn_fast import catalogue, ops, reference
+from visattn_fast import reference
 from visattn_fast.ops.library import OPS
 
-targets = pytest.mark.parametrize(("device", "backend"), TARGETS)
-others = pytest.mark.skipif(INTERPRETED, reason="held against the reference, as the parity tests do in the interpreter")
-quiet = pytest.mark.filterwarnings("ignore")  # the libraries' own
+quiet = pytest.mark.filterwarnings("ignore")  # of the other libraries
 
-# window, shift, pad_first, [N, H, W], heads, C: whole windows, padding, seams within padding, long and small windows
+# (window, shift, pad_first, [N, H, W], heads, C): whole windows, padding, seams in the padding, long and small windows.
 GEOMETRIES = [
     ((7, 7), (3, 3), False, (1, 13, 9), 1, 16),
     ((2, 3), (1, 2), False, (1, 5, 7), 1, 3),
-    ((7, 7), (3, 3), True, (1, 3, 5), 2, 40),  # one window, shifted all the same
+    ((7, 7), (3, 3), True, (1, 3, 5), 2, 40),  # one window, shifted nevertheless
     ((4, 4), (2, 2), True, (0, 6, 6), 2, 16),
 ]
 GEOMETRIES += (
@@ -38,25 +36,17 @@ GEOMETRIES += (
 
 
 def tensors(shape, heads, channels, window, device="cpu", dtype=torch.float32):
-    """qkv ``[N, H, W, 3C]``, its bias and table, so large that the softmax is far from even."""
+    """Returns qkv ``[N, H, W, 3C]``, its bias and the table, so large that the softmax is far from uniform."""
     sizes = ((*shape, 3 * channels), (3 * channels,), ((2 * window[0] - 1) * (2 * window[1] - 1), heads))
     generator = torch.Generator().manual_seed(0)
     made = (torch.randn(s, generator=generator, dtype=torch.float64) for s in sizes)
     return [t.to(device, dtype).requires_grad_() for t in made]
 
 
-def gradients(function, inputs, *arguments):
-    """The result and the gradients of all inputs, which are leaves."""
-    y = function(*inputs, *arguments)
-    grad = catalogue.feature_map(tuple(y.shape), dtype=torch.float64, seed=1).to(y.device, y.dtype)
-    return [y.detach(), *torch.autograd.grad(y, [t for t in inputs if t is not None], grad)]
-
-
 def exact(inputs, *arguments):
-    """The reference's results in float64."""
-    return gradients(
-        reference.window_attention, [t if t is None else leaf(t, torch.float64) for t in inputs], *arguments
-    )
+    """Returns the value and the gradients of the reference in float64."""
+    doubles = [t if t is None else leaf(t, torch.float64) for t in inputs]
+    return value_and_gradients(reference.window_attention, doubles, *arguments)
 
 
 def leaf(t, dtype):
@@ -64,7 +54,7 @@ def leaf(t, dtype):
 
 
 def assert_near(got, want, tolerance):
-    """Each within ``tolerance`` of the largest value that is to be there."""
+    """Asserts that each tensor is within ``tolerance`` times the largest expected value."""
     for found, expected in zip(got, want, strict=True):
         allowed = 1e-30 + (tolerance * expected.abs().max().item() if expected.numel() else 0.0)
         torch.testing.assert_close(found.double(), expected, rtol=0, atol=allowed)
@@ -72,18 +62,18 @@ def assert_near(got, want, tolerance):
 
 @targets
 @pytest.mark.parametrize(("window", "shift", "pad_first", "shape", "heads", "channels"), GEOMETRIES, ids=str)
-def test_geometries(window, shift, pad_first, shape, heads, channels, device, backend):
+def test_geometries_match_reference(window, shift, pad_first, shape, heads, channels, device, backend):
     inputs = tensors(shape, heads, channels, window, device)
     for given in (inputs, [inputs[0], None, inputs[2]])[: 1 if INTERPRETED else 2]:
         arguments = (heads, window, shift, None, pad_first)
         with vf.use_backend(backend), poisoned():
-            got = gradients(vf.functional.window_attention, given, *arguments)
+            got = value_and_gradients(vf.functional.window_attention, given, *arguments)
         assert_near(got, exact(given, *arguments), 4e-6)
 
 
 @targets
-def test_other_strides_and_dtypes(device, backend):
-    """Slices, transposed and expanded tensors; bias and table in other dtypes than qkv; a scale; a strided gradient."""
+def test_strides_and_mixed_dtypes_match_reference(device, backend):
+    """qkv is a slice, transposed or expanded; bias, table and qkv differ in dtype; the gradient is strided."""
     qkv, bias, table = (t.detach() for t in tensors((2, 9, 8), 2, 16, (4, 4), device))
     wide = torch.cat([qkv, qkv], 3)
     views = (wide[..., :48], qkv.transpose(1, 2).contiguous().transpose(1, 2), qkv[:1].expand_as(qkv))
@@ -101,38 +91,34 @@ def test_other_strides_and_dtypes(device, backend):
 
 
 @targets
-def test_large_logits(device, backend, monkeypatch):
-    """Nothing overflows, and the 100 of a seam are no infinity: where logits are larger, it is seen across."""
+def test_large_logits_do_not_overflow_and_cross_seams(device, backend, monkeypatch):
+    """A seam lowers a logit by 100, not by infinity: larger logits cross it, as in the reference."""
     inputs = tensors((1, 8, 8), 1, 16, (4, 4), device)
     with torch.no_grad():
         inputs[0][..., :32] *= 6
     want = exact(inputs, 1, 4, 2)
     with vf.use_backend(backend):
-        assert_near(gradients(vf.functional.window_attention, inputs, 1, 4, 2), want, 1e-4)
+        assert_near(value_and_gradients(vf.functional.window_attention, inputs, 1, 4, 2), want, 1e-4)
     monkeypatch.setattr(sys.modules[reference.window_attention.__module__], "APART", -torch.inf)
     assert not torch.allclose(exact(inputs, 1, 4, 2)[0], want[0], atol=0.1)
 
 
 @targets
-def test_threads_and_repetition(device, backend):
-    """The same bits every time, with any number of threads, of the table's gradient too."""
+def test_repeats_give_the_same_bits(device, backend):
+    """Runs with any number of threads give the same bits, in the gradient of the table too."""
     inputs = tensors((1, 9, 7) if INTERPRETED else (2, 19, 22), 2, 16, (4, 5), device)
     before, runs = torch.get_num_threads(), []
-    for threads in (before, *((1, 2, 3) if backend == "cpp" else (before,))):
-        torch.set_num_threads(threads)
-        try:
-            with vf.use_backend(backend), poisoned():
-                runs.append(gradients(vf.functional.window_attention, inputs, 2, (4, 5), (2, 2)))
-        finally:
-            torch.set_num_threads(before)
+    for count in (before, *((1, 2, 3) if backend == "cpp" else (before,))):
+        with vf.use_backend(backend), poisoned(), threads(count):
+            runs.append(value_and_gradients(vf.functional.window_attention, inputs, 2, (4, 5), (2, 2)))
     for again in runs[1:]:
         assert all(torch.equal(a, b) for a, b in zip(runs[0], again, strict=True))
 
 
 @targets
 @pytest.mark.parametrize("dtype", [torch.float32] if INTERPRETED else [torch.float32, torch.bfloat16], ids=str)
-def test_op(dtype, device, backend):
-    """Schema and fake, with padding and without; values of the kernel beside the plain op's."""
+def test_ops_fit_schema_fake_and_reference(dtype, device, backend):
+    """Maps with padding and without fit schema and fake; values and strides equal those of the reference op."""
     fused = torch.ops.visattn_fast
     for shape, biased in (((1, 6, 5), True), ((1, 4, 4), False)):
         qkv, bias, table = (t.detach() for t in tensors(shape, 2, 16, (4, 4), device, dtype))
@@ -152,9 +138,8 @@ def test_op(dtype, device, backend):
                 torch.testing.assert_close(found, plain, rtol=tolerance, atol=tolerance)
 
 
-@others
-def test_gradcheck():
-    """Both orders, where a map is padded, shifted and cut by seams."""
+def test_both_orders_match_finite_differences():
+    """The map is padded, shifted and cut by seams."""
     for pad_first in (True, False):
         inputs = [leaf(t, torch.float64) for t in tensors((1, 3, 4), 2, 2, (2, 3))]
         arguments = (2, (2, 3), (1, 1), None, pad_first)
@@ -163,11 +148,10 @@ def test_gradcheck():
             assert torch.autograd.gradgradcheck(lambda *t, f=function, a=arguments: f(*t, *a), inputs, fast_mode=True)
 
 
-@others
 @quiet
 @pytest.mark.parametrize("size", [(14, 14), (9, 16), (5, 6)], ids=str)
-def test_timm(size):
-    """A block of timm's: the same weights, by the same names, both ways."""
+def test_timm_block_has_the_same_weights_and_results(size):
+    """The state_dict of timm's attention loads here, and ours loads there."""
     swin = library("timm.models.swin_transformer")
     for shift in (0, 3):
         block = swin.SwinTransformerBlock(32, size, 2, window_size=7, shift_size=shift).double()
@@ -178,16 +162,15 @@ def test_timm(size):
             block.attn.load_state_dict(ours.state_dict())
             x = feature_map((2, *size, 32), "nchw", torch.float64)
             parameters = dict(block.attn.named_parameters())
-            want = gradients(lambda x, *_, b=block: b._attn(x), [leaf(x, x.dtype), *parameters.values()])
+            want = value_and_gradients(lambda x, *_, b=block: b._attn(x), [leaf(x, x.dtype), *parameters.values()])
             got = run(ours, x)
             for name, expected in zip(("y", "x", *parameters), want, strict=True):
                 torch.testing.assert_close(got[name], expected, rtol=1e-9, atol=1e-10)
 
 
-@others
 @quiet
 @pytest.mark.parametrize("size", [(14, 14), (9, 16), (5, 6)], ids=str)
-def test_torchvision(size):
+def test_torchvision_attention_has_the_same_weights_and_results(size):
     other = library("torchvision.models.swin_transformer").ShiftedWindowAttention(32, [7, 7], [3, 3], 2).double()
     torch.nn.init.normal_(other.qkv.bias)
     for kind in (reference.WindowAttention2d, vf.FastWindowAttention2d):
@@ -203,9 +186,8 @@ def test_torchvision(size):
     assert missing.missing_keys == ["relative_position_index"]
 
 
-@others
-def test_layouts_and_weights():
-    """Token grids and feature maps give the same; the maps of weights sum to one in every window."""
+def test_weights_sum_to_one_in_both_layouts():
+    """Token grids and feature maps give the same results, and the weights of each window sum to one."""
     torch.manual_seed(0)
     maps = vf.FastWindowAttention2d(16, (4, 3), 2, (1, 2))
     grids = vf.FastWindowAttention2d(16, (4, 3), 2, (1, 2), layout="nhwc")
@@ -219,7 +201,7 @@ def test_layouts_and_weights():
     assert weights.shape == (2, 4, 2, 12, 12)
     torch.testing.assert_close(weights.sum(-1), torch.ones(2, 4, 2, 12))
     assert received.shape == (2, 2, 7, 6)
-    # 7 x 6 tokens are 8 x 6 positions: without padding, what is received in a window sums to one.
+    # 7 x 6 tokens are padded to 8 x 6 positions. Without padding, the weights received in a window sum to one.
     whole = maps.attention(x[:, :, :4, :3])["received"]
     torch.testing.assert_close(whole.sum((2, 3)), torch.ones(2, 2))
     for bad in (maps, grids):
@@ -227,31 +209,3 @@ def test_layouts_and_weights():
             bad(x, need_weights="all")
     with pytest.raises(ValueError, match=r"x must have shape \[N, H, W, 16\] .*got \[2, 16, 7, 6\]"):
         grids(x)
-
-
-@others
-def test_linear_layers(monkeypatch):
-    """oneDNN's products and PyTorch's: values, gradients of what needs them, both orders, mixed strides, no tokens."""
-    monkeypatch.setattr(sys.modules["visattn_fast.ops.linear"], "_SMALL", 0)
-    torch.manual_seed(0)
-    x, weight, bias = torch.randn(2, 3, 5, 8), torch.randn(12, 8), torch.randn(12)
-    for given in (x, x.transpose(1, 2), x[:1].expand(4, 3, 5, 8), x[:0]):
-        for b in (bias, None):
-            got = gradients(ops.linear, [t if t is None else leaf(t, torch.float32) for t in (given, weight, b)])
-            want = gradients(
-                torch.nn.functional.linear, [t if t is None else leaf(t, torch.float64) for t in (given, weight, b)]
-            )
-            assert_near(got, want, 2e-6)
-    frozen = ops.linear(x.requires_grad_(), weight, bias)
-    (dx,) = torch.autograd.grad(frozen.sum(), x, create_graph=True)
-    torch.testing.assert_close(dx, weight.sum(0).expand_as(dx))
-    leaves = [leaf(t, torch.float32) for t in (x, weight, bias)]
-    (dx,) = torch.autograd.grad(ops.linear(*leaves).square().sum(), leaves[0], create_graph=True)
-    got = torch.autograd.grad(dx.square().sum(), leaves)
-    doubles = [leaf(t, torch.float64) for t in leaves]
-    (dx,) = torch.autograd.grad(torch.nn.functional.linear(*doubles).square().sum(), doubles[0], create_graph=True)
-    assert_near(got, torch.autograd.grad(dx.square().sum(), doubles), 1e-5)
-    torch.library.opcheck(torch.ops.visattn_fast.linear_fwd.default, (x.detach(), weight, bias))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert ops.linear(x, weight, bias).dtype == torch.bfloat16
-    assert ops.linear(x.double(), weight.double()).dtype == torch.float64

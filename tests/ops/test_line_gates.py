@@ -1,4 +1,4 @@
-"""The gates of rows and columns beyond what coordinate attention's own tests have: many hidden channels, no affine."""
+"""The gates of rows and columns: more cases than coordinate attention has, with many hidden channels or no affine."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ import importlib
 import pytest
 import torch
 
-from cases import TARGETS
+from cases import TARGETS, targets, threads
 from visattn_fast.ops import line_gates as ops
 from visattn_fast.ops.library import OPS
 
-NONE = pytest.param("none", "none", marks=pytest.mark.skip(reason="needs the native library, or Triton"))
-on_kernels = pytest.mark.parametrize(("device", "backend"), TARGETS or [NONE])
+formats = pytest.mark.parametrize("channels_inside", [False, True], ids=["nchw", "channels_last"])
+native = pytest.mark.skipif(("cpu", "cpp") not in TARGETS, reason="needs the native library")
 
 N, C, H, W = 3, 40, 17, 3
-HIDDEN = 36  # as C: two blocks, of which one is not full
+HIDDEN = 36  # two blocks, one of them not full, as for C
 
 
 def kernels(backend):
-    """Those of both directions. The native ones serve the ops themselves on CPUs."""
+    """Returns the kernels of both directions. The ops themselves call the native ones on CPUs."""
     if backend == "cpp":
         return ops.line_gates_fwd, ops.line_gates_bwd
     launchers = importlib.import_module("visattn_fast.kernels.ops.line_gates")
@@ -27,7 +27,7 @@ def kernels(backend):
 
 
 def arguments(device, channels_inside=False, affine=True, fixed=False, hidden=HIDDEN):
-    """Of the forward op, float32; and a gradient of its gates."""
+    """Returns float32 arguments of the forward op, and a gradient of its gates."""
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape):
@@ -45,6 +45,7 @@ def arguments(device, channels_inside=False, affine=True, fixed=False, hidden=HI
 
 
 def both(forward, backward, given, grad):
+    """Returns all results of the forward op, and of the backward op behind it."""
     means, height, w1, _, bn_weight, bn_bias, mean, var, w_h, _, w_w, _, eps = given
     gates, z, *statistics = forward(*given)
     fixed = mean is not None
@@ -57,12 +58,12 @@ def doubled(given):
 
 
 def exactly(given, grad):
-    """By PyTorch in float64."""
+    """Returns the results of both ops in PyTorch and float64."""
     return both(OPS["line_gates_fwd"].reference, OPS["line_gates_bwd"].reference, doubled(given), grad.double())
 
 
-def hold(given, grad, backend, tolerance=1e-5):
-    """Against PyTorch in float64, and a second call, bit by bit."""
+def assert_matches_float64(given, grad, backend, tolerance=1e-5):
+    """Asserts that both ops match PyTorch in float64, and that a second call gives the same bits."""
     found = both(*kernels(backend), given, grad)
     for got, want in zip(found, exactly(given, grad), strict=True):
         atol = tolerance * float(want.abs().max()) if len(want) else 0.0
@@ -72,52 +73,48 @@ def hold(given, grad, backend, tolerance=1e-5):
     assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
 
 
-@on_kernels
-@pytest.mark.parametrize("channels_inside", [False, True], ids=["nchw", "channels_last"])
+@targets
+@formats
 @pytest.mark.parametrize(("affine", "fixed"), [(True, False), (False, False), (True, True), (False, True)])
-def test_kernels_against_float64(device, backend, channels_inside, affine, fixed):
-    hold(*arguments(device, channels_inside, affine, fixed), backend)
+def test_kernels_match_float64(device, backend, channels_inside, affine, fixed):
+    assert_matches_float64(*arguments(device, channels_inside, affine, fixed), backend)
 
 
-@on_kernels
-def test_images_that_programs_do_not_share_evenly(device, backend, monkeypatch):
-    """Of three blocks of columns one program has two."""
+@targets
+def test_uneven_shares_of_programs_match_float64(device, backend, monkeypatch):
+    """One program has two of three blocks of columns."""
     if backend == "triton":
-        monkeypatch.setattr(importlib.import_module("visattn_fast.kernels.ops.line_gates"), "PROGRAMS", 4)
-    hold(*arguments(device, hidden=3), backend)
+        kernels = importlib.import_module("visattn_fast.kernels.passes.lines.gate_grads")
+        monkeypatch.setattr(kernels, "PROGRAMS", 4)
+    assert_matches_float64(*arguments(device, hidden=3), backend)
 
 
-@pytest.mark.parametrize("channels_inside", [False, True], ids=["nchw", "channels_last"])
+@native
+@formats
 @pytest.mark.parametrize("images", [1, 5])
-def test_any_number_of_threads(channels_inside, images):
-    """The same bits, of images that threads have to themselves or share."""
-    if ("cpu", "cpp") not in TARGETS:
-        pytest.skip("needs the native library")
+def test_threads_do_not_change_the_bits(channels_inside, images):
+    """Threads share one image, or each has images of its own."""
     given, grad = arguments("cpu", channels_inside)
     means, grad = (torch.cat([t, t.flip(0)])[:images].repeat_interleave(12, 2) for t in (given[0], grad))
     if channels_inside:
         means, grad = (t.mT.contiguous().mT for t in (means, grad))
-    given, before, found = (means, 12 * H, *given[2:]), torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
+    given, found = (means, 12 * H, *given[2:]), []
+    for count in (1, 2, 3):
+        with threads(count):
             found.append(both(*kernels("cpp"), given, grad))
-    finally:
-        torch.set_num_threads(before)
-    hold(given, grad, "cpp")
+    assert_matches_float64(given, grad, "cpp")
     assert all(torch.equal(a, b) for more in found[1:] for a, b in zip(found[0], more, strict=True))
 
 
-def test_float64():
-    if ("cpu", "cpp") not in TARGETS:
-        pytest.skip("needs the native library")
+@native
+def test_float64_keeps_its_precision():
     given, grad = arguments("cpu")
-    hold(doubled(given), grad.double(), "cpp", 1e-13)
+    assert_matches_float64(doubled(given), grad.double(), "cpp", 1e-13)
 
 
-@on_kernels
-def test_ends_of_hardswish(device, backend):
-    """Where it bends; and of what is no number, of which the interpreter warns."""
+@targets
+def test_hardswish_at_its_ends_matches_float64(device, backend):
+    """Hidden values are at or near -3 and 3; in the native kernels, which raise no warnings, also NaN and Inf."""
     given, grad = arguments(device, hidden=4)
     w1, w_h, w_w = torch.zeros_like(given[2]), *(torch.full_like(given[i], 0.1) for i in (8, 10))
     ones, zeros = torch.ones(4, device=device), torch.zeros(4, device=device)
@@ -130,9 +127,9 @@ def test_ends_of_hardswish(device, backend):
             torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5, equal_nan=True)
 
 
-@on_kernels
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, under the interpreter, of NaN that is meant
-def test_nan_does_not_pass_where_the_hardswish_is_shut(device, backend):
+@targets
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of numpy in the interpreter, about intended NaN
+def test_nan_gradient_stops_where_hardswish_is_zero(device, backend):
     given, grad = arguments(device, hidden=8)
     bias = torch.linspace(-8, 8, 8, device=device)
     args = (*given[:4], torch.zeros_like(bias), bias, *given[6:])
@@ -143,9 +140,8 @@ def test_nan_does_not_pass_where_the_hardswish_is_shut(device, backend):
         torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-4, equal_nan=True)
 
 
-@on_kernels
-def test_equal_lines(device, backend):
-    """Their mean is exactly their value, their variance zero."""
+@targets
+def test_equal_lines_have_an_exact_mean_and_no_variance(device, backend):
     given, _ = arguments(device)
     means = given[0][:1, :, :1].expand(N, C, H + W).contiguous()
     given[2][:, 1:] = 0  # sums in any order are exact
@@ -154,8 +150,8 @@ def test_equal_lines(device, backend):
     assert not var.any()
 
 
-@on_kernels
-def test_no_images(device, backend):
+@targets
+def test_empty_batch_gives_empty_gates_and_zero_gradients(device, backend):
     given, grad = arguments(device)
     gates, z, *sums = both(*kernels(backend), (given[0][:0], *given[1:]), grad[:0])
     assert gates.shape == (0, C, H + W)
@@ -163,8 +159,8 @@ def test_no_images(device, backend):
     assert not any(s.any() for s in sums)
 
 
-@on_kernels
-def test_gradients_in_the_weights_dtypes(device, backend):
+@targets
+def test_gradients_have_their_weights_dtypes(device, backend):
     given, grad = arguments(device)
     rounded = tuple(t.bfloat16() if isinstance(t, torch.Tensor) and t.dim() == 4 else t for t in given)
     found = both(*kernels(backend), rounded, grad)

@@ -1,9 +1,9 @@
-"""The cases of the parity tests, and how a case is run and judged."""
+"""Shared cases of the tests: devices, backends, shapes, dtypes, strides; how a case runs and how it is judged."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,21 +16,34 @@ import visattn_fast as vf
 from visattn_fast import catalogue, reference
 
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
-# Every backend that has kernels here for all modules; TRITON_INTERPRET=1 brings triton to the CPU. The native CUDA
-# kernels serve a few modules: tests/cuda/test_cuda_kernels.py.
+
+# The backends with kernels for all modules; TRITON_INTERPRET=1 brings triton to the CPU. The native CUDA kernels serve
+# a few modules: tests/cuda/test_cuda_kernels.py.
 _PARTIAL = ("cuda", "reference")
 TARGETS = [(d, b.name) for d in DEVICES for b in vf.backends(d).values() if b.available and b.name not in _PARTIAL]
 INTERPRETED = ("cpu", "triton") in TARGETS
+
+entries = pytest.mark.parametrize("entry", catalogue.ENTRIES.values(), ids=lambda e: e.name)
+with_epilogue = pytest.mark.parametrize(
+    "entry", [e for e in catalogue.ENTRIES.values() if e.epilogue], ids=lambda e: e.name
+)
+layouts = pytest.mark.parametrize("layout", catalogue.LAYOUTS)
+
+
+def targets(test: Callable[..., None]) -> Callable[..., None]:
+    """Runs a test on every device by every backend with kernels there, under Triton's interpreter too."""
+    return pytest.mark.interpreted(pytest.mark.parametrize(("device", "backend"), TARGETS)(test))
+
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 EPILOGUES = ((False, None), (True, None), (True, "relu"), (True, "silu"), (False, "relu"))
 
 SHAPES = [(2, 16, 8, 8), (3, 5, 7, 5), (2, 3, 13, 17), (2, 16, 1, 1), (1, 1, 3, 3), (2, 33, 2, 9), (1, 64, 9, 11)]
 SHAPES += [(0, 16, 4, 4)]
-# Every dtype on the first two shapes; on the others, those that differ in how they are read and rounded.
+# The first two shapes take every dtype; the others take two that differ in how they are read and rounded.
 SHAPE_DTYPES = [(s, d) for s in SHAPES[:2] for d in DTYPES]
 SHAPE_DTYPES += [(s, d) for s in SHAPES[2:] for d in (torch.float32, torch.bfloat16)]
-# Many blocks, parts and threads; the interpreter takes about 1 ms a program.
+# Large maps use many blocks, partial sums and threads. The interpreter takes about 1 ms a program, too long for them.
 LARGE_SHAPES = [] if INTERPRETED else [(3, 64, 56, 56), (1, 96, 61, 67), (2, 512, 7, 7), (1, 8, 160, 200)]
 
 
@@ -44,7 +57,7 @@ def _strided_width(x: Tensor, layout: str) -> Tensor:
     return wide[..., ::2]
 
 
-# name -> a tensor with x's values and other strides (the expanded batch repeats the first image)
+# Each view has the values of x and other strides; the expanded batch repeats the first image.
 VIEWS = {
     "sliced channels": lambda x, layout: _sliced(1, x, layout),
     "sliced width": lambda x, layout: _sliced(3, x, layout),
@@ -66,22 +79,35 @@ def poisoned() -> Iterator[None]:
 
 
 @contextmanager
-def recorded_ops() -> Iterator[list[str]]:
-    """The names of our ops that are called, in their order."""
-    names: list[str] = []
+def threads(count: int) -> Iterator[None]:
+    """Sets the number of PyTorch's threads on the CPU."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
-    class Recorder(TorchDispatchMode):
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            if func.namespace == "visattn_fast":
-                names.append(func._opname)
-            return func(*args, **(kwargs or {}))
 
-    with Recorder():
-        yield names
+class RecordedOps(TorchDispatchMode):
+    """Records the calls of our ops, in order, as pairs of an op and its detached arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[torch._ops.OpOverload, list[Any]]] = []
+
+    @property
+    def names(self) -> list[str]:
+        return [op._opname for op, _ in self.calls]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "visattn_fast":
+            self.calls.append((func, [a.detach() if isinstance(a, Tensor) else a for a in args]))
+        return func(*args, **(kwargs or {}))
 
 
 def needs_dtype(backend: str, device: str, dtype: torch.dtype) -> None:
-    """Skips a test whose backend says that it does not serve ``dtype``."""
+    """Skips the test if ``backend`` does not serve ``dtype``."""
     reasons = vf.backends(device)[backend].reasons_against(dtype)
     if reasons:
         pytest.skip(f"{backend}: {'; '.join(reasons)}")
@@ -95,11 +121,11 @@ def run(
     noise: float = 0.0,
     change: Callable[[nn.Module], None] | None = None,
 ) -> dict[str, Tensor]:
-    """Forward, then backward with a random output gradient: y, the gradients of x, residual and every parameter, and
+    """Runs a copy of the module forward, and backward with a random output gradient.
 
-    the module's buffers thereafter (the module itself keeps its own). Reference modules get the epilogue spelled out.
-    The output gradient is the same for every dtype and device, but for ``noise``, a relative deviation. ``change`` is
-    made to the copy of the module that runs.
+    Returns y, the gradients of x, residual and every parameter, and the floating-point buffers after the run. The
+    epilogue of a reference module is computed by `reference.epilogue`. The output gradient is the same for every dtype
+    and device, up to ``noise``, a relative deviation. ``change`` is applied to the copy first.
     """
     module = copy.deepcopy(module)
     if change:
@@ -110,7 +136,7 @@ def run(
         residual = inputs["residual"] = residual.detach().requires_grad_()
     if residual is None and activation is None:
         y = module(x)
-    elif type(module).__module__.startswith("visattn_fast.modules"):
+    elif type(module).__module__.startswith("visattn_fast.fused"):
         y = module(x, residual=residual, activation=activation)
     else:
         y = reference.epilogue(module(x), residual, activation)
@@ -122,6 +148,17 @@ def run(
     return {"y": y.detach(), **dict(zip(inputs, grads, strict=True)), **buffers}
 
 
+def value_and_gradients(function: Callable[..., Tensor], inputs: Sequence[Any], *arguments: Any) -> list[Tensor]:
+    """Returns ``function(*inputs, *arguments)`` and the gradients of the inputs that require one.
+
+    The output gradient is that of `run`.
+    """
+    y = function(*inputs, *arguments)
+    grad = catalogue.feature_map(tuple(y.shape), dtype=torch.float64, seed=1).to(y.device, y.dtype)
+    wanted = [t for t in inputs if t is not None and t.requires_grad]
+    return [y.detach(), *torch.autograd.grad(y, wanted, grad)]
+
+
 def check(
     entry: catalogue.Entry,
     x: Tensor,
@@ -129,7 +166,7 @@ def check(
     residual: Tensor | None = None,
     activation: str | None = None,
 ) -> dict[str, Tensor]:
-    """Runs the fused module on ``backend`` and holds it against a float64 oracle; returns the run."""
+    """Runs the fused module on ``backend`` and compares it with a float64 oracle; returns the run."""
     fast, plain = (m.to(x.device) for m in entry.pair(x.shape[1], x.dtype))
     with vf.use_backend(backend), poisoned():
         fused = run(fast, x, residual, activation)
@@ -141,7 +178,7 @@ def check(
 def oracle(
     plain: nn.Module, x: Tensor, residual: Tensor | None = None, activation: str | None = None
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The run of ``plain`` in float64, and again with parameters and output gradient rounded: what rounding can do."""
+    """Returns two runs of ``plain`` in float64: the exact one, and one with rounded parameters and output gradient."""
     dtype = next((p.dtype for p in plain.parameters()), x.dtype)
     eps, double = torch.finfo(dtype).eps, copy.deepcopy(plain).double()
     inputs = (x.double(), None if residual is None else residual.double(), activation)
@@ -187,5 +224,5 @@ def _distance(a: Tensor, b: Tensor) -> float:
 
 
 def feature_map(shape: tuple[int, ...], layout: str, dtype: torch.dtype, device: str = "cpu", **kw: Any) -> Tensor:
-    """`catalogue.feature_map`, shifted, so that means are not near zero."""
+    """Returns `catalogue.feature_map`, shifted so that means are not near zero."""
     return catalogue.feature_map(shape, layout, dtype, device, **kw) + 0.25

@@ -1,4 +1,4 @@
-"""Kernels that are wrong on purpose, each in one way; the tools must say so. Their launchers take x [N, C, H, W]."""
+"""Kernels with one deliberate fault each, which the tools must report. Their launchers take x [N, C, H, W]."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ BLOCK = 2048
 
 @triton.jit
 def _three_passes_kernel(x_ptr, y_ptr, P, BLOCK: tl.constexpr):
-    """y = x - sum(x) / P, as two passes over x would do; but it pools twice."""
+    """Computes y = x - sum(x) / P in three passes over x, since it pools twice; two passes are enough."""
     row = tl.program_id(0).to(tl.int64) * P
     total = tl.zeros([BLOCK], tl.float32)
     for _ in range(2):
@@ -29,7 +29,7 @@ def _three_passes_kernel(x_ptr, y_ptr, P, BLOCK: tl.constexpr):
 
 @triton.jit
 def _short_offset_kernel(x_ptr, y_ptr, P, BLOCK: tl.constexpr):
-    """Copies x; the row's offset is the product of two 32-bit integers."""
+    """Copies x; the offset of a row is a product of 32-bit integers, which overflows."""
     blocks = tl.cdiv(P, BLOCK)
     p = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     offsets = (tl.program_id(0) // blocks * P + p).to(tl.int64)
@@ -38,7 +38,7 @@ def _short_offset_kernel(x_ptr, y_ptr, P, BLOCK: tl.constexpr):
 
 @triton.jit
 def _large_tile_kernel(x_ptr, y_ptr, P, BLOCK: tl.constexpr):
-    """Normalises a row of which every element is kept in registers: more than a thread has."""
+    """Normalises a row with all its elements in registers, which are more than a thread has."""
     row = tl.program_id(0).to(tl.int64) * P
     p = tl.arange(0, BLOCK)
     x = tl.load(x_ptr + row + p, mask=p < P, other=0.0).to(tl.float32)
@@ -48,7 +48,7 @@ def _large_tile_kernel(x_ptr, y_ptr, P, BLOCK: tl.constexpr):
 
 @triton.jit
 def _max_kernel(x_ptr, y_ptr, P, RUNNING: tl.constexpr, BLOCK: tl.constexpr):
-    """Maximum over P; on a GPU, tl.max and the comparison of a running maximum drop NaN."""
+    """Computes the maximum over P; on a GPU, tl.max and the comparison of a running maximum drop NaN."""
     row = tl.program_id(0).to(tl.int64) * P
     best = tl.full([BLOCK], float("-inf"), tl.float32)
     for start in range(0, P, BLOCK):
@@ -60,7 +60,7 @@ def _max_kernel(x_ptr, y_ptr, P, RUNNING: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def _narrow_load_kernel(x_ptr, y_ptr, P, BLOCK: tl.constexpr):
-    """Copies x; nothing says that neighbours share their mask, so each element is loaded for itself."""
+    """Copies x, one element a load, since the compiler cannot know that neighbours share their mask."""
     row = tl.program_id(0).to(tl.int64) * P
     for start in range(0, P, BLOCK):
         p = start + tl.arange(0, BLOCK)
@@ -70,9 +70,9 @@ def _narrow_load_kernel(x_ptr, y_ptr, P, BLOCK: tl.constexpr):
 
 @triton.jit
 def _product_kernel(x_ptr, y_ptr, P, SAME: tl.constexpr, STAGES: tl.constexpr, BLOCK: tl.constexpr):
-    """y [BLOCK, BLOCK] = x x^T for the first BLOCK rows of x; loads wait in shared memory, STAGES at a time.
+    """Computes y [BLOCK, BLOCK] = x x^T for the first BLOCK rows of x, with STAGES loads in shared memory.
 
-    SAME neighbours are known to share their mask, and are loaded together.
+    SAME neighbours share their mask, and are loaded together.
     """
     rows, p = tl.arange(0, BLOCK), tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK, BLOCK], tl.float32)
@@ -92,7 +92,7 @@ def short_offset(x: torch.Tensor) -> None:
 
 
 def copied_first(x: torch.Tensor) -> None:
-    """Not a kernel's fault: the launcher copies x."""
+    """Copies x in the launcher, beside the fault of the kernel."""
     short_offset(x.clone())
 
 
@@ -113,7 +113,7 @@ def narrow_load(x: torch.Tensor) -> None:
 
 
 def product(x: torch.Tensor) -> None:
-    """Nothing is wrong with it."""
+    """Has no fault."""
     _product(x, SAME=8, STAGES=3)
 
 

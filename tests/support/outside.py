@@ -1,22 +1,25 @@
-"""Other libraries' modules, for the tests that hold ours against them; where one is missing, a test is skipped."""
+"""Modules of other libraries, for tests that compare ours with them; a missing library skips the test."""
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 _ULTRALYTICS = "ultralytics.nn.modules.conv"
 _needs_torchvision = ("segmentation_models_pytorch", "timm", "torchvision", "ultralytics")
 
 
 def library(name: str) -> ModuleType:
-    """The module of that name, or a skip that names the library."""
+    """Imports a module of another library; skips the test if the library is missing."""
     package = name.partition(".")[0]
     if importlib.util.find_spec(package) is None:
         pytest.skip(f"{package} is not installed")
@@ -26,9 +29,10 @@ def library(name: str) -> ModuleType:
 
 
 def ultralytics_modules() -> ModuleType:
-    """Ultralytics' convolution modules. Where it is not installed, and it takes much with it, modules of the same
+    """Imports Ultralytics' convolution modules, or stand-ins if it is not installed.
 
-    names, parameters and mathematics stand in for its three gates.
+    The stand-ins, `ultralytics_gates`, have the names, parameters and mathematics of its three gates. Ultralytics
+    itself is not among the test requirements, since it installs many other packages.
     """
     if importlib.util.find_spec("ultralytics") is not None:
         return library(_ULTRALYTICS)
@@ -37,10 +41,16 @@ def ultralytics_modules() -> ModuleType:
     return sys.modules[_ULTRALYTICS]
 
 
-def _declare_torchvision_operators() -> None:
-    """torchvision's wheels hold operators for a CUDA torch alone. Beside a CPU torch they do not load, and its import
+def timm_model(name: str, **options: Any) -> Callable[[], nn.Module]:
+    """Returns a function that builds the timm model ``name`` with ten classes."""
+    return lambda: library("timm").create_model(name, num_classes=10, **options)
 
-    then fails, because it looks for the schemas of two of them.
+
+def _declare_torchvision_operators() -> None:
+    """Declares two operators without which torchvision cannot be imported beside a CPU build of torch.
+
+    torchvision's wheels hold operators for a CUDA build alone, which do not load beside a CPU build. Its import looks
+    for the schemas of two of them.
     """
     spec = importlib.util.find_spec("torchvision")
     if spec is None:

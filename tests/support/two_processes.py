@@ -1,6 +1,7 @@
-"""What test_distributed.py asks of two processes that train together: run once per rank, it prints what failed.
+"""The checks that test_distributed.py runs in two processes that train together.
 
-Every check is a function of no arguments that raises where something is wrong, on any rank.
+Each process runs this file with its rank, and writes the failed checks to a JSON file. A check is a function without
+arguments that raises an exception on any rank.
 """
 
 from __future__ import annotations
@@ -37,9 +38,9 @@ def check(function):
 
 
 class Gates(nn.Module):
-    """The mean over a fused module of each kind. Those that normalise by the batch are in eval mode: their
+    """The mean over one fused module of each kind.
 
-    statistics are of one process's images.
+    Modules that normalise by the batch are in eval mode, since their statistics come from one process's images.
     """
 
     def __init__(self, names=None, recomputed=False):
@@ -64,7 +65,7 @@ def mine(x):
 
 
 def single_process(model, x):
-    """Gradients of one process that has the whole batch."""
+    """Returns the gradients of one process with the whole batch."""
     model(x).square().mean().backward()
     return {name: p.grad for name, p in model.named_parameters()}
 
@@ -76,7 +77,7 @@ def distributed_gradients(model, wrapped, x):
 
 @check
 def ddp():
-    """Gradients of all modules equal those of one process, also with static graphs and views of buckets."""
+    """The gradients equal those of one process, also with a static graph and with gradients as views of buckets."""
     expected = single_process(Gates(), images())
     for options in ({}, {"static_graph": True, "gradient_as_bucket_view": True}):
         model = Gates()
@@ -93,7 +94,7 @@ def ddp_with_checkpoints():
 
 @check
 def ddp_compiled():
-    """Compiled inside DDP and around it."""
+    """A model compiled inside DDP, and a compiled DDP, both give the gradients of one process."""
     names = ("cbam",)
     expected = single_process(Gates(names), images())
     for inside in (True, False):
@@ -105,7 +106,7 @@ def ddp_compiled():
 
 @check
 def ddp_batch_norm():
-    """In training each process normalises by its own batch, as batch norms do; buffers are those of the first."""
+    """In training each process normalises by its own batch, as `nn.BatchNorm2d` does; rank 0 sends its buffers."""
     entry = catalogue.ENTRIES["coord_att"]
     found = []
     for module in entry.pair(CHANNELS):
@@ -118,7 +119,7 @@ def ddp_batch_norm():
 
 @check
 def synchronised_batch_norm():
-    """Is refused, rather than not synchronised."""
+    """A `SyncBatchNorm` inside a fused module raises an error, since its statistics would not be synchronised."""
     gate = nn.SyncBatchNorm.convert_sync_batchnorm(vf.FastCoordAtt(CHANNELS))
     with pytest.raises(RuntimeError, match="SyncBatchNorm"):
         gate(images())
@@ -134,7 +135,7 @@ def sharded(model, **options):
 
 @check
 def fsdp():
-    """Sharded parameters are gathered for a module, and gradients scattered; checkpoints are whole."""
+    """Two AdamW steps with sharded parameters equal those of one process; the gathered state_dict is complete."""
     model, plain = sharded(Gates()), Gates()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     single = torch.optim.AdamW(plain.parameters(), lr=0.01)
@@ -154,7 +155,7 @@ def fsdp():
 
 @check
 def fsdp_mixed_precision():
-    """Parameters and maps in bfloat16, gradients and their sum in float32."""
+    """Parameters and maps are bfloat16; gradients and their sums are float32."""
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     names = ("se", "cbam", "coord_att_eval")
     model, plain = sharded(Gates(names), mp_policy=policy), Gates(names)
@@ -166,7 +167,7 @@ def fsdp_mixed_precision():
 
 @check
 def fsdp_from_meta():
-    """Built without memory, sharded, then allocated and loaded."""
+    """A model on the meta device is sharded, allocated and loaded, and gives the results of its source."""
     source = Gates(("cbam", "coord_att_eval"))
     with torch.device("meta"):
         model = copy.deepcopy(source).to("meta")

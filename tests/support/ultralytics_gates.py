@@ -1,4 +1,4 @@
-"""Gates with the names, parameters and mathematics of ultralytics 8, which stand in where it is not installed."""
+"""Gates with the names, parameters and mathematics of ultralytics 8, for tests where it is not installed."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 class ChannelAttention(nn.Module):
-    """One biased layer on the mean alone."""
+    """Gates channels by one layer with a bias on the mean."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -20,7 +20,7 @@ class ChannelAttention(nn.Module):
 
 
 class SpatialAttention(nn.Module):
-    """Mean, then maximum; no bias."""
+    """Gates pixels by a convolution without bias over mean and maximum."""
 
     def __init__(self, kernel_size: int = 7) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ class SpatialAttention(nn.Module):
 
 
 class CBAM(nn.Module):
-    """The one, then the other."""
+    """Gates channels, then pixels."""
 
     def __init__(self, c1: int, kernel_size: int = 7) -> None:
         super().__init__()

@@ -18,7 +18,7 @@ pytestmark = [
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_recipe(page, capsys):
+def test_recipe_of_a_library_accelerates_its_model(page, capsys):
     ultralytics_modules() if page.stem == "ultralytics" else library(page.stem)
     (recipe,) = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
     names: dict[str, object] = {}
@@ -27,8 +27,7 @@ def test_recipe(page, capsys):
     assert not names["report"].skipped
 
 
-def test_training_page():
-    """Its blocks run, one after the other."""
+def test_blocks_of_the_training_page_run_in_order():
     names: dict[str, object] = {}
     for block in re.findall(r"```python\n(.*?)```", (PAGES[0].parents[1] / "training.md").read_text(), re.DOTALL):
         exec(block, names)

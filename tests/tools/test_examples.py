@@ -1,4 +1,4 @@
-"""The examples, as a user starts them."""
+"""The examples run as a user starts them."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def example(name: str, *options: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
 
 
-def test_too_short_a_training_is_reported_as_a_failure():
-    """After one epoch the curves coincide, the accuracy is not there, and the example says so."""
+def test_train_digits_fails_after_too_short_a_training():
+    """After one epoch the curves coincide, but the accuracy is too low."""
     done = example("train_digits", "--epochs", "1")
     assert done.returncode == 1, done.stderr
     assert "coincide" not in done.stdout
@@ -31,8 +31,7 @@ def test_too_short_a_training_is_reported_as_a_failure():
     assert rows[-3:] == ["reference", "fused", "nudged"]
 
 
-def test_compare_gates():
-    """A row for every gate; fused and reference learn the same in their first steps."""
+def test_compare_gates_prints_a_row_for_each_gate():
     pytest.importorskip("rich")
     done = example("compare_gates", "--epochs", "1", "--pixels", "8")
     assert done.returncode == 0, done.stderr
@@ -45,8 +44,7 @@ def test_compare_gates():
 
 
 @pytest.mark.parametrize("attention", ["cbam", "coord_att"])
-def test_finetune_frozen(attention):
-    """Frozen tensors stay; frozen layers take less memory."""
+def test_finetune_frozen_keeps_tensors_and_saves_memory(attention):
     pytest.importorskip("rich")
     done = example("finetune_frozen", "--epochs", "1", "--pixels", "8", "--attention", attention)
     assert done.returncode == 0, done.stderr
@@ -59,8 +57,7 @@ def test_finetune_frozen(attention):
         assert float(frozen[5]) < 0.6 * float(trained[5])
 
 
-def test_watch_gates():
-    """The dead gate is a warning, the others are not; every gate is listed."""
+def test_watch_gates_warns_of_the_dead_gate_alone():
     done = example("watch_gates", "--epochs", "1", "--pixels", "8")
     assert done.returncode == 0, done.stderr
     log, _, maps = done.stdout.partition("\n\n")
@@ -82,7 +79,7 @@ def test_watch_gates():
         ("finetune_frozen", ("--epochs", "0")),
     ],
 )
-def test_bad_options(name, options, monkeypatch, capsys):
+def test_bad_option_exits_and_is_named(name, options, monkeypatch, capsys):
     monkeypatch.syspath_prepend(EXAMPLES)
     monkeypatch.setattr(sys, "argv", [name, *options])
     with pytest.raises(SystemExit, match="2"):

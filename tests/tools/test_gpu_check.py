@@ -54,7 +54,7 @@ def test_groups_name_what_is_there():
     assert sum(share for share, _ in gpu_check.TESTS.values()) == pytest.approx(1)
     text = "".join((gpu_check.ROOT / file).read_text() for file in files)
     assert "def test_more_than_2_to_31_elements(" in text
-    assert "def test_fuzz(" in text
+    assert "def test_fuzzed_calls_match_reference(" in text
 
 
 def test_what_matters_comes_first():

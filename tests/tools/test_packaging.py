@@ -1,4 +1,4 @@
-"""What is shipped: a wheel from the tree, and one from the source distribution."""
+"""The contents of the wheel and the source distribution."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def distributions(tmp_path_factory):
-    """A source distribution of a copy of the tree, unpacked, and a pure-Python wheel built from it."""
+    """Builds a source distribution from a copy of the tree, and a pure-Python wheel from the distribution."""
     tree, out = tmp_path_factory.mktemp("tree") / "visattn_fast", tmp_path_factory.mktemp("dist")
     ignored = shutil.ignore_patterns(".git", ".venv", "build", "dist", "*.so", "*.egg-info", ".*_cache", "report.json")
     shutil.copytree(ROOT, tree, symlinks=True, ignore=ignored)
     build(tree, "--sdist", out)
     (archive,) = out.glob("*.tar.gz")
     with tarfile.open(archive) as file:
-        # Python 3.10 and 3.11 know filters from a patch release on.
+        # The first releases of Python 3.10 and 3.11 have no filters.
         file.extractall(out, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
     unpacked = next(p for p in out.iterdir() if p.is_dir())
-    (unpacked / "visattn_fast" / "_C.so").touch()  # left over from a build for another torch: not to be shipped
+    (unpacked / "visattn_fast" / "_C.so").touch()  # a build for another torch, which must not be shipped
     build(unpacked, "--wheel", out)
     return archive, next(out.glob("*.whl"))
 
@@ -39,8 +39,8 @@ def build(tree: Path, kind: str, out: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_wheel(distributions):
-    """The package with its kernels, and nothing beside it: a top-level ``kernels`` would shadow another project."""
+def test_wheel_holds_the_package_and_nothing_else(distributions):
+    """The kernels are inside the package: a top-level ``kernels`` would shadow another project."""
     names = zipfile.ZipFile(distributions[1]).namelist()
     assert {n.split("/")[0].split("-")[0] for n in names} == {"visattn_fast"}
     assert not any(n.endswith(".so") for n in names)
@@ -51,16 +51,14 @@ def test_wheel(distributions):
     assert any(n.endswith("licenses/LICENSE") for n in names)
 
 
-def test_source_distribution(distributions):
-    """The C++ sources are there, to build the native library from."""
+def test_source_distribution_holds_the_native_sources(distributions):
     with tarfile.open(distributions[0]) as file:
         names = {n.partition("/")[2] for n in file.getnames()}
     for path in (ROOT / "csrc").rglob("*.*"):
         assert str(path.relative_to(ROOT)) in names
 
 
-def test_wheel_works(distributions, tmp_path):
-    """Unpacked without its native library, the wheel computes, and says what it lacks."""
+def test_wheel_computes_and_says_that_it_lacks_kernels(distributions, tmp_path):
     zipfile.ZipFile(distributions[1]).extractall(tmp_path)
     code = (
         "import torch, visattn_fast as vf; assert vf.FastSE(16)(torch.ones(1, 16, 2, 2)).shape == (1, 16, 2, 2);"
@@ -72,7 +70,7 @@ def test_wheel_works(distributions, tmp_path):
     assert b"not built" in done.stdout
 
 
-def test_kernels_folder():
-    """A real folder at the root without ``__init__.py``, and a relative link to it in the package."""
+def test_kernels_are_a_folder_that_the_package_links_to():
+    """The folder has no ``__init__.py``, so that no top-level package of this name exists."""
     assert not (ROOT / "kernels" / "__init__.py").exists()
     assert os.readlink(ROOT / "visattn_fast" / "kernels") == "../kernels"

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..backends import compiled_freely, serving
-from ..functional._gated import at_once
-from ..functional.normed import gate_normed_channels
-from ..ops import recorded
+from ..backends import compiles_freely, decide
+from ..fused.normed import gate_normed_channels
+from ..fused.serve import norm_fuses_into_gate
+from ..ops.autograd import recorded
+from ..ops.gates import GATE_CHANNELS
 from ..reference.batch_norm import Norm, batch_norm_step
 from .recipe import has_hooks
 
@@ -37,12 +38,12 @@ def is_folded(z: Tensor, norm: Any, gate: nn.Module, residual: Tensor) -> bool:
     if not (torch.compiler.is_compiling() or is_evaluated(norm)) or not _is_known(norm, gate):
         return False
     if torch.compiler.is_compiling():
-        return compiled_freely() and norm.momentum is not None  # a cumulative average's momentum is no constant
+        return compiles_freely() and norm.momentum is not None  # a cumulative average's momentum is no constant
     if z.numel() < _WORTH_FOLDING.get(z.device.type, _ELSEWHERE) or residual.dtype != z.dtype:
         return False
     if recorded(chain((z, residual), norm.parameters(), gate.parameters())):
         return False
-    return serving(z) in ("triton", "cpp")  # native CUDA has whole gates alone
+    return decide(z, GATE_CHANNELS).backend in ("triton", "cpp")  # native CUDA has whole gates alone
 
 
 def _is_known(norm: nn.Module, gate: nn.Module) -> bool:
@@ -66,7 +67,7 @@ def is_one_op(z: Tensor, norm: Any, gate: nn.Module, residual: Tensor) -> bool:
         return False
     if not (is_evaluated(norm) and _is_known(norm, gate)):
         return False
-    return at_once(z, chain((z, residual), norm.parameters(), gate.parameters()), residual)
+    return norm_fuses_into_gate(GATE_CHANNELS, z, chain((z, residual), norm.parameters(), gate.parameters()), residual)
 
 
 def gate_of_norm(z: Tensor, norm: Any, gate: Any, residual: Tensor, activation: str | None) -> Tensor:

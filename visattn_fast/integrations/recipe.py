@@ -72,7 +72,7 @@ def put_back(module: nn.Module) -> None:
 
 def is_fused(module: nn.Module) -> bool:
     """Whether the module's forward is the package's own."""
-    return is_swapped(module) or type(module).__module__.startswith("visattn_fast.modules")
+    return is_swapped(module) or type(module).__module__.startswith("visattn_fast.fused")
 
 
 def has_hooks(module: nn.Module) -> bool:

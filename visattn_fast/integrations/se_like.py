@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .. import functional
 from ..reference.batch_norm import Norm
-from ..reference.parameters import weight_and_bias
+from ..reference.parameter_access import weight_and_bias
 from .recipe import ACTIVATIONS, all_of, layers
 
 _GATES = {nn.Sigmoid: "sigmoid", nn.Hardsigmoid: "hard_sigmoid"}

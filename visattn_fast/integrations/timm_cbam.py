@@ -15,8 +15,10 @@ from timm.layers.conv_bn_act import ConvNormAct
 from timm.layers.norm_act import BatchNormAct2d
 from torch import Tensor, nn
 
-from .. import functional, ops
-from ..backends import fused
+from .. import functional
+from ..backends import decide
+from ..ops.autograd import recorded
+from ..ops.cbam import CBAM
 from .normed import is_evaluated
 from .pooled import is_map_conv, is_pointwise, map_logit, pointwise
 from .recipe import Recipe, has_hooks
@@ -74,7 +76,7 @@ def _is_one_op(module: Any, x: Tensor, residual: Tensor | None) -> bool:
     """
     channel, spatial = module.channel, module.spatial
     conv, norm = spatial.conv.conv, spatial.conv.bn
-    if not is_evaluated(norm) or ops.recorded(chain((x, residual), module.parameters())) or not fused(x):
+    if not is_evaluated(norm) or recorded(chain((x, residual), module.parameters())) or not decide(x, CBAM).fused:
         return False
     known = _exactly(norm, nn.BatchNorm2d) or (
         _exactly(norm, BatchNormAct2d) and _exactly(norm.drop, nn.Identity) and _exactly(norm.act, nn.Identity)

@@ -8,7 +8,7 @@ from timm.models import swin_transformer
 from torch import Tensor, nn
 
 from .. import functional
-from ..functional.linear import linear
+from ..fused.linear import linear
 from .recipe import Recipe, all_of, fingerprint, layers
 
 

@@ -9,7 +9,7 @@ from torchvision.models import swin_transformer
 from torchvision.ops import SqueezeExcitation
 
 from .. import functional
-from ..functional.linear import linear
+from ..fused.linear import linear
 from .pooled import pointwise
 from .recipe import Recipe, all_of, fingerprint, layers
 from .se_like import se_layers, se_like

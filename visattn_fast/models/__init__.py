@@ -1,4 +1,4 @@
-"""Small networks that carry the catalogue's gates, for examples, tests and reports."""
+"""Networks with the catalogue's gates, for examples, tests and reports."""
 
 from .resnet import GATES, AttentionResNet
 from .vgg import VGG16WithAttention

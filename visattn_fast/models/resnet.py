@@ -11,22 +11,22 @@ from .. import reference
 from ..catalogue import ENTRIES
 from ..reference.checks import check_feature_map, check_positive
 
-# CBAM's halves return gates, and do not apply them; self-attention over all of a large map is no gate of a block; of a
-# module in two modes there is one.
-_OTHERS = ("channel_attention", "spatial_attention", "self_attention")
-GATES = tuple(name for name, entry in ENTRIES.items() if entry.training and name not in _OTHERS)
+# CBAM's halves return gates without applying them, and self-attention over a whole large map is no gate for a block.
+_NOT_FOR_BLOCKS = ("channel_attention", "spatial_attention", "self_attention")
+# Entries in eval mode repeat a module.
+GATES = tuple(name for name, entry in ENTRIES.items() if entry.training and name not in _NOT_FOR_BLOCKS)
 
 
 class AttentionBlock(nn.Module):
-    """``relu(gate(bn2(conv2(relu(bn1(conv1(x)))))) + shortcut(x))``, both convolutions 3x3.
+    """``relu(gate(bn2(conv2(relu(bn1(conv1(x)))))) + shortcut(x))`` with two 3x3 convolutions.
 
     The gate stands after the last batch norm and before the addition, as in SE-ResNet (Hu et al., CVPR 2018) and
-    CBAM-ResNet (Woo et al., ECCV 2018). The shortcut is the identity, or a 1x1 convolution and a batch norm where the
-    shape changes.
+    CBAM-ResNet (Woo et al., ECCV 2018). The shortcut is the identity if the shape stays the same, else a 1x1
+    convolution and a batch norm.
 
     Args:
         in_channels, channels: C of input and output.
-        stride: of the first convolution and the shortcut.
+        stride: stride of the first convolution and of the shortcut.
         attention, fused: as in `AttentionResNet`.
     """
 
@@ -44,33 +44,34 @@ class AttentionBlock(nn.Module):
         self.epilogue = fused and attention is not None and ENTRIES[attention].epilogue
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[N, in_channels, H, W]`` -> ``[N, channels, ceil(H/stride), ceil(W/stride)]``."""
+        """Applies the block: ``[N, in_channels, H, W]`` -> ``[N, channels, ceil(H/stride), ceil(W/stride)]``."""
         shortcut = self.shortcut(x)
         out = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
         if self.epilogue:
-            return self.gate(out, residual=shortcut, activation="relu")
+            y: Tensor = self.gate(out, residual=shortcut, activation="relu")
+            return y
         return reference.epilogue(self.gate(out), shortcut, "relu")
 
 
 class AttentionResNet(nn.Module):
-    """A residual network of basic blocks, each of which ends in a gate.
+    """A residual network whose basic blocks end in a gate.
 
-    A 3x3 convolution with batch norm and ReLU, then one stage of `AttentionBlock` per entry of ``depths``, then the
-    mean over H and W and a linear layer. Stage i has ``width * 2**i`` channels; every stage but the first halves H and
-    W. Convolutions are initialised after He et al. (ICCV 2015), batch norms to 1 and 0; the gates keep their own
-    initialisation.
+    A 3x3 convolution with batch norm and ReLU, then one stage of `AttentionBlock` for each entry of ``depths``, then
+    the mean over H and W and a linear layer. Stage i has ``width * 2**i`` channels; every stage but the first halves H
+    and W. Convolutions are initialised after He et al. (ICCV 2015), batch norms to 1 and 0; gates initialise
+    themselves.
 
     Args:
-        attention: ``"se"``, ``"eca"``, ``"cbam"``: any of `GATES`, the gates of the catalogue by name; None: no gate.
+        attention: the name of a gate, one of `GATES`: ``"se"``, ``"eca"``, ``"cbam"`` ...; None: no gate.
         num_classes: outputs of the linear layer.
         width: channels of the first stage.
-        depths: blocks per stage.
+        depths: blocks in each stage.
         in_channels: channels of the images.
-        fused: build the gates from the fused modules, with addition and ReLU in their epilogue where they have one.
-            False: from the reference modules, both spelled out. The ``state_dict`` keys are the same either way.
+        fused: True: fused modules, which add the shortcut and apply ReLU in their epilogue if they have one. False:
+            reference modules, with addition and ReLU as separate steps. The ``state_dict`` keys are the same.
 
     Raises:
-        ValueError: an unknown ``attention``, a size that is not a positive int, no stage at all.
+        ValueError: an unknown ``attention``, a size that is not a positive int, empty ``depths``.
     """
 
     def __init__(
@@ -106,9 +107,10 @@ class AttentionResNet(nn.Module):
         self.head = nn.Linear(channels, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images ``[N, in_channels, H, W]`` -> logits ``[N, num_classes]``."""
+        """Classifies images: ``[N, in_channels, H, W]`` -> logits ``[N, num_classes]``."""
         check_feature_map(x, self.in_channels)
-        return self.head(self.stages(self.stem(x)).mean((2, 3)))
+        logits: Tensor = self.head(self.stages(self.stem(x)).mean((2, 3)))
+        return logits
 
 
 def _gate(attention: str | None, channels: int, fused: bool) -> nn.Module:

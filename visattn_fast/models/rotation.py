@@ -1,4 +1,4 @@
-"""Learning from one photograph without labels: which way up is a crop of it?"""
+"""Training on one photograph without labels: the model predicts the rotation of a crop."""
 
 from __future__ import annotations
 
@@ -10,18 +10,19 @@ _BATCH = 8  # crops; each comes in all four rotations
 
 
 def train_rotation(model: nn.Module, image: Tensor, steps: int, crop: int = 64, seed: int = 0) -> list[float]:
-    """Trains ``model`` to tell by how many quarter turns random crops of ``image`` were turned.
+    """Trains ``model`` to predict by how many quarter turns a random crop of ``image`` was rotated.
 
-    Adam with a one-cycle learning rate; crops are mirrored at random. The model is left in training mode.
+    AdamW with a one-cycle learning rate; crops are mirrored at random. The model stays in training mode.
 
     Args:
-        model: ``[N, C, crop, crop]`` -> 4 logits.
+        model: ``[N, C, crop, crop]`` -> logits ``[N, 4]``.
         image: ``[C, H, W]``; H and W at least ``crop``.
-        steps: of the optimiser, each on 8 crops in all four rotations.
-        seed: of the crops.
+        steps: optimiser steps, each on 8 crops in all four rotations.
+        crop: height and width of a crop, in pixels.
+        seed: seed for drawing the crops.
 
     Returns:
-        The loss of every step.
+        The loss of each step.
 
     Source: Gidaris et al., "Unsupervised Representation Learning by Predicting Image Rotations", ICLR 2018.
     """
@@ -43,7 +44,7 @@ def train_rotation(model: nn.Module, image: Tensor, steps: int, crop: int = 64, 
 
 @torch.no_grad()
 def rotation_accuracy(model: nn.Module, image: Tensor, crop: int = 64, seed: int = 1, batches: int = 16) -> float:
-    """The share of freshly drawn crops of ``image`` whose rotation ``model``, put into eval mode, tells."""
+    """The share of new random crops of ``image`` whose rotation ``model`` predicts. Puts ``model`` in eval mode."""
     generator = torch.Generator().manual_seed(seed)
     model.eval()
     right = []
@@ -54,7 +55,7 @@ def rotation_accuracy(model: nn.Module, image: Tensor, crop: int = 64, seed: int
 
 
 def rotated_crops(image: Tensor, count: int, crop: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Random crops in all four rotations, ``[4 * count, C, crop, crop]``, and their quarter turns ``[4 * count]``."""
+    """Draws crops in all four rotations, ``[4 * count, C, crop, crop]``, and their quarter turns, ``[4 * count]``."""
     height, width = image.shape[1:]
     tops = torch.randint(height - crop + 1, (count,), generator=generator).tolist()
     lefts = torch.randint(width - crop + 1, (count,), generator=generator).tolist()

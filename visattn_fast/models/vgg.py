@@ -9,36 +9,36 @@ from .. import modules, reference
 from ..reference.checks import check_feature_map, check_positive
 
 _BLOCKS = ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))  # channels and convolutions; every block ends in a pool
-_REDUCTION = 2 ** len(_BLOCKS)  # of height and width
+_REDUCTION = 2 ** len(_BLOCKS)  # factor by which the pools reduce height and width
 _GRID = 7
 _LAST_WEIGHTS = ("channel_attention.3.weight", "spatial_attention.2.weight")
 
 
 class VGG16WithAttention(nn.Module):
-    """VGG-16 (Simonyan and Zisserman, ICLR 2015) with `LocalAttention` after the last ReLU of each of its five blocks,
+    """VGG-16 (Simonyan and Zisserman, ICLR 2015) with `LocalAttention` in each of its five blocks.
 
-    before the block's max pool. Then adaptive mean pooling to 7x7 and the usual classifier, with dropout.
+    The attention stands between the last ReLU and the max pool of a block. Adaptive mean pooling to 7x7 and the usual
+    classifier with dropout follow.
 
-    Convolutions and linear layers are initialised after He et al. (ICCV 2015) with zero biases; the last convolution
-    of each branch of an attention is drawn with a standard deviation of 0.001, so that every gate starts near
-    0.5 * 0.5, all over the map.
+    Convolutions and linear layers are initialised after He et al. (ICCV 2015) with zero biases. The last convolution
+    of each attention branch has a standard deviation of 0.001, so that every gate starts near 0.5 * 0.5 at all pixels.
 
-    ``state_dict``: torchvision's ``vgg16`` names, ``features.*`` and ``classifier.*``, and ``attentions.0.*`` to
-    ``attentions.4.*``, each as `LocalAttention` has it. So torchvision's checkpoints load into all but the attentions::
+    ``state_dict``: ``features.*`` and ``classifier.*`` as in torchvision's ``vgg16``, and `LocalAttention`'s keys under
+    ``attentions.0.*`` to ``attentions.4.*``. torchvision's checkpoints load into everything but the attentions::
 
         weights = torchvision.models.vgg16(weights="DEFAULT").state_dict()
         missing, unexpected = model.load_state_dict(weights, strict=False)
         assert not unexpected and all(key.startswith("attentions.") for key in missing)
 
-    The weights then want fine-tuning: the gates scale what they were trained for.
+    Such weights need fine-tuning: they were trained without the gates' scaling.
 
     Args:
         num_classes: outputs of the classifier.
-        dropout: its dropout's probability.
-        fused: `FastLocalAttention`; False: `reference.LocalAttention`. The ``state_dict`` keys are the same.
+        dropout: probability of the classifier's dropout.
+        fused: True: `FastLocalAttention`; False: `reference.LocalAttention`. The ``state_dict`` keys are the same.
 
     Raises:
-        ValueError: ``num_classes`` is not a positive int, ``dropout`` is no probability.
+        ValueError: ``num_classes`` is not a positive int, or ``dropout`` is no probability.
     """
 
     def __init__(self, num_classes: int = 1000, dropout: float = 0.5, fused: bool = True) -> None:
@@ -70,7 +70,7 @@ class VGG16WithAttention(nn.Module):
                 nn.init.normal_(parameter, std=1e-3)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images ``[N, 3, H, W]``, H and W at least 32 -> logits ``[N, num_classes]``."""
+        """Classifies images: ``[N, 3, H, W]``, H and W at least 32 -> logits ``[N, num_classes]``."""
         check_feature_map(x, 3)
         if min(x.shape[2:]) < _REDUCTION:
             raise ValueError(f"x must be at least {_REDUCTION} pixels high and wide, got shape {tuple(x.shape)}")
@@ -79,7 +79,8 @@ class VGG16WithAttention(nn.Module):
             if isinstance(layer, nn.MaxPool2d):
                 x = next(attentions)(x)
             x = layer(x)
-        return self.classifier(torch.flatten(self.avgpool(x), 1))
+        logits: Tensor = self.classifier(torch.flatten(self.avgpool(x), 1))
+        return logits
 
 
 def _initialise(module: nn.Module) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import reference
-from .autograd import fused_function, mixed
-from .layout import accumulation_dtype, empty_small
+from .declare import composed_op
+from .layout import accumulation_dtype
 from .library import define
 
 # Elements of a hidden layer's block: what stays in cache, or is worth a launch.
@@ -33,7 +34,7 @@ def _blocks(q: Tensor, k: Tensor) -> Iterator[tuple[slice, slice]]:
             yield slice(n, n + images), slice(i, i + rows)
 
 
-def _additive_score_fwd_reference(q, k, v):
+def _additive_score_fwd_reference(q: Tensor, k: Any, v: Tensor) -> Tensor:
     a = accumulation_dtype(q)
     scores = q.new_empty(*q.shape[:2], k.shape[1])
     q, k, v = q.to(a), k.to(a), v.to(a)
@@ -42,7 +43,7 @@ def _additive_score_fwd_reference(q, k, v):
     return scores
 
 
-def _additive_score_bwd_reference(grad, q, k, v):
+def _additive_score_bwd_reference(grad: Tensor, q: Tensor, k: Any, v: Tensor) -> tuple[Tensor, ...]:
     a = accumulation_dtype(q)
     grad, q, k = grad.to(a), q.to(a), k.to(a)
     dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros(v.shape, dtype=a, device=v.device)
@@ -57,38 +58,27 @@ def _additive_score_bwd_reference(grad, q, k, v):
     return dq.mul_(v), dk.mul_(v), dv
 
 
-def _additive_score_fwd_fake(q, k, v):
-    return q.new_empty(*q.shape[:2], k.shape[1])
-
-
-def _additive_score_bwd_fake(grad, q, k, v):
-    return empty_small(q, *q.shape), empty_small(q, *k.shape), empty_small(q, *v.shape)
-
-
 additive_score_fwd = define(
     "additive_score_fwd(Tensor q, Tensor k, Tensor v) -> Tensor scores",
     None,
     _additive_score_fwd_reference,
-    _additive_score_fwd_fake,
+    ("N Q K : q",),
+    weights={"q": "N Q", "k": "N K"},
 )
 additive_score_bwd = define(
     "additive_score_bwd(Tensor grad, Tensor q, Tensor k, Tensor v) -> (Tensor dq, Tensor dk, Tensor dv)",
     None,
     _additive_score_bwd_reference,
-    _additive_score_bwd_fake,
+    ("shape of q", "shape of k", "shape of v"),
 )
 
 
-def _forward(q, k, v):
+def _forward(q: Tensor, k: Any, v: Tensor) -> tuple[Tensor, ...]:
     return (additive_score_fwd(q, k, v),)
 
 
-def _gradients(grad, tensors, small, options):
+def _gradients(grad: Tensor, tensors: Any, small: Any, options: Any) -> tuple[Tensor | None, ...]:
     return additive_score_bwd(grad, *tensors)
 
 
-def _mathematics(q, k, v):
-    return mixed(reference.additive_score, q, k, v)
-
-
-AdditiveScoreFunction = fused_function("AdditiveScoreFunction", _forward, _gradients, _mathematics)
+ADDITIVE_SCORE = composed_op("additive_score", _forward, _gradients, reference.additive_score, in_torch="all")

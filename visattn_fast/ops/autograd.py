@@ -1,9 +1,10 @@
-"""The autograd.Function of a fused op: when it is used, what it saves, how it is differentiated, once and twice."""
+"""A fused function: its autograd node, what the node saves, and how it is differentiated once and twice."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,14 +12,75 @@ from torch import Tensor
 
 from .layout import converted
 
+# Looked up once: looking them up at each call takes as long as calling them.
+_overridden, _call_boxed = torch._C._has_torch_function, torch._C._dispatch_call_boxed
+
 Gradients = Callable[..., tuple[Tensor | None, ...]]
 
-# Asked at every call. Looking them up takes as long as calling them.
-_overridden, _call_boxed = torch._C._has_torch_function, torch._C._dispatch_call_boxed
+
+@dataclass(frozen=True, eq=False)
+class FusedOp:
+    """A function of the package: its ops, its autograd node, and the same mathematics in plain PyTorch.
+
+    `visattn_fast.backends.decide` says whether the ops serve a call; `visattn_fast.fused.serve` makes the call.
+
+    Attributes:
+        name: the stem of its family, as in the names of its ops.
+        function: the autograd.Function, ``(*tensors, *options) -> (y, *small)``; options are numbers.
+        plain: ``(*tensors, *options) -> y`` in plain PyTorch and in x's dtype, without residual and activation.
+        epilogue: True if the tensors end in a residual, and the options begin with an activation's code.
+        infer: the op that returns y alone, for CPU calls that keep nothing for a backward pass.
+        normed: the op ``(z, *batch norm, *weights, residual, activation, *options) -> y``, for inference on CPUs.
+        tiny: the most pixels of a map that `torch.compile` leaves to ``plain``: Inductor's code is faster there.
+        pixels: the dimensions of x that are its height and width.
+        compiled_plain: True if `torch.compile` always takes ``plain``.
+        in_torch: ``"cpu"`` or ``"all"``: devices where the op needs no kernel, being made of PyTorch's operations.
+    """
+
+    name: str
+    function: type[torch.autograd.Function]
+    plain: Callable[..., Tensor]
+    epilogue: bool = False
+    infer: Callable[..., Tensor] | None = None
+    normed: Callable[..., Tensor] | None = None
+    tiny: int = 0
+    pixels: tuple[int, int] = (2, 3)
+    compiled_plain: bool = False
+    in_torch: str = ""
+
+    def __call__(self, *args: Any) -> tuple[Tensor, ...]:
+        """Every result of the fused function; only y if no gradient is wanted and there is an op for inference."""
+        if recorded(args):
+            return record(self.function, *args)
+        # Dynamo traces the forward op: Inductor drops what is not used.
+        if self.infer is not None and args[0].is_cpu and not torch.compiler.is_compiling():
+            return (_call_op(self.infer, args),)
+        return self.function.forward(*args)
+
+
+def recorded(arguments: Iterable[Any]) -> bool:
+    """True if a gradient can be asked for of a result of these arguments."""
+    return torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in arguments)
+
+
+def call_function(function: type[torch.autograd.Function], *args: Any) -> tuple[Tensor, ...]:
+    """The results of ``function``. Makes an autograd node only if a gradient can be asked for."""
+    return record(function, *args) if recorded(args) else function.forward(*args)
+
+
+def record(function: type[torch.autograd.Function], *args: Any) -> tuple[Tensor, ...]:
+    """``function.apply(*args)``, by the shortest way."""
+    if torch.compiler.is_compiling():
+        # Dynamo refuses one tensor in two places, such as x that is the residual, too.
+        return function.apply(*(_view(a) if any(a is b for b in args[:i]) else a for i, a in enumerate(args)))
+    if torch._C._are_functorch_transforms_active():
+        return function.apply(*args)
+    # Function.apply first inspects forward's signature for defaults, of which there are none: 28 of 50 us a call.
+    return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
 
 
 def mixed(mathematics: Callable[..., Tensor], x: Tensor, *arguments: Any) -> Tensor:
-    """``mathematics(x, *arguments)`` in x's dtype, where x and weights may differ in dtype outside of autocast too."""
+    """``mathematics(x, *arguments)`` in x's dtype. Outside of autocast, too, weights may have another dtype than x."""
     tensors = [t for t in (x, *arguments) if isinstance(t, Tensor)]
     dtypes = {t.dtype for t in tensors}
     if len(dtypes) == 1 or torch.is_autocast_enabled(x.device.type):
@@ -27,36 +89,13 @@ def mixed(mathematics: Callable[..., Tensor], x: Tensor, *arguments: Any) -> Ten
     return mathematics(*(t.to(widest) if isinstance(t, Tensor) else t for t in (x, *arguments))).to(x.dtype)
 
 
-def recorded(arguments: Iterable[Any]) -> bool:
-    """Whether a gradient can be asked for of what is computed from these arguments."""
-    return torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in arguments)
+def in_dtype_of_x(mathematics: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """``mathematics`` by way of `mixed`: weights of any dtype, a result in x's."""
 
+    def widened(x: Tensor, *arguments: Any) -> Tensor:  # Dynamo cannot trace a functools.partial here
+        return mixed(mathematics, x, *arguments)
 
-def run(function: type[torch.autograd.Function], *args: Any) -> tuple[Tensor, ...]:
-    """The results of a fused function. An autograd node is made only where a gradient can be asked for.
-
-    Where none can, of a function with an op for inference there is only the first.
-    """
-    if not recorded(args):
-        # Dynamo cannot ask a Function whether it has an attribute.
-        infer = None if torch.compiler.is_compiling() or not args[0].is_cpu else getattr(function, "infer", None)
-        return function.forward(*args) if infer is None else (_called(infer, args),)
-    if torch.compiler.is_compiling():
-        # Dynamo refuses one tensor in two places, as x is where it is the residual, too.
-        return function.apply(*(_again(a) if any(a is b for b in args[:i]) else a for i, a in enumerate(args)))
-    if torch._C._are_functorch_transforms_active():
-        return function.apply(*args)
-    # Function.apply first inspects forward's signature for defaults, which it has not: 28 of 50 us a call.
-    return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
-
-
-def _called(op: Any, args: tuple[Any, ...]) -> Any:
-    """``op(*args)``. Where nothing overrides it, the dispatcher is asked at once: small maps notice."""
-    return op(*args) if _overridden(args) else _call_boxed(op._handle, *args)
-
-
-def _again(a: Any) -> Any:
-    return a.view_as(a) if isinstance(a, Tensor) else a
+    return widened
 
 
 def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -64,7 +103,7 @@ def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def exact(x: Tensor, *args: Any) -> Any:
-        if x.is_meta or not torch.is_autocast_enabled(x.device.type):  # autocast knows no meta device
+        if x.is_meta or not torch.is_autocast_enabled(x.device.type):  # autocast does not know the meta device
             return function(x, *args)
         with torch.autocast(x.device.type, enabled=False):
             return function(x, *args)
@@ -74,11 +113,10 @@ def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def fused_function(
     name: str,
-    forward_op: Callable[..., tuple[Tensor, ...]],
+    forward: Callable[..., tuple[Tensor, ...]],
     gradients: Gradients,
     mathematics: Callable[..., Tensor],
     saves_result: bool = False,
-    infer: Callable[..., Tensor] | None = None,
 ) -> type[torch.autograd.Function]:
     """Makes an autograd.Function of a forward op and a backward op.
 
@@ -86,14 +124,13 @@ def fused_function(
     recorded (``create_graph=True``) differentiates ``mathematics`` instead of calling the backward op.
 
     Args:
-        name: of the class.
-        forward_op: ``(*tensors, *options) -> (y, *small)``; options are numbers. A function of several ops, instead
-            of one op, is made `without_autocast`, and so are its gradients.
+        name: the stem of the family; the class is named after it.
+        forward: ``(*tensors, *options) -> (y, *small)``; options are numbers. A function of several ops is made
+            `without_autocast`, and so are its gradients.
         gradients: ``(grad, tensors, small, options)`` -> a gradient for each of ``tensors``, in any dtype, or None; a
             vector for a map stands for ``grad`` itself.
         mathematics: ``(*tensors, *options) -> y`` in differentiable PyTorch.
-        saves_result: y is small and needed as well: ``small`` starts with it.
-        infer: an op that returns y alone; see `run`.
+        saves_result: True if y is small and needed as well: ``small`` then starts with it.
     """
 
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -105,36 +142,47 @@ def fused_function(
 
     def backward(ctx: Any, grad: Tensor | None, *_: None) -> Any:
         unneeded = (None,) * len(ctx.options)
-        saved = ctx.saved_tensors  # once: activation checkpointing recomputes it at every access
+        saved = ctx.saved_tensors  # read once: activation checkpointing recomputes it at every access
         tensors, small = saved[: ctx.arity], saved[ctx.arity :]
         if grad is None:
             return (None,) * ctx.arity + unneeded
-        # A compiled backward pass is traced with gradients enabled, yet is never differentiated.
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            return _differentiable(ctx, mathematics, tensors, grad) + unneeded
+        if is_recorded_backward():
+            return differentiate(ctx, mathematics, tensors, grad) + unneeded
         found = [
             None if t is None or d is None else grad if d.dim() < t.dim() else d
             for t, d in zip(tensors, gradients(grad, tensors, small, ctx.options), strict=True)
         ]
         return *converted(found, [None if t is None else t.dtype for t in tensors]), *unneeded
 
-    methods: dict[str, Callable[..., Any]] = {
-        "forward": forward_op,
-        "setup_context": setup_context,
-        "backward": backward,
-    }
+    methods: dict[str, Callable[..., Any]] = {"forward": forward, "setup_context": setup_context, "backward": backward}
     static = {key: staticmethod(method) for key, method in methods.items()}
-    return type(name, (torch.autograd.Function,), {**static, "infer": infer})
+    return type(f"{name}_function", (torch.autograd.Function,), static)
 
 
-def _differentiable(
-    ctx: Any, mathematics: Callable[..., Tensor], tensors: Any, grad: Tensor
+def is_recorded_backward() -> bool:
+    """True if this backward pass may itself be differentiated. A compiled one never is, though it records."""
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+def differentiate(
+    ctx: Any, mathematics: Callable[..., Tensor], tensors: Iterable[Any], grad: Tensor
 ) -> tuple[Tensor | None, ...]:
+    """Differentiable gradients of ``mathematics(*tensors, *ctx.options)``, None for tensors that need none."""
+    tensors = list(tensors)
     needs = ctx.needs_input_grad[: len(tensors)]
     with torch.enable_grad():
-        # Of one tensor another may have been made, by way of which no gradient is to come here: views cut it off.
+        # One tensor may have been made of another. No gradient may arrive here by that way: views cut it off.
         tensors = [t.view_as(t) if needed else t for t, needed in zip(tensors, needs, strict=True)]
         y = mathematics(*tensors, *ctx.options)
         wanted = [t for t, needed in zip(tensors, needs, strict=True) if needed]
         found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True))
     return tuple(next(found) if needed else None for needed in needs)
+
+
+def _call_op(op: Any, args: tuple[Any, ...]) -> Any:
+    """``op(*args)``, straight to the dispatcher if nothing overrides it: small maps notice the difference."""
+    return op(*args) if _overridden(args) else _call_boxed(op._handle, *args)
+
+
+def _view(a: Any) -> Any:
+    return a.view_as(a) if isinstance(a, Tensor) else a

@@ -9,9 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .epilogue import empty_residual_gradient, finish, residual_gradient, start_backward
-from .layout import accumulation_dtype, empty_map, empty_small, memory_format, to_map
+from .epilogue import finish, residual_gradient, residual_gradient_shape, start_backward
+from .layout import accumulation_dtype, empty_small, memory_format, to_map
 from .library import define
+from .shapes import Arguments
 
 
 def _empty_lines(x: Tensor) -> Tensor:
@@ -31,17 +32,19 @@ def _rows_and_columns(lines: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     return rows[:, :, :, None], columns[:, :, None]
 
 
-def _axis_mean_reference(x):
+def _axis_mean_reference(x: Tensor) -> Tensor:
     a = accumulation_dtype(x)
     return _to_lines(x.mean(3, dtype=a), x.mean(2, dtype=a), x)
 
 
-def _axis_scale_reference(x, gates, residual, activation):
+def _axis_scale_reference(x: Tensor, gates: Tensor, residual: Tensor | None, activation: int) -> Tensor:
     rows, columns = _rows_and_columns(gates, x)
     return finish(x, rows * columns, residual, activation)
 
 
-def _axis_scale_bwd_reference(grad, x, gates, residual, activation):
+def _axis_scale_bwd_reference(
+    grad: Tensor, x: Tensor, gates: Tensor, residual: Tensor | None, activation: int
+) -> tuple[Tensor, ...]:
     rows, columns = _rows_and_columns(gates, x)
     grad = start_backward(grad, x, rows * columns, residual, activation)
     product = grad * x
@@ -49,29 +52,34 @@ def _axis_scale_bwd_reference(grad, x, gates, residual, activation):
     return dgates, residual_gradient(grad, x, activation)
 
 
-def _axis_input_grad_reference(grad, x, gates, dmeans):
+def _axis_input_grad_reference(grad: Tensor, x: Tensor, gates: Tensor, dmeans: Tensor) -> Tensor:
     rows, columns = _rows_and_columns(gates, x)
     drows, dcolumns = _rows_and_columns(dmeans, x)
     return to_map(grad.to(gates.dtype) * (rows * columns) + (drows / x.shape[3] + dcolumns / x.shape[2]), x)
 
 
-axis_mean = define("axis_mean(Tensor x) -> Tensor", "axis", _axis_mean_reference, _empty_lines)
+def _lines(given: Arguments) -> Tensor:
+    """The declared shape of lines."""
+    return _empty_lines(given["x"])
+
+
+axis_mean = define("axis_mean(Tensor x) -> Tensor", "axis", _axis_mean_reference, (_lines,))
 axis_scale = define(
     "axis_scale(Tensor x, Tensor gates, Tensor? residual, int activation) -> Tensor",
     "axis",
     _axis_scale_reference,
-    lambda x, gates, residual, activation: empty_map(x),
+    ("like x",),
 )
 axis_scale_bwd = define(
     "axis_scale_bwd(Tensor grad, Tensor x, Tensor gates, Tensor? residual, int activation)"
     " -> (Tensor dgates, Tensor dresidual)",
     "axis",
     _axis_scale_bwd_reference,
-    lambda grad, x, gates, residual, activation: (_empty_lines(x), empty_residual_gradient(x, activation)),
+    (_lines, residual_gradient_shape),
 )
 axis_input_grad = define(  # the values of x are not read, only its layout
     "axis_input_grad(Tensor grad, Tensor x, Tensor gates, Tensor dmeans) -> Tensor",
     "axis",
     _axis_input_grad_reference,
-    lambda grad, x, gates, dmeans: empty_map(x),
+    ("like x",),
 )

@@ -1,15 +1,15 @@
-"""CBAM as one op per direction, and its autograd."""
+"""CBAM as one op per direction."""
 
 from __future__ import annotations
 
-import torch
+from typing import Any
+
+from torch import Tensor
 
 from .. import reference
-from .autograd import fused_function
 from .cbam_halves import (
     channel_gate,
     channel_gate_backward,
-    empty_bias_gradient,
     pool_channels,
     pool_pixels,
     spatial_bias_gradient,
@@ -18,12 +18,14 @@ from .cbam_halves import (
     unpool_channels,
     unpool_pixels,
 )
-from .epilogue import empty_residual_gradient, finish, residual_gradient, start_backward, with_epilogue
-from .layout import accumulation_dtype, empty_map, empty_small, to_map
-from .library import define
+from .declare import gate_op
+from .epilogue import finish, residual_gradient, start_backward
+from .layout import accumulation_dtype, to_map
 
 
-def _cbam_fwd_reference(x, w1, w2, wconv, bias, residual, activation):
+def _forward(
+    x: Tensor, w1: Tensor, w2: Tensor, wconv: Tensor, bias: Tensor | None, residual: Tensor | None, activation: int
+) -> tuple[Tensor, ...]:
     a = accumulation_dtype(x)
     pooled, argmax_hw = pool_pixels(x, a)
     hidden, gate_c = channel_gate(pooled, w1, w2)
@@ -33,10 +35,17 @@ def _cbam_fwd_reference(x, w1, w2, wconv, bias, residual, activation):
     return y, pooled, argmax_hw, hidden, gate_c, maps, argmax_c, gate_s
 
 
-def _cbam_bwd_reference(
-    grad, x, w1, w2, wconv, bias, residual, pooled, argmax_hw, hidden, channel_gate, maps, argmax_c, spatial_gate,
-    activation,
-):  # fmt: skip
+def _backward(
+    grad: Tensor,
+    x: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    wconv: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    *saves_and_activation: Any,
+) -> tuple[Tensor, ...]:
+    pooled, argmax_hw, hidden, channel_gate, maps, argmax_c, spatial_gate, activation = saves_and_activation
     gate_c, gate_s = channel_gate[:, :, None, None], spatial_gate[:, None]
     grad = start_backward(grad, x, gate_c * gate_s, residual, activation)
     dz_s = (grad * x * gate_c).sum(1) * spatial_gate * (1 - spatial_gate)
@@ -48,51 +57,20 @@ def _cbam_bwd_reference(
     return to_map(dx, x), residual_gradient(grad, x, activation), dw1, dw2, dwconv, spatial_bias_gradient(dz_s, bias)
 
 
-def _cbam_fwd_fake(x, w1, w2, wconv, bias, residual, activation):
-    n, c, h, w = x.shape
-    return (
-        empty_map(x),
-        empty_small(x, n, 2, c),
-        empty_small(x, n, c, dtype=torch.int32),
-        empty_small(x, n, 2, w1.shape[0]),
-        empty_small(x, n, c),
-        empty_small(x, n, 2, h, w),
-        empty_small(x, n, h, w, dtype=torch.int32),
-        empty_small(x, n, h, w),
-    )
-
-
-def _cbam_bwd_fake(
-    grad, x, w1, w2, wconv, bias, residual, pooled, argmax_hw, hidden, channel_gate, maps, argmax_c, spatial_gate,
-    activation,
-):  # fmt: skip
-    dweights = (empty_small(x, *w.shape) for w in (w1, w2, wconv))
-    return empty_map(x), empty_residual_gradient(x, activation), *dweights, empty_bias_gradient(x, bias)
-
-
-cbam_fwd = define(
-    "cbam_fwd(Tensor x, Tensor w1, Tensor w2, Tensor wconv, Tensor? bias, Tensor? residual, int activation)"
-    " -> (Tensor y, Tensor pooled, Tensor argmax_hw, Tensor hidden, Tensor channel_gate, Tensor maps, Tensor argmax_c,"
-    " Tensor spatial_gate)",
+CBAM = gate_op(
     "cbam",
-    _cbam_fwd_reference,
-    _cbam_fwd_fake,
+    weights={"w1": "R C", "w2": "C R", "wconv": "1 2 K K", "bias": "1 or None"},
+    saves={
+        "pooled": "N 2 C",
+        "argmax_hw": "N C : int32",
+        "hidden": "N 2 R",
+        "channel_gate": "N C",
+        "maps": "N 2 H W",
+        "argmax_c": "N H W : int32",
+        "spatial_gate": "N H W",
+    },
+    empty_if_absent=("bias",),
+    forward=_forward,
+    backward=_backward,
+    mathematics=reference.cbam,
 )
-cbam_bwd = define(
-    "cbam_bwd(Tensor grad, Tensor x, Tensor w1, Tensor w2, Tensor wconv, Tensor? bias, Tensor? residual,"
-    " Tensor pooled, Tensor argmax_hw, Tensor hidden, Tensor channel_gate, Tensor maps, Tensor argmax_c,"
-    " Tensor spatial_gate, int activation)"
-    " -> (Tensor dx, Tensor dresidual, Tensor dw1, Tensor dw2, Tensor dwconv, Tensor dbias)",
-    "cbam",
-    _cbam_bwd_reference,
-    _cbam_bwd_fake,
-    gradients_of=("w1", "w2", "wconv", "wconv"),
-)
-
-
-def _gradients(grad, tensors, small, options):
-    dx, dresidual, *dweights = cbam_bwd(grad, *tensors, *small, *options)
-    return dx, *dweights, dresidual
-
-
-CBAMFunction = fused_function("CBAMFunction", cbam_fwd, _gradients, with_epilogue(reference.cbam))

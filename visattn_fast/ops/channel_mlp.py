@@ -7,21 +7,24 @@ autograd keeps them: to make the factor anew is one product more than eager has,
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from torch import Tensor
 
 from .. import reference
-from .autograd import fused_function, mixed
-from .layout import accumulation_dtype, empty_map, empty_small, memory_format
+from .declare import composed_op
+from .layout import accumulation_dtype, empty_map, memory_format
 from .library import define
 
 
-def _rows(x):
+def _rows(x: Tensor) -> tuple[Tensor, bool]:
     """``[N, H W, C]``, a view of x's own format, and whether channels are the inner axis there."""
     form = memory_format(x)
     return x.contiguous(memory_format=form).flatten(2).mT, form == torch.channels_last
 
 
-def _product(rows, weight, bias, inner):
+def _product(rows: Tensor, weight: Tensor, bias: Tensor | None, inner: bool) -> Tensor:
     """``rows weight^T + bias``, ``[N, P, K]``, dense with K or P as inner axis."""
     weight, bias = weight.flatten(1).to(rows.dtype), None if bias is None else bias.to(rows.dtype)
     if inner:
@@ -32,7 +35,7 @@ def _product(rows, weight, bias, inner):
     return torch.baddbmm(bias[:, None], weight.expand(n, -1, -1), rows.mT).mT
 
 
-def _weight_gradient(left, right):
+def _weight_gradient(left: Tensor, right: Tensor) -> Tensor:
     """``sum over images and pixels of left^T right``, ``[K, C]``."""
     wide = accumulation_dtype(left)
     if left.shape[0] == 0:
@@ -40,11 +43,13 @@ def _weight_gradient(left, right):
     return torch.bmm(left.mT, right).sum(0, dtype=wide)
 
 
-def _as_map(rows, x):
+def _as_map(rows: Tensor, x: Tensor) -> Tensor:
     return rows.mT.unflatten(2, x.shape[2:])
 
 
-def _channel_mlp_fwd_reference(x, w1, b1, w2, b2, keep):
+def _channel_mlp_fwd_reference(
+    x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, keep: bool
+) -> tuple[Tensor, ...]:
     rows, inner = _rows(x)
     hidden = _product(rows, w1, b1, inner).relu_()
     factor = _product(hidden, w2, b2, inner)
@@ -54,7 +59,9 @@ def _channel_mlp_fwd_reference(x, w1, b1, w2, b2, keep):
     return _as_map(y, x), _as_map(hidden, x), _as_map(factor, x)
 
 
-def _channel_mlp_bwd_reference(grad, x, w1, w2, hidden, factor):
+def _channel_mlp_bwd_reference(
+    grad: Tensor, x: Tensor, w1: Tensor, w2: Tensor, hidden: Tensor, factor: Tensor
+) -> tuple[Tensor, ...]:
     rows, inner = _rows(x)
     form = torch.channels_last if inner else torch.contiguous_format
     grad = grad.to(x.dtype).contiguous(memory_format=form).flatten(2).mT
@@ -67,20 +74,17 @@ def _channel_mlp_bwd_reference(grad, x, w1, w2, hidden, factor):
     return _as_map(dx, x), dw1.view(w1.shape), db1, dw2.view(w2.shape), db2
 
 
-def _hidden_like(x, w1):
+def _hidden_like(x: Tensor, w1: Tensor) -> Tensor:
     n, _, h, w = x.shape
     return torch.empty((n, w1.shape[0], h, w), dtype=x.dtype, device=x.device, memory_format=memory_format(x))
 
 
-def _channel_mlp_fwd_fake(x, w1, b1, w2, b2, keep):
+def _channel_mlp_fwd_fake(
+    x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, keep: bool
+) -> tuple[Tensor, ...]:
     if not keep:
         return empty_map(x), x.new_empty(0), x.new_empty(0)
     return empty_map(x), _hidden_like(x, w1), empty_map(x)
-
-
-def _channel_mlp_bwd_fake(grad, x, w1, w2, hidden, factor):
-    r, c = w1.shape[:2]
-    return empty_map(x), empty_small(x, *w1.shape), empty_small(x, r), empty_small(x, *w2.shape), empty_small(x, c)
 
 
 channel_mlp_fwd = define(
@@ -95,17 +99,18 @@ channel_mlp_bwd = define(
     " -> (Tensor dx, Tensor dw1, Tensor db1, Tensor dw2, Tensor db2)",
     None,
     _channel_mlp_bwd_reference,
-    _channel_mlp_bwd_fake,
+    ("like x", "shape of w1", "R", "shape of w2", "C"),
+    weights={"w1": "R C"},
 )
 
 
-def _gradients(grad, tensors, small, options):
+def _gradients(grad: Tensor, tensors: Any, small: Any, options: Any) -> tuple[Tensor | None, ...]:
     x, w1, _, w2, _ = tensors
     return channel_mlp_bwd(grad, x, w1, w2, *small)
 
 
-def _mathematics(*arguments):
-    return mixed(reference.channel_mlp, *arguments[:-1])
+def _mathematics(*tensors_and_keep: Any) -> Tensor:
+    return reference.channel_mlp(*tensors_and_keep[:-1])
 
 
-ChannelMLPFunction = fused_function("ChannelMLPFunction", channel_mlp_fwd, _gradients, _mathematics)
+CHANNEL_MLP = composed_op("channel_mlp", channel_mlp_fwd, _gradients, _mathematics, tiny=49)

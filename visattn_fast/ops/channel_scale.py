@@ -2,66 +2,64 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from ..reference import epilogue
 from ..reference.checks import ACTIVATIONS
-from .epilogue import empty_residual_gradient, finish, residual_gradient, start_backward
-from .layout import accumulation_dtype, empty_map, empty_small, to_map
+from .epilogue import finish, residual_gradient, residual_gradient_shape, start_backward
+from .layout import accumulation_dtype, to_map
 from .library import define
 
 
-def _channel_mean_reference(x):
+def _channel_mean_reference(x: Tensor) -> Tensor:
     return x.mean((2, 3), dtype=accumulation_dtype(x))
 
 
-def _channel_scale_fwd_reference(x, gate, residual, activation):
+def _channel_scale_fwd_reference(x: Tensor, gate: Tensor, residual: Tensor | None, activation: int) -> Tensor:
     return finish(x, gate[:, :, None, None], residual, activation)
 
 
-def _channel_affine_reference(x, scale, shift, residual, activation):
+def _channel_affine_reference(
+    x: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None, activation: int
+) -> Tensor:
     a = accumulation_dtype(x)
     moved = x * scale[:, :, None, None].to(a) + shift[:, :, None, None].to(a)
     return to_map(epilogue(moved, residual, ACTIVATIONS[activation]), x)
 
 
-def _channel_scale_bwd_reference(grad, x, gate, residual, activation):
+def _channel_scale_bwd_reference(
+    grad: Tensor, x: Tensor, gate: Tensor, residual: Tensor | None, activation: int
+) -> tuple[Tensor, ...]:
     grad = start_backward(grad, x, gate[:, :, None, None], residual, activation)
     return (grad * x).sum((2, 3)), residual_gradient(grad, x, activation)
 
 
-def _channel_input_grad_reference(grad, x, gate, dmean):
+def _channel_input_grad_reference(grad: Tensor, x: Tensor, gate: Tensor, dmean: Tensor | None) -> Tensor:
     dx = grad * gate[:, :, None, None].to(accumulation_dtype(x))
     if dmean is not None:
         dx = dx + dmean[:, :, None, None] / (x.shape[2] * x.shape[3])
     return to_map(dx, x)
 
 
-def _channel_scale_bwd_fake(grad, x, gate, residual, activation):
-    return empty_small(x, *x.shape[:2]), empty_residual_gradient(x, activation)
-
-
-def _channel_input_grad_fake(grad, x, gate, dmean):
-    return empty_map(x)
-
-
 channel_mean = define(
     "channel_mean(Tensor x) -> Tensor mean",
     "channel_scale",
     _channel_mean_reference,
-    lambda x: empty_small(x, *x.shape[:2]),
+    ("N C",),
 )
 # y = act(x * gate + residual); gate [N, C] in the accumulation dtype.
 channel_scale_fwd = define(
     "channel_scale_fwd(Tensor x, Tensor gate, Tensor? residual, int activation) -> Tensor y",
     "channel_scale",
     _channel_scale_fwd_reference,
-    lambda x, gate, residual, activation: empty_map(x),
+    ("like x",),
 )
 # y = act(x * scale + shift + residual); scale and shift [N, C] in the accumulation dtype. For inference: no gradient.
 channel_affine = define(
     "channel_affine(Tensor x, Tensor scale, Tensor shift, Tensor? residual, int activation) -> Tensor y",
     "channel_scale",
     _channel_affine_reference,
-    lambda x, scale, shift, residual, activation: empty_map(x),
+    ("like x",),
 )
 # dgate = sum over the pixels of g' x, g' = grad * act'(x * gate + residual); dresidual = g', empty if it is grad.
 channel_scale_bwd = define(
@@ -69,12 +67,12 @@ channel_scale_bwd = define(
     " -> (Tensor dgate, Tensor dresidual)",
     "channel_scale",
     _channel_scale_bwd_reference,
-    _channel_scale_bwd_fake,
+    ("N C", residual_gradient_shape),
 )
 # dx = grad * gate + dmean / HW, in x's memory format; x's values are not read.
 channel_input_grad = define(
     "channel_input_grad(Tensor grad, Tensor x, Tensor gate, Tensor? dmean) -> Tensor dx",
     "channel_scale",
     _channel_input_grad_reference,
-    _channel_input_grad_fake,
+    ("like x",),
 )

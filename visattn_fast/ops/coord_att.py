@@ -2,16 +2,35 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from torch import Tensor
+
 from .. import reference
-from .autograd import fused_function, without_autocast
+from .autograd import without_autocast
 from .axis import axis_input_grad, axis_mean, axis_scale, axis_scale_bwd
-from .epilogue import with_epilogue
+from .declare import composed_op
 from .layout import memory_format
 from .line_gates import line_gates_bwd, line_gates_fwd
 
 
 @without_autocast
-def _forward(x, w1, b1, bn_weight, bn_bias, mean, var, w_h, b_h, w_w, b_w, residual, activation, eps):
+def _forward(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    w_h: Tensor,
+    b_h: Tensor | None,
+    w_w: Tensor,
+    b_w: Tensor | None,
+    residual: Tensor | None,
+    activation: int,
+    eps: float,
+) -> tuple[Tensor, ...]:
     """mean and var are the statistics to normalise with, or None for the batch's, which are then the last results."""
     means = axis_mean(x)
     weights = (w1, b1, bn_weight, bn_bias, mean, var, w_h, b_h, w_w, b_w)
@@ -20,7 +39,7 @@ def _forward(x, w1, b1, bn_weight, bn_bias, mean, var, w_h, b_h, w_w, b_w, resid
 
 
 @without_autocast
-def _gradients(grad, tensors, small, options):
+def _gradients(grad: Tensor, tensors: Any, small: Any, options: Any) -> tuple[Tensor | None, ...]:
     x, w1, _, bn_weight, bn_bias, mean, var, w_h, _, w_w, _, residual = tensors
     (means, z, gates, *batch), (activation, eps) = small, options
     grad = grad.contiguous(memory_format=memory_format(x))
@@ -34,9 +53,22 @@ def _gradients(grad, tensors, small, options):
     return dx, dw1, db1, dweight, dbias, None, None, dw_h, db_h, dw_w, db_w, dresidual
 
 
-def _mathematics(x, w1, b1, bn_weight, bn_bias, mean, var, w_h, b_h, w_w, b_w, eps):
+def _mathematics(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    w_h: Tensor,
+    b_h: Tensor | None,
+    w_w: Tensor,
+    b_w: Tensor | None,
+    eps: float,
+) -> Tensor:
     weights = (w1, b1, bn_weight, bn_bias, mean, var, w_h, b_h, w_w, b_w)
     return reference.coord_att(x, *weights, mean is None, 0.0, eps)
 
 
-CoordAttFunction = fused_function("CoordAttFunction", _forward, _gradients, with_epilogue(_mathematics, options=1))
+COORD_ATT = composed_op("coord_att", _forward, _gradients, _mathematics, epilogue=True, options=1)

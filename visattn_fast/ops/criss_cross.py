@@ -9,13 +9,13 @@ in groups.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import reference
-from .autograd import fused_function, mixed
+from .declare import composed_op
 from .layout import accumulation_dtype, empty_map, empty_small, to_map
 from .library import define
 
@@ -58,7 +58,7 @@ def _split(packed: Tensor, channels: int) -> tuple[Tensor, ...]:
     return packed.split([hidden, hidden, channels], -1)
 
 
-def _criss_cross_fwd_reference(x, weight, bias, gamma):
+def _criss_cross_fwd_reference(x: Tensor, weight: Tensor, bias: Tensor, gamma: Tensor) -> tuple[Tensor, ...]:
     n, c, height, width = x.shape
     a = accumulation_dtype(x)
     weight, bias, gamma = weight.to(a), bias.to(a), gamma.to(a)
@@ -93,7 +93,9 @@ def _criss_cross_fwd_reference(x, weight, bias, gamma):
     return y, packed, out, lse
 
 
-def _criss_cross_bwd_reference(grad, x, weight, gamma, packed, out, lse):
+def _criss_cross_bwd_reference(
+    grad: Tensor, x: Tensor, weight: Tensor, gamma: Tensor, packed: Tensor, out: Tensor, lse: Tensor
+) -> tuple[Tensor, ...]:
     n, c, height, width = x.shape
     a = accumulation_dtype(x)
     weight, gamma = weight.to(a), gamma.to(a)
@@ -134,30 +136,21 @@ def _criss_cross_bwd_reference(grad, x, weight, gamma, packed, out, lse):
     return dx, dweight, dbias, dgamma
 
 
-def _criss_cross_fwd_fake(x, weight, bias, gamma):
-    n, _, height, width = x.shape
-    packed, out = (empty_small(x, n, height, width, size) for size in (weight.shape[0], x.shape[1]))
-    return empty_map(x), packed, out, empty_small(x, n, height, width)
-
-
-def _criss_cross_bwd_fake(grad, x, weight, gamma, packed, out, lse):
-    dweight, dbias = empty_small(x, *weight.shape), empty_small(x, weight.shape[0])
-    return empty_map(x), dweight, dbias, empty_small(x, 1)
-
-
 criss_cross_fwd = define(
     "criss_cross_fwd(Tensor x, Tensor weight, Tensor bias, Tensor gamma)"
     " -> (Tensor y, Tensor packed, Tensor out, Tensor lse)",
     None,
     _criss_cross_fwd_reference,
-    _criss_cross_fwd_fake,
+    ("like x", "N H W P", "N H W C", "N H W"),
+    weights={"weight": "P C"},
 )
 criss_cross_bwd = define(
     "criss_cross_bwd(Tensor grad, Tensor x, Tensor weight, Tensor gamma, Tensor packed, Tensor out, Tensor lse)"
     " -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dgamma)",
     None,
     _criss_cross_bwd_reference,
-    _criss_cross_bwd_fake,
+    ("like x", "shape of weight", "P", "1"),
+    weights={"weight": "P C"},
 )
 
 
@@ -166,11 +159,13 @@ def _pack(*tensors: Tensor) -> Tensor:
     return torch.cat([t.flatten(1) if t.dim() > 1 else t for t in tensors])
 
 
-def _forward(x, wq, bq, wk, bk, wv, bv, gamma):
+def _forward(
+    x: Tensor, wq: Tensor, bq: Tensor, wk: Tensor, bk: Tensor, wv: Tensor, bv: Tensor, gamma: Tensor
+) -> tuple[Tensor, ...]:
     return criss_cross_fwd(x, _pack(wq, wk, wv), _pack(bq, bk, bv), gamma)
 
 
-def _gradients(grad, tensors, small, options):
+def _gradients(grad: Tensor, tensors: Any, small: Any, options: Any) -> tuple[Tensor | None, ...]:
     x, wq, _, wk, _, wv, _, gamma = tensors
     dx, dweight, dbias, dgamma = criss_cross_bwd(grad, x, _pack(wq, wk, wv), gamma, *small)
     sizes = [wq.shape[0], wk.shape[0], wv.shape[0]]
@@ -179,8 +174,4 @@ def _gradients(grad, tensors, small, options):
     return dx, dwq, dbq, dwk, dbk, dwv, dbv, dgamma
 
 
-def _mathematics(x, *weights):
-    return mixed(reference.criss_cross, x, *weights)
-
-
-CrissCrossFunction = fused_function("CrissCrossFunction", _forward, _gradients, _mathematics)
+CRISS_CROSS = composed_op("criss_cross", _forward, _gradients, reference.criss_cross)

@@ -1,18 +1,18 @@
-"""Efficient channel attention: ops and autograd."""
+"""Efficient channel attention."""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from .. import reference
-from .autograd import fused_function
-from .epilogue import empty_residual_gradient, finish, residual_gradient, start_backward, with_epilogue
-from .layout import accumulation_dtype, empty_map, empty_small, to_map
-from .library import define, define_infer, define_normed
+from .declare import gate_op
+from .epilogue import finish, residual_gradient, start_backward
+from .layout import accumulation_dtype, to_map
 
 
-def _eca_fwd_reference(x, weight, residual, activation):
+def _forward(x: Tensor, weight: Tensor, residual: Tensor | None, activation: int) -> tuple[Tensor, ...]:
     a = accumulation_dtype(x)
     mean = x.mean((2, 3), dtype=a)
     kernel = weight.to(a).view(1, 1, -1)
@@ -20,7 +20,9 @@ def _eca_fwd_reference(x, weight, residual, activation):
     return finish(x, gate[:, :, None, None], residual, activation), mean, gate
 
 
-def _eca_bwd_reference(grad, x, weight, residual, mean, gate, activation):
+def _backward(
+    grad: Tensor, x: Tensor, weight: Tensor, residual: Tensor | None, mean: Tensor, gate: Tensor, activation: int
+) -> tuple[Tensor, ...]:
     grad = start_backward(grad, x, gate[:, :, None, None], residual, activation)
     dz = (grad * x).sum((2, 3)) * gate * (1 - gate)
     kernel = weight.to(dz.dtype).view(1, 1, -1)
@@ -32,36 +34,13 @@ def _eca_bwd_reference(grad, x, weight, residual, mean, gate, activation):
     return to_map(dx, x), residual_gradient(grad, x, activation), dweight
 
 
-def _eca_fwd_fake(x, weight, residual, activation):
-    n, c = x.shape[0], x.shape[1]
-    return empty_map(x), empty_small(x, n, c), empty_small(x, n, c)
-
-
-def _eca_bwd_fake(grad, x, weight, residual, mean, gate, activation):
-    return empty_map(x), empty_residual_gradient(x, activation), empty_small(x, *weight.shape)
-
-
-eca_fwd = define(
-    "eca_fwd(Tensor x, Tensor weight, Tensor? residual, int activation) -> (Tensor y, Tensor mean, Tensor gate)",
+ECA = gate_op(
     "eca",
-    _eca_fwd_reference,
-    _eca_fwd_fake,
+    weights={"weight": "1 1 K"},
+    saves={"mean": "N C", "gate": "N C"},
+    forward=_forward,
+    backward=_backward,
+    mathematics=reference.eca,
+    infer=True,
+    normed=True,
 )
-eca_infer = define_infer("eca")
-eca_normed = define_normed("eca")
-eca_bwd = define(
-    "eca_bwd(Tensor grad, Tensor x, Tensor weight, Tensor? residual, Tensor mean, Tensor gate, int activation)"
-    " -> (Tensor dx, Tensor dresidual, Tensor dweight)",
-    "eca",
-    _eca_bwd_reference,
-    _eca_bwd_fake,
-    gradients_of=("weight",),
-)
-
-
-def _gradients(grad, tensors, small, options):
-    dx, dresidual, dweight = eca_bwd(grad, *tensors, *small, *options)
-    return dx, dweight, dresidual
-
-
-ECAFunction = fused_function("ECAFunction", eca_fwd, _gradients, with_epilogue(reference.eca), infer=eca_infer)

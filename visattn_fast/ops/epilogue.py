@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -43,9 +43,9 @@ def residual_gradient(grad: Tensor, x: Tensor, activation: int) -> Tensor:
     return x.new_empty(0) if activation == 0 else to_map(grad, x)
 
 
-def empty_residual_gradient(x: Tensor, activation: int) -> Tensor:
-    """The fake of `residual_gradient`."""
-    return x.new_empty(0) if activation == 0 else empty_map(x)
+def residual_gradient_shape(given: Mapping[str, Any]) -> Tensor:
+    """The declared shape of `residual_gradient`, from an op's arguments by name."""
+    return given["x"].new_empty(0) if given["activation"] == 0 else empty_map(given["x"])
 
 
 def with_epilogue(mathematics: Callable[..., Tensor], options: int = 0) -> Callable[..., Tensor]:

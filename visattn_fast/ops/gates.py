@@ -15,9 +15,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from .. import reference
 from ..reference import epilogue
 from ..reference.checks import ACTIVATIONS
-from .autograd import _differentiable
+from .autograd import FusedOp, differentiate, is_recorded_backward
 from .cbam_halves import pool_channels as first_of_channels
 from .channel_scale import channel_input_grad, channel_mean, channel_scale_bwd, channel_scale_fwd
 from .layout import accumulation_dtype
@@ -35,11 +36,6 @@ def _carriers(x: Tensor, *shapes: tuple[int, ...]) -> tuple[Tensor, ...]:
     """One like x, and one of each shape in the accumulation dtype; none takes memory."""
     small = x.new_empty((), dtype=accumulation_dtype(x))
     return x.new_empty(()).expand(x.shape), *(small.expand(shape) for shape in shapes)
-
-
-def _recorded() -> bool:
-    """Whether this backward pass may itself be differentiated. One that is compiled is not, though it seems so."""
-    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], tensors: int, small: tuple[Tensor, ...] = ()) -> None:
@@ -65,7 +61,7 @@ class Mean(torch.autograd.Function):
     def backward(ctx: Any, dmean: Tensor | None, grad: Tensor | None, gate: Tensor | None) -> Any:
         (x,) = ctx.saved_tensors
         if grad is None or gate is None:
-            return None if dmean is None else _differentiable(ctx, _mean, (x,), dmean)[0], None
+            return None if dmean is None else differentiate(ctx, _mean, (x,), dmean)[0], None
         return channel_input_grad(grad, x, gate, dmean), None
 
 
@@ -85,8 +81,8 @@ class ChannelScale(torch.autograd.Function):
         x, gate, residual = ctx.saved_tensors
         if grad is None:
             return (None,) * 6
-        if _recorded():
-            return *_differentiable(ctx, _scaled_once, (x, gate, residual), grad), None, None, None
+        if is_recorded_backward():
+            return *differentiate(ctx, _scaled_once, (x, gate, residual), grad), None, None, None
         dgate, dresidual = channel_scale_bwd(grad, x, gate, residual, *ctx.options)
         upstream = dresidual if ctx.options[0] else grad
         return None, dgate, None if residual is None else upstream, upstream, gate, None
@@ -118,7 +114,7 @@ class PoolPixels(torch.autograd.Function):
         x, pooled, at = ctx.saved_tensors
         grad, channel, spatial, gate, maps, dmaps, at_c = cast("tuple[Any, ...]", messages)
         if grad is None and gate is None:
-            return None if dpooled is None else _differentiable(ctx, _pooled_pixels, (x,), dpooled)[0], None
+            return None if dpooled is None else differentiate(ctx, _pooled_pixels, (x,), dpooled)[0], None
         if grad is None:  # y's own part is zero: the second of two derivatives
             grad, channel, spatial = torch.zeros_like(x), gate, maps[:, 0]
         if gate is None:  # the gate per pixel does not depend on the maps
@@ -145,8 +141,8 @@ class PoolChannels(torch.autograd.Function):
         x, gate, maps, at = ctx.saved_tensors
         if dmaps is None:
             return (None,) * 7
-        if _recorded():
-            return *_differentiable(ctx, _pooled_channels, (x, gate), dmaps), None, None, None, None, None
+        if is_recorded_backward():
+            return *differentiate(ctx, _pooled_channels, (x, gate), dmaps), None, None, None, None, None
         dgate = pool_channels_bwd(x, gate, maps, dmaps, at)
         return None, dgate, gate, maps, dmaps, at.to(maps.dtype), None  # whole numbers that a float holds
 
@@ -167,8 +163,8 @@ class TwofoldScale(torch.autograd.Function):
         x, channel, spatial, residual = tensors = ctx.saved_tensors
         if grad is None:
             return (None,) * 8
-        if _recorded():
-            return *_differentiable(ctx, _scaled_twice, tensors, grad), None, None, None, None
+        if is_recorded_backward():
+            return *differentiate(ctx, _scaled_twice, tensors, grad), None, None, None, None
         dchannel, dspatial, dresidual = twofold_scale_bwd(grad, x, channel, spatial, residual, *ctx.options)
         upstream = dresidual if ctx.options[0] else grad
         return None, dchannel, dspatial, None if residual is None else upstream, upstream, channel, spatial, None
@@ -199,3 +195,8 @@ def _pooled_pixels(x: Tensor, even: int) -> Tensor:
 def _pooled_channels(x: Tensor, gate: Tensor, even: int) -> Tensor:
     u = x * gate[:, :, None, None]
     return torch.stack([u.mean(1), u.amax(1)], 1) if even else first_of_channels(u, u.dtype)[0]
+
+
+# The callers' functions stand between these nodes; `visattn_fast.fused.gates` joins them.
+GATE_CHANNELS = FusedOp("gate_channels", Mean, reference.gate_channels)
+GATE_TWICE = FusedOp("gate_twice", PoolPixels, reference.gate_twice)

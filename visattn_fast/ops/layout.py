@@ -41,6 +41,11 @@ def empty_small(x: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Ten
     return torch.empty(shape, dtype=dtype or accumulation_dtype(x), device=x.device)
 
 
+def as_matrices(dtype: torch.dtype, *weights: Tensor | None) -> list[Any]:
+    """Weights in ``dtype``, 1x1 convolutions' as ``[R, C]``; vectors and None stay."""
+    return [None if t is None else (t.flatten(1) if t.dim() > 1 else t).to(dtype) for t in weights]
+
+
 def to_map(value: Tensor, x: Tensor) -> Tensor:
     """``value`` in x's dtype and memory format, as a tensor of its own."""
     return empty_map(x).copy_(value)

@@ -9,13 +9,14 @@ too, `register_cuda` gives ``CUDA`` to a choice between the two.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
 from .autograd import without_autocast
 from .layout import accumulation_dtype, empty_map
+from .shapes import Shape, fake_of
 
 LIBRARY = torch.library.Library("visattn_fast", "DEF")
 
@@ -47,25 +48,29 @@ def define(
     schema: str,
     launcher: str | None,
     reference: Callable[..., Any],
-    fake: Callable[..., Any],
+    fake: Callable[..., Any] | Sequence[Shape],
     gradients_of: Sequence[str] = (),
+    weights: Mapping[str, str] | None = None,
 ) -> Any:
     """Declares an op and returns its overload.
 
     Args:
         schema: ``name(arguments) -> results``.
-        launcher: the module of ``visattn_fast.kernels`` whose function ``name`` is the Triton implementation.
+        launcher: the module of ``visattn_fast.kernels.ops`` whose function ``name`` is the Triton implementation.
             None: PyTorch's own operations serve every device.
         reference: the implementation in plain PyTorch.
-        fake: shapes, dtypes and strides of the results.
+        fake: shapes, dtypes and strides of the results: a function, or each result's shape as in `shapes`.
         gradients_of: the arguments whose gradients are the last results. Kernels round each sum once, to its weight's
             dtype; reference and fake may return sums as they are, and they are rounded for them.
+        weights: the declared shapes of arguments, which bind the letters of ``fake``.
     """
     name = schema[: schema.index("(")]
     arguments = [a.split()[-1] for a in schema[len(name) + 1 : schema.index(")")].split(",")]
     positions = [arguments.index(weight) for weight in gradients_of]
+    if not callable(fake):
+        fake = fake_of(arguments, fake, weights or {})
     reference, fake = _rounded(reference, positions), _rounded(fake, positions)
-    # Kernels read any strides. Else Inductor would copy maps back to the layout that they have in eager mode.
+    # Kernels read any strides. Without the tag Inductor would copy maps back to the layout of eager mode.
     LIBRARY.define(schema, tags=(torch.Tag.flexible_layout,))
     LIBRARY.impl(name, without_autocast(reference), "CompositeExplicitAutograd")
     torch.library.register_fake(f"visattn_fast::{name}", fake, lib=LIBRARY)

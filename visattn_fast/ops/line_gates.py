@@ -7,15 +7,20 @@ statistics are the norm's, else the batch's, which are results. Results are dens
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .layout import converted, empty_small
 from .library import define
+from .shapes import Arguments
 
 
-def _normed(z, bn_weight, bn_bias, mean, var, eps):
+def _normed(
+    z: Tensor, bn_weight: Tensor | None, bn_bias: Tensor | None, mean: Any, var: Any, eps: float
+) -> tuple[Tensor, ...]:
     """The batch norm without and with its weight and bias, and the factor of z in it."""
     inverse = torch.rsqrt(var.to(z.dtype) + eps)
     normal = (z - mean.to(z.dtype)) * inverse
@@ -41,8 +46,20 @@ def _to_lines(rows: Tensor, weight: Tensor, bias: Tensor | None, channels_inside
 
 
 def _line_gates_fwd_reference(
-    means, height, w1, b1, bn_weight, bn_bias, mean, var, w_h, b_h, w_w, b_w, eps
-):  # fmt: skip
+    means: Tensor,
+    height: int,
+    w1: Tensor,
+    b1: Tensor | None,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    w_h: Tensor,
+    b_h: Tensor | None,
+    w_w: Tensor,
+    b_w: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, ...]:
     weights = (w1.flatten(1), w_h.flatten(1), w_w.flatten(1), b1, bn_weight, bn_bias, b_h, b_w)
     w1, w_h, w_w, b1, bn_weight, bn_bias, b_h, b_w = converted(weights, [means.dtype] * len(weights))
     inside = not means.is_contiguous()
@@ -61,8 +78,21 @@ def _line_gates_fwd_reference(
 
 
 def _line_gates_bwd_reference(
-    dgates, gates, means, z, height, w1, bn_weight, bn_bias, mean, var, w_h, w_w, eps, fixed
-):  # fmt: skip
+    dgates: Tensor,
+    gates: Tensor,
+    means: Tensor,
+    z: Tensor,
+    height: int,
+    w1: Tensor,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    w_h: Tensor,
+    w_w: Tensor,
+    eps: float,
+    fixed: bool,
+) -> tuple[Tensor, ...]:
     inside = not means.is_contiguous()
     weights = (w1.flatten(1), w_h.flatten(1), w_w.flatten(1), bn_weight, bn_bias)
     w1_, w_h_, w_w_, bn_weight, bn_bias = converted(weights, [means.dtype] * len(weights))
@@ -86,26 +116,24 @@ def _line_gates_bwd_reference(
     return _to_lines(dz, w1_.t(), None, inside), torch.stack([dbias, dweight, db1]), db_h, db_w, dw1, dw_h, dw_w
 
 
-def _line_gates_fwd_fake(means, height, w1, b1, bn_weight, bn_bias, mean, var, w_h, b_h, w_w, b_w, eps):
-    n, _, lines = means.shape
-    z, of_batch = empty_small(means, n, lines, w1.shape[0]), 0 if mean is not None else w1.shape[0]
-    return torch.empty_like(means), z, empty_small(means, of_batch), empty_small(means, of_batch)
+def _like_means(given: Arguments) -> Tensor:
+    return torch.empty_like(given["means"])
 
 
-def _line_gates_bwd_fake(
-    dgates, gates, means, z, height, w1, bn_weight, bn_bias, mean, var, w_h, w_w, eps, fixed
-):  # fmt: skip
-    new, c = means.new_empty, means.shape[1]
-    return torch.empty_like(means), new(3, w1.shape[0]), new(c), new(c), new(w1.shape), new(w_h.shape), new(w_w.shape)
+def _batch_statistic(given: Arguments) -> Tensor:
+    """Empty where statistics are given."""
+    return empty_small(given["means"], 0 if given["mean"] is not None else given["w1"].shape[0])
 
 
+_SHAPES = {"means": "N C L", "w1": "M C"}
 line_gates_fwd = define(
     "line_gates_fwd(Tensor means, SymInt height, Tensor w1, Tensor? b1, Tensor? bn_weight, Tensor? bn_bias,"
     " Tensor? mean, Tensor? var, Tensor w_h, Tensor? b_h, Tensor w_w, Tensor? b_w, float eps)"
     " -> (Tensor gates, Tensor z, Tensor mean, Tensor var)",
     "line_gates",
     _line_gates_fwd_reference,
-    _line_gates_fwd_fake,
+    (_like_means, "N L M", _batch_statistic, _batch_statistic),
+    weights=_SHAPES,
 )
 # sums are the gradients of the norm's bias and weight, and of b1.
 line_gates_bwd = define(
@@ -114,6 +142,7 @@ line_gates_bwd = define(
     " -> (Tensor dmeans, Tensor sums, Tensor db_h, Tensor db_w, Tensor dw1, Tensor dw_h, Tensor dw_w)",
     "line_gates",
     _line_gates_bwd_reference,
-    _line_gates_bwd_fake,
+    (_like_means, "3 M", "C", "C", "shape of w1", "shape of w_h", "shape of w_w"),
+    weights=_SHAPES,
     gradients_of=("w1", "w_h", "w_w"),
 )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .autograd import run
+from .autograd import call_function
 from .layout import empty_small
 from .library import define
 
@@ -25,7 +25,7 @@ def _onednn_serves(*tensors: Tensor | None) -> bool:
     return suits and bool(torch.backends.mkldnn.enabled)
 
 
-def _linear_reference(x, weight, bias):
+def _linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if x.numel() == 0 or weight.numel() == 0 or not _onednn_serves(x, weight, bias):
         return functional.linear(x, weight, bias).contiguous()
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
@@ -68,7 +68,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     if not _worthwhile(x, weight) or not _onednn_serves(x, weight, bias) or torch.is_autocast_enabled("cpu"):
         return functional.linear(x, weight, bias)
-    return run(LinearFunction, x, weight, bias)[0]
+    return call_function(LinearFunction, x, weight, bias)[0]
 
 
 def _worthwhile(x: Tensor, weight: Tensor) -> bool:

@@ -1,20 +1,33 @@
-"""LocalAttention: ops and autograd."""
+"""LocalAttention."""
 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from .. import reference
-from .autograd import fused_function
-from .epilogue import empty_residual_gradient, finish, residual_gradient, start_backward, with_epilogue
-from .layout import accumulation_dtype, empty_map, empty_small, to_map
-from .library import define
-from .scse import empty_small_gates, empty_weight_gradients, mean_gate, mean_gate_backward
+from .declare import gate_op
+from .epilogue import finish, residual_gradient, start_backward
+from .layout import accumulation_dtype, empty_small, to_map
+from .scse import mean_gate, mean_gate_backward
+from .shapes import Arguments
 
 _WORD = 32  # hidden units whose signs share an int32
 
 
-def _local_attention_fwd_reference(x, w1, b1, w2, b2, p1, q1, p2, q2, residual, activation):
+def _forward(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    p1: Tensor,
+    q1: Tensor | None,
+    p2: Tensor,
+    q2: Tensor | None,
+    residual: Tensor | None,
+    activation: int,
+) -> tuple[Tensor, ...]:
     a = accumulation_dtype(x)
     mean = x.mean((2, 3), dtype=a)
     hidden, channel_gate = mean_gate(mean, w1, b1, w2, b2)
@@ -26,9 +39,22 @@ def _local_attention_fwd_reference(x, w1, b1, w2, b2, p1, q1, p2, q2, residual, 
     return y, mean, hidden, channel_gate, spatial_gate, _pack(~(inner <= 0))
 
 
-def _local_attention_bwd_reference(
-    grad, x, w1, w2, p1, q1, p2, residual, mean, hidden, channel_gate, spatial_gate, signs, activation
-):
+def _backward(
+    grad: Tensor,
+    x: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    p1: Tensor,
+    q1: Tensor | None,
+    p2: Tensor,
+    residual: Tensor | None,
+    mean: Tensor,
+    hidden: Tensor,
+    channel_gate: Tensor,
+    spatial_gate: Tensor,
+    signs: Tensor,
+    activation: int,
+) -> tuple[Tensor, ...]:
     a = accumulation_dtype(x)
     gate_c, gate_s = channel_gate[:, :, None, None], spatial_gate[:, None]
     grad = start_backward(grad, x, gate_c * gate_s, residual, activation)
@@ -46,55 +72,38 @@ def _local_attention_bwd_reference(
     return to_map(dx, x), residual_gradient(grad, x, activation), *dweights, *dspatial
 
 
-def _pack(positive):
+def _pack(positive: Tensor) -> Tensor:
     """``[N, S, H, W]`` -> int32 ``[N, ceil(S / 32), H, W]``, unit r in bit r % 32."""
     bits = positive.int() << (torch.arange(positive.shape[1], device=positive.device) % _WORD).int()[:, None, None]
     return torch.stack([part.sum(1, dtype=torch.int32) for part in bits.split(_WORD, 1)], 1)
 
 
-def _unpack(signs, units):
+def _unpack(signs: Tensor, units: int) -> Tensor:
     r = torch.arange(units, device=signs.device)
     return (signs[:, r // _WORD] >> (r % _WORD).int()[:, None, None]) & 1 != 0
 
 
-def _local_attention_fwd_fake(x, w1, b1, w2, b2, p1, q1, p2, q2, residual, activation):
-    n, _, h, w = x.shape
-    words = (p1.shape[0] + _WORD - 1) // _WORD
-    return empty_map(x), *empty_small_gates(x, w1), empty_small(x, n, words, h, w, dtype=torch.int32)
+def _empty_signs(given: Arguments) -> Tensor:
+    """A bit for each hidden unit of each pixel: ``[N, words, H, W]``."""
+    (n, _, h, w), units = given["x"].shape, given["p1"].shape[0]
+    return empty_small(given["x"], n, (units + _WORD - 1) // _WORD, h, w, dtype=torch.int32)
 
 
-def _local_attention_bwd_fake(
-    grad, x, w1, w2, p1, q1, p2, residual, mean, hidden, channel_gate, spatial_gate, signs, activation
-):
-    return empty_map(x), empty_residual_gradient(x, activation), *empty_weight_gradients(x, w1, w2, p1, p2)
-
-
-local_attention_fwd = define(
-    "local_attention_fwd(Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, Tensor p1, Tensor? q1, Tensor p2,"
-    " Tensor? q2, Tensor? residual, int activation) -> (Tensor y, Tensor mean, Tensor hidden, Tensor channel_gate,"
-    " Tensor spatial_gate, Tensor signs)",
+LOCAL_ATTENTION = gate_op(
     "local_attention",
-    _local_attention_fwd_reference,
-    _local_attention_fwd_fake,
-)
-local_attention_bwd = define(
-    "local_attention_bwd(Tensor grad, Tensor x, Tensor w1, Tensor w2, Tensor p1, Tensor? q1, Tensor p2,"
-    " Tensor? residual, Tensor mean, Tensor hidden, Tensor channel_gate, Tensor spatial_gate, Tensor signs,"
-    " int activation) -> (Tensor dx, Tensor dresidual, Tensor dw1, Tensor db1, Tensor dw2, Tensor db2, Tensor dp1,"
-    " Tensor dq1, Tensor dp2, Tensor dq2)",
-    "local_attention",
-    _local_attention_bwd_reference,
-    _local_attention_bwd_fake,
-    gradients_of=("w1", "w1", "w2", "w2", "p1", "p1", "p2", "p2"),
-)
-
-
-def _gradients(grad, tensors, small, options):
-    x, w1, _, w2, _, p1, q1, p2, _, residual = tensors
-    dx, dresidual, *dweights = local_attention_bwd(grad, x, w1, w2, p1, q1, p2, residual, *small, *options)
-    return dx, *dweights, dresidual
-
-
-LocalAttentionFunction = fused_function(
-    "LocalAttentionFunction", local_attention_fwd, _gradients, with_epilogue(reference.local_attention)
+    weights={
+        "w1": "R C",
+        "b1": "R or None",
+        "w2": "C R",
+        "b2": "C or None",
+        "p1": "Q C",
+        "q1": "Q or None",
+        "p2": "1 Q",
+        "q2": "1 or None",
+    },
+    saves={"mean": "N C", "hidden": "N R", "channel_gate": "N C", "spatial_gate": "N H W", "signs": _empty_signs},
+    unread=("b1", "b2", "q2"),
+    forward=_forward,
+    backward=_backward,
+    mathematics=reference.local_attention,
 )

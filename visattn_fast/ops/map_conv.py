@@ -8,17 +8,16 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from .autograd import fused_function, mixed
 from .cbam_halves import spatial_gate_backward
-from .layout import empty_small
+from .declare import composed_op
 from .library import define
 
 
-def _map_conv_reference(maps, w):
+def _map_conv_reference(maps: Tensor, w: Tensor) -> Tensor:
     return F.conv2d(maps, w.to(maps.dtype), padding=w.shape[3] // 2).contiguous()
 
 
-def _map_conv_bwd_reference(grad, maps, w):
+def _map_conv_bwd_reference(grad: Tensor, maps: Tensor, w: Tensor) -> tuple[Tensor, ...]:
     dmaps, dw = spatial_gate_backward(grad[:, 0].to(maps.dtype), maps, w)
     return dmaps.contiguous(), dw
 
@@ -28,23 +27,19 @@ map_conv = define(
     "map_conv(Tensor maps, Tensor w) -> Tensor",
     None,
     _map_conv_reference,
-    lambda maps, w: empty_small(maps, maps.shape[0], 1, *maps.shape[2:]),
+    ("N 1 H W",),
 )
 map_conv_bwd = define(
     "map_conv_bwd(Tensor grad, Tensor maps, Tensor w) -> (Tensor dmaps, Tensor dw)",
     None,
     _map_conv_bwd_reference,
-    lambda grad, maps, w: (empty_small(maps, *maps.shape), empty_small(maps, *w.shape)),
+    ("shape of maps", "shape of w"),
 )
 
 
-def _mathematics(maps: Tensor, w: Tensor) -> Tensor:
-    return mixed(lambda maps, w: F.conv2d(maps, w, padding=w.shape[3] // 2), maps, w)
-
-
-MapConvFunction = fused_function(
-    "MapConvFunction",
+MAP_CONV = composed_op(
+    "map_conv",
     lambda maps, w: (map_conv(maps, w),),
     lambda grad, tensors, small, options: map_conv_bwd(grad, *tensors),
-    _mathematics,
+    lambda maps, w: F.conv2d(maps, w, padding=w.shape[3] // 2),
 )

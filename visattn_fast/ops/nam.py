@@ -1,34 +1,56 @@
-"""Normalization-based attention: ops and autograd. Given statistics are an argument of their own, else the batch's."""
+"""Normalization-based attention. Statistics that are given are arguments; the batch's own are results alone."""
 
 from __future__ import annotations
 
+import torch
+from torch import Tensor
+
 from .. import reference
-from .autograd import fused_function
-from .epilogue import empty_residual_gradient, finish, residual_gradient, start_backward, with_epilogue
-from .layout import accumulation_dtype, empty_map, empty_small, to_map
-from .library import define
+from .declare import gate_op
+from .epilogue import finish, residual_gradient, start_backward
+from .layout import accumulation_dtype, to_map
 from .self_gate import Coefficients, deviation_and_gate, fixed_or_batch_statistics, input_gradient, logit_gradient
 
 
-def share_of(weight, dtype):
+def share_of(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """``abs(weight) / sum(abs(weight))``."""
     share = weight.detach().to(dtype).abs()
     return share / share.sum()
 
 
-def _coefficients(x, weight, bias, mean, var, eps):
+def _coefficients(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, eps: float) -> Coefficients:
     dtype = accumulation_dtype(x)
     share = share_of(weight, dtype)
     return Coefficients(mean, a=weight.to(dtype) * share * (var + eps).rsqrt(), b=bias.to(dtype) * share)
 
 
-def _nam_fwd_reference(x, weight, bias, mean, var, residual, activation, eps):
+def _forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor | None,
+    var: Tensor | None,
+    residual: Tensor | None,
+    activation: int,
+    eps: float,
+) -> tuple[Tensor, ...]:
     mean, var = fixed_or_batch_statistics(x, mean, var)
     _, gate = deviation_and_gate(x, _coefficients(x, weight, bias, mean, var, eps))
     return finish(x, gate, residual, activation), mean, var
 
 
-def _nam_bwd_reference(grad, x, weight, bias, residual, mean, var, activation, eps, fixed):
+def _backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    residual: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    activation: int,
+    eps: float,
+    fixed: bool,
+) -> tuple[Tensor, ...]:
     k = _coefficients(x, weight, bias, mean, var, eps)
     d, gate = deviation_and_gate(x, k)
     grad = start_backward(grad, x, gate, residual, activation)
@@ -42,41 +64,22 @@ def _nam_bwd_reference(grad, x, weight, bias, residual, mean, var, activation, e
     return dx, residual_gradient(grad, x, activation), share * rstd * sum_rd, share * sum_r
 
 
-def _nam_fwd_fake(x, weight, bias, mean, var, residual, activation, eps):
-    return empty_map(x), empty_small(x, x.shape[1]), empty_small(x, x.shape[1])
-
-
-def _nam_bwd_fake(grad, x, weight, bias, residual, mean, var, activation, eps, fixed):
-    c = x.shape[1]
-    return empty_map(x), empty_residual_gradient(x, activation), empty_small(x, c), empty_small(x, c)
-
-
-nam_fwd = define(
-    "nam_fwd(Tensor x, Tensor weight, Tensor bias, Tensor? mean, Tensor? var, Tensor? residual, int activation,"
-    " float eps) -> (Tensor y, Tensor mean, Tensor var)",
-    "nam",
-    _nam_fwd_reference,
-    _nam_fwd_fake,
-)
-nam_bwd = define(
-    "nam_bwd(Tensor grad, Tensor x, Tensor weight, Tensor bias, Tensor? residual, Tensor mean, Tensor var,"
-    " int activation, float eps, bool fixed) -> (Tensor dx, Tensor dresidual, Tensor dweight, Tensor dbias)",
-    "nam",
-    _nam_bwd_reference,
-    _nam_bwd_fake,
-    gradients_of=("weight", "bias"),
-)
-
-
-def _gradients(grad, tensors, small, options):
-    x, weight, bias, given_mean, _, residual = tensors
-    fixed = given_mean is not None
-    dx, dresidual, dweight, dbias = nam_bwd(grad, x, weight, bias, residual, *small, *options, fixed)
-    return dx, dweight, dbias, None, None, dresidual
-
-
-def _mathematics(x, weight, bias, mean, var, eps):
+def _mathematics(
+    x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor | None, var: Tensor | None, eps: float
+) -> Tensor:
     return reference.nam(x, weight, bias, mean, var, training=mean is None, momentum=0.0, eps=eps)
 
 
-NAMFunction = fused_function("NAMFunction", nam_fwd, _gradients, with_epilogue(_mathematics, options=1))
+NAM = gate_op(
+    "nam",
+    weights={"weight": "C", "bias": "C", "mean": "C or None", "var": "C or None"},
+    statistics=("mean", "var"),
+    options="float eps",
+    backward_options="float eps, bool fixed",
+    derived={"fixed": lambda given: given["mean"] is not None},
+    saves={"mean": "C", "var": "C"},
+    forward=_forward,
+    backward=_backward,
+    mathematics=_mathematics,
+    tiny=196,
+)

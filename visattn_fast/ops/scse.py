@@ -1,18 +1,28 @@
-"""scSE: ops and autograd."""
+"""scSE."""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from .. import reference
-from .autograd import fused_function
-from .epilogue import empty_residual_gradient, finish, residual_gradient, start_backward, with_epilogue
-from .layout import accumulation_dtype, empty_map, empty_small, to_map
-from .library import define
+from .declare import gate_op
+from .epilogue import finish, residual_gradient, start_backward
+from .layout import accumulation_dtype, as_matrices, to_map
 
 
-def _scse_fwd_reference(x, w1, b1, w2, b2, ws, bs, residual, activation):
+def _forward(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    ws: Tensor,
+    bs: Tensor | None,
+    residual: Tensor | None,
+    activation: int,
+) -> tuple[Tensor, ...]:
     a = accumulation_dtype(x)
     mean = x.mean((2, 3), dtype=a)
     hidden, channel_gate = mean_gate(mean, w1, b1, w2, b2)
@@ -22,7 +32,19 @@ def _scse_fwd_reference(x, w1, b1, w2, b2, ws, bs, residual, activation):
     return y, mean, hidden, channel_gate, spatial_gate
 
 
-def _scse_bwd_reference(grad, x, w1, w2, ws, residual, mean, hidden, channel_gate, spatial_gate, activation):
+def _backward(
+    grad: Tensor,
+    x: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    ws: Tensor,
+    residual: Tensor | None,
+    mean: Tensor,
+    hidden: Tensor,
+    channel_gate: Tensor,
+    spatial_gate: Tensor,
+    activation: int,
+) -> tuple[Tensor, ...]:
     gate = channel_gate[:, :, None, None] + spatial_gate[:, None]
     grad = start_backward(grad, x, gate, residual, activation)
     product = grad * x
@@ -34,14 +56,16 @@ def _scse_bwd_reference(grad, x, w1, w2, ws, residual, mean, hidden, channel_gat
     return to_map(dx, x), residual_gradient(grad, x, activation), *dweights, dws, dz_s.sum().view(1)
 
 
-def mean_gate(mean, w1, b1, w2, b2):
+def mean_gate(mean: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None) -> tuple[Tensor, ...]:
     """Means ``[N, C]`` -> hidden ``[N, R]`` and gate ``[N, C]``."""
-    w1, b1, w2, b2 = (None if t is None else t.to(mean.dtype) for t in (w1.flatten(1), b1, w2.flatten(1), b2))
+    w1, b1, w2, b2 = as_matrices(mean.dtype, w1, b1, w2, b2)
     hidden = F.relu(F.linear(mean, w1, b1))
     return hidden, torch.sigmoid(F.linear(hidden, w2, b2))
 
 
-def mean_gate_backward(dgate, w1, w2, mean, hidden, gate):
+def mean_gate_backward(
+    dgate: Tensor, w1: Tensor, w2: Tensor, mean: Tensor, hidden: Tensor, gate: Tensor
+) -> tuple[Tensor, ...]:
     """Gradient of `mean_gate`'s gate -> those of the means, w1, b1, w2 and b2."""
     dz2 = dgate * gate * (1 - gate)
     dz1 = torch.where(hidden <= 0, 0.0, dz2 @ w2.flatten(1).to(dz2.dtype))
@@ -49,47 +73,12 @@ def mean_gate_backward(dgate, w1, w2, mean, hidden, gate):
     return dz1 @ w1.flatten(1).to(dz1.dtype), dw1, dz1.sum(0), dw2, dz2.sum(0)
 
 
-def empty_small_gates(x, w1):
-    """The fakes of mean ``[N, C]``, hidden ``[N, R]``, channel gate ``[N, C]`` and spatial gate ``[N, H, W]``."""
-    n, c, h, w = x.shape
-    return empty_small(x, n, c), empty_small(x, n, w1.shape[0]), empty_small(x, n, c), empty_small(x, n, h, w)
-
-
-def empty_weight_gradients(x, *weights):
-    """The fakes of the gradients of weights, and of the biases that follow each."""
-    return tuple(empty_small(x, *shape) for w in weights for shape in (w.shape, w.shape[:1]))
-
-
-def _scse_fwd_fake(x, w1, b1, w2, b2, ws, bs, residual, activation):
-    return empty_map(x), *empty_small_gates(x, w1)
-
-
-def _scse_bwd_fake(grad, x, w1, w2, ws, residual, mean, hidden, channel_gate, spatial_gate, activation):
-    return empty_map(x), empty_residual_gradient(x, activation), *empty_weight_gradients(x, w1, w2, ws)
-
-
-scse_fwd = define(
-    "scse_fwd(Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, Tensor ws, Tensor? bs, Tensor? residual,"
-    " int activation) -> (Tensor y, Tensor mean, Tensor hidden, Tensor channel_gate, Tensor spatial_gate)",
+SCSE = gate_op(
     "scse",
-    _scse_fwd_reference,
-    _scse_fwd_fake,
+    weights={"w1": "R C", "b1": "R or None", "w2": "C R", "b2": "C or None", "ws": "1 C", "bs": "1 or None"},
+    saves={"mean": "N C", "hidden": "N R", "channel_gate": "N C", "spatial_gate": "N H W"},
+    unread=("b1", "b2", "bs"),
+    forward=_forward,
+    backward=_backward,
+    mathematics=reference.scse,
 )
-scse_bwd = define(
-    "scse_bwd(Tensor grad, Tensor x, Tensor w1, Tensor w2, Tensor ws, Tensor? residual, Tensor mean, Tensor hidden,"
-    " Tensor channel_gate, Tensor spatial_gate, int activation) -> (Tensor dx, Tensor dresidual, Tensor dw1,"
-    " Tensor db1, Tensor dw2, Tensor db2, Tensor dws, Tensor dbs)",
-    "scse",
-    _scse_bwd_reference,
-    _scse_bwd_fake,
-    gradients_of=("w1", "w1", "w2", "w2", "ws", "ws"),
-)
-
-
-def _gradients(grad, tensors, small, options):
-    x, w1, _, w2, _, ws, _, residual = tensors
-    dx, dresidual, *dweights = scse_bwd(grad, x, w1, w2, ws, residual, *small, *options)
-    return dx, *dweights, dresidual
-
-
-ScSEFunction = fused_function("ScSEFunction", scse_fwd, _gradients, with_epilogue(reference.scse))

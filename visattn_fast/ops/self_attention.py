@@ -7,15 +7,17 @@ the bias wants a gradient, the weights of those rows are computed again from the
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import reference
-from ..reference.attention2d import split_heads
-from .autograd import fused_function
+from ..reference.self_attention import split_heads
+from .declare import composed_op
 from .layout import accumulation_dtype, empty_small
 from .library import define
+from .shapes import Arguments
 
 _FLASH = 16  # keys; of fewer, which are no vector, PyTorch's kernel for CPUs makes zeros where a query is NaN
 _BLOCK = 1 << 18  # weights, or biases, that are computed at a time
@@ -84,7 +86,9 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) 
 
 
 @torch.no_grad()  # an exported program calls the op without its autograd
-def _attention_fwd_reference(qkv, table, key_mask, scale):
+def _attention_fwd_reference(
+    qkv: Tensor, table: Tensor | None, key_mask: Tensor | None, scale: float
+) -> tuple[Tensor, ...]:
     n, height, width, _, heads, d = qkv.shape
     out, lse = qkv.new_empty(n, height * width, heads, d), empty_small(qkv, n, heads, height * width)
     if n:
@@ -154,7 +158,9 @@ def _add_offsets(dtable: Tensor, dscores: Tensor, first: int, width: int) -> Non
 
 
 @torch.no_grad()
-def _attention_bwd_reference(grad, qkv, table, key_mask, out, lse, scale):
+def _attention_bwd_reference(
+    grad: Tensor, qkv: Tensor, table: Tensor | None, key_mask: Tensor | None, out: Tensor, lse: Tensor, scale: float
+) -> tuple[Tensor, ...]:
     n, _, width, _, heads, _ = qkv.shape
     a = accumulation_dtype(qkv)
     dqkv = torch.zeros(qkv.shape, dtype=a, device=qkv.device)
@@ -188,7 +194,9 @@ def _attention_bwd_reference(grad, qkv, table, key_mask, out, lse, scale):
 
 
 @torch.no_grad()
-def _attention_mean_reference(qkv, table, key_mask, lse, scale):
+def _attention_mean_reference(
+    qkv: Tensor, table: Tensor | None, key_mask: Tensor | None, lse: Tensor, scale: float
+) -> Tensor:
     n, height, width, _, heads, _ = qkv.shape
     total = empty_small(qkv, n, heads, height * width).zero_()
     for images, _, p in _Products(qkv, table, key_mask, lse, scale).blocks():
@@ -198,49 +206,65 @@ def _attention_mean_reference(qkv, table, key_mask, lse, scale):
     return total.div_(height * width).unflatten(2, (height, width))
 
 
-def _attention_fwd_fake(qkv, table, key_mask, scale):
-    n, height, width, _, heads, d = qkv.shape
-    return qkv.new_empty(n, height, width, heads, d), empty_small(qkv, n, heads, height * width)
+_QKV = {"qkv": "N H W 3 heads d"}
 
 
-def _attention_bwd_fake(grad, qkv, table, key_mask, out, lse, scale):
-    return qkv.new_empty(qkv.shape), empty_small(qkv, *(table.shape if table is not None else (0,)))
+def _empty_lse(given: Arguments) -> Tensor:
+    n, height, width, _, heads, _ = given["qkv"].shape
+    return empty_small(given["qkv"], n, heads, height * width)
 
 
-def _attention_mean_fake(qkv, table, key_mask, lse, scale):
-    n, height, width, _, heads, _ = qkv.shape
-    return empty_small(qkv, n, heads, height, width)
+def _empty_dqkv(given: Arguments) -> Tensor:
+    return empty_small(given["qkv"], *given["qkv"].shape, dtype=given["qkv"].dtype)
+
+
+def _empty_dtable(given: Arguments) -> Tensor:
+    table = given["table"]
+    return empty_small(given["qkv"], *((0,) if table is None else table.shape))
 
 
 attention_fwd = define(
     "attention_fwd(Tensor qkv, Tensor? table, Tensor? key_mask, float scale) -> (Tensor out, Tensor lse)",
     "self_attention",
     _attention_fwd_reference,
-    _attention_fwd_fake,
+    ("N H W heads d : qkv", _empty_lse),
+    weights=_QKV,
 )
 attention_bwd = define(
     "attention_bwd(Tensor grad, Tensor qkv, Tensor? table, Tensor? key_mask, Tensor out, Tensor lse, float scale)"
     " -> (Tensor dqkv, Tensor dtable)",
     "self_attention_bwd",
     _attention_bwd_reference,
-    _attention_bwd_fake,
+    (_empty_dqkv, _empty_dtable),
 )
 attention_mean = define(
     "attention_mean(Tensor qkv, Tensor? table, Tensor? key_mask, Tensor lse, float scale) -> Tensor mean",
     "self_attention",
     _attention_mean_reference,
-    _attention_mean_fake,
+    ("N heads H W",),
+    weights=_QKV,
 )
 
 
-def _gradients(grad, tensors, small, options):
+def _gradients(grad: Tensor, tensors: Any, small: Any, options: Any) -> tuple[Tensor | None, ...]:
     qkv, table, key_mask = tensors
     dqkv, dtable = attention_bwd(grad.contiguous(), qkv, table, key_mask, *small, *options)
     return dqkv, None if table is None else dtable, None
 
 
-def _mathematics(qkv, table, key_mask, scale):
+def _mathematics(qkv: Tensor, table: Tensor | None, key_mask: Tensor | None, scale: float) -> Tensor:
     return reference.attention2d(qkv, table, key_mask, scale)[0]
 
 
-Attention2dFunction = fused_function("Attention2dFunction", attention_fwd, _gradients, _mathematics, saves_result=True)
+# On CPUs the op is made of PyTorch's fused attention and its products.
+ATTENTION2D = composed_op(
+    "attention2d",
+    attention_fwd,
+    _gradients,
+    _mathematics,
+    saves_result=True,
+    widens=False,
+    tiny=196,
+    pixels=(1, 2),
+    in_torch="cpu",
+)

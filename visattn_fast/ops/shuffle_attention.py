@@ -1,21 +1,23 @@
-"""Shuffle attention: ops and autograd. Statistics are in the order of x's channels."""
+"""Shuffle attention. Statistics are in the order of x's channels."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from torch import Tensor
 
 from .. import reference
 from ..reference.checks import ACTIVATIONS
 from ..reference.epilogue import epilogue
 from ..reference.shuffle_attention import shuffle
-from .autograd import fused_function
-from .epilogue import empty_residual_gradient, residual_gradient, start_backward, with_epilogue
-from .layout import empty_map, empty_small, to_map
-from .library import define
+from .declare import gate_op
+from .epilogue import residual_gradient, start_backward
+from .layout import to_map
 from .self_gate import Coefficients, deviation_and_gate, input_gradient, logit_gradient, moments
 
 
-def _channelwise(x, weights, dtype):
+def _channelwise(x: Tensor, weights: Any, dtype: torch.dtype) -> tuple[Tensor, ...]:
     """The weights by channel of x ``[C]``, and which channels have a gate per element."""
     width = weights[0].numel()
     groups = x.shape[1] // (2 * width)
@@ -23,7 +25,7 @@ def _channelwise(x, weights, dtype):
     return *(w.flatten().to(dtype).repeat(2 * groups) for w in weights), spatial
 
 
-def _coefficients(weights, mean, rstd, pixels):
+def _coefficients(weights: Any, mean: Tensor, rstd: Tensor, pixels: int) -> Coefficients:
     cweight, cbias, sweight, sbias, gn_weight, gn_bias, spatial = weights
     # One pixel is its own mean: d is 0, and a, large as 1 / sqrt(eps), would only be rounded in dx.
     a = torch.where(spatial, sweight * gn_weight * rstd, 0.0) if pixels > 1 else 0.0
@@ -31,15 +33,26 @@ def _coefficients(weights, mean, rstd, pixels):
     return Coefficients(mean, a=a, b=b)
 
 
-def _deviation_and_gate(x, k, spatial):
+def _deviation_and_gate(x: Tensor, k: Coefficients, spatial: Tensor) -> tuple[Tensor, ...]:
     """As for other gates, but d is 0 where the gate is the channel's: there x may be infinite, and a is not felt."""
     d, gate = deviation_and_gate(x, k)
-    constant = torch.sigmoid(k.b)[..., None, None]
+    constant = torch.sigmoid(torch.as_tensor(k.b))[..., None, None]
     spatial = spatial[:, None, None]
     return torch.where(spatial, d, 0.0), torch.where(spatial, gate, constant)
 
 
-def _shuffle_attention_fwd_reference(x, cweight, cbias, sweight, sbias, gn_weight, gn_bias, residual, activation, eps):
+def _forward(
+    x: Tensor,
+    cweight: Tensor,
+    cbias: Tensor,
+    sweight: Tensor,
+    sbias: Tensor,
+    gn_weight: Tensor,
+    gn_bias: Tensor,
+    residual: Tensor | None,
+    activation: int,
+    eps: float,
+) -> tuple[Tensor, ...]:
     mean, second = moments(x, (2, 3))
     pixels = x.shape[2] * x.shape[3]
     rstd = (second / pixels + eps).rsqrt()
@@ -48,9 +61,20 @@ def _shuffle_attention_fwd_reference(x, cweight, cbias, sweight, sbias, gn_weigh
     return to_map(epilogue(shuffle(x * gate), residual, ACTIVATIONS[activation]), x), mean, rstd
 
 
-def _shuffle_attention_bwd_reference(
-    grad, x, cweight, cbias, sweight, sbias, gn_weight, gn_bias, residual, mean, rstd, activation
-):
+def _backward(
+    grad: Tensor,
+    x: Tensor,
+    cweight: Tensor,
+    cbias: Tensor,
+    sweight: Tensor,
+    sbias: Tensor,
+    gn_weight: Tensor,
+    gn_bias: Tensor,
+    residual: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    activation: int,
+) -> tuple[Tensor, ...]:
     pixels, width = x.shape[2] * x.shape[3], cweight.numel()
     weights = _channelwise(x, (cweight, cbias, sweight, sbias, gn_weight, gn_bias), mean.dtype)
     w_c, _, w_s, _, gn_w, gn_b, spatial = weights
@@ -66,7 +90,7 @@ def _shuffle_attention_bwd_reference(
     v = torch.where(spatial, -k.a, w_c) * sum_r / pixels
     dx = to_map(input_gradient(grad, gate, d, r, k, u, v), x)
 
-    def over_groups(value, half):
+    def over_groups(value: Tensor, half: int) -> Tensor:
         return value.view(n, c // (2 * width), 2, width)[:, :, half].sum((0, 1))
 
     normed = rstd * sum_rd
@@ -83,46 +107,13 @@ def _shuffle_attention_bwd_reference(
     return dx, dresidual, *(value.view(p.shape) for value, p in zip(found, shapes, strict=True))
 
 
-def _shuffle_attention_fwd_fake(x, cweight, cbias, sweight, sbias, gn_weight, gn_bias, residual, activation, eps):
-    n, c = x.shape[0], x.shape[1]
-    return empty_map(x), empty_small(x, n, c), empty_small(x, n, c)
-
-
-def _shuffle_attention_bwd_fake(
-    grad, x, cweight, cbias, sweight, sbias, gn_weight, gn_bias, residual, mean, rstd, activation
-):
-    dweights = (empty_small(x, *w.shape) for w in (cweight, cbias, sweight, sbias, gn_weight, gn_bias))
-    return empty_map(x), empty_residual_gradient(x, activation), *dweights
-
-
-_WEIGHTS = "Tensor cweight, Tensor cbias, Tensor sweight, Tensor sbias, Tensor gn_weight, Tensor gn_bias"
-shuffle_attention_fwd = define(
-    f"shuffle_attention_fwd(Tensor x, {_WEIGHTS}, Tensor? residual, int activation, float eps)"
-    " -> (Tensor y, Tensor mean, Tensor rstd)",
+SHUFFLE_ATTENTION = gate_op(
     "shuffle_attention",
-    _shuffle_attention_fwd_reference,
-    _shuffle_attention_fwd_fake,
-)
-shuffle_attention_bwd = define(
-    f"shuffle_attention_bwd(Tensor grad, Tensor x, {_WEIGHTS}, Tensor? residual, Tensor mean, Tensor rstd,"
-    " int activation) -> (Tensor dx, Tensor dresidual, Tensor dcweight, Tensor dcbias, Tensor dsweight, Tensor dsbias,"
-    " Tensor dgn_weight, Tensor dgn_bias)",
-    "shuffle_attention",
-    _shuffle_attention_bwd_reference,
-    _shuffle_attention_bwd_fake,
-    gradients_of=("cweight", "cbias", "sweight", "sbias", "gn_weight", "gn_bias"),
-)
-
-
-def _gradients(grad, tensors, small, options):
-    activation, _ = options
-    dx, dresidual, *dweights = shuffle_attention_bwd(grad, *tensors, *small, activation)
-    return dx, *dweights, dresidual
-
-
-ShuffleAttentionFunction = fused_function(
-    "ShuffleAttentionFunction",
-    shuffle_attention_fwd,
-    _gradients,
-    with_epilogue(reference.shuffle_attention, options=1),
+    weights=dict.fromkeys(("cweight", "cbias", "sweight", "sbias"), "1 D 1 1") | {"gn_weight": "D", "gn_bias": "D"},
+    options="float eps",
+    backward_options="",
+    saves={"mean": "N C", "rstd": "N C"},
+    forward=_forward,
+    backward=_backward,
+    mathematics=reference.shuffle_attention,
 )

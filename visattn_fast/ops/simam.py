@@ -1,23 +1,26 @@
-"""SimAM: ops and autograd."""
+"""SimAM."""
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from .. import reference
-from .autograd import fused_function
-from .epilogue import empty_residual_gradient, finish, residual_gradient, start_backward, with_epilogue
-from .layout import empty_map, empty_small, to_map
-from .library import define
+from .declare import gate_op
+from .epilogue import finish, residual_gradient, start_backward
+from .layout import to_map
 from .self_gate import Coefficients, deviation_and_gate, input_gradient, logit_gradient, moments
 
 
-def _simam_fwd_reference(x, residual, activation, e_lambda):
+def _forward(x: Tensor, residual: Tensor | None, activation: int, e_lambda: float) -> tuple[Tensor, ...]:
     mean, second = moments(x, (2, 3))
     scale = 1 / (4 * (second / max(x.shape[2] * x.shape[3] - 1, 1) + e_lambda))
     _, gate = deviation_and_gate(x, Coefficients(mean, q=scale, b=0.5))
     return finish(x, gate, residual, activation), mean, scale
 
 
-def _simam_bwd_reference(grad, x, residual, mean, scale, activation):
+def _backward(
+    grad: Tensor, x: Tensor, residual: Tensor | None, mean: Tensor, scale: Tensor, activation: int
+) -> tuple[Tensor, ...]:
     k, pixels = Coefficients(mean, q=scale, b=0.5), x.shape[2] * x.shape[3]
     d, gate = deviation_and_gate(x, k)
     grad = start_backward(grad, x, gate, residual, activation)
@@ -27,33 +30,14 @@ def _simam_bwd_reference(grad, x, residual, mean, scale, activation):
     return to_map(input_gradient(grad, gate, d, r, k, u, v), x), residual_gradient(grad, x, activation)
 
 
-def _simam_fwd_fake(x, residual, activation, e_lambda):
-    n, c = x.shape[0], x.shape[1]
-    return empty_map(x), empty_small(x, n, c), empty_small(x, n, c)
-
-
-def _simam_bwd_fake(grad, x, residual, mean, scale, activation):
-    return empty_map(x), empty_residual_gradient(x, activation)
-
-
-simam_fwd = define(
-    "simam_fwd(Tensor x, Tensor? residual, int activation, float e_lambda) -> (Tensor y, Tensor mean, Tensor scale)",
+SIMAM = gate_op(
     "simam",
-    _simam_fwd_reference,
-    _simam_fwd_fake,
+    weights={},
+    options="float e_lambda",
+    backward_options="",
+    saves={"mean": "N C", "scale": "N C"},
+    forward=_forward,
+    backward=_backward,
+    mathematics=reference.simam,
+    tiny=196,
 )
-simam_bwd = define(
-    "simam_bwd(Tensor grad, Tensor x, Tensor? residual, Tensor mean, Tensor scale, int activation)"
-    " -> (Tensor dx, Tensor dresidual)",
-    "simam",
-    _simam_bwd_reference,
-    _simam_bwd_fake,
-)
-
-
-def _gradients(grad, tensors, small, options):
-    activation, _ = options
-    return simam_bwd(grad, *tensors, *small, activation)
-
-
-SimAMFunction = fused_function("SimAMFunction", simam_fwd, _gradients, with_epilogue(reference.simam, options=1))

@@ -2,24 +2,42 @@
 
 from __future__ import annotations
 
-import functools
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from .. import reference
-from .autograd import fused_function, mixed, without_autocast
+from .autograd import without_autocast
 from .branches import branch_dot, branch_grad, branch_mean, branch_sum
+from .declare import composed_op
+from .layout import as_matrices
 
 
 @without_autocast
-def _forward(v1, v2, w, norm_weight, norm_bias, running_mean, running_var, w1, b1, w2, b2, eps):
-    w, norm_weight, norm_bias, w1, b1, w2, b2 = _double(w, norm_weight, norm_bias, w1, b1, w2, b2)
+def _forward(
+    v1: Tensor,
+    v2: Tensor,
+    w: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, ...]:
+    # In float64: the batch norm of few pooled values magnifies rounding.
+    w, norm_weight, norm_bias, w1, b1, w2, b2 = as_matrices(torch.float64, w, norm_weight, norm_bias, w1, b1, w2, b2)
     mean = branch_mean(v1, v2)
     z = F.linear(mean.double(), w)
     if running_mean is None:  # the batch's own statistics
         var, center = torch.var_mean(z, 0, correction=0)
     else:
+        assert running_var is not None
         center, var = running_mean.to(z.dtype, copy=True), running_var.double()
     rstd = (var + eps).rsqrt()
     hidden = F.relu((z - center) * rstd * norm_weight + norm_bias)
@@ -28,9 +46,9 @@ def _forward(v1, v2, w, norm_weight, norm_bias, running_mean, running_var, w1, b
 
 
 @without_autocast
-def _gradients(grad, tensors, small, options):
+def _gradients(grad: Tensor, tensors: Any, small: Any, options: Any) -> tuple[Tensor | None, ...]:
     v1, v2, *weights = tensors
-    w, norm_weight, _, running_mean, _, w1, _, w2, _ = _double(*weights)
+    w, norm_weight, _, running_mean, _, w1, _, w2, _ = as_matrices(torch.float64, *weights)
     mean, z, hidden, gate, center, rstd = small
     dgate = branch_dot(grad, v1, v2)
     dlogits = gate.double() * (dgate - (gate.double() * dgate).sum(1, keepdim=True))
@@ -46,14 +64,10 @@ def _gradients(grad, tensors, small, options):
     return dv1, dv2, dw, (dhidden * normal).sum(0), dhidden.sum(0), None, None, dw1, d1.sum(0), dw2, d2.sum(0)
 
 
-def _double(*weights):
-    """In float64, matrices without trailing dimensions: the batch norm of few pooled values magnifies rounding."""
-    return [None if t is None else (t.flatten(1) if t.dim() > 1 else t).double() for t in weights]
+def _mathematics(*tensors_and_eps: Any) -> Tensor:
+    *tensors, eps = tensors_and_eps
+    return reference.sk(*tensors, eps=eps)
 
 
-def _mathematics(*args):
-    *tensors, eps = args
-    return mixed(functools.partial(reference.sk, eps=eps), *tensors)
-
-
-SKFunction = fused_function("SKFunction", _forward, _gradients, _mathematics)
+# Compiled, Inductor fuses the branches' own norms with what follows them. An op would have the normed maps stored.
+SK = composed_op("sk", _forward, _gradients, _mathematics, compiled_plain=True)

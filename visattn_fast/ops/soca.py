@@ -7,7 +7,7 @@ the gradient. All steps commute, and each is its own transpose. Small matrices a
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -15,16 +15,16 @@ from torch import Tensor
 
 from .. import reference
 from ..reference.soca import STEPS, trace
-from .autograd import fused_function, without_autocast
+from .autograd import without_autocast
 from .channel_scale import channel_input_grad, channel_mean, channel_scale_bwd, channel_scale_fwd
-from .epilogue import with_epilogue
-from .layout import empty_small, memory_format
+from .declare import composed_op
+from .layout import as_matrices, empty_small, memory_format
 from .library import define
 
 _BLOCK = 1 << 18  # elements of x that are centred at a time; on a GPU, where calls are what smaller ones cost, 32 times
 
 
-def _covariance_reference(x, mean):
+def _covariance_reference(x: Tensor, mean: Tensor) -> Tensor:
     """Centred some images at a time, or blocks of one: nothing cancels, and no centred copy of x is made."""
     n, c, h, w = x.shape
     nhwc = memory_format(x) == torch.channels_last
@@ -50,7 +50,7 @@ covariance = define(
     "channel_covariance(Tensor x, Tensor mean) -> Tensor cov",
     None,
     _covariance_reference,
-    lambda x, mean: empty_small(x, x.shape[0], x.shape[1], x.shape[1]),
+    ("N C C",),
 )
 
 
@@ -165,15 +165,19 @@ def _ones(cov: Tensor) -> Tensor:
     return torch.full((cov.shape[0], 1, cov.shape[1]), 1 / cov.shape[1], dtype=cov.dtype, device=cov.device)
 
 
-def _soca_gate_fwd_reference(cov, w1, b1, w2, b2):
-    w1, b1, w2, b2 = (None if t is None else t.to(cov.dtype) for t in (w1.flatten(1), b1, w2.flatten(1), b2))
+def _soca_gate_fwd_reference(
+    cov: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None
+) -> tuple[Tensor, ...]:
+    w1, b1, w2, b2 = as_matrices(cov.dtype, w1, b1, w2, b2)
     total = trace(cov)
     pooled = (_root(cov / total).apply(_ones(cov)) * total.sqrt())[:, 0]
     hidden = F.relu(F.linear(pooled, w1, b1))
     return pooled, hidden, torch.sigmoid(F.linear(hidden, w2, b2))
 
 
-def _soca_gate_bwd_reference(dgate, cov, w1, w2, pooled, hidden, gate):
+def _soca_gate_bwd_reference(
+    dgate: Tensor, cov: Tensor, w1: Tensor, w2: Tensor, pooled: Tensor, hidden: Tensor, gate: Tensor
+) -> tuple[Tensor, ...]:
     dz2 = dgate * gate * (1 - gate)
     dz1 = torch.where(hidden <= 0, 0.0, dz2 @ w2.flatten(1).to(cov.dtype))
     dpooled = (dz1 @ w1.flatten(1).to(cov.dtype))[:, None]
@@ -188,33 +192,27 @@ def _soca_gate_bwd_reference(dgate, cov, w1, w2, pooled, hidden, gate):
     return dcov, dw1, dz1.sum(0), dw2, dz2.sum(0)
 
 
-def _soca_gate_fwd_fake(cov, w1, b1, w2, b2):
-    n, c = cov.shape[:2]
-    return cov.new_empty(n, c), cov.new_empty(n, w1.shape[0]), cov.new_empty(n, c)
-
-
-def _soca_gate_bwd_fake(dgate, cov, w1, w2, pooled, hidden, gate):
-    dw1, dw2 = cov.new_empty(w1.shape), cov.new_empty(w2.shape)
-    return torch.empty_like(cov), dw1, cov.new_empty(w1.shape[0]), dw2, cov.new_empty(w2.shape[0])
-
-
 soca_gate_fwd = define(
     "soca_gate_fwd(Tensor cov, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2)"
     " -> (Tensor pooled, Tensor hidden, Tensor gate)",
     None,
     _soca_gate_fwd_reference,
-    _soca_gate_fwd_fake,
+    ("N C", "N R", "N C"),
+    weights={"cov": "N C C", "w1": "R C"},
 )
 soca_gate_bwd = define(
     "soca_gate_bwd(Tensor dgate, Tensor cov, Tensor w1, Tensor w2, Tensor pooled, Tensor hidden, Tensor gate)"
     " -> (Tensor dcov, Tensor dw1, Tensor db1, Tensor dw2, Tensor db2)",
     None,
     _soca_gate_bwd_reference,
-    _soca_gate_bwd_fake,
+    ("shape of cov", "shape of w1", "R", "shape of w2", "C"),
+    weights={"cov": "N C C", "w1": "R C"},
 )
 
 
-def _forward(x, w1, b1, w2, b2, residual, activation):
+def _forward(
+    x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, residual: Tensor | None, activation: int
+) -> tuple[Tensor, ...]:
     # On a GPU PyTorch's own mean of channels_last maps takes scratch of many megabytes for the parts of its sums.
     mean = channel_mean(x)
     cov = covariance(x, mean)
@@ -222,7 +220,7 @@ def _forward(x, w1, b1, w2, b2, residual, activation):
     return channel_scale_fwd(x, gate, residual, activation), mean, cov, pooled, hidden, gate
 
 
-def _gradients(grad, tensors, small, options):
+def _gradients(grad: Tensor, tensors: Any, small: Any, options: Any) -> tuple[Tensor | None, ...]:
     (x, w1, _, w2, _, residual), (mean, cov, pooled, hidden, gate) = tensors, small
     dgate, dresidual = channel_scale_bwd(grad, x, gate, residual, *options)
     dcov, dw1, db1, dw2, db2 = soca_gate_bwd(dgate, cov, w1, w2, pooled, hidden, gate)
@@ -242,6 +240,6 @@ def _add_product(dx: Tensor, dcov: Tensor, x: Tensor) -> None:
         dx.flatten(2).baddbmm_(dcov, x.flatten(2))
 
 
-SOCAFunction = fused_function(
-    "SOCAFunction", without_autocast(_forward), without_autocast(_gradients), with_epilogue(reference.soca)
+SOCA = composed_op(
+    "soca", without_autocast(_forward), without_autocast(_gradients), reference.soca, epilogue=True, tiny=196
 )

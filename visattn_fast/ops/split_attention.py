@@ -2,31 +2,35 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from .. import reference
 from ..reference.split_attention import ALONG_H, ALONG_W, BRANCHES, shifted_branches
-from .autograd import fused_function, mixed, without_autocast
+from .autograd import without_autocast
+from .declare import composed_op
 from .layout import accumulation_dtype, empty_map, empty_small, memory_format
 from .library import define
 
 
-def _stacked(u):
+def _stacked(u: Tensor) -> Tensor:
     return torch.stack(shifted_branches(u), 1).to(accumulation_dtype(u))  # [N, 3, C, H, W]
 
 
-def _branch_map(u):
+def _branch_map(u: Tensor) -> Tensor:
     n, c, h, w = u.shape
     shape = n, c // BRANCHES, h, w
     return torch.empty(shape, dtype=u.dtype, device=u.device, memory_format=memory_format(u))
 
 
-def _gate_shape(u):
+def _gate_shape(u: Tensor) -> tuple[int, int, int]:
     return u.shape[0], BRANCHES, u.shape[1] // BRANCHES
 
 
-def _unshift(grad, directions):
+def _unshift(grad: Tensor, directions: Any) -> Tensor:
     """The transpose of `reference.split_attention.shift`."""
     quarter, channels = grad.shape[1] // 4, grad.shape[1]
     given = []
@@ -40,7 +44,7 @@ def _unshift(grad, directions):
     return torch.cat(given, 1)
 
 
-def _shift_grad_reference(grad, u, gate, dtotal):
+def _shift_grad_reference(grad: Tensor, u: Tensor, gate: Tensor, dtotal: Tensor) -> Tensor:
     terms = (grad[:, None] * gate[:, :, :, None, None] + dtotal[:, None, :, None, None]).unbind(1)
     moved = _unshift(terms[0], ALONG_H + ALONG_W), _unshift(terms[1], ALONG_W + ALONG_H), terms[2]
     return empty_map(u).copy_(torch.cat(moved, 1))
@@ -73,7 +77,7 @@ shift_grad = define(
 
 
 @without_autocast
-def _forward(u, w1, w2):
+def _forward(u: Tensor, w1: Tensor, w2: Tensor) -> tuple[Tensor, ...]:
     total = shift_total(u).double()  # a sum over all pixels: the logits are large, and the softmax magnifies rounding
     z = F.linear(total, w1.double())
     gate = torch.softmax(F.linear(F.gelu(z), w2.double()).view(_gate_shape(u)), 1).to(accumulation_dtype(u))
@@ -81,7 +85,7 @@ def _forward(u, w1, w2):
 
 
 @without_autocast
-def _gradients(grad, tensors, small, options):
+def _gradients(grad: Tensor, tensors: Any, small: Any, options: Any) -> tuple[Tensor | None, ...]:
     u, w1, w2 = tensors
     total, z, gate = small
     dgate = shift_dot(grad, u)
@@ -91,8 +95,4 @@ def _gradients(grad, tensors, small, options):
     return du, dz.t() @ total, dlogits.t() @ F.gelu(z)
 
 
-def _mathematics(*tensors):
-    return mixed(reference.split_attention, *tensors)
-
-
-SplitAttentionFunction = fused_function("SplitAttentionFunction", _forward, _gradients, _mathematics)
+SPLIT_ATTENTION = composed_op("split_attention", _forward, _gradients, reference.split_attention, tiny=49)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .autograd import run
+from .autograd import call_function
 from .layout import memory_format
 
 
@@ -27,7 +27,7 @@ class _TokenGridFunction(torch.autograd.Function):
 
 def token_grid(x: Tensor) -> Tensor:
     """``[N, C, H, W]`` -> ``[N, H, W, C]``, dense; no copy of a map in channels_last."""
-    return run(_TokenGridFunction, x)[0]
+    return call_function(_TokenGridFunction, x)[0]
 
 
 def in_format_of(x: Tensor, y: Tensor) -> Tensor:

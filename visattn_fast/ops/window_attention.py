@@ -2,32 +2,42 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from torch import Tensor
 
 from .. import reference
-from ..reference.window_attention import Windows, join_windows, relative_position, split_windows, window_weights
-from .autograd import fused_function, mixed
+from ..reference.window_attention import join_windows, split_windows, window_weights
+from ..reference.window_geometry import Windows, relative_position
+from .declare import composed_op
 from .layout import accumulation_dtype, empty_small
 from .library import define
 
 
-def _windows(qkv, window_h, window_w, shift_h, shift_w, scale, pad_first):
+def _windows(
+    qkv: Tensor, window_h: int, window_w: int, shift_h: int, shift_w: int, scale: float, pad_first: bool
+) -> tuple[Windows, float]:
     return Windows(qkv.shape[1], qkv.shape[2], (window_h, window_w), (shift_h, shift_w), bool(pad_first)), scale
 
 
-def _empty_out(qkv):
+def _empty_out(qkv: Tensor) -> Tensor:
     n, height, width, channels = qkv.shape
     return empty_small(qkv, n, height, width, channels // 3, dtype=qkv.dtype)
 
 
-def _window_attention_fwd_reference(qkv, bias, table, heads, *geometry):
+def _window_attention_fwd_reference(
+    qkv: Tensor, bias: Tensor | None, table: Tensor, heads: int, *geometry: Any
+) -> Tensor:
     (windows, scale), a = _windows(qkv, *geometry), accumulation_dtype(qkv)
     q, k, v = split_windows(qkv.to(a), bias, heads, windows)
     out = join_windows(window_weights(q, k, table.to(a), windows, scale) @ v, windows)
     return _empty_out(qkv).copy_(out)
 
 
-def _window_attention_bwd_reference(grad, qkv, bias, table, heads, *geometry):
+def _window_attention_bwd_reference(
+    grad: Tensor, qkv: Tensor, bias: Tensor | None, table: Tensor, heads: int, *geometry: Any
+) -> tuple[Tensor, ...]:
     (windows, scale), a = _windows(qkv, *geometry), accumulation_dtype(qkv)
     q, k, v = split_windows(qkv.to(a), bias, heads, windows)
     p = window_weights(q, k, table.to(a), windows, scale)
@@ -47,42 +57,46 @@ def _window_attention_bwd_reference(grad, qkv, bias, table, heads, *geometry):
     return dqkv, dbias, dtable
 
 
-def _window_attention_bwd_fake(grad, qkv, bias, table, *options):
-    return (
-        empty_small(qkv, *qkv.shape, dtype=qkv.dtype),
-        empty_small(qkv, qkv.shape[3]),
-        empty_small(qkv, *table.shape),
-    )
-
-
 _GEOMETRY = "int heads, int window_h, int window_w, int shift_h, int shift_w, float scale, int pad_first"
 window_attention_fwd = define(
     f"window_attention_fwd(Tensor qkv, Tensor? bias, Tensor table, {_GEOMETRY}) -> Tensor out",
     "window_attention",
     _window_attention_fwd_reference,
-    lambda qkv, bias, table, *options: _empty_out(qkv),
+    (lambda given: _empty_out(given["qkv"]),),
 )
 window_attention_bwd = define(
     f"window_attention_bwd(Tensor grad, Tensor qkv, Tensor? bias, Tensor table, {_GEOMETRY})"
     " -> (Tensor dqkv, Tensor dbias, Tensor dtable)",
     "window_attention_bwd",
     _window_attention_bwd_reference,
-    _window_attention_bwd_fake,
+    (lambda given: empty_small(qkv := given["qkv"], *qkv.shape, dtype=qkv.dtype), "Q", "shape of table"),
+    weights={"qkv": "N H W Q"},
 )
 
 
-def _forward(qkv, bias, table, *options):
+def _forward(qkv: Tensor, bias: Tensor | None, table: Tensor, *options: Any) -> tuple[Tensor, ...]:
     return (window_attention_fwd(qkv, bias, table, *options),)
 
 
-def _gradients(grad, tensors, small, options):
+def _gradients(grad: Tensor, tensors: Any, small: Any, options: Any) -> tuple[Tensor | None, ...]:
     return window_attention_bwd(grad, *tensors, *options)
 
 
-def _mathematics(qkv, bias, table, heads, window_h, window_w, shift_h, shift_w, scale, pad_first):
+def _mathematics(
+    qkv: Tensor,
+    bias: Tensor | None,
+    table: Tensor,
+    heads: int,
+    window_h: int,
+    window_w: int,
+    shift_h: int,
+    shift_w: int,
+    scale: float,
+    pad_first: bool,
+) -> Tensor:
     window, shift = (window_h, window_w), (shift_h, shift_w)
     arguments = (bias, table, heads, window, shift, scale, bool(pad_first))
-    return mixed(reference.window_attention, qkv, *arguments)
+    return reference.window_attention(qkv, *arguments)
 
 
-WindowAttentionFunction = fused_function("WindowAttentionFunction", _forward, _gradients, _mathematics)
+WINDOW_ATTENTION = composed_op("window_attention", _forward, _gradients, _mathematics)

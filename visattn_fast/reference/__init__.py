@@ -1,22 +1,24 @@
-"""The catalogue in plain PyTorch: specification of the fused modules and oracle of their tests. Needs torch alone."""
+"""The catalogue in plain PyTorch: the specification of the fused modules and the oracle of their tests.
 
-from .attention2d import attention2d
-from .attention_layer import AttentionLayer
-from .attention_pooling import AttentionPooling
+It imports only torch.
+"""
+
+# isort: split
+# Lists of names: written by `make names`.
 from .cbam import CBAM, ChannelAttention, SpatialAttention, cbam, channel_attention, spatial_attention
 from .coord_att import CoordAtt, coord_att
 from .criss_cross import CrissCross, criss_cross
+from .custom_gates import gate_channels, gate_twice
 from .eca import ECA, eca
 from .epilogue import epilogue
 from .gam import GAM, channel_mlp, norm_gate
-from .gates import gate_channels, gate_twice
 from .local_attention import LocalAttention, local_attention
 from .masking import masked_softmax
 from .nam import NAM, nam
 from .scse import scSE, scse
 from .se import SE, se
-from .self_attention import SelfAttention2d
-from .sequence_attention import SequenceAttention, additive_score
+from .self_attention import SelfAttention2d, attention2d
+from .sequence import AttentionLayer, AttentionPooling, SequenceAttention, additive_score
 from .shuffle_attention import ShuffleAttention, shuffle_attention
 from .simam import SimAM, simam
 from .sk import SK, sk
@@ -71,3 +73,4 @@ __all__ = [
     "split_attention",
     "window_attention",
 ]
+# End of the lists.

@@ -1,4 +1,4 @@
-"""What a module that computes its batch norm itself does as ``nn.BatchNorm2d`` does: mode, momentum, averages."""
+"""Batch norm for modules that compute it themselves: mode, momentum and running statistics as in ``nn.BatchNorm2d``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 class Norm(NamedTuple):
-    """A batch norm by its running statistics, ``(z - running_mean) / sqrt(running_var + eps) * weight + bias``.
+    """A batch norm with running statistics: ``(z - running_mean) / sqrt(running_var + eps) * weight + bias``.
 
     Each tensor is ``[C]``.
     """
@@ -23,14 +23,16 @@ class Norm(NamedTuple):
     eps: float
 
     def apply(self, z: Tensor) -> Tensor:
-        """``z`` normed, in PyTorch."""
+        """Normalises ``z``, ``[N, C, H, W]``, in plain PyTorch."""
         return F.batch_norm(z, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
 
 
 def batch_norm_step(bn: nn.modules.batchnorm._BatchNorm) -> tuple[bool, float]:
-    """Whether this forward pass of ``bn`` takes the batch's statistics, and the momentum of their running averages.
+    """Counts the batch in training, as a forward pass of ``bn`` does. Returns how this pass must normalise.
 
-    Counts the batch in training, as ``bn``'s own forward does; without a momentum the average is cumulative.
+    Returns:
+        True if it takes the batch's statistics, else False; and the momentum of the running statistics. Without a
+        momentum in ``bn`` their average is cumulative.
 
     Raises:
         RuntimeError: ``bn`` would take the statistics of several processes, as SyncBatchNorm does.
@@ -55,20 +57,21 @@ def _several_processes() -> bool:
 def update_running_statistics(
     running_mean: Tensor | None, running_var: Tensor | None, mean: Tensor, var: Tensor, count: int, momentum: float
 ) -> None:
-    """``running = (1 - momentum) running + momentum statistic``, in place; the variance without its bias.
+    """``running = (1 - momentum) running + momentum statistic``, in place, with the unbiased variance.
 
     Args:
-        running_mean, running_var: ``[C]``; None: nothing to do.
-        mean, var: of the batch, ``[C]``; var is the biased one, the mean square deviation.
-        count: the number of values behind each.
+        running_mean, running_var: ``[C]``; None: nothing is updated.
+        mean, var: statistics of the batch, ``[C]``; var is biased, the mean square deviation.
+        count: number of values per channel.
+        momentum: weight of the batch; 0: nothing is updated.
     """
     if running_mean is not None and running_var is not None and momentum:
         running_mean.lerp_(mean.to(running_mean.dtype), momentum)
         running_var.mul_(1 - momentum).add_(var, alpha=momentum * count / max(count - 1, 1))
 
 
-def look_through(bn: nn.modules.batchnorm._BatchNorm, x: Tensor) -> Tensor:
-    """``bn(x)`` in the mode that it is in, without counting the batch or touching its running statistics."""
+def batch_norm_without_update(bn: nn.modules.batchnorm._BatchNorm, x: Tensor) -> Tensor:
+    """``bn(x)`` in its present mode, without counting the batch and without updating the running statistics."""
     batch = bn.training or bn.running_mean is None
     statistics = (None, None) if batch else (bn.running_mean, bn.running_var)
     return F.batch_norm(x, *statistics, bn.weight, bn.bias, batch, 0.0, bn.eps)

@@ -7,24 +7,26 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .checks import check_bottleneck, check_feature_map, check_spatial_kernel, hidden_width
-from .parameters import child, parameter
+from .parameter_access import child, parameter
+
+__all__ = ["CBAM", "ChannelAttention", "SpatialAttention", "cbam", "channel_attention", "spatial_attention"]
 
 
 def channel_attention(x: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
-    """The gate ``sigmoid(f(mean(x)) + f(max(x)))`` with ``f(v) = w2 relu(w1 v)``; mean and max over H and W.
+    """The gate ``sigmoid(f(mean(x)) + f(max(x)))`` with ``f(v) = w2 relu(w1 v)``, mean and max over H and W.
 
-    The maximum sends its gradient to one pixel, the first of equal ones.
+    The gradient of the maximum goes to one pixel, the first of equal maxima.
 
     Args:
         x: ``[N, C, H, W]``.
-        w1, w2: ``[R, C]`` and ``[C, R]``, or 1x1 convolutions' ``[R, C, 1, 1]`` and ``[C, R, 1, 1]``.
+        w1, w2: ``[R, C]`` and ``[C, R]``, or as 1x1 convolutions ``[R, C, 1, 1]`` and ``[C, R, 1, 1]``.
 
     Returns:
         ``[N, C, 1, 1]``.
 
     Raises:
         ValueError: shapes or devices that do not fit.
-        TypeError: a dtype that is not floating.
+        TypeError: a dtype that is not floating-point.
     """
     check_bottleneck(x, w1, None, w2, None)
     w1, w2 = w1.flatten(1), w2.flatten(1)
@@ -34,17 +36,18 @@ def channel_attention(x: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
 
 
 def global_maximum(x: Tensor) -> Tensor:
-    """Maximum over H and W, ``[N, C, 1, 1]``, with the gradient to the first of equal ones.
+    """Maximum over H and W, ``[N, C, 1, 1]``; its gradient goes to the first of equal maxima.
 
-    In exported programs it is a reduction, which every runtime has; eager's is the slower one of the two.
+    Exported programs take a reduction, which every runtime has. In eager mode a reduction is slower, and its gradient
+    is shared among equal maxima.
     """
     return x.amax((2, 3), keepdim=True) if torch.compiler.is_exporting() else F.adaptive_max_pool2d(x, 1)
 
 
 def spatial_attention(x: Tensor, wconv: Tensor, bias: Tensor | None = None) -> Tensor:
-    """The gate ``sigmoid(conv([mean(x), max(x)]) + bias)``; mean and max over C, zero padding.
+    """The gate ``sigmoid(conv([mean(x), max(x)]) + bias)``, mean and max over C, zero padding.
 
-    The maximum sends its gradient to one channel, the first of equal ones.
+    The gradient of the maximum goes to one channel, the first of equal maxima.
 
     Args:
         x: ``[N, C, H, W]``.
@@ -56,7 +59,7 @@ def spatial_attention(x: Tensor, wconv: Tensor, bias: Tensor | None = None) -> T
 
     Raises:
         ValueError: shapes or devices that do not fit, an even k.
-        TypeError: a dtype that is not floating.
+        TypeError: a dtype that is not floating-point.
     """
     check_feature_map(x)
     check_spatial_kernel(wconv, bias, x)
@@ -67,7 +70,7 @@ def spatial_attention(x: Tensor, wconv: Tensor, bias: Tensor | None = None) -> T
 def cbam(x: Tensor, w1: Tensor, w2: Tensor, wconv: Tensor, bias: Tensor | None = None) -> Tensor:
     """``y = x * channel_attention(x)``, then ``y * spatial_attention(y)``: ``[N, C, H, W]`` -> ``[N, C, H, W]``.
 
-    Arguments and errors are those of `channel_attention` and `spatial_attention`.
+    Arguments and errors as for `channel_attention` and `spatial_attention`.
     """
     y = x * channel_attention(x, w1, w2)
     return y * spatial_attention(y, wconv, bias)
@@ -77,7 +80,7 @@ class ChannelAttention(nn.Module):
     """CBAM's channel gate (Woo et al., "CBAM: Convolutional Block Attention Module", ECCV 2018).
 
     ``sigmoid(f(mean) + f(max))`` with ``f = fc2 relu fc1`` shared, mean and max over H and W: ``[N, C, H, W]`` ->
-    ``[N, C, 1, 1]``. The maximum sends its gradient to one pixel, the first of equal ones.
+    ``[N, C, 1, 1]``. The gradient of the maximum goes to one pixel, the first of equal maxima.
 
     Args:
         channels: C.
@@ -100,7 +103,7 @@ class ChannelAttention(nn.Module):
         return parameter(child(self, "fc1"), "weight"), parameter(child(self, "fc2"), "weight")
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[N, C, H, W]`` -> gate ``[N, C, 1, 1]``."""
+        """Computes the gate: ``[N, C, H, W]`` -> ``[N, C, 1, 1]``."""
         return channel_attention(x, *self.weights())
 
     def attention(self, x: Tensor) -> dict[str, Tensor]:
@@ -112,10 +115,10 @@ class SpatialAttention(nn.Module):
     """CBAM's spatial gate (Woo et al., "CBAM: Convolutional Block Attention Module", ECCV 2018).
 
     ``sigmoid(conv1([mean, max]))``, mean and max over C in this order: ``[N, C, H, W]`` -> ``[N, 1, H, W]``. The
-    maximum sends its gradient to one channel, the first of equal ones.
+    gradient of the maximum goes to one channel, the first of equal maxima.
 
     Args:
-        kernel_size: 3 or 7.
+        kernel_size: width of the convolution, 3 or 7.
 
     Raises:
         ValueError: another ``kernel_size``.
@@ -134,7 +137,7 @@ class SpatialAttention(nn.Module):
         return (parameter(child(self, "conv1"), "weight"),)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[N, C, H, W]`` -> gate ``[N, 1, H, W]``."""
+        """Computes the gate: ``[N, C, H, W]`` -> ``[N, 1, H, W]``."""
         return spatial_attention(x, *self.weights())
 
     def attention(self, x: Tensor) -> dict[str, Tensor]:
@@ -149,8 +152,8 @@ class CBAM(nn.Module):
 
     Args:
         channels: C.
-        reduction: of the channel gate; its hidden layer has ``channels // reduction`` units.
-        kernel_size: of the spatial gate, 3 or 7.
+        reduction: the channel gate's hidden layer has ``channels // reduction`` units.
+        kernel_size: width of the spatial gate's convolution, 3 or 7.
 
     Raises:
         ValueError: a non-positive argument, fewer channels than ``reduction``, another ``kernel_size``.
@@ -168,7 +171,7 @@ class CBAM(nn.Module):
         return *child(self, "channelattention").weights(), *child(self, "spatialattention").weights()
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[N, C, H, W]`` -> ``[N, C, H, W]``."""
+        """Applies the attention: ``[N, C, H, W]`` -> ``[N, C, H, W]``."""
         return cbam(x, *self.weights())
 
     def attention(self, x: Tensor) -> dict[str, Tensor]:

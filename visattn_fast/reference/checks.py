@@ -1,4 +1,7 @@
-"""One check per kind of bad input. Every message names the argument, what was expected and what came."""
+"""Checks of arguments, one for each kind of bad input.
+
+A message names the argument, what it must be, and what it is.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# The index is the code that the ops take.
-ACTIVATIONS = (None, "relu", "silu")
-GATES = ("sigmoid", "hard_sigmoid")
-TIES = ("first", "even")
+from .activations import Activation, GateActivation, Ties
+
+# How public arguments spell the codes of the ops: the index of a spelling is its code.
+ACTIVATIONS = (None, *(code.name.lower() for code in Activation if code is not Activation.NONE))
+GATES = tuple(code.name.lower() for code in GateActivation)
+TIES = tuple(code.name.lower() for code in Ties)
 
 
 def check_positive(name: str, value: int) -> None:
@@ -33,7 +38,7 @@ def check_odd(name: str, value: int) -> None:
 
 
 def hidden_width(channels: int, reduction: int, names: tuple[str, str] = ("channels", "reduction")) -> int:
-    """Width ``channels // reduction`` of a bottleneck. Raises ValueError if it would be zero."""
+    """Returns the width of a bottleneck, ``channels // reduction``. Raises ValueError if it is zero."""
     check_positive(names[0], channels)
     check_positive(names[1], reduction)
     if channels < reduction:
@@ -42,7 +47,7 @@ def hidden_width(channels: int, reduction: int, names: tuple[str, str] = ("chann
 
 
 def check_floating(name: str, tensor: Tensor) -> None:
-    """Raises TypeError unless ``tensor`` is a real floating-point tensor."""
+    """Raises TypeError unless ``tensor`` is a tensor with a real floating-point dtype."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
     if not tensor.dtype.is_floating_point:
@@ -50,7 +55,7 @@ def check_floating(name: str, tensor: Tensor) -> None:
 
 
 def check_feature_map(x: Tensor, channels: int | None = None) -> None:
-    """Raises unless x is floating, ``[N, C, H, W]`` with C, H, W >= 1, and has ``channels`` channels where given."""
+    """Raises unless x is floating-point, ``[N, C, H, W]`` with C, H, W >= 1, and C is ``channels`` if given."""
     check_floating("x", x)
     shape = x.shape
     if len(shape) != 4:
@@ -62,14 +67,21 @@ def check_feature_map(x: Tensor, channels: int | None = None) -> None:
         raise ValueError(f"x must have {channels} channels, as the weights have, got shape {tuple(shape)}")
 
 
+def check_token_grid(x: Tensor, channels: int) -> None:
+    """Raises unless x is floating-point, ``[N, H, W, C]`` with H, W >= 1, and C is ``channels``."""
+    check_floating("x", x)
+    if x.dim() != 4 or x.shape[1] == 0 or x.shape[2] == 0 or x.shape[3] != channels:
+        raise ValueError(f"x must have shape [N, H, W, {channels}] with at least one token, got {list(x.shape)}")
+
+
 def check_weight(name: str, weight: Tensor, shape: tuple[int, ...], x: Tensor) -> None:
-    """Raises unless ``weight`` is floating, on x's device, and has ``shape`` up to trailing dimensions of size 1."""
+    """Raises unless ``weight`` is floating-point, on x's device, and has ``shape``, possibly followed by sizes of 1."""
     check_floating(name, weight)
     _check_fit(name, weight, weight.shape, shape, x.device)
 
 
 def _check_fit(name: str, weight: Tensor, found: torch.Size, shape: tuple[int, ...], device: torch.device) -> None:
-    """The part of `check_weight` on shape and device; both cost time to ask for, and small maps have little of it."""
+    """Checks shape and device for `check_weight`. The caller passes both: on small maps each look-up costs time."""
     if found != shape and found != shape + (1,) * (len(found) - len(shape)):
         raise ValueError(f"{name} must have shape {list(shape)}, got {list(found)}")
     if weight.device != device:
@@ -115,7 +127,7 @@ def check_coordinate_gates(
     b_w: Tensor | None,
     training: bool,
 ) -> None:
-    """Raises unless x is a feature map, and w1 ``[M, C]``, w_h, w_w ``[C, M]`` and vectors ``[M]``, ``[C]`` fit it."""
+    """Raises unless x is a feature map and w1 ``[M, C]``, w_h, w_w ``[C, M]`` and vectors ``[M]``, ``[C]`` fit it."""
     check_bottleneck(x, w1, b1, w_h, b_h, ("w1", "b1", "w_h", "b_h"))
     hidden, channels = w1.shape[0], w1.shape[1]
     check_weight("w_w", w_w, (channels, hidden), x)
@@ -134,16 +146,16 @@ def check_channel_kernel(weight: Tensor, x: Tensor) -> None:
     check_floating("weight", weight)
     if weight.dim() != 3:
         raise ValueError(f"weight must have shape [1, 1, k], got {list(weight.shape)}")
-    check_odd("the kernel size of weight", int(weight.shape[2]))  # torch.jit.trace has tensors as sizes
+    check_odd("the kernel size of weight", int(weight.shape[2]))  # under torch.jit.trace sizes are tensors
     check_weight("weight", weight, (1, 1, weight.shape[2]), x)
 
 
 def check_spatial_kernel(wconv: Tensor, bias: Tensor | None, x: Tensor) -> None:
-    """Raises unless ``wconv`` is ``[1, 2, k, k]`` with odd k and ``bias``, if there is one, ``[1]``, on x's device."""
+    """Raises unless ``wconv`` is ``[1, 2, k, k]`` with odd k and ``bias`` is ``[1]`` or None, on x's device."""
     check_floating("wconv", wconv)
     if wconv.dim() != 4:
         raise ValueError(f"wconv must have shape [1, 2, k, k], got {list(wconv.shape)}")
-    size = int(wconv.shape[3])  # torch.jit.trace has tensors as sizes
+    size = int(wconv.shape[3])  # under torch.jit.trace sizes are tensors
     check_odd("the kernel size of wconv", size)
     check_weight("wconv", wconv, (1, 2, size, size), x)
     if bias is not None:
@@ -153,7 +165,7 @@ def check_spatial_kernel(wconv: Tensor, bias: Tensor | None, x: Tensor) -> None:
 def check_batch_norm(
     x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor | None, var: Tensor | None, training: bool, eps: float
 ) -> None:
-    """Raises unless the weights and statistics are ``[C]``, as x has channels, and there is a variance to be had."""
+    """Raises unless weights and statistics are ``[C]`` for x's C channels, and a variance exists or is given."""
     check_feature_map(x)
     check_positive_number("eps", eps)
     check_weight("weight", weight, (x.shape[1],), x)
@@ -168,10 +180,20 @@ def check_batch_norm(
 
 
 def check_branches(
-    v1: Tensor, v2: Tensor, w: Tensor, norm_weight: Tensor, norm_bias: Tensor, running_mean: Tensor | None,
-    running_var: Tensor | None, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, training: bool,
-) -> None:  # fmt: skip
-    """Raises unless the branches and weights of `sk` fit each other, and a batch in training has several images."""
+    v1: Tensor,
+    v2: Tensor,
+    w: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    b2: Tensor,
+    training: bool,
+) -> None:
+    """Raises unless the arguments of `sk` fit each other and a training batch has at least two images."""
     check_floating("w", w)
     if w.dim() < 2 or w.shape[0] == 0:
         raise ValueError(f"w must have shape [d, C] with d >= 1, got {list(w.shape)}")
@@ -182,16 +204,17 @@ def check_branches(
     for name, weight, bias in (("1", w1, b1), ("2", w2, b2)):
         check_weight(f"w{name}", weight, (channels, hidden), v1)
         check_weight(f"b{name}", bias, (channels,), v1)
-    norm = {"norm_weight": norm_weight, "norm_bias": norm_bias}
-    for name, values in {**norm, "running_mean": running_mean, "running_var": running_var}.items():
-        if values is not None or name in norm:
-            check_weight(name, values, (hidden,), v1)  # type: ignore[arg-type]
+    check_weight("norm_weight", norm_weight, (hidden,), v1)
+    check_weight("norm_bias", norm_bias, (hidden,), v1)
+    for name, statistic in (("running_mean", running_mean), ("running_var", running_var)):
+        if statistic is not None:
+            check_weight(name, statistic, (hidden,), v1)
     if (training or running_mean is None or running_var is None) and v1.shape[0] < 2:
         raise ValueError(f"the batch norm of pooled values needs at least 2 images in training, got {v1.shape[0]}")
 
 
 def check_same_map(name: str, tensor: Tensor, x: Tensor) -> None:
-    """Raises unless ``tensor`` is a floating tensor of x's shape on x's device."""
+    """Raises unless ``tensor`` is floating-point and has x's shape and device."""
     check_floating(name, tensor)
     if tensor.shape != x.shape:
         raise ValueError(f"{name} must have the shape of x, {tuple(x.shape)}, got {tuple(tensor.shape)}")
@@ -200,14 +223,13 @@ def check_same_map(name: str, tensor: Tensor, x: Tensor) -> None:
 
 
 def check_residual(residual: Tensor | None, x: Tensor) -> None:
-    """Raises unless ``residual`` is absent, or a floating tensor of x's shape on x's device."""
-    if residual is None:
-        return
-    check_same_map("residual", residual, x)
+    """Raises unless ``residual`` is None, or is floating-point and has x's shape and device."""
+    if residual is not None:
+        check_same_map("residual", residual, x)
 
 
 def check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> int:
-    """The index of ``value`` in ``choices``. Raises ValueError for an unknown one."""
+    """Returns the index of ``value`` in ``choices``. Raises ValueError if it is not there."""
     try:
         return choices.index(value)
     except ValueError:

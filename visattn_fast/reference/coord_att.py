@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from .batch_norm import batch_norm_step
 from .checks import check_coordinate_gates, check_feature_map, check_positive
-from .parameters import child, weight_and_bias
+from .parameter_access import child, weight_and_bias
+
+__all__ = ["CoordAtt", "coord_att"]
 
 
 def coord_att(
@@ -29,25 +31,25 @@ def coord_att(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
-    """``x * sigmoid(w_w a_w + b_w) * sigmoid(w_h a_h + b_h)``, where ``[a_h, a_w] = hardswish(bn(w1 m + b1))``
+    """``x * sigmoid(w_w a_w + b_w) * sigmoid(w_h a_h + b_h)`` with ``[a_h, a_w] = hardswish(bn(w1 m + b1))``.
 
-    and m is the means over W, a value for each row, followed by the means over H, a value for each column.
+    m holds the means over W, one for each row, followed by the means over H, one for each column.
 
     Args:
         x: ``[N, C, H, W]``.
-        w1, b1: ``[M, C]`` (or a 1x1 convolution's ``[M, C, 1, 1]``) and ``[M]`` or None.
-        bn_weight, bn_bias, running_mean, running_var: the batch norm's, ``[M]`` or None.
+        w1, b1: ``[M, C]`` (or, as a 1x1 convolution, ``[M, C, 1, 1]``) and ``[M]`` or None.
+        bn_weight, bn_bias, running_mean, running_var: parameters and statistics of the batch norm, ``[M]`` or None.
         w_h, b_h, w_w, b_w: ``[C, M]`` (or ``[C, M, 1, 1]``) and ``[C]`` or None.
-        training: normalise with the batch's statistics, and update the running ones in place.
-        momentum: the weight of this batch in the running statistics.
+        training: normalise with the batch's statistics and update the running ones in place.
+        momentum: weight of this batch in the running statistics.
         eps: added to the variance.
 
     Returns:
         ``[N, C, H, W]``.
 
     Raises:
-        ValueError: shapes or devices that do not fit; no running statistics outside of training.
-        TypeError: a dtype that is not floating.
+        ValueError: shapes or devices that do not fit; no running statistics outside training.
+        TypeError: a dtype that is not floating-point.
     """
     weights = (w1, b1, bn_weight, bn_bias, running_mean, running_var, w_h, b_h, w_w, b_w)
     height, width = coordinate_gates(x, *weights, training, momentum, eps)
@@ -70,7 +72,7 @@ def coordinate_gates(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> tuple[Tensor, Tensor]:
-    """The gates ``[N, C, H, 1]`` and ``[N, C, 1, W]`` of `coord_att`."""
+    """The gates that `coord_att` multiplies x by, ``[N, C, H, 1]`` and ``[N, C, 1, W]``."""
     check_coordinate_gates(x, w1, b1, bn_weight, bn_bias, running_mean, running_var, w_h, b_h, w_w, b_w, training)
     means = torch.cat([x.mean(3), x.mean(2)], 2)
     z = F.conv1d(means, w1.flatten(1)[:, :, None], b1)
@@ -84,13 +86,13 @@ def coordinate_gates(
 class CoordAtt(nn.Module):
     """Coordinate attention (Hou et al., "Coordinate Attention for Efficient Mobile Network Design", CVPR 2021).
 
-    ``y = x * sigmoid(conv_w(a_w)) * sigmoid(conv_h(a_h))``, where ``[a_h, a_w] = hardswish(bn1(conv1(m)))``, m is the
-    means over W, ``[N, C, H, 1]``, and over H, ``[N, C, W, 1]``, along dimension 2, and ``hardswish(v) = v relu6(v + 3)
-    / 6``. Convolutions are 1x1, with bias.
+    ``y = x * sigmoid(conv_w(a_w)) * sigmoid(conv_h(a_h))`` with ``[a_h, a_w] = hardswish(bn1(conv1(m)))``. m joins the
+    means over W, ``[N, C, H, 1]``, and over H, ``[N, C, W, 1]``, along dimension 2; ``hardswish(v) = v relu6(v + 3) /
+    6``. Convolutions are 1x1, with bias.
 
     Args:
         in_channels: C.
-        out_channels: C, too: the gates multiply x. The argument is the original's.
+        out_channels: None or C, since the gates multiply x; an argument because the original has it.
         reduction: the hidden layer has ``max(8, C // reduction)`` channels.
 
     Raises:
@@ -122,14 +124,14 @@ class CoordAtt(nn.Module):
         return *weight_and_bias(conv1), *norm, *weight_and_bias(conv_h), *weight_and_bias(conv_w)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[N, C, H, W]`` -> ``[N, C, H, W]``."""
+        """Applies the attention: ``[N, C, H, W]`` -> ``[N, C, H, W]``."""
         check_feature_map(x, self.channels)
         training, momentum = batch_norm_step(self.bn1)
         mode: dict[str, Any] = {"training": training, "momentum": momentum, "eps": self.bn1.eps}
         return coord_att(x, *self.weights(), **mode)
 
     def attention(self, x: Tensor) -> dict[str, Tensor]:
-        """The gates: ``{"height": [N, C, H, 1], "width": [N, C, 1, W]}``. Running statistics are left alone."""
+        """The gates of x: ``{"height": [N, C, H, 1], "width": [N, C, 1, W]}``. Running statistics stay as they are."""
         weights = list(self.weights())
         batch = self.bn1.training or self.bn1.running_mean is None
         if batch:

@@ -6,11 +6,13 @@ import torch
 from torch import Tensor, nn
 
 from .checks import check_feature_map, check_weight, hidden_width
-from .parameters import child, parameter, weight_and_bias
+from .parameter_access import child, parameter, weight_and_bias
+
+__all__ = ["CrissCross", "criss_cross"]
 
 
 def cross_weights(q: Tensor, k: Tensor) -> Tensor:
-    """Weights of every position over its column, itself left out, then its row: ``[N, H, W, H + W]``.
+    """Weights of every position over its column without itself, then over its row: ``[N, H, W, H + W]``.
 
     Args:
         q, k: ``[N, c, H, W]``.
@@ -24,12 +26,12 @@ def cross_weights(q: Tensor, k: Tensor) -> Tensor:
 def criss_cross(
     x: Tensor, wq: Tensor, bq: Tensor, wk: Tensor, bk: Tensor, wv: Tensor, bv: Tensor, gamma: Tensor
 ) -> Tensor:
-    """``gamma * out + x``: out is the attention of every position over its row and column, without a scale.
+    """``gamma * out + x``, where out is the unscaled attention of every position over its row and column.
 
     Args:
         x: ``[N, C, H, W]``.
-        wq, bq, wk, bk: of the queries and keys, ``[R, C, 1, 1]`` and ``[R]``.
-        wv, bv: of the values, ``[C, C, 1, 1]`` and ``[C]``.
+        wq, bq, wk, bk: projections to queries and keys, ``[R, C, 1, 1]`` and ``[R]``.
+        wv, bv: projection to values, ``[C, C, 1, 1]`` and ``[C]``.
         gamma: ``[1]``.
 
     Returns:
@@ -37,7 +39,7 @@ def criss_cross(
 
     Raises:
         ValueError: shapes or devices that do not fit.
-        TypeError: a dtype that is not floating.
+        TypeError: a dtype that is not floating-point.
     """
     check_criss_cross(x, wq, bq, wk, bk, wv, bv, gamma)
     q, k, v = _project(x, wq, bq), _project(x, wk, bk), _project(x, wv, bv)
@@ -53,7 +55,7 @@ def _project(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 def check_criss_cross(
     x: Tensor, wq: Tensor, bq: Tensor, wk: Tensor, bk: Tensor, wv: Tensor, bv: Tensor, gamma: Tensor
 ) -> None:
-    """Raises unless x is a feature map and the rest fit it."""
+    """Raises unless x is a feature map and the other arguments of `criss_cross` fit it."""
     if wv.dim() < 2 or wq.dim() < 2:
         raise ValueError(f"weights must have shape [R, C] or [R, C, 1, 1], got {list(wq.shape)} and {list(wv.shape)}")
     hidden, channels = wq.shape[0], wv.shape[1]
@@ -68,10 +70,10 @@ def check_criss_cross(
 class CrissCross(nn.Module):
     """Criss-cross attention (Huang et al., "CCNet: Criss-cross attention for semantic segmentation", ICCV 2019).
 
-    ``y = gamma * out + x``, where out is, at every position, the sum of the values in its row and column (H + W - 1
-    positions, itself once) weighted by ``softmax(q k)``, without a scale. Queries and keys are 1x1 convolutions to
-    ``channels // reduction``, values one to ``channels``; gamma starts at zero. The published code runs on CUDA devices
-    alone; this one runs on any.
+    ``y = gamma * out + x``. At every position, out is the sum of the values in its row and column (H + W - 1
+    positions, itself once), weighted by ``softmax(q k)`` without a scale. 1x1 convolutions make queries and keys with
+    ``channels // reduction`` channels and values with ``channels``; gamma starts at zero. The published code needs a
+    CUDA device; this code does not.
 
     Args:
         channels: C.
@@ -98,13 +100,13 @@ class CrissCross(nn.Module):
         return *query, *key, *value, parameter(self, "gamma")
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[N, C, H, W]`` -> ``[N, C, H, W]``."""
+        """Applies the attention: ``[N, C, H, W]`` -> ``[N, C, H, W]``."""
         return criss_cross(x, *self.weights())
 
     def attention(self, x: Tensor) -> dict[str, Tensor]:
-        """``{"received": [N, 1, H, W]}``: the mean weight that a position has for the others in its row and column.
+        """``{"received": [N, 1, H, W]}``: the mean weight of a position for the others in its row and column.
 
-        Computed row by row: no ``[N, H, W, H + W]`` map is made.
+        Works row by row, without a map ``[N, H, W, H + W]``.
         """
         check_feature_map(x, self.value_conv.in_channels)
         q, k = self.query_conv(x), self.key_conv(x)

@@ -9,11 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .checks import check_channel_kernel, check_feature_map, check_odd, check_positive
-from .parameters import child, parameter
+from .parameter_access import child, parameter
+
+__all__ = ["ECA", "eca"]
 
 
 def eca(x: Tensor, weight: Tensor) -> Tensor:
-    """``x * sigmoid(conv1d(mean(x)))``: the mean over H and W, the convolution along C with zero padding.
+    """``x * sigmoid(conv1d(mean(x)))``, the mean over H and W, the convolution along C with zero padding.
 
     Args:
         x: ``[N, C, H, W]``.
@@ -24,13 +26,13 @@ def eca(x: Tensor, weight: Tensor) -> Tensor:
 
     Raises:
         ValueError: shapes or devices that do not fit, an even k.
-        TypeError: a dtype that is not floating.
+        TypeError: a dtype that is not floating-point.
     """
     return x * eca_gate(x, weight)
 
 
 def eca_gate(x: Tensor, weight: Tensor) -> Tensor:
-    """What `eca` multiplies x by, ``[N, C, 1, 1]``."""
+    """The gate that `eca` multiplies x by, ``[N, C, 1, 1]``."""
     check_feature_map(x)
     check_channel_kernel(weight, x)
     gate = torch.sigmoid(F.conv1d(x.mean((2, 3))[:, None], weight, padding=weight.shape[2] // 2))
@@ -75,7 +77,7 @@ class ECA(nn.Module):
         return (parameter(child(self, "conv"), "weight"),)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[N, C, H, W]`` -> ``[N, C, H, W]``."""
+        """Applies the attention: ``[N, C, H, W]`` -> ``[N, C, H, W]``."""
         check_feature_map(x, self.channels)
         return eca(x, *self.weights())
 

@@ -1,17 +1,19 @@
-"""What often follows a gate in a residual block: add the shortcut, then activate."""
+"""The epilogue of a gate in a residual block: add the shortcut, then activate."""
 
 from __future__ import annotations
 
 import torch.nn.functional as F
 from torch import Tensor
 
+__all__ = ["epilogue"]
+
 
 def epilogue(gated: Tensor, residual: Tensor | None = None, activation: str | None = None) -> Tensor:
-    """``act(gated + residual)``: the end of a residual block.
+    """``act(gated + residual)``, the end of a residual block.
 
     Args:
         gated: the gated map, ``[N, C, H, W]``.
-        residual: a tensor of the same shape, or None to add nothing.
+        residual: a tensor of the same shape; None: nothing is added.
         activation: None, ``"relu"`` or ``"silu"``.
     """
     out = gated if residual is None else gated + residual

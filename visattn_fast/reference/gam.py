@@ -1,4 +1,4 @@
-"""Global attention mechanism in plain PyTorch: a perceptron of each pixel's channels, and a gate of convolutions."""
+"""Global attention mechanism in plain PyTorch: an MLP over each pixel's channels, then a gate of convolutions."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .batch_norm import batch_norm_step, look_through
+from .batch_norm import batch_norm_step, batch_norm_without_update
 from .checks import (
     ACTIVATIONS,
     check_batch_norm,
@@ -21,16 +21,18 @@ from .checks import (
     hidden_width,
 )
 
+__all__ = ["GAM", "channel_mlp", "norm_gate"]
+
 
 def channel_mlp_factor(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None) -> Tensor:
-    """What `channel_mlp` multiplies x by, ``[N, C, H, W]``."""
+    """The factor that `channel_mlp` multiplies x by, ``[N, C, H, W]``."""
     check_bottleneck(x, w1, b1, w2, b2)
     hidden = F.relu(F.linear(x.permute(0, 2, 3, 1), w1.flatten(1), b1))
     return F.linear(hidden, w2.flatten(1), b2).permute(0, 3, 1, 2)
 
 
 def channel_mlp(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None) -> Tensor:
-    """``x * (w2 relu(w1 x + b1) + b2)``, products of each pixel's channels; no sigmoid.
+    """``x * (w2 relu(w1 x + b1) + b2)``, matrix products over each pixel's channels; no sigmoid.
 
     Args:
         x: ``[N, C, H, W]``.
@@ -42,7 +44,7 @@ def channel_mlp(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor
 
     Raises:
         ValueError: shapes or devices that do not fit.
-        TypeError: a dtype that is not floating.
+        TypeError: a dtype that is not floating-point.
     """
     return x * channel_mlp_factor(x, w1, b1, w2, b2)
 
@@ -57,7 +59,7 @@ def check_norm_gate(
     training: bool,
     eps: float,
 ) -> None:
-    """Raises unless m is a map of x's shape, and the batch norm's arguments fit it; see `norm_gate`."""
+    """Raises unless the arguments of `norm_gate` fit: m has x's shape, and the batch norm has its channels."""
     check_feature_map(x)
     check_same_map("m", m, x)
     check_batch_norm(m, weight, bias, running_mean, running_var, training, eps)
@@ -74,31 +76,32 @@ def norm_gate(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
-    """``x * sigmoid(bn(m))``.
+    """``x * sigmoid(bn(m))``, a gate that is a batch norm of another map.
 
     Args:
         x, m: ``[N, C, H, W]``.
-        weight, bias, running_mean, running_var, training, momentum, eps: of the batch norm, as in `F.batch_norm`.
+        weight, bias, running_mean, running_var, training, momentum, eps: arguments of `F.batch_norm`, for m.
 
     Returns:
         ``[N, C, H, W]``.
 
     Raises:
         ValueError: shapes or devices that do not fit, a single value per channel in training.
-        TypeError: a dtype that is not floating.
+        TypeError: a dtype that is not floating-point.
     """
     check_norm_gate(x, m, weight, bias, running_mean, running_var, training, eps)
     return x * torch.sigmoid(F.batch_norm(m, running_mean, running_var, weight, bias, training, momentum, eps))
 
 
 def _convolution(conv: nn.Conv2d, x: Tensor) -> Tensor:
-    """``conv(x)`` for replicate padding.
+    """``conv(x)`` with replicate padding.
 
-    Compiled, it pads by concatenation: Inductor (torch 2.13) refuses the strides that the gradient of replicate padding
-    has where convolutions have made it choose channels_last.
+    Under torch.compile it pads by concatenation. Inductor (torch 2.13) may choose channels_last for the convolutions,
+    and then refuses the strides of replicate padding's gradient.
     """
     if not torch.compiler.is_compiling():
-        return conv(x)
+        y: Tensor = conv(x)
+        return y
     for dim in (2, 3):
         sizes = [conv.kernel_size[dim - 2] // 2 if d == dim else -1 for d in range(4)]
         first, last = x.narrow(dim, 0, 1), x.narrow(dim, x.shape[dim] - 1, 1)
@@ -107,18 +110,18 @@ def _convolution(conv: nn.Conv2d, x: Tensor) -> Tensor:
 
 
 class GAM(nn.Module):
-    """Global attention mechanism (Liu et al., "Global Attention Mechanism: Retain Information to Enhance
+    """Global attention mechanism (GAM).
 
-    Channel-Spatial Interactions", 2021).
-
-    ``x1 = x * linear2(relu(linear1(x)))``, linear layers of each pixel's channels, C -> C // rate -> C, without a
+    ``x1 = x * linear2(relu(linear1(x)))``, linear layers over each pixel's channels, C -> C // rate -> C, without a
     sigmoid; ``y = x1 * sigmoid(norm2(conv2(relu(norm1(conv1(x1))))))``, 7x7 convolutions C -> C // rate -> C with
-    replicate padding: ``[N, C, H, W]`` -> ``[N, C, H, W]``. Convolutions and linear layers have biases. Other copies
-    apply a sigmoid to the first factor and pad with zeros, or run the two parts in parallel.
+    replicate padding: ``[N, C, H, W]`` -> ``[N, C, H, W]``. Convolutions and linear layers have biases. Other
+    implementations apply a sigmoid to the first factor and pad with zeros, or run the two parts in parallel.
+
+    Source: Liu et al., "Global Attention Mechanism: Retain Information to Enhance Channel-Spatial Interactions", 2021.
 
     Args:
         in_channels: C.
-        out_channels: C, too: the second gate multiplies x1. The argument is the original's.
+        out_channels: None or C, since the second gate multiplies x1; an argument because the original has it.
         rate: the hidden layers have ``C // rate`` units.
 
     Raises:
@@ -148,46 +151,44 @@ class GAM(nn.Module):
         return self.linear1.weight, self.linear1.bias, self.linear2.weight, self.linear2.bias
 
     def convolved(self, x: Tensor) -> Tensor:
-        """``conv2(relu(norm1(conv1(x))))``, ``[N, C, H, W]``, what the second batch norm takes."""
+        """``conv2(relu(norm1(conv1(x))))``, ``[N, C, H, W]``, the input of the second batch norm."""
         return _convolution(self.conv2, F.relu(self.norm1(_convolution(self.conv1, x))))
 
     def norm_weights(self) -> tuple[Any, ...]:
-        """``(weight, bias, running_mean, running_var)`` of the second batch norm, as `norm_gate` takes them."""
+        """The second batch norm's ``(weight, bias, running_mean, running_var)``, as `norm_gate` takes them."""
         return self.norm2.weight, self.norm2.bias, self.norm2.running_mean, self.norm2.running_var
 
     def norm_step(self) -> dict[str, Any]:
-        """``training``, ``momentum`` and ``eps`` of this pass, as `norm_gate` takes them; in training it counts."""
+        """Counts the batch in training. Returns ``training``, ``momentum`` and ``eps`` as `norm_gate` takes them."""
         training, momentum = batch_norm_step(self.norm2)
         return {"training": training, "momentum": momentum, "eps": self.norm2.eps}
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[N, C, H, W]`` -> ``[N, C, H, W]``."""
+        """Applies the attention: ``[N, C, H, W]`` -> ``[N, C, H, W]``."""
         self.check(x)
         x = channel_mlp(x, *self.channel_weights())
         m = self.convolved(x)
         return norm_gate(x, m, *self.norm_weights(), **self.norm_step())
 
     def check(self, x: Tensor, residual: Tensor | None = None, activation: str | None = None) -> None:
-        """Raises unless all fit."""
+        """Raises unless x, residual and activation fit the module. Runs before any batch is counted."""
         check_feature_map(x, self.channels)
         check_weight("conv1.weight", self.conv1.weight, tuple(self.conv1.weight.shape), x)
         bn = self.norm2
         batch = bn.training or bn.running_mean is None
-        check_batch_norm(
-            x, bn.weight, bn.bias, bn.running_mean, bn.running_var, batch, bn.eps
-        )  # before a batch is counted
+        check_batch_norm(x, bn.weight, bn.bias, bn.running_mean, bn.running_var, batch, bn.eps)
         check_residual(residual, x)
         check_choice("activation", activation, ACTIVATIONS)
 
     def attention(self, x: Tensor) -> dict[str, Tensor]:
-        """What x is multiplied by: ``{"factor": [N, C, H, W], "element": [N, C, H, W]}``, the first without a sigmoid.
+        """The two factors of x: ``{"factor": [N, C, H, W], "element": [N, C, H, W]}``, the first without a sigmoid.
 
-        Running statistics are not touched.
+        Running statistics stay as they are.
         """
         self.check(x)
         factor = channel_mlp_factor(x, *self.channel_weights())
-        m = self.conv2(F.relu(look_through(self.norm1, self.conv1(x * factor))))
-        return {"factor": factor, "element": torch.sigmoid(look_through(self.norm2, m))}
+        m = self.conv2(F.relu(batch_norm_without_update(self.norm1, self.conv1(x * factor))))
+        return {"factor": factor, "element": torch.sigmoid(batch_norm_without_update(self.norm2, m))}
 
     def extra_repr(self) -> str:
         return f"in_channels={self.channels}, rate={self.rate}"

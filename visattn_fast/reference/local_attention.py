@@ -1,4 +1,4 @@
-"""Local attention in plain PyTorch: a channel gate and a spatial gate of each pixel's own channels, multiplied."""
+"""Local attention in plain PyTorch: a channel gate times a spatial gate that each pixel computes from its channels."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .checks import check_bottleneck, check_feature_map, check_floating, check_weight, hidden_width
-from .parameters import child, weight_and_bias
+from .parameter_access import child, weight_and_bias
 from .se import se_gate
+
+__all__ = ["LocalAttention", "local_attention"]
 
 
 def local_attention(
@@ -24,13 +26,13 @@ def local_attention(
     p2: Tensor,
     q2: Tensor | None,
 ) -> Tensor:
-    """``x * (sigmoid(w2 relu(w1 mean(x) + b1) + b2) * sigmoid(p2 relu(p1 x + q1) + q2))``: the mean over H and W, p1
+    """``x * (sigmoid(w2 relu(w1 mean(x) + b1) + b2) * sigmoid(p2 relu(p1 x + q1) + q2))``.
 
-    and p2 per pixel.
+    The mean is over H and W; p1 and p2 act on the channels of each pixel.
 
     Args:
         x: ``[N, C, H, W]``.
-        w1, b1: ``[R, C]`` (or a 1x1 convolution's ``[R, C, 1, 1]``) and ``[R]`` or None.
+        w1, b1: ``[R, C]`` (or, as a 1x1 convolution, ``[R, C, 1, 1]``) and ``[R]`` or None.
         w2, b2: ``[C, R]`` (or ``[C, R, 1, 1]``) and ``[C]`` or None.
         p1, q1: ``[S, C]`` (or ``[S, C, 1, 1]``) and ``[S]`` or None.
         p2, q2: ``[1, S]`` (or ``[1, S, 1, 1]``) and ``[1]`` or None.
@@ -40,7 +42,7 @@ def local_attention(
 
     Raises:
         ValueError: shapes or devices that do not fit.
-        TypeError: a dtype that is not floating.
+        TypeError: a dtype that is not floating-point.
     """
     channel, spatial = local_gates(x, w1, b1, w2, b2, p1, q1, p2, q2)
     return x * (channel * spatial)
@@ -95,10 +97,10 @@ def check_pixel_mlp(x: Tensor, p1: Tensor, q1: Tensor | None, p2: Tensor, q2: Te
 
 
 class LocalAttention(nn.Module):
-    """Channel and spatial attention side by side, multiplied.
+    """Channel and spatial attention, both computed from x and multiplied.
 
     ``y = x * (channel * spatial)``: x and y ``[N, C, H, W]``; ``channel = sigmoid(c2 relu(c1 mean(x)))``, the mean
-    over H and W; ``spatial = sigmoid(p2 relu(p1 x))``, 1x1 convolutions C -> C // reduction -> 1. All with bias.
+    over H and W; ``spatial = sigmoid(p2 relu(p1 x))``, 1x1 convolutions C -> C // reduction -> 1. All have biases.
 
     Args:
         channels: C.
@@ -132,7 +134,7 @@ class LocalAttention(nn.Module):
         return *weight_and_bias(c1), *weight_and_bias(c2), *weight_and_bias(p1), *weight_and_bias(p2)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[N, C, H, W]`` -> ``[N, C, H, W]``."""
+        """Applies the attention: ``[N, C, H, W]`` -> ``[N, C, H, W]``."""
         return local_attention(x, *self.weights())
 
     def attention(self, x: Tensor) -> dict[str, Tensor]:

@@ -1,40 +1,42 @@
-"""Masked softmax and padding, as every attention over sequences needs them."""
+"""Softmax and padding under a mask, for every kind of attention."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+__all__ = ["masked_softmax"]
+
 
 def masked_softmax(scores: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Softmax over the last dimension of the entries that ``mask`` leaves; a row that it leaves none is all zeros.
+    """Softmax over the last dimension, over the entries that ``mask`` keeps. A row without any is all zeros.
 
-    Float16 scores saturate at the largest number of their dtype, so that overflow does not end in inf - inf.
+    Float16 scores are clamped to their dtype's finite range: an overflow would give inf - inf.
 
     Args:
         scores: ``[..., Q, K]``.
-        mask: bool, broadcastable to ``scores``; True: takes part.
+        mask: bool, broadcastable to ``scores``; True: keep.
     """
     if scores.dtype == torch.float16:
         largest = torch.finfo(scores.dtype).max
         scores = scores.clamp(-largest, largest)
     if mask is None:
         return scores.softmax(-1)
-    kept = mask | ~mask.any(-1, keepdim=True)  # a row without any entry keeps all: its softmax is defined
+    kept = mask | ~mask.any(-1, keepdim=True)  # an empty row keeps all entries, so that its softmax is defined
     return scores.masked_fill(~kept, -torch.inf).softmax(-1).masked_fill(~mask, 0.0)
 
 
 def without_padding(
     query: Tensor, key: Tensor | None, value: Tensor | None, mask: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Query, key and value with zeros wherever ``mask`` lets no attention through, so that NaN there cannot spread.
+    """Zeros every query, key and value that ``mask`` excludes from all attention, so that NaN there cannot spread.
 
-    Left alone, NaN would: a weight of zero times NaN is NaN, in results and in gradients.
+    Zero weights do not stop NaN: zero times NaN is NaN, in results and in gradients.
 
     Args:
-        query, key, value: ``[N, L, d]``. No key: the query is the key, too. No value: the key is the value, too.
-        mask: ``[..., Q, K]``. Blank are keys and values that no query attends to, and queries that attend to nothing.
-            Without a key, a mask that is the same for every query (Q = 1) blanks its positions as queries, too.
+        query, key, value: ``[N, L, d]``. Without a key, the query takes its place; without a value, the key.
+        mask: ``[..., Q, K]``. Zeroed are keys and values that no query attends to, and queries that attend to nothing.
+            Without a key, a mask shared by all queries (Q = 1) also zeros its positions as queries.
     """
     if mask is None:
         key = query if key is None else key

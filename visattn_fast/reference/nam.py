@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from .checks import check_batch_norm, check_feature_map, check_positive, check_weight
 
+__all__ = ["NAM", "nam"]
+
 
 def nam(
     x: Tensor,
@@ -19,18 +21,18 @@ def nam(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
-    """``x * sigmoid(bn(x) * abs(weight) / sum(abs(weight)))``; no gradient goes through the quotient.
+    """``x * sigmoid(bn(x) * abs(weight) / sum(abs(weight)))``; no gradient passes through the quotient.
 
     Args:
         x: ``[N, C, H, W]``.
-        weight, bias, running_mean, running_var, training, momentum, eps: of the batch norm, as in `F.batch_norm`.
+        weight, bias, running_mean, running_var, training, momentum, eps: arguments of `F.batch_norm`.
 
     Returns:
         ``[N, C, H, W]``.
 
     Raises:
         ValueError: shapes or devices that do not fit, a single value per channel in training.
-        TypeError: a dtype that is not floating.
+        TypeError: a dtype that is not floating-point.
     """
     return x * nam_gate(x, weight, bias, running_mean, running_var, training, momentum, eps)
 
@@ -45,7 +47,7 @@ def nam_gate(
     momentum: float,
     eps: float,
 ) -> Tensor:
-    """What `nam` multiplies x by, ``[N, C, H, W]``."""
+    """The gate that `nam` multiplies x by, ``[N, C, H, W]``."""
     check_batch_norm(x, weight, bias, running_mean, running_var, training, eps)
     share = weight.detach().abs()
     share = share / share.sum()
@@ -54,7 +56,7 @@ def nam_gate(
 
 
 class NAM(nn.Module):
-    """Normalization-based attention, its channel part (Liu et al., "NAM", NeurIPS workshops 2021): see `nam`.
+    """The channel part of normalization-based attention (Liu et al., "NAM", NeurIPS workshops 2021): see `nam`.
 
     Args:
         channels: C.
@@ -62,7 +64,7 @@ class NAM(nn.Module):
     Raises:
         ValueError: a non-positive argument.
 
-    ``state_dict``: ``bn2``, a BatchNorm2d.
+    ``state_dict``: the batch norm ``bn2.*``.
     """
 
     def __init__(self, channels: int) -> None:
@@ -71,14 +73,14 @@ class NAM(nn.Module):
         self.bn2 = nn.BatchNorm2d(channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[N, C, H, W]`` -> ``[N, C, H, W]``."""
+        """Applies the attention: ``[N, C, H, W]`` -> ``[N, C, H, W]``."""
         check_feature_map(x, self.bn2.num_features)
         check_weight("weight", self.bn2.weight, (self.bn2.num_features,), x)
         share = self.bn2.weight.detach().abs()
         return x * torch.sigmoid(self.bn2(x) * (share / share.sum())[:, None, None])
 
     def attention(self, x: Tensor) -> dict[str, Tensor]:
-        """``{"element": [N, C, H, W]}``: the gate of every element of x. Running statistics are not touched."""
+        """The gate of every element of x: ``{"element": [N, C, H, W]}``. Running statistics stay as they are."""
         check_feature_map(x, self.bn2.num_features)
         bn = self.bn2
         batch = bn.training or bn.running_mean is None

@@ -9,18 +9,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .checks import check_bottleneck, check_weight, hidden_width
-from .parameters import child, weight_and_bias
+from .parameter_access import child, weight_and_bias
 from .se import se_gate
+
+__all__ = ["scSE", "scse"]
 
 
 def scse(
     x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, ws: Tensor, bs: Tensor | None
 ) -> Tensor:
-    """``x * (sigmoid(w2 relu(w1 mean(x) + b1) + b2) + sigmoid(ws x + bs))``, the mean over H and W, ws x per pixel.
+    """``x * (sigmoid(w2 relu(w1 mean(x) + b1) + b2) + sigmoid(ws x + bs))``, the mean over H and W, ``ws x`` per pixel.
 
     Args:
         x: ``[N, C, H, W]``.
-        w1, b1: squeeze, ``[R, C]`` (or a 1x1 convolution's ``[R, C, 1, 1]``) and ``[R]`` or None.
+        w1, b1: squeeze, ``[R, C]`` (or, as a 1x1 convolution, ``[R, C, 1, 1]``) and ``[R]`` or None.
         w2, b2: excitation, ``[C, R]`` (or ``[C, R, 1, 1]``) and ``[C]`` or None.
         ws, bs: spatial gate, ``[1, C]`` (or ``[1, C, 1, 1]``) and ``[1]`` or None.
 
@@ -29,7 +31,7 @@ def scse(
 
     Raises:
         ValueError: shapes or devices that do not fit.
-        TypeError: a dtype that is not floating.
+        TypeError: a dtype that is not floating-point.
     """
     channel, spatial = scse_gates(x, w1, b1, w2, b2, ws, bs)
     return x * (channel + spatial)
@@ -57,7 +59,7 @@ class scSE(nn.Module):
     """Concurrent spatial and channel squeeze-and-excitation (Roy et al., MICCAI 2018).
 
     ``y = x * (channel + spatial)``: x and y ``[N, C, H, W]``; ``channel = sigmoid(W2 relu(W1 mean(x) + b1) + b2)``,
-    the mean over H and W; ``spatial = sigmoid(w x + b)``, a 1x1 convolution to one channel. Laid out as
+    the mean over H and W; ``spatial = sigmoid(w x + b)``, a 1x1 convolution to one channel. Layers are named as in
     segmentation-models-pytorch's ``SCSEModule``.
 
     Args:
@@ -90,7 +92,7 @@ class scSE(nn.Module):
         return *weight_and_bias(squeeze), *weight_and_bias(excite), *weight_and_bias(spatial)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[N, C, H, W]`` -> ``[N, C, H, W]``."""
+        """Applies the attention: ``[N, C, H, W]`` -> ``[N, C, H, W]``."""
         return scse(x, *self.weights())
 
     def attention(self, x: Tensor) -> dict[str, Tensor]:

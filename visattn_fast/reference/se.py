@@ -9,7 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .checks import ACTIVATIONS, GATES, check_bottleneck, check_choice, hidden_width
-from .parameters import child, weight_and_bias
+from .parameter_access import child, weight_and_bias
+
+__all__ = ["SE", "se"]
 
 
 def se(
@@ -25,7 +27,7 @@ def se(
 
     Args:
         x: ``[N, C, H, W]``.
-        w1, b1: squeeze, ``[R, C]`` (or a 1x1 convolution's ``[R, C, 1, 1]``) and ``[R]`` or None.
+        w1, b1: squeeze, ``[R, C]`` (or, as a 1x1 convolution, ``[R, C, 1, 1]``) and ``[R]`` or None.
         w2, b2: excitation, ``[C, R]`` (or ``[C, R, 1, 1]``) and ``[C]`` or None.
         hidden_activation: ``"relu"`` or ``"silu"`` (EfficientNet).
         gate_activation: ``"sigmoid"`` or ``"hard_sigmoid"``, ``relu6(v + 3) / 6`` (MobileNetV3).
@@ -35,7 +37,7 @@ def se(
 
     Raises:
         ValueError: shapes or devices that do not fit, an unknown activation.
-        TypeError: a dtype that is not floating.
+        TypeError: a dtype that is not floating-point.
     """
     return x * se_gate(x, w1, b1, w2, b2, hidden_activation, gate_activation)
 
@@ -49,7 +51,7 @@ def se_gate(
     hidden_activation: str = "relu",
     gate_activation: str = "sigmoid",
 ) -> Tensor:
-    """What `se` multiplies x by, ``[N, C, 1, 1]``."""
+    """The gate that `se` multiplies x by, ``[N, C, 1, 1]``."""
     check_bottleneck(x, w1, b1, w2, b2)
     check_choice("hidden_activation", hidden_activation, ACTIVATIONS[1:])
     check_choice("gate_activation", gate_activation, GATES)
@@ -69,7 +71,7 @@ class SE(nn.Module):
     Args:
         channels: C.
         reduction: the hidden layer has ``channels // reduction`` units.
-        bias: biases in both linear layers; the original (Caffe) and torchvision's networks have them.
+        bias: whether both linear layers have biases, as in the original (Caffe) and in torchvision's networks.
 
     Raises:
         ValueError: a non-positive argument, or fewer channels than ``reduction``.
@@ -92,7 +94,7 @@ class SE(nn.Module):
         return *weight_and_bias(layers["0"]), *weight_and_bias(layers["2"])
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[N, C, H, W]`` -> ``[N, C, H, W]``."""
+        """Applies the attention: ``[N, C, H, W]`` -> ``[N, C, H, W]``."""
         return se(x, *self.weights())
 
     def attention(self, x: Tensor) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Checks of the arguments of attention over sequences."""
+"""Checks of arguments for attention over sequences."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .checks import check_floating
 
 
 def check_sequence(name: str, sequence: Tensor, size: int | None = None) -> None:
-    """Raises unless ``sequence`` is floating and ``[N, L, size]`` with L >= 1; any size where none is given."""
+    """Raises unless ``sequence`` is floating-point, ``[N, L, size]`` with L >= 1; ``size`` None: any size."""
     check_floating(name, sequence)
     wanted = "d" if size is None else size
     if sequence.dim() != 3 or sequence.shape[1] == 0 or size not in (None, sequence.shape[2]):
@@ -19,7 +19,7 @@ def check_sequence(name: str, sequence: Tensor, size: int | None = None) -> None
 def check_key_value(
     query: Tensor, key: Tensor | None, value: Tensor | None, key_size: int, value_size: int | None
 ) -> None:
-    """Raises unless key and value, where given, are sequences of these sizes, as long as each other, of query's batch.
+    """Raises unless key and value are None or sequences of these sizes, equally long, with query's batch size.
 
     Without a key, the query takes its place.
     """
@@ -36,18 +36,19 @@ def check_key_value(
 
 
 def check_mask(mask: Tensor | None, shape: tuple[int, ...], like: Tensor) -> Tensor | None:
-    """``mask``, in two dimensions or more. Raises unless it is bool, on like's device, broadcastable to ``shape``."""
+    """Returns ``mask`` with at least two dimensions. Raises unless it is bool, on like's device, and fits ``shape``."""
     if mask is None:
         return None
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         raise TypeError(f"mask must be a bool tensor, True where attention is let through, got {_kind(mask)}")
     _check_device("mask", mask, like)
     _check_broadcast("mask", mask, shape)
-    return torch.atleast_2d(mask)
+    at_least_2d: Tensor = torch.atleast_2d(mask)
+    return at_least_2d
 
 
 def check_lengths(lengths: Tensor | None, batch: int, like: Tensor) -> None:
-    """Raises unless ``lengths`` is absent, or ``[batch]`` integers on the device of ``like``."""
+    """Raises unless ``lengths`` is None, or ``[batch]`` integers on the device of ``like``."""
     if lengths is None:
         return
     if not isinstance(lengths, Tensor) or lengths.dtype not in (torch.int32, torch.int64):
@@ -57,12 +58,12 @@ def check_lengths(lengths: Tensor | None, batch: int, like: Tensor) -> None:
         raise ValueError(f"key_lengths must have shape [{batch}], got {list(lengths.shape)}")
 
 
-def check_position(position: Tensor | None, shape: tuple[int, ...], like: Tensor, taken: bool) -> None:
-    """Raises unless ``position`` is absent, or taken, real, on like's device, and broadcastable to ``shape``."""
+def check_position(position: Tensor | None, shape: tuple[int, ...], like: Tensor, allowed: bool) -> None:
+    """Raises unless ``position`` is None, or allowed, real, on like's device, and broadcastable to ``shape``."""
     if position is None:
         return
-    if not taken:
-        raise ValueError("position is taken with a window that is not predictive alone")
+    if not allowed:
+        raise ValueError("position must be None without a window, or if the module predicts it")
     if not isinstance(position, Tensor) or position.is_complex() or position.dtype == torch.bool:
         raise TypeError(f"position must be a tensor of real numbers, got {_kind(position)}")
     _check_device("position", position, like)
@@ -70,7 +71,7 @@ def check_position(position: Tensor | None, shape: tuple[int, ...], like: Tensor
 
 
 def check_pooling(queries: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values as ``[..., 1 or Q, K]``. Raises unless they and queries ``[..., Q]`` fit `AttentionPooling`."""
+    """Returns keys and values as ``[..., 1 or Q, K]``. Raises unless they and queries ``[..., Q]`` fit each other."""
     check_floating("queries", queries)
     if queries.dim() == 0:
         raise ValueError("queries must have shape [..., Q], got a scalar")

@@ -8,9 +8,11 @@ from torch import Tensor, nn
 
 from .checks import check_feature_map, check_positive, check_positive_number, check_weight
 
+__all__ = ["ShuffleAttention", "shuffle_attention"]
+
 
 def check_shuffle_attention(x: Tensor, weights: tuple[Tensor, ...], eps: float) -> int:
-    """Raises unless the six weights have one width K and x has a multiple of 2 K channels. Returns the groups."""
+    """Returns the number of groups. Raises unless the six weights have K elements and x a multiple of 2 K channels."""
     check_feature_map(x)
     check_positive_number("eps", eps)
     cweight = weights[0]
@@ -25,28 +27,29 @@ def check_shuffle_attention(x: Tensor, weights: tuple[Tensor, ...], eps: float) 
 
 
 def shuffle(x: Tensor) -> Tensor:
-    """Channel ``h C / 2 + j`` becomes channel ``2 j + h``."""
+    """Shuffles channels in two groups: channel ``h C / 2 + j`` becomes channel ``2 j + h``."""
     n, c, h, w = x.shape
     return x.reshape(n, 2, c // 2, h, w).transpose(1, 2).reshape(n, c, h, w)
 
 
 def _gated_and_gate(
-    x: Tensor, weights: tuple[Tensor, ...], eps: float, maps: bool = False
+    x: Tensor, weights: tuple[Tensor, ...], eps: float, need_gate: bool = False
 ) -> tuple[Tensor, Tensor | None]:
+    """The result of `shuffle_attention`, and the gate of every element of it, ``[N, C, H, W]``, or None."""
     groups = check_shuffle_attention(x, weights, eps)
     n, c, h, w = x.shape
     width = c // (2 * groups)
     cweight, cbias, sweight, sbias = (t.reshape(1, width, 1, 1) for t in weights[:4])
     x0, x1 = x.reshape(n * groups, 2 * width, h, w).chunk(2, dim=1)
     gate0 = torch.sigmoid(cweight * x0.mean((2, 3), keepdim=True) + cbias)
-    if h * w == 1:  # F.group_norm refuses a single value in all; one has no variance
+    if h * w == 1:  # the variance is 0, and F.group_norm refuses a single value
         normed = (x1 - x1) + weights[5].reshape(1, width, 1, 1)
         normed = normed + 0 * weights[4].reshape(1, width, 1, 1)
     else:
         normed = F.group_norm(x1, width, weights[4].flatten(), weights[5].flatten(), eps)
     gate1 = torch.sigmoid(sweight * normed + sbias)
     y = shuffle(torch.cat([x0 * gate0, x1 * gate1], 1).reshape(n, c, h, w))
-    gate = shuffle(torch.cat([gate0.expand_as(x0), gate1], 1).reshape(n, c, h, w)) if maps else None
+    gate = shuffle(torch.cat([gate0.expand_as(x0), gate1], 1).reshape(n, c, h, w)) if need_gate else None
     return y, gate
 
 
@@ -60,23 +63,23 @@ def shuffle_attention(
     gn_bias: Tensor,
     eps: float = 1e-5,
 ) -> Tensor:
-    """Each of G groups of channels in halves x0 and x1, gated by the channel and by the element; then a shuffle.
+    """Splits each of G channel groups into halves x0 and x1, gates x0 by channel and x1 by element, and shuffles.
 
-    ``x0 * sigmoid(cweight mean(x0) + cbias)`` and ``x1 * sigmoid(sweight gn(x1) + sbias)``; mean and group norm (a
-    group for each channel, biased variance, 0 for 1x1 maps) are over H and W. Channel ``h C / 2 + j`` of the
-    result becomes channel ``2 j + h``.
+    ``x0 * sigmoid(cweight mean(x0) + cbias)`` and ``x1 * sigmoid(sweight gn(x1) + sbias)``. Mean and group norm are
+    over H and W; the group norm has one group for each channel and the biased variance, 0 for 1x1 maps. Channel
+    ``h C / 2 + j`` of the result becomes channel ``2 j + h``.
 
     Args:
         x: ``[N, C, H, W]``.
         cweight, cbias, sweight, sbias, gn_weight, gn_bias: K elements each, shared by the ``G = C / 2K`` groups.
-        eps: of the group norm.
+        eps: added to the variance of the group norm.
 
     Returns:
         ``[N, C, H, W]``.
 
     Raises:
         ValueError: shapes or devices that do not fit.
-        TypeError: a dtype that is not floating.
+        TypeError: a dtype that is not floating-point.
     """
     return _gated_and_gate(x, (cweight, cbias, sweight, sbias, gn_weight, gn_bias), eps)[0]
 
@@ -86,7 +89,7 @@ class ShuffleAttention(nn.Module):
 
     Args:
         channels: C, a multiple of twice ``groups``.
-        groups: G; the parameters are shared by all groups.
+        groups: G; all groups share the parameters.
 
     Raises:
         ValueError: a non-positive argument, channels that ``2 * groups`` does not divide.
@@ -108,18 +111,18 @@ class ShuffleAttention(nn.Module):
         self.gn = nn.GroupNorm(shape[1], shape[1])
 
     def weights(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """What `shuffle_attention` takes after x."""
+        """``(cweight, ..., gn_bias)``, as `shuffle_attention` takes them."""
         return self.cweight, self.cbias, self.sweight, self.sbias, self.gn.weight, self.gn.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[N, C, H, W]`` -> ``[N, C, H, W]``."""
+        """Applies the attention: ``[N, C, H, W]`` -> ``[N, C, H, W]``."""
         check_feature_map(x, self.channels)
         return shuffle_attention(x, *self.weights(), self.gn.eps)
 
     def attention(self, x: Tensor) -> dict[str, Tensor]:
-        """``{"element": [N, C, H, W]}``: what each element was multiplied by, in the order of the result's channels."""
+        """The gate of every element, in the order of the result's channels: ``{"element": [N, C, H, W]}``."""
         check_feature_map(x, self.channels)
-        gate = _gated_and_gate(x, self.weights(), self.gn.eps, maps=True)[1]
+        gate = _gated_and_gate(x, self.weights(), self.gn.eps, need_gate=True)[1]
         assert gate is not None
         return {"element": gate}
 

@@ -7,9 +7,11 @@ from torch import Tensor, nn
 
 from .checks import check_feature_map, check_positive_number
 
+__all__ = ["SimAM", "simam"]
+
 
 def simam_gate(x: Tensor, e_lambda: float = 1e-4) -> Tensor:
-    """The gate of `simam`, ``[N, C, H, W]``."""
+    """The gate that `simam` multiplies x by, ``[N, C, H, W]``."""
     check_feature_map(x)
     check_positive_number("e_lambda", e_lambda)
     squares = (x - x.mean((2, 3), keepdim=True)).square()
@@ -18,20 +20,20 @@ def simam_gate(x: Tensor, e_lambda: float = 1e-4) -> Tensor:
 
 
 def simam(x: Tensor, e_lambda: float = 1e-4) -> Tensor:
-    """``x * sigmoid(d^2 / (4 (sum(d^2) / (HW - 1) + e_lambda)) + 0.5)``, ``d = x - mean(x)``; over H and W.
+    """``x * sigmoid(d^2 / (4 (sum(d^2) / (HW - 1) + e_lambda)) + 0.5)`` with ``d = x - mean(x)``, over H and W.
 
-    The variance of a 1x1 map is 0, where the original divides by zero.
+    The variance of a 1x1 map is 0; the original divides by zero.
 
     Args:
         x: ``[N, C, H, W]``.
-        e_lambda: what keeps the quotient finite, positive.
+        e_lambda: positive; keeps the quotient finite.
 
     Returns:
         ``[N, C, H, W]``.
 
     Raises:
         ValueError: a shape that does not fit, an ``e_lambda`` that is not positive.
-        TypeError: a dtype that is not floating.
+        TypeError: a dtype that is not floating-point.
     """
     return x * simam_gate(x, e_lambda)
 
@@ -43,7 +45,7 @@ class SimAM(nn.Module):
     and W: ``[N, C, H, W]`` -> ``[N, C, H, W]``. The variance of a 1x1 map is 0.
 
     Args:
-        e_lambda: what keeps the quotient finite.
+        e_lambda: positive; keeps the quotient finite.
 
     Raises:
         ValueError: an ``e_lambda`` that is not positive.
@@ -57,11 +59,11 @@ class SimAM(nn.Module):
         self.e_lambda = e_lambda
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[N, C, H, W]`` -> ``[N, C, H, W]``."""
+        """Applies the attention: ``[N, C, H, W]`` -> ``[N, C, H, W]``."""
         return simam(x, self.e_lambda)
 
     def attention(self, x: Tensor) -> dict[str, Tensor]:
-        """``{"element": [N, C, H, W]}``: the gate of every element of x."""
+        """The gate of every element of x: ``{"element": [N, C, H, W]}``."""
         return {"element": simam_gate(x, self.e_lambda)}
 
     def extra_repr(self) -> str:

@@ -8,9 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .batch_norm import batch_norm_step, look_through, update_running_statistics
+from .batch_norm import batch_norm_step, batch_norm_without_update, update_running_statistics
 from .checks import check_branches, check_feature_map, check_positive, check_weight
-from .parameters import child, parameter, weight_and_bias
+from .parameter_access import child, parameter, weight_and_bias
+
+__all__ = ["SK", "sk"]
 
 BRANCHES = 2
 
@@ -32,24 +34,26 @@ def sk(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
-    """Selects between two branches: ``gate_1 relu(v1) + gate_2 relu(v2)``, gates that sum to one in each channel.
+    """Weighs two branches: ``gate_1 relu(v1) + gate_2 relu(v2)``; in each channel the gates sum to one.
 
     ``h = relu(batch_norm(w mean(relu(v1) + relu(v2))))``, the mean over H and W; ``gate = softmax([w1 h + b1, w2 h +
-    b2])`` over the two.
+    b2])`` over the two branches.
 
     Args:
         v1, v2: the branches before their ReLU, ``[N, C, H, W]``.
-        w: ``[d, C]`` (or a 1x1 convolution's ``[d, C, 1, 1]``).
-        norm_weight, norm_bias, running_mean, running_var: of the batch norm, ``[d]``.
+        w: ``[d, C]`` (or, as a 1x1 convolution, ``[d, C, 1, 1]``).
+        norm_weight, norm_bias, running_mean, running_var: parameters and statistics of the batch norm, ``[d]``.
         w1, b1, w2, b2: ``[C, d]`` (or ``[C, d, 1, 1]``) and ``[C]``.
-        training: normalise with the batch's statistics and update the running ones by ``momentum``.
+        training: normalise with the batch's statistics and update the running ones in place.
+        momentum: weight of this batch in the running statistics.
+        eps: added to the variance.
 
     Returns:
         ``[N, C, H, W]``.
 
     Raises:
         ValueError: shapes or devices that do not fit, a batch of fewer than two images in training.
-        TypeError: a dtype that is not floating.
+        TypeError: a dtype that is not floating-point.
     """
     check_branches(v1, v2, w, norm_weight, norm_bias, running_mean, running_var, w1, b1, w2, b2, training=training)
     u1, u2 = F.relu(v1), F.relu(v2)
@@ -60,11 +64,22 @@ def sk(
 
 
 def sk_gate(
-    mean: Tensor, w: Tensor, norm_weight: Tensor, norm_bias: Tensor, running_mean: Tensor | None,
-    running_var: Tensor | None, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, *, training: bool, momentum: float,
+    mean: Tensor,
+    w: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    b2: Tensor,
+    *,
+    training: bool,
+    momentum: float,
     eps: float,
-) -> Tensor:  # fmt: skip
-    """The gate ``[N, 2, C]`` of `sk` from the pooled sum of its branches ``[N, C]``."""
+) -> Tensor:
+    """The gates of `sk`, ``[N, 2, C]``, from the mean of the branches' sum, ``[N, C]``."""
     z = F.linear(mean, w.flatten(1))
     if training or running_mean is None or running_var is None:
         var, center = torch.var_mean(z.detach(), 0, correction=0)
@@ -81,16 +96,16 @@ def sk_gate(
 class SK(nn.Module):
     """Selective kernel unit (Li et al., "Selective Kernel Networks", CVPR 2019).
 
-    Two branches, ``U1 = relu(BN(conv3x3(x)))`` and ``U2`` likewise with dilation 2, weighted in each channel by gates
-    that sum to one: ``gate_1 * U1 + gate_2 * U2``, ``gate = softmax(fcs(fc(mean(U1 + U2))))``; the mean over H and W,
-    fc a linear layer to d units, batch norm and ReLU. ``[N, C, H, W]`` -> ``[N, C, H, W]``. In training N must be at
-    least 2: the batch norm of the d units has one value of each per image.
+    Two branches, ``U1 = relu(BN(conv3x3(x)))`` and ``U2``, the same with dilation 2, are weighted by gates that sum to
+    one in each channel: ``gate_1 * U1 + gate_2 * U2``, ``gate = softmax(fcs(fc(mean(U1 + U2))))``. The mean is over H
+    and W; fc is a linear layer to d units with batch norm and ReLU. ``[N, C, H, W]`` -> ``[N, C, H, W]``. In training
+    N must be at least 2: the batch norm gets one value per image for each of the d units.
 
     Args:
         channels: C.
         reduction: d is ``channels // reduction``, and at least ``min_width``.
-        groups: of both convolutions; the paper's networks have 32.
-        min_width: the paper's L.
+        groups: groups of both convolutions; 32 in the paper's networks.
+        min_width: the smallest d, the paper's L.
 
     Raises:
         ValueError: a non-positive argument, ``groups`` that do not divide ``channels``.
@@ -120,7 +135,7 @@ class SK(nn.Module):
         self.fcs = nn.ModuleList(nn.Conv2d(hidden, channels, 1) for _ in range(BRANCHES))
 
     def branches(self, x: Tensor) -> list[Tensor]:
-        """Both branches before their ReLU, ``[N, C, H, W]`` each."""
+        """The two branches of x before their ReLU, ``[N, C, H, W]`` each."""
         self._check(x)
         return [norm(conv(x)) for conv, norm in self._layers()]
 
@@ -141,11 +156,11 @@ class SK(nn.Module):
         return w, *weight_and_bias(norm), *statistics, *branches
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[N, C, H, W]`` -> ``[N, C, H, W]``."""
+        """Applies the attention: ``[N, C, H, W]`` -> ``[N, C, H, W]``."""
         return sk(*self.branches(x), *self.weights(), **self.norm_step()).to(x.dtype)
 
     def norm_step(self) -> dict[str, Any]:
-        """``training``, ``momentum`` and ``eps`` of this forward pass, as `sk` takes them; in training it counts."""
+        """Counts the batch in training. Returns ``training``, ``momentum`` and ``eps`` as `sk` takes them."""
         _, norm, _ = cast(Any, self.fc)
         training, momentum = batch_norm_step(norm)
         return {"training": training, "momentum": momentum, "eps": norm.eps}
@@ -153,7 +168,7 @@ class SK(nn.Module):
     def attention(self, x: Tensor) -> dict[str, Tensor]:
         """The gates of x: ``{"branch": [N, 2, C, 1, 1]}``."""
         self._check(x)
-        u1, u2 = (F.relu(look_through(norm, conv(x))) for conv, norm in self._layers())
+        u1, u2 = (F.relu(batch_norm_without_update(norm, conv(x))) for conv, norm in self._layers())
         _, norm, _ = cast(Any, self.fc)
         gate = sk_gate((u1 + u2).mean((2, 3)), *self.weights(), training=norm.training, momentum=0.0, eps=norm.eps)
         return {"branch": gate[:, :, :, None, None]}

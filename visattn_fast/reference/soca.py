@@ -9,26 +9,28 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .checks import check_bottleneck, hidden_width
-from .parameters import child, weight_and_bias
+from .parameter_access import child, weight_and_bias
+
+__all__ = ["SOCA", "soca"]
 
 STEPS = 5  # of the Newton-Schulz iteration
 
 
 def covariance(x: Tensor) -> Tensor:
-    """Covariance of the channels over the pixels, ``[N, C, H, W]`` -> ``[N, C, C]``, divided by ``H W``."""
+    """Covariance of the channels over the pixels, with divisor ``H W``: ``[N, C, H, W]`` -> ``[N, C, C]``."""
     centred = x.flatten(2)
     centred = centred - centred.mean(2, keepdim=True)
     return centred @ centred.transpose(1, 2) / centred.shape[2]
 
 
 def trace(cov: Tensor) -> Tensor:
-    """Trace of ``[N, C, C]`` as ``[N, 1, 1]``; 1 for a matrix of zeros, whose square root then comes out as zeros."""
+    """Trace of ``[N, C, C]`` as ``[N, 1, 1]``; 1 for a matrix of zeros, so that its square root is zeros."""
     found = cov.diagonal(dim1=1, dim2=2).sum(1)[:, None, None]
     return torch.where(found <= torch.finfo(found.dtype).tiny, 1.0, found)
 
 
 def square_root(cov: Tensor) -> Tensor:
-    """Square root of ``[N, C, C]``, approximately: STEPS Newton-Schulz steps of the matrix divided by its trace."""
+    """Approximate square root of ``[N, C, C]`` by STEPS Newton-Schulz steps on the matrix divided by its trace."""
     total, three = trace(cov), 3 * torch.eye(cov.shape[1], dtype=cov.dtype, device=cov.device)
     y, z = cov / total, None
     for _ in range(STEPS):
@@ -38,41 +40,42 @@ def square_root(cov: Tensor) -> Tensor:
 
 
 def soca_gate(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None) -> Tensor:
-    """The gate ``[N, C, 1, 1]`` of `soca`."""
+    """The gate that `soca` multiplies x by, ``[N, C, 1, 1]``."""
     pooled = square_root(covariance(x)).mean(1)
     hidden = F.relu(F.linear(pooled, w1.flatten(1), b1))
     return torch.sigmoid(F.linear(hidden, w2.flatten(1), b2))[:, :, None, None]
 
 
 def soca(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None) -> Tensor:
-    """``x * sigmoid(w2 relu(w1 s + b1) + b2)``, s the mean over rows of the square root of the channels' covariance.
+    """``x * sigmoid(w2 relu(w1 s + b1) + b2)``; s is the mean over rows of the square root of the channels' covariance.
 
     Args:
         x: ``[N, C, H, W]``.
-        w1, b1: ``[R, C]``, or a 1x1 convolution's ``[R, C, 1, 1]``, and ``[R]`` or None.
-        w2, b2: ``[C, R]``, or ``[C, R, 1, 1]``, and ``[C]`` or None.
+        w1, b1: ``[R, C]`` (or, as a 1x1 convolution, ``[R, C, 1, 1]``) and ``[R]`` or None.
+        w2, b2: ``[C, R]`` (or ``[C, R, 1, 1]``) and ``[C]`` or None.
 
     Returns:
         ``[N, C, H, W]``.
 
     Raises:
         ValueError: shapes or devices that do not fit.
-        TypeError: a dtype that is not floating.
+        TypeError: a dtype that is not floating-point.
     """
     check_bottleneck(x, w1, b1, w2, b2)
     return x * soca_gate(x, w1, b1, w2, b2)
 
 
 class SOCA(nn.Module):
-    """Second-order channel attention (Dai et al., "Second-order attention network for single image super-resolution",
-    CVPR 2019).
+    """Second-order channel attention.
 
     ``y = x * sigmoid(conv_du(s))``, where s, ``[N, C, 1, 1]``, is the mean over rows of the square root of the
-    channels' covariance, by 5 Newton-Schulz steps of the matrix divided by its trace. Where nothing varies (1x1 maps,
-    constant maps) s is zero, and so is the gradient through it.
+    channels' covariance, by 5 Newton-Schulz steps on the matrix divided by its trace. For constant maps (1x1 maps
+    included) s and the gradient through s are zero.
 
-    The published code centres by a matrix of HW x HW elements, gigabytes for a map of 250x250, and crops maps to
-    1000x1000 to bound it. Here the mean is subtracted, every pixel counts, and memory is linear in HW.
+    The published code centres with a matrix of HW x HW elements, gigabytes for a map of 250x250, and crops maps to
+    1000x1000 to bound it. This code subtracts the mean: every pixel counts, and memory is linear in HW.
+
+    Source: Dai et al., "Second-order attention network for single image super-resolution", CVPR 2019.
 
     Args:
         channels: C.
@@ -98,7 +101,7 @@ class SOCA(nn.Module):
         return *weight_and_bias(first), *weight_and_bias(second)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[N, C, H, W]`` -> ``[N, C, H, W]``."""
+        """Applies the attention: ``[N, C, H, W]`` -> ``[N, C, H, W]``."""
         return soca(x, *self.weights())
 
     def attention(self, x: Tensor) -> dict[str, Tensor]:

@@ -10,13 +10,18 @@ from torch import Tensor, nn
 
 from .checks import check_feature_map, check_positive, check_weight
 
+__all__ = ["S2MLPv2", "split_attention"]
+
 BRANCHES = 3
 
 
 def shift(u: Tensor, directions: tuple[tuple[int, bool], ...]) -> Tensor:
-    """Each quarter of the channels moved by one pixel along H (2) or W (3), forwards or not; the border repeats.
+    """Moves each quarter of the channels by one pixel and repeats the border: ``[N, C, H, W]`` -> ``[N, C, H, W]``.
 
-    Quarters have ``C // 4`` channels, and the last one takes the rest. ``[N, C, H, W]`` -> ``[N, C, H, W]``.
+    Quarters have ``C // 4`` channels; the last one takes the rest.
+
+    Args:
+        directions: for each quarter, the dimension, 2 (H) or 3 (W), and whether it moves forwards.
     """
     quarter, channels = u.shape[1] // 4, u.shape[1]
     parts = u.split([quarter, quarter, quarter, channels - 3 * quarter], 1)
@@ -36,7 +41,7 @@ ALONG_H, ALONG_W = ((2, True), (2, False)), ((3, True), (3, False))
 
 
 def shifted_branches(u: Tensor) -> list[Tensor]:
-    """The three thirds of u's channels, ``[N, C, H, W]`` each: shifted H first, shifted W first, and as it is."""
+    """The thirds of u's channels, ``[N, C, H, W]`` each: shifted along H first, along W first, and not shifted."""
     first, second, third = u.chunk(BRANCHES, 1)
     return [shift(first, ALONG_H + ALONG_W), shift(second, ALONG_W + ALONG_H), third]
 
@@ -47,11 +52,11 @@ def split_gate(total: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
 
 
 def split_attention(u: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
-    """Shifts the thirds of u's channels and adds them, weighed by gates that sum to one in each channel.
+    """Shifts the thirds of u's channels and adds them, weighted by gates that sum to one in each channel.
 
-    ``sum_k gate_k b_k``, ``gate = softmax(w2 gelu(w1 sum(b)))``; the sum over branches and pixels. Branch 1 is shifted
-    by one pixel along H in its first half of the channels (a quarter each way) and along W in the other, branch 2 the
-    other way round, branch 3 not at all. At the border a pixel keeps its own value.
+    ``sum_k gate_k b_k`` with ``gate = softmax(w2 gelu(w1 sum(b)))``, the sum over branches and pixels. Branch 1 moves
+    by one pixel: the first half of its channels along H (a quarter each way), the other half along W. Branch 2 swaps H
+    and W; branch 3 does not move. At the border a pixel keeps its own value.
 
     Args:
         u: the three branches, ``[N, 3C, H, W]``.
@@ -62,7 +67,7 @@ def split_attention(u: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
 
     Raises:
         ValueError: shapes or devices that do not fit.
-        TypeError: a dtype that is not floating.
+        TypeError: a dtype that is not floating-point.
     """
     check_split_attention(u, w1, w2)
     branches = shifted_branches(u)
@@ -71,12 +76,12 @@ def split_attention(u: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
 
 
 def sum_pixels(branches: list[Tensor]) -> Tensor:
-    """The sum over branches and pixels, ``[N, C]``."""
+    """Sums over branches and pixels, ``[N, C]``."""
     return (branches[0] + branches[1] + branches[2]).sum((2, 3))
 
 
 def check_split_attention(u: Tensor, w1: Tensor, w2: Tensor) -> None:
-    """Raises unless u is a feature map of three times the channels that w1 ``[C, C]`` and w2 ``[3C, C]`` have."""
+    """Raises unless u is a feature map with 3C channels and w1 ``[C, C]`` and w2 ``[3C, C]`` fit it."""
     check_feature_map(u)
     channels = u.shape[1] // BRANCHES
     if u.shape[1] % BRANCHES:
@@ -97,12 +102,12 @@ class _SplitAttention(nn.Module):
 class S2MLPv2(nn.Module):
     """Spatial-shift MLP with split attention (Yu et al., "S2-MLPv2", 2021).
 
-    ``mlp2(split_attention(mlp1(x)))``, mlp1 from C to 3C channels and mlp2 from C to C, both at each pixel:
+    ``mlp2(split_attention(mlp1(x)))``; at each pixel mlp1 maps C to 3C channels and mlp2 C to C:
     ``[N, C, H, W]`` -> ``[N, C, H, W]``. Shifts do not write in place: the popular code copies overlapping slices of
-    one tensor, so that its results differ from run to run. C is free: the popular code's attention has 512 channels.
+    one tensor, and its results differ from run to run. C is free: the popular code's attention has 512 channels.
 
     Args:
-        channels: C; shifts move a quarter, ``C // 4``, in each direction, and the last quarter takes the rest.
+        channels: C; each direction shifts a quarter, ``C // 4`` channels, and the last quarter takes the rest.
 
     Raises:
         ValueError: a non-positive ``channels``.
@@ -128,11 +133,11 @@ class S2MLPv2(nn.Module):
         return self.split_attention.mlp1.weight, self.split_attention.mlp2.weight
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[N, C, H, W]`` -> ``[N, C, H, W]``."""
+        """Applies the attention: ``[N, C, H, W]`` -> ``[N, C, H, W]``."""
         self._check(x)
         u = self.mlp1(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-        y = split_attention(u, *self.gate_weights())
-        return self.mlp2(y.permute(0, 2, 3, 1)).permute(0, 3, 1, 2).to(x.dtype)
+        y: Tensor = self.mlp2(split_attention(u, *self.gate_weights()).permute(0, 2, 3, 1))
+        return y.permute(0, 3, 1, 2).to(x.dtype)
 
     def attention(self, x: Tensor) -> dict[str, Tensor]:
         """The gates of x: ``{"branch": [N, 3, C, 1, 1]}``."""

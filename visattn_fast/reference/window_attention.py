@@ -1,103 +1,25 @@
-"""Attention inside (shifted) windows, with a relative position bias, in plain PyTorch: Swin's."""
+"""Attention inside (shifted) windows with a relative position bias, as in Swin, in plain PyTorch."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .checks import check_choice, check_feature_map, check_floating, check_positive, check_weight
+from .checks import check_choice, check_feature_map, check_floating, check_positive, check_token_grid, check_weight
+from .self_attention import NEED_WEIGHTS
+from .window_geometry import Windows, check_window, effective_shift, relative_position
 
-APART = -100.0  # added to the logits of two tokens that a cyclic shift has brought together, as Swin does
+__all__ = ["WindowAttention2d", "window_attention"]
+
+APART = -100.0  # added to the logit of two tokens on different sides of the shift's seam, as in Swin
 LAYOUTS = ("nchw", "nhwc")
-WEIGHTS = ("none", "mean", "full")
-
-
-@dataclass(frozen=True)
-class Windows:
-    """Where the tokens of a map ``[H, W]`` are in its windows.
-
-    The map is padded at its end to whole windows and moved cyclically by the shift towards its start, in this order
-    (``pad_first``, as Swin's detection code and torchvision) or in the other one (as timm).
-    """
-
-    height: int
-    width: int
-    window: tuple[int, int]
-    shift: tuple[int, int]
-    pad_first: bool
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Windows along H and W."""
-        window_h, window_w = self.window  # not by -(-a // b): ONNX rounds quotients of integers towards zero
-        return (self.height + window_h - 1) // window_h, (self.width + window_w - 1) // window_w
-
-    def tokens(self, device: torch.device) -> Tensor:
-        """The token ``h * W + w`` at each position, H * W at padding: ``[windows, L]``, int64."""
-        h, w = (self._source(axis, device) for axis in (0, 1))
-        there = (h < self.height)[:, None] & (w < self.width)
-        return self._split(torch.where(there, h[:, None] * self.width + w, self.height * self.width))
-
-    def positions(self, device: torch.device) -> Tensor:
-        """The position ``window * L + place`` of each token: ``[H * W]``, int64."""
-        (window_h, window_w), across = self.window, self.grid[1]
-        h, w = (self._target(axis, device) for axis in (0, 1))
-        h, w = h[:, None], w[None]
-        window = (h // window_h) * across + w // window_w
-        return ((window * window_h + h % window_h) * window_w + w % window_w).flatten()
-
-    def apart(self, device: torch.device) -> Tensor:
-        """Whether a query and a key are not neighbours on the map, ``[windows, L, L]``: a shift's seam lies between."""
-        rows, columns = (
-            torch.arange(count * size, device=device) >= count * size - shift
-            for count, size, shift in zip(self.grid, self.window, self.shift, strict=True)
-        )
-        region = self._split(2 * rows[:, None].int() + columns.int())
-        return region[:, :, None] != region[:, None]
-
-    def _source(self, axis: int, device: torch.device) -> Tensor:
-        """The row, or column, that is at each position; the size itself, or more, for padding."""
-        size, padded, shift = (self.height, self.width)[axis], self._padded(axis), self.shift[axis]
-        at = torch.arange(padded, device=device)
-        if self.pad_first:
-            return _modulo(at + shift, padded)
-        return torch.where(at < size, _modulo(at + shift, size), size)
-
-    def _target(self, axis: int, device: torch.device) -> Tensor:
-        """The position of each row, or column."""
-        size = (self.height, self.width)[axis]
-        at = torch.arange(size, device=device) - self.shift[axis]
-        return _modulo(at, self._padded(axis) if self.pad_first else size)
-
-    def _padded(self, axis: int) -> int:
-        return self.grid[axis] * self.window[axis]
-
-    def _split(self, values: Tensor) -> Tensor:
-        """``[padded H, padded W]`` -> ``[windows, L]``."""
-        (down, across), (height, width) = self.grid, self.window
-        return values.view(down, height, across, width).transpose(1, 2).reshape(down * across, height * width)
-
-
-def _modulo(index: Tensor, size: int) -> Tensor:
-    """``index % size``, by a tensor: ONNX has no remainder by a size that is known only where the program runs."""
-    return torch.remainder(index, index.new_full((), size))
-
-
-def relative_position(window: tuple[int, int], device: torch.device) -> Tensor:
-    """The table's row for each query and key of a window, ``[L, L]``: by rows and columns from key to query."""
-    h, w = (torch.arange(size, device=device) for size in window)
-    along_h = h[:, None, None, None] - h[:, None] + window[0] - 1  # [query h, 1, key h, 1]
-    along_w = w[:, None, None] - w + window[1] - 1  # [query w, 1, key w]
-    size = window[0] * window[1]
-    return (along_h * (2 * window[1] - 1) + along_w).reshape(size, size)
 
 
 def window_weights(q: Tensor, k: Tensor, table: Tensor, windows: Windows, scale: float) -> Tensor:
-    """The softmax in every window, ``[N, windows, heads, L, L]``, of q and k ``[N, windows, heads, L, d]``."""
+    """The softmax in every window, ``[N, windows, heads, L, L]``, from q and k ``[N, windows, heads, L, d]``."""
     bias = table[relative_position(windows.window, table.device)].permute(2, 0, 1)
     logits = (q * scale) @ k.transpose(-2, -1) + bias
     if any(windows.shift):
@@ -106,7 +28,7 @@ def window_weights(q: Tensor, k: Tensor, table: Tensor, windows: Windows, scale:
 
 
 def split_windows(qkv: Tensor, bias: Tensor | None, heads: int, windows: Windows) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values ``[N, windows, heads, L, d]`` of ``[N, H, W, 3C]``; padding is zeros, and the bias."""
+    """Splits ``[N, H, W, 3C]`` into q, k, v, ``[N, windows, heads, L, d]`` each. Padding holds the bias or zeros."""
     n, _, _, channels = qkv.shape
     tokens = torch.cat([qkv.flatten(1, 2), qkv.new_zeros(n, 1, channels)], 1)
     if bias is not None:
@@ -117,9 +39,11 @@ def split_windows(qkv: Tensor, bias: Tensor | None, heads: int, windows: Windows
 
 
 def join_windows(out: Tensor, windows: Windows) -> Tensor:
-    """``[N, windows, heads, L, d]`` -> ``[N, H, W, C]``: the tokens where they were, padding dropped."""
+    """``[N, windows, heads, L, d]`` -> ``[N, H, W, C]``; undoes padding and shift."""
     placed = out.transpose(2, 3).flatten(3).flatten(1, 2)
-    return placed[:, windows.positions(out.device)].unflatten(1, (windows.height, windows.width))
+    tokens = placed[:, windows.positions(out.device)]
+    joined: Tensor = tokens.unflatten(1, (windows.height, windows.width))
+    return joined
 
 
 def window_attention(
@@ -132,32 +56,32 @@ def window_attention(
     scale: float | None = None,
     pad_first: bool = True,
 ) -> Tensor:
-    """``softmax(scale q k^T + B) v`` inside every window of a map, for each head: B from a table of positions.
+    """``softmax(scale q k^T + B) v`` for each head inside every window of a map; B is a relative position bias.
 
-    The map is padded to whole windows and shifted cyclically; B of a query and a key is the table's row of
-    their distance. Where the shift has brought together what are no neighbours, 100 is taken off the logit, as Swin's
-    published code, timm and torchvision do: not infinity, so that the result is theirs for logits of any size. Padding
-    is attended to, as there.
+    The map is padded to whole windows and shifted cyclically. B of a query and a key is the table's row for their
+    offset. If the shift has joined two tokens that are no neighbours, their logit is lowered by 100, as in Swin's
+    published code, timm and torchvision; not by infinity, so that results agree with theirs for logits of any size.
+    As there, queries attend to padding.
 
     Args:
-        qkv: queries, keys and values of every token, ``[N, H, W, 3C]``, less their bias; channels in the order (3,
+        qkv: queries, keys and values of every token without their bias, ``[N, H, W, 3C]``; channels in the order (3,
             heads, d).
-        bias: of queries, keys and values, ``[3C]``, added to every token, and all that padding has, since Swin pads
-            before a linear layer makes queries, keys and values; None: zeros.
+        bias: bias of queries, keys and values, ``[3C]``, added to every token and to padding: Swin pads before the
+            linear layer that makes queries, keys and values. None: zeros.
         table: ``[(2 window_h - 1) (2 window_w - 1), heads]``.
-        heads: of d channels each.
-        window: its height and width, or both in one.
+        heads: number of heads, d channels each.
+        window: height and width, or one int for both.
         shift: along H and W, less than the window.
-        scale: of the logits; None: ``d**-0.5``.
-        pad_first: whether padding comes before the shift, as in torchvision, or after it, as in timm. It makes a
-            difference where a map is shifted and no multiple of its window.
+        scale: factor of the logits; None: ``d**-0.5``.
+        pad_first: whether padding comes before the shift, as in torchvision, or after it, as in timm. The results
+            differ if a shifted map is no multiple of its window.
 
     Returns:
         ``[N, H, W, C]``.
 
     Raises:
-        ValueError: shapes or devices that do not fit, a shift that is no part of the window.
-        TypeError: a dtype that is not floating.
+        ValueError: shapes or devices that do not fit, a shift that is negative or not less than the window.
+        TypeError: a dtype that is not floating-point.
     """
     window, shift = check_window_attention(qkv, bias, table, heads, window, shift)
     windows = Windows(qkv.shape[1], qkv.shape[2], window, shift, pad_first)
@@ -169,7 +93,7 @@ def window_attention(
 def check_window_attention(
     qkv: Tensor, bias: Tensor | None, table: Tensor, heads: int, window: Any, shift: Any
 ) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Window and shift as pairs. Raises unless the arguments of `window_attention` fit each other."""
+    """Returns window and shift as pairs. Raises unless the arguments of `window_attention` fit each other."""
     check_floating("qkv", qkv)
     check_positive("heads", heads)
     window, shift = check_window(window, shift)
@@ -183,58 +107,30 @@ def check_window_attention(
     return window, shift
 
 
-def check_window(window: Any, shift: Any) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Both as pairs. Raises ValueError unless the window is positive, and the shift at least 0 and less than it."""
-    window, shift = _pair("window", window), _pair("shift", shift)
-    for size, step in zip(window, shift, strict=True):
-        check_positive("window", size)
-        if isinstance(step, torch.SymInt):  # made of the sizes of a map, by a module that was checked
-            continue
-        if not isinstance(step, int) or isinstance(step, bool) or not 0 <= step < size:
-            raise ValueError(f"shift must be ints from 0 to less than the window, {window}, got {shift}")
-    return window, shift
-
-
-def _pair(name: str, value: Any) -> tuple[Any, Any]:
-    if not isinstance(value, (tuple, list)):
-        return value, value
-    if len(value) != 2:
-        raise ValueError(f"{name} must be one int or two, along H and W, got {value!r}")
-    return value[0], value[1]
-
-
-def _shift(step: int, size: int, window: int) -> int:
-    """The step, or 0 where one window covers the axis."""
-    if torch.compiler.is_exporting():  # without a branch: ONNX Runtime does not check for which sizes a program is
-        return step * (1 - 1 // ((size + window - 1) // window))
-    return step if size > window else 0
-
-
 class WindowAttention2d(nn.Module):
     """Self-attention inside (shifted) windows of a map (Liu et al., "Swin Transformer", ICCV 2021).
 
     ``proj(window_attention(x @ qkv.weight.T, qkv.bias))``, see `window_attention`; qkv and proj are linear layers of
-    each token's channels.
-    Along an axis on which one window covers the map, nothing is shifted.
+    each token's channels. Nothing is shifted along an axis that one window covers.
 
     Args:
-        channels: C.
-        window: its height and width, or both in one.
-        heads: C must be a multiple.
+        channels: C, a multiple of ``heads``.
+        window: height and width, or one int for both.
+        heads: number of attention heads.
         shift: along H and W, less than the window; half the window in every other block of a Swin transformer.
         qkv_bias: whether queries, keys and values have a bias.
-        layout: of x and y: ``"nchw"``, feature maps, or ``"nhwc"``, token grids. Feature maps in channels_last are
-            token grids already: they are not copied.
-        pad_first: whether a map that is no multiple of its window is padded and then shifted, as in torchvision, or the
-            other way round, as in timm.
-        attn_drop: there for the original's sake; weights are not dropped.
+        layout: layout of x and y: ``"nchw"``, feature maps, or ``"nhwc"``, token grids. Feature maps in channels_last
+            already lie in memory as token grids and are not copied.
+        pad_first: whether a map that is no multiple of its window is padded and then shifted, as in torchvision, or
+            shifted and then padded, as in timm.
+        attn_drop: only 0; an argument because the original has it. No weights are dropped.
 
     Raises:
         ValueError: arguments that do not fit, or an ``attn_drop`` other than 0.
 
-    ``state_dict``, the one of timm's and torchvision's modules: ``qkv.weight`` ``[3C, C]``, ``qkv.bias``,
+    ``state_dict``, with the keys of timm's and torchvision's modules: ``qkv.weight`` ``[3C, C]``, ``qkv.bias``,
     ``proj.weight`` ``[C, C]``, ``proj.bias``, ``relative_position_bias_table`` ``[(2 window_h - 1) (2 window_w - 1),
-    heads]``. The table of positions that torchvision's has as a buffer, ``relative_position_index``, is passed over.
+    heads]``. Loading skips torchvision's buffer ``relative_position_index``.
     """
 
     def __init__(
@@ -265,13 +161,12 @@ class WindowAttention2d(nn.Module):
         nn.init.normal_(self.relative_position_bias_table, std=0.02)
 
     def forward(self, x: Tensor, need_weights: str = "none") -> Tensor | tuple[Tensor, Tensor]:
-        """``[N, C, H, W]`` -> ``[N, C, H, W]``, or ``[N, H, W, C]`` -> ``[N, H, W, C]``, as ``layout`` says.
+        """Attention inside windows: ``[N, C, H, W]`` -> ``[N, C, H, W]``, or ``[N, H, W, C]`` -> ``[N, H, W, C]``.
 
         Args:
-            x: as above.
-            need_weights: ``"none"``; ``"mean"``: also the mean weight that the queries of its window have for each
-                token, ``[N, heads, H, W]``; ``"full"``: also all weights, ``[N, windows, heads, L, L]``, padding
-                included.
+            x: a map in the module's ``layout``.
+            need_weights: ``"none"``; ``"mean"``: also the mean weight of each token over the queries of its window,
+                ``[N, heads, H, W]``; ``"full"``: also all weights, ``[N, windows, heads, L, L]``, padding included.
         """
         self._check(x, need_weights)
         qkv = self._linear(self._tokens(x), self.qkv.weight)
@@ -279,7 +174,7 @@ class WindowAttention2d(nn.Module):
         return y if need_weights == "none" else (y, self._weights(qkv, need_weights))
 
     def attention(self, x: Tensor) -> dict[str, Tensor]:
-        """``{"received": [N, heads, H, W]}``: the mean weight that the queries of its window have for each token."""
+        """``{"received": [N, heads, H, W]}``: the mean weight of each token over the queries of its window."""
         self._check(x)
         return {"received": self._weights(self._linear(self._tokens(x), self.qkv.weight), "mean")}
 
@@ -291,26 +186,27 @@ class WindowAttention2d(nn.Module):
         return window_attention(qkv, **self._arguments(qkv))
 
     def _arguments(self, qkv: Tensor) -> dict[str, Any]:
-        """Of `window_attention`, beside qkv."""
+        """The arguments of `window_attention` for ``qkv``, other than ``qkv`` itself."""
         axes = zip(self.shift, qkv.shape[1:3], self.window, strict=True)
         return {
             "bias": self.qkv.bias,
             "table": self.relative_position_bias_table,
             "heads": self.heads,
             "window": self.window,
-            "shift": tuple(step and _shift(step, size, window) for step, size, window in axes),
+            "shift": tuple(step and effective_shift(step, size, window) for step, size, window in axes),
             "pad_first": self.pad_first,
         }
 
-    def _weights(self, qkv: Tensor, need: str) -> Tensor:
+    def _weights(self, qkv: Tensor, need_weights: str) -> Tensor:
         arguments = self._arguments(qkv)
         windows = Windows(qkv.shape[1], qkv.shape[2], self.window, arguments["shift"], self.pad_first)
         q, k, _ = split_windows(qkv, arguments["bias"], self.heads, windows)
         scale = (self.channels // self.heads) ** -0.5
         weights = window_weights(q, k, arguments["table"].to(q.dtype), windows, scale)
-        if need == "full":
+        if need_weights == "full":
             return weights
-        there = (windows.tokens(qkv.device) < windows.height * windows.width).to(weights.dtype)  # not the padding's
+        # Queries that are padding do not count.
+        there = (windows.tokens(qkv.device) < windows.height * windows.width).to(weights.dtype)
         received = (there[:, None, None] @ weights).mT / there.sum(1)[:, None, None, None]  # [N, windows, heads, L, 1]
         return join_windows(received, windows).permute(0, 3, 1, 2)
 
@@ -321,7 +217,7 @@ class WindowAttention2d(nn.Module):
         return y if self.layout == "nhwc" else y.permute(0, 3, 1, 2)
 
     def _check(self, x: Tensor, need_weights: str = "none") -> None:
-        check_choice("need_weights", need_weights, WEIGHTS)
+        check_choice("need_weights", need_weights, NEED_WEIGHTS)
         if self.layout == "nchw":
             check_feature_map(x, self.channels)
         else:
@@ -334,10 +230,3 @@ class WindowAttention2d(nn.Module):
 
     def extra_repr(self) -> str:
         return f"channels={self.channels}, window={self.window}, heads={self.heads}, shift={self.shift}"
-
-
-def check_token_grid(x: Tensor, channels: int) -> None:
-    """Raises unless x is floating, ``[N, H, W, C]`` with H, W >= 1, and has ``channels`` channels."""
-    check_floating("x", x)
-    if x.dim() != 4 or x.shape[1] == 0 or x.shape[2] == 0 or x.shape[3] != channels:
-        raise ValueError(f"x must have shape [N, H, W, {channels}] with at least one token, got {list(x.shape)}")

@@ -1,0 +1,104 @@
+"""Coordinate attention."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..ops.autograd import mixed
+from ..ops.coord_att import COORD_ATT
+from ..reference.batch_norm import batch_norm_step, update_running_statistics
+from ..reference.checks import check_coordinate_gates, check_feature_map
+from .serve import serve_all
+
+__all__ = ["FastCoordAtt", "coord_att"]
+
+
+def coord_att(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    w_h: Tensor,
+    b_h: Tensor | None,
+    w_w: Tensor,
+    b_w: Tensor | None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *,
+    residual: Tensor | None = None,
+    activation: str | None = None,
+) -> Tensor:
+    """Coordinate attention: ``act(x * sigmoid(w_w a_w + b_w) * sigmoid(w_h a_h + b_h) + residual)``,
+
+    where ``[a_h, a_w] = hardswish(bn(w1 m + b1))`` and m is x's means over W, a value for each row, followed by its
+    means over H, a value for each column.
+
+    Args:
+        x: ``[N, C, H, W]``, any floating dtype, NCHW or channels_last.
+        w1, b1: ``[M, C]`` (or a 1x1 convolution's ``[M, C, 1, 1]``) and ``[M]`` or None.
+        bn_weight, bn_bias, running_mean, running_var: the batch norm's, ``[M]`` or None.
+        w_h, b_h, w_w, b_w: ``[C, M]`` (or ``[C, M, 1, 1]``) and ``[C]`` or None.
+        training: normalise with the batch's statistics, and update the running ones, where given, in place.
+        momentum: the weight of this batch in the running statistics; 0 leaves them alone.
+        eps: added to the variance.
+        residual, activation: as in `se`.
+
+    Returns, raises: as `se`.
+
+    Source: Hou et al., "Coordinate Attention for Efficient Mobile Network Design", CVPR 2021.
+    """
+    norm, statistics = (w1, b1, bn_weight, bn_bias), (running_mean, running_var)
+    gates = (w_h, b_h, w_w, b_w)
+    check_coordinate_gates(x, *norm, *statistics, *gates, training)
+
+    def plain() -> Tensor:
+        with _widened(statistics, (x, *norm, *gates)) as wide:  # updated in place, also where `mixed` would cast them
+            return mixed(reference.coord_att, x, *norm, *wide, *gates, training, momentum, eps)
+
+    tensors = (x, *norm, *((None, None) if training else statistics), *gates)
+    y, *small = serve_all(
+        COORD_ATT, tensors, options=(float(eps),), residual=residual, activation=activation, plain=plain
+    )
+    count = x.shape[0] * (x.shape[2] + x.shape[3])
+    if small and training and count:
+        update_running_statistics(running_mean, running_var, small[-2], small[-1], count, momentum)
+    return y
+
+
+@contextmanager
+def _widened(
+    statistics: tuple[Tensor | None, ...], others: tuple[Tensor | None, ...]
+) -> Iterator[tuple[Tensor | None, ...]]:
+    """The statistics in the widest dtype of all; what is done to them is done to the given ones."""
+    dtypes = (t.dtype for t in (*statistics, *others) if t is not None)
+    dtype = functools.reduce(torch.promote_types, dtypes)
+    wide = tuple(None if s is None else s.to(dtype) for s in statistics)
+    yield wide
+    for given, changed in zip(statistics, wide, strict=True):
+        if given is not None and changed is not None and given.dtype != dtype:
+            given.copy_(changed)
+
+
+class FastCoordAtt(reference.CoordAtt):
+    """`reference.CoordAtt`, fused: same constructor, same ``state_dict``, same result.
+
+    Hooks on its inner layers do not run: the fused op reads their parameters alone.
+    """
+
+    def forward(self, x: Tensor, residual: Tensor | None = None, activation: str | None = None) -> Tensor:
+        """``act(coord_att(x) + residual)``; see `coord_att`."""
+        check_feature_map(x, self.channels)
+        training, momentum = batch_norm_step(self.bn1)
+        mode: dict[str, Any] = {"training": training, "momentum": momentum, "eps": self.bn1.eps}
+        return coord_att(x, *self.weights(), **mode, residual=residual, activation=activation)

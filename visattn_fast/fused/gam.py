@@ -1,0 +1,93 @@
+"""The two gates of the global attention mechanism."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..ops.channel_mlp import CHANNEL_MLP
+from ..ops.norm_gate import NORM_GATE
+from ..reference.checks import check_bottleneck
+from ..reference.gam import check_norm_gate
+from .serve import serve, serve_batch_norm
+
+__all__ = ["FastGAM", "channel_mlp", "norm_gate"]
+
+
+def channel_mlp(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None) -> Tensor:
+    """``x * (w2 relu(w1 x + b1) + b2)``, products of each pixel's channels; no sigmoid.
+
+    Args:
+        x: ``[N, C, H, W]``, any floating dtype, NCHW or channels_last.
+        w1, b1: ``[R, C]`` (or a 1x1 convolution's ``[R, C, 1, 1]``) and ``[R]`` or None.
+        w2, b2: ``[C, R]`` (or ``[C, R, 1, 1]``) and ``[C]`` or None.
+
+    Returns:
+        ``[N, C, H, W]`` in x's dtype and memory format.
+
+    Raises:
+        TypeError: a tensor that is not floating.
+        ValueError: shapes or devices that do not fit.
+        RuntimeError: the backend asked for cannot serve.
+
+    Source: Liu et al., "Global Attention Mechanism", 2021.
+    """
+    check_bottleneck(x, w1, b1, w2, b2)
+    return serve(CHANNEL_MLP, (x, w1, b1, w2, b2), options=(torch.is_grad_enabled(),))
+
+
+def norm_gate(
+    x: Tensor,
+    m: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    training: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *,
+    residual: Tensor | None = None,
+    activation: str | None = None,
+) -> Tensor:
+    """``act(x * sigmoid(bn(m)) + residual)``: a map scaled by the sigmoid of another one's batch norm.
+
+    Args:
+        x, m: ``[N, C, H, W]``, any floating dtypes, NCHW or channels_last.
+        weight, bias, running_mean, running_var, training, momentum, eps: of the batch norm, as in `F.batch_norm`; in
+            training the running statistics are updated in place.
+        residual, activation: as in `se`.
+
+    Returns, raises: as `se`; ValueError for a single value per channel in training.
+    """
+    check_norm_gate(x, m, weight, bias, running_mean, running_var, training, eps)
+    return serve_batch_norm(
+        NORM_GATE,
+        reference.norm_gate,
+        (x, m),
+        weight,
+        bias,
+        (running_mean, running_var),
+        training=training,
+        momentum=momentum,
+        eps=eps,
+        residual=residual,
+        activation=activation,
+    )
+
+
+class FastGAM(reference.GAM):
+    """`reference.GAM`, fused: same constructor, same ``state_dict``, same result, same running statistics.
+
+    The convolutions and the first batch norm are PyTorch's, and hooks on them run; hooks on the other inner layers do
+    not: the fused ops read their parameters alone.
+    """
+
+    def forward(self, x: Tensor, residual: Tensor | None = None, activation: str | None = None) -> Tensor:
+        """``act(gam(x) + residual)``; see `channel_mlp` and `norm_gate`."""
+        self.check(x, residual, activation)
+        x = channel_mlp(x, *self.channel_weights())
+        m = self.convolved(x.to(self.conv1.weight.dtype))
+        step = self.norm_step()
+        return norm_gate(x, m, *self.norm_weights(), **step, residual=residual, activation=activation)

@@ -1,0 +1,135 @@
+"""The one way from a public function to its op: decide who serves, call it, apply the epilogue."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..backends import decide
+from ..ops.autograd import FusedOp, recorded
+from ..reference.batch_norm import Norm, update_running_statistics
+from ..reference.checks import ACTIVATIONS, check_batch_norm, check_choice, check_residual
+
+
+def serve(
+    op: FusedOp,
+    tensors: tuple[Any, ...],
+    *,
+    options: tuple[Any, ...] = (),
+    residual: Tensor | None = None,
+    activation: str | None = None,
+    norm: Norm | None = None,
+) -> Tensor:
+    """``act(op(x, weights) + residual)`` by the backend that `decide` names, or by the op's plain form.
+
+    Args:
+        op: what is called.
+        tensors: x, which is ``[N, C, H, W]`` for an op with an epilogue, and the weights; checked by the caller.
+        options: the op's numbers.
+        residual: x's shape, or None; checked here.
+        activation: None, ``"relu"`` or ``"silu"``; checked here.
+        norm: a batch norm in eval mode that x goes through first.
+    """
+    if norm is None:
+        return serve_all(op, tensors, options=options, residual=residual, activation=activation)[0]
+    z, *weights = tensors
+    check_batch_norm(z, *norm[:4], False, norm.eps)
+    if op.normed is not None and norm_fuses_into_gate(op, z, (*tensors, residual, *norm[:4]), residual):
+        code = check_epilogue(z, residual, activation)
+        return op.normed(z, *norm, *weights, residual, code, *options)
+    tensors = (norm.apply(z), *weights)
+    return serve_all(op, tensors, options=options, residual=residual, activation=activation)[0]
+
+
+def serve_all(
+    op: FusedOp,
+    tensors: tuple[Any, ...],
+    *,
+    options: tuple[Any, ...] = (),
+    residual: Tensor | None = None,
+    activation: str | None = None,
+    plain: Callable[[], Tensor] | None = None,
+) -> tuple[Tensor, ...]:
+    """As `serve`. Returns y and the small results behind it that callers keep, such as the batch's statistics.
+
+    Args:
+        plain: what serves in the place of ``op.plain``, and updates running statistics itself; without epilogue.
+
+    Returns:
+        ``(y, *small)``; from plain PyTorch ``(y,)``.
+    """
+    x = tensors[0]
+    code = check_epilogue(x, residual, activation) if op.epilogue else 0
+    if not decide(x, op).fused:
+        y = op.plain(*tensors, *options) if plain is None else plain()
+        return (reference.epilogue(y, residual, activation),) if op.epilogue else (y,)
+    if not op.epilogue:
+        return op(*tensors, *options)
+    if residual is None or residual.dtype == x.dtype:
+        return op(*tensors, residual, code, *options)
+    y, *small = op(*tensors, None, 0, *options)  # the sum is wider than the op's result
+    return reference.epilogue(y, residual, ACTIVATIONS[code]), *small
+
+
+def check_epilogue(x: Tensor, residual: Tensor | None, activation: str | None) -> int:
+    """Raises unless residual and activation fit x. Returns the activation's code."""
+    code = check_choice("activation", activation, ACTIVATIONS)
+    check_residual(residual, x)
+    return code
+
+
+def norm_fuses_into_gate(op: FusedOp, z: Tensor, tensors: Iterable[Any], residual: Tensor | None) -> bool:
+    """True if a batch norm in eval mode and the gate behind it are one op: on CPUs, where no gradient can be asked for.
+
+    Args:
+        tensors: everything that the result is made of.
+    """
+    if torch.compiler.is_compiling() or (residual is not None and residual.dtype != z.dtype):
+        return False
+    return decide(z, op).backend == "cpp" and not recorded(tensors)
+
+
+def serve_batch_norm(
+    op: FusedOp,
+    stateful: Callable[..., Tensor],
+    maps: tuple[Tensor, ...],
+    weight: Tensor,
+    bias: Tensor,
+    statistics: tuple[Tensor | None, Tensor | None],
+    *,
+    training: bool,
+    momentum: float,
+    eps: float,
+    residual: Tensor | None,
+    activation: str | None,
+) -> Tensor:
+    """As `serve`, for a gate that is a batch norm of the last of ``maps``. Updates the statistics in training.
+
+    Args:
+        op: ``(*maps, weight, bias, mean, var, ...) -> (y, mean, var)``; without a mean it takes the batch's statistics.
+        stateful: ``(*maps, weight, bias, *statistics, training, momentum, eps) -> y`` in plain PyTorch, which updates
+            them itself.
+        maps: x first.
+        weight, bias, statistics, training, momentum, eps: of the batch norm, as in `F.batch_norm`.
+        residual, activation: as in `serve`.
+    """
+    x, last = maps[0], maps[-1]
+
+    def plain() -> Tensor:
+        wide = last.dtype in (torch.float32, torch.float64)
+        affine = (weight.to(last.dtype), bias.to(last.dtype)) if wide else (weight, bias)
+        return stateful(*maps, *affine, *statistics, training, momentum, eps).to(x.dtype)
+
+    given = maps
+    if last.dtype != x.dtype and decide(x, op).fused:
+        given = tuple(m.to(x.dtype) for m in maps)
+    tensors = (*given, weight, bias, *((None, None) if training else statistics))
+    y, *batch = serve_all(op, tensors, options=(float(eps),), residual=residual, activation=activation, plain=plain)
+    if batch and training and x.shape[0]:
+        mean, var = (t.detach() for t in batch)
+        update_running_statistics(*statistics, mean, var, x.numel() // x.shape[1], momentum)
+    return y

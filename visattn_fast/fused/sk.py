@@ -1,0 +1,89 @@
+"""Selective kernels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..ops.autograd import mixed
+from ..ops.sk import SK
+from ..reference.batch_norm import update_running_statistics
+from ..reference.checks import check_branches
+from .serve import serve_all
+
+__all__ = ["FastSK", "sk"]
+
+
+def sk(
+    v1: Tensor,
+    v2: Tensor,
+    w: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    b2: Tensor,
+    *,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """Selects between two branches: ``gate_1 relu(v1) + gate_2 relu(v2)``, gates that sum to one in each channel.
+
+    ``h = relu(batch_norm(w mean(relu(v1) + relu(v2))))``, the mean over H and W; ``gate = softmax([w1 h + b1, w2 h +
+    b2])`` over the two. The branches' ReLUs and their sum are never stored.
+
+    Args:
+        v1, v2: the branches before their ReLU, ``[N, C, H, W]``, any floating dtype, NCHW or channels_last.
+        w: ``[d, C]`` (or a 1x1 convolution's ``[d, C, 1, 1]``).
+        norm_weight, norm_bias, running_mean, running_var: of the batch norm, ``[d]``; without running statistics the
+            batch's are taken.
+        w1, b1, w2, b2: ``[C, d]`` (or ``[C, d, 1, 1]``) and ``[C]``.
+        training: normalise with the batch's statistics and update the running ones by ``momentum``.
+
+    Returns:
+        ``[N, C, H, W]`` in v1's dtype and memory format. Sums are kept in float32 (float64 for float64).
+
+    Raises:
+        TypeError: a tensor that is not floating.
+        ValueError: shapes or devices that do not fit, a batch of fewer than two images in training.
+        RuntimeError: the backend asked for cannot serve.
+
+    Source: Li et al., "Selective Kernel Networks", CVPR 2019.
+    """
+    norm = norm_weight, norm_bias
+    check_branches(v1, v2, w, *norm, running_mean, running_var, w1, b1, w2, b2, training=training)
+
+    def plain() -> Tensor:
+        # The running statistics are updated in place, so `mixed` may not pass on copies of them in another dtype.
+        def mathematics(*tensors: Any) -> Tensor:
+            weights = *tensors[:5], running_mean, running_var, *tensors[5:]
+            return reference.sk(*weights, training=training, momentum=momentum, eps=eps)
+
+        return mixed(mathematics, v1, v2, w, *norm, w1, b1, w2, b2)
+
+    batch = training or running_mean is None or running_var is None
+    statistics = (None, None) if batch else (running_mean, running_var)
+    y, *small = serve_all(SK, (v1, v2, w, *norm, *statistics, w1, b1, w2, b2), options=(eps,), plain=plain)
+    if small and batch:
+        var, center = torch.var_mean(small[1], 0, correction=0)
+        update_running_statistics(running_mean, running_var, center, var, v1.shape[0], momentum)
+    return y
+
+
+class FastSK(reference.SK):
+    """`reference.SK`, fused: same constructor, same ``state_dict``, same result.
+
+    The convolutions and their batch norms are PyTorch's, and hooks on them run; hooks on the other inner layers do
+    not: the fused op reads their parameters alone.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[N, C, H, W]`` -> ``[N, C, H, W]``; see `sk`."""
+        return sk(*self.branches(x), *self.weights(), **self.norm_step()).to(x.dtype)

@@ -1,0 +1,182 @@
+"""Declares a gate once: schemas, fakes, autograd node and the forms for inference follow from one statement.
+
+A gate is ``y = act(f(x, weights) + residual)``. Its declaration names the weights, the options and the small results
+that forward saves, each with its shape (`shapes`), and gives forward, backward and the mathematics in plain PyTorch.
+From it come
+
+- ``<name>_fwd(x, *weights, residual, activation, *options) -> (y, *saves)``,
+- ``<name>_bwd(grad, x, *weights, residual, *saves, activation, *options) -> (dx, dresidual, *dweights)``,
+- if asked for, ``<name>_infer``, y alone, and ``<name>_normed``, y behind a batch norm in eval mode,
+- the fakes of all of them, and the `FusedOp` with its autograd node and double backward.
+
+A gate that is itself the result, as CBAM's halves are, has no residual and no activation, and saves y.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from .autograd import FusedOp, Gradients, fused_function, in_dtype_of_x
+from .epilogue import residual_gradient_shape, with_epilogue
+from .library import define, define_infer, define_normed
+from .shapes import Arguments, Shape, allocated
+
+
+def gate_op(
+    name: str,
+    *,
+    weights: Mapping[str, str],
+    saves: Mapping[str, Shape],
+    forward: Callable[..., Any],
+    backward: Callable[..., Any],
+    mathematics: Callable[..., Tensor],
+    options: str = "",
+    kernels: str = "",
+    unread: Sequence[str] = (),
+    statistics: Sequence[str] = (),
+    empty_if_absent: Sequence[str] = (),
+    backward_options: str | None = None,
+    derived: Mapping[str, Callable[[Arguments], Any]] | None = None,
+    result: Shape = "like x",
+    epilogue: bool = True,
+    infer: bool = False,
+    normed: bool = False,
+    tiny: int = 0,
+) -> FusedOp:
+    """Declares the ops of a gate and returns it.
+
+    Args:
+        name: the stem of the family.
+        weights: name -> shape, in the order of the arguments; ``"R or None"``: optional. ``"like x"``: a map.
+        saves: name -> shape of what forward returns behind y.
+        forward, backward: the ops in plain PyTorch, with the schemas' arguments.
+        mathematics: ``(x, *weights, *options) -> y`` in differentiable PyTorch, without the epilogue.
+        options: numbers behind the activation, as in a schema: ``"float eps"``.
+        kernels: the module of ``visattn_fast.kernels.ops`` with the launchers, if not named after the family.
+        unread: weights that backward does not take.
+        statistics: arguments without gradient, which backward does not take either.
+        empty_if_absent: optional weights whose gradient is empty if they are None; the others' are made all the same.
+        backward_options: the options of backward, if they are not those of forward.
+        derived: option of backward -> its value, from forward's arguments by name.
+        result, epilogue: the shape of y, and False for a gate that is itself the result.
+        infer, normed: True declares these forms.
+        tiny: as in `FusedOp`.
+    """
+    shapes = {key: shape.removesuffix(" or None") for key, shape in weights.items()}
+    schema = {key: f"Tensor{'?' * shape.endswith(' or None')} {key}" for key, shape in weights.items()}
+    read = [key for key in weights if key not in {*unread, *statistics}]
+    graded = [key for key in weights if key not in statistics]
+    maps = [key for key in graded if shapes[key] == "like x"]
+    small = [key for key in graded if key not in maps]
+    residual, code = (["Tensor? residual"], ["int activation"]) if epilogue else ([], [])
+    gate = [] if epilogue else ["Tensor gate"]
+    saved = [*gate, *(f"Tensor {key}" for key in saves)]
+    late = options if backward_options is None else backward_options
+
+    arguments = ["Tensor x", *schema.values(), *residual, *code, *_listed(options)]
+    results = ["Tensor y"] * epilogue + saved
+    forward_op = define(
+        f"{name}_fwd({', '.join(arguments)}) -> ({', '.join(results)})",
+        kernels or name,
+        forward,
+        (result, *saves.values()),
+        weights=shapes,
+    )
+
+    def gradient(key: str) -> Shape:
+        """The result of backward for a weight; sized by its declaration where backward is not given it."""
+
+        def made(given: Arguments) -> Tensor:
+            weight = given.get(key)
+            if weight is not None:
+                return allocated(f"shape of {key}", given, shapes)
+            return allocated("0" if key in empty_if_absent else shapes[key], given, shapes)
+
+        return made
+
+    inputs = ["Tensor grad", "Tensor x", *(schema[key] for key in read)]
+    bwd_arguments = [*inputs, *residual, *saved, *code, *_listed(late)]
+    bwd_results = [f"Tensor d{key}" for key in ("x", *maps, *(["residual"] if epilogue else []), *small)]
+    backward_op = define(
+        f"{name}_bwd({', '.join(bwd_arguments)}) -> ({', '.join(bwd_results)})",
+        kernels or name,
+        backward,
+        (
+            *("like x" for _ in ("x", *maps)),
+            *([residual_gradient_shape] if epilogue else []),
+            *(gradient(key) for key in small),
+        ),
+        weights=shapes,
+        gradients_of=[_owner(key, weights) for key in small],
+    )
+    names = ["x", *weights, *(["residual"] if epilogue else [])]
+    numbers = [argument.split()[-1] for argument in (*code, *_listed(options))]
+    late_numbers = [argument.split()[-1] for argument in (*code, *_listed(late))]
+    picked = [names.index(key) for key in ("x", *read, *(["residual"] if epilogue else []))]
+    order = [result.removeprefix("Tensor d") for result in bwd_results]
+    places = [order.index(key) if key in order else None for key in names]
+
+    def gradients(grad: Tensor, tensors: Any, kept: Any, values: Any) -> tuple[Tensor | None, ...]:
+        if late_numbers != numbers:
+            given = dict(zip((*names, *numbers), (*tensors, *values), strict=True))
+            values = [derived[key](given) if derived and key in derived else given[key] for key in late_numbers]
+        found = backward_op(grad, *(tensors[i] for i in picked), *kept, *values)
+        return tuple(None if place is None else found[place] for place in places)
+
+    return composed_op(
+        name,
+        forward_op,
+        gradients,
+        mathematics,
+        epilogue=epilogue,
+        options=len(_listed(options)),
+        saves_result=not epilogue,
+        infer=define_infer(name) if infer else None,
+        normed=define_normed(name) if normed else None,
+        tiny=tiny,
+    )
+
+
+def composed_op(
+    name: str,
+    forward: Callable[..., tuple[Tensor, ...]],
+    gradients: Gradients,
+    mathematics: Callable[..., Tensor],
+    *,
+    epilogue: bool = False,
+    options: int = 0,
+    saves_result: bool = False,
+    widens: bool = True,
+    **facts: Any,
+) -> FusedOp:
+    """A `FusedOp` whose two directions are made of ops that exist, one or several.
+
+    Args:
+        name: the stem of the family.
+        forward, gradients: as in `fused_function`.
+        mathematics: ``(*tensors, *options) -> y`` in differentiable PyTorch, without the epilogue.
+        epilogue: True: residual and activation stand between ``tensors`` and ``options``.
+        options: how many numbers there are, the activation aside.
+        saves_result: as in `fused_function`.
+        widens: False if ``mathematics`` takes tensors of several dtypes as they are.
+        facts: the other attributes of `FusedOp`.
+    """
+    plain = in_dtype_of_x(mathematics) if widens else mathematics
+    differentiable = with_epilogue(mathematics, options) if epilogue else plain
+    function = fused_function(name, forward, gradients, differentiable, saves_result)
+    return FusedOp(name, function, plain, epilogue=epilogue, **facts)
+
+
+def _listed(options: str) -> list[str]:
+    return options.split(", ") if options else []
+
+
+def _owner(key: str, weights: Mapping[str, str]) -> str:
+    """The weight whose dtype the gradient of ``key`` has: its own, or for a bias that of the weight before it."""
+    names = list(weights)
+    while weights[key].endswith(" or None"):
+        key = names[names.index(key) - 1]
+    return key

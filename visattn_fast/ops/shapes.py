@@ -1,0 +1,69 @@
+"""Results of ops as declared: a small language of shapes, and the fakes that follow from it.
+
+- ``"N 2 C"``: sizes. N, C, H and W are those of the map x; other letters are bound by the declared shapes of arguments,
+  ``{"w1": "R C"}``. The dtype is the accumulation dtype;
+- ``"N C : int32"``, ``"N C 1 1 : x"``: sizes, and a dtype, or the argument whose dtype it is;
+- ``"like x"``: a map of that argument's shape, dtype and memory format;
+- ``"shape of w"``: that argument's shape, in the accumulation dtype.
+
+Instead of a string there may be a function of the arguments by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .layout import empty_map, empty_small
+
+Arguments = Mapping[str, Any]
+Shape = str | Callable[[Arguments], Tensor]
+
+
+def fake_of(names: Sequence[str], results: Sequence[Shape], weights: Mapping[str, str]) -> Callable[..., Any]:
+    """The fake of an op with arguments ``names``: makes uninitialised ``results``."""
+
+    def fake(*args: Any) -> Any:
+        given = dict(zip(names, args, strict=True))
+        made = [allocated(result, given, weights) for result in results]
+        return made[0] if len(made) == 1 else tuple(made)
+
+    return fake
+
+
+def allocated(result: Shape, given: Arguments, weights: Mapping[str, str]) -> Tensor:
+    """One uninitialised result."""
+    if callable(result):
+        return result(given)
+    x = _leading(given, weights)
+    kind, _, name = result.rpartition(" ")
+    if kind == "like":
+        return empty_map(given[name])
+    if kind == "shape of":
+        return empty_small(x, *given[name].shape)
+    shape, _, dtype = result.partition(" : ")
+    wanted = given[dtype].dtype if dtype in given else getattr(torch, dtype) if dtype else None
+    sizes = _sizes(x, given, weights)
+    return empty_small(x, *(sizes[s] if s in sizes else int(s) for s in shape.split()), dtype=wanted)
+
+
+def _leading(given: Arguments, weights: Mapping[str, str]) -> Tensor:
+    """The argument that gives results their device and dtype: x, else the first declared one, else the first map."""
+    if "x" in given or weights:
+        return given["x" if "x" in given else next(iter(weights))]
+    tensors = [t for t in given.values() if isinstance(t, Tensor)]
+    return next((t for t in tensors if t.dim() == 4), tensors[0])
+
+
+def _sizes(x: Tensor, given: Arguments, weights: Mapping[str, str]) -> dict[str, int]:
+    """Letters -> sizes: of the map, if there is one, and of the arguments whose shapes are declared."""
+    sizes = dict(zip("NCHW", x.shape, strict=True)) if x.dim() == 4 else {}
+    for name, shape in weights.items():
+        weight = given.get(name)
+        if weight is not None:
+            bound = zip(shape.split(), weight.shape, strict=False)  # a 1x1 convolution's weight has two more
+            sizes.update((letter, size) for letter, size in bound if letter.isalpha() and letter not in sizes)
+    return sizes
