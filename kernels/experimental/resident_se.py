@@ -37,7 +37,7 @@ class SmallResults(NamedTuple):
 
 
 class Published(NamedTuple):
-    """What the team exchanges: sums [N, blocks_p, C] of tiles, and shares of the layer behind them, [N, team, R]."""
+    """The team's sums of tiles, [N, blocks_p, C], and its shares of the layer behind them, [N, team, R]."""
 
     sums: Any
     shares: Any
@@ -126,8 +126,7 @@ def _se_resident_fwd_kernel(
 @triton.jit
 def _se_resident_bwd_kernel(
     upstream,
-    w1_ptr,
-    w2_ptr,
+    weights,
     strides,
     hidden_ptr,
     dx_ptr,
@@ -152,7 +151,7 @@ def _se_resident_bwd_kernel(
         upstream, published.sums, meet_ptr, size, GATE_ACTIVATION, ACTIVATION, TILE
     )
     shares = published.shares + n * team * R
-    _publish_layer(w2_ptr, shares + member * R, dz, c, C, R, strides.w2_c, strides.w2_r, BLOCKS.R)
+    _publish_layer(weights.w2, shares + member * R, dz, c, C, R, strides.w2_c, strides.w2_r, BLOCKS.R)
     meet(meet_ptr, n, team)
 
     dmean = tl.zeros(c.shape, acc_ty)
@@ -161,7 +160,7 @@ def _se_resident_bwd_kernel(
         h = tl.load(hidden_ptr + n * R + r, mask=r < R, other=0.0)
         dh = activation_grad(total(shares, r, r < R, R, team, BLOCKS.T), h, HIDDEN_ACTIVATION)
         tl.store(dhidden_ptr + n * R + r, dh, mask=r < bound_if(member == 0, R))
-        w1 = _load_weights(w1_ptr, c, r, C, R, strides.w1_c, strides.w1_r, acc_ty)
+        w1 = _load_weights(weights.w1, c, r, C, R, strides.w1_c, strides.w1_r, acc_ty)
         dmean += tl.sum(w1 * dh[None, :], 1)
     own = c < bound_if(block_p == 0, C)
     dz = total(published.sums + n * blocks_p * C, c, own, C, blocks_p, BLOCKS.S)
@@ -255,8 +254,7 @@ def se_bwd(
             _se_resident_bwd_kernel,
             layout.N * team.size,
             Upstream(layout.dense(grad), x, residual, gate, dresidual),
-            w1,
-            w2,
+            MLPWeights(w1, None, w2, None),
             MLPStrides(*w1.stride()[:2], *w2.stride()[:2]),
             hidden,
             dx,

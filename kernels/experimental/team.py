@@ -26,7 +26,7 @@ RESIDENT_TILE = 16384  # elements that a program keeps: 64 a thread, which leave
 
 
 class Team(NamedTuple):
-    """The programs that share an image: `blocks_c` times `blocks_p` tiles, of which each keeps one."""
+    """The programs that share an image, `blocks_c` times `blocks_p`; each keeps one tile."""
 
     tile: Tile
     blocks_c: int
@@ -113,7 +113,7 @@ def store_scaled(x, gate, residual_ptr, y_ptr, offsets, mask, ACTIVATION: tl.con
 
 
 class Upstream(NamedTuple):
-    """What backward kernels read to make g' = grad * act'(z), and where they store it, as kernels take it."""
+    """The tensors that g' = grad * act'(z) is made of, and dresidual, which stores it, as kernels take them."""
 
     grad: Any
     x: Any

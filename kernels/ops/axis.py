@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 
 from ..core.launch import device_guard
-from ..passes.lines.axis import apply_line_gates, canonical_with_lines, dense_lines, line_sums
+from ..passes.lines.axis import apply_line_gates, line_sums
+from ..passes.lines.axis_tiles import canonical_with_lines, dense_lines
 
 
 def axis_mean(x: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,6 @@
-"""S2-MLPv2's split attention: launchers of the passes over three branches, of which two are shifted as they are read.
+"""S2-MLPv2's split attention: launchers of the passes over three branches.
 
-u [N, 3C, H, W] holds all three; each is as large as y [N, C, H, W].
+u [N, 3C, H, W] holds all three; two of them are shifted as they are read. Each is as large as y [N, C, H, W].
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from .weight_grads import MLPGrads, RowSum, mlp_grads_first, row_sum_first, row_
 
 
 class Terms(NamedTuple):
-    """What dx is made of; terms that are None are left out.
+    """The terms of dx, as kernels take them; terms that are None are left out.
 
     dx = (grad spatial_gate + dmean_map / C + dmax_map at argmax_c) channel_gate + dmean / HW + dmax at argmax_hw. With
     the sum of the gates, dx = grad (channel_gate + spatial_gate) + ws dlogits + dmean / HW.

@@ -18,7 +18,7 @@ from .partials import Partials, combine
 
 
 class Upstream(NamedTuple):
-    """What a kernel reads to make g' = grad * act'(z) of a tile, and where it stores g' and a sum of it."""
+    """The tensors that g' = grad * act'(z) is made of, and those that store g' and a sum of it."""
 
     grad: Any
     x: Any

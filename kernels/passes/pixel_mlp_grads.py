@@ -49,7 +49,7 @@ def _pixel_mlp_grads_kernel(
     BLOCK_S: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """All sums of g' x and x in one read of both, for maps of which a program can hold all channels of its pixels.
+    """All sums of g' x and x in one read of both, by programs that hold all channels of their pixels.
 
     Stores g' and dlogits [N, HW]; dchannel [N, blocks of pixels, C], the sums of g' x * spatial_gate over a block; and,
     over the tiles of all images that a program walks, sums [splits, S, C] of mask dlogits x, and counts [splits, S + 1]

@@ -1,4 +1,4 @@
-"""Passes over three branches in one map u [N, 3C, H, W], of which the first two are shifted as they are read."""
+"""Passes over three branches in one map u [N, 3C, H, W]; the first two are shifted as they are read."""
 
 from __future__ import annotations
 

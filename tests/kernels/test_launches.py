@@ -63,6 +63,12 @@ def test_launches(name, shape, layout):
         assert allowed[0] <= launches.total() <= allowed[-1], f"{op}: {dict(launches)}"
 
 
+@pytest.mark.parametrize(("name", "kernel"), [("se", "_dx_mlp_kernel"), ("eca", "_dx_kernel")])
+def test_input_gradient_compiles_an_mlp_only_if_there_is_one(name, kernel):
+    found = counted.launches(counted.Call(catalogue.ENTRIES[name], (2, 64, 7, 7)))[f"{name}_bwd"]
+    assert [name for name in found if "_dx_" in name] == [kernel]
+
+
 def test_copies_are_seen():
     """A view counts if it had to be copied, and only then."""
     x = torch.empty(4, 6, device="meta")

@@ -1,122 +1,32 @@
-"""Passes along H and W: means of every row and column, a gate for each, and their gradients.
+"""Passes along H and W: sums of every row and column, and maps scaled by a gate for each.
 
 Lines `[N, C, H + W]` hold a value for each row of a channel, then one for each column. They are dense as x is: along
 H + W in nchw, along C in channels_last.
-A plane is seen as `[groups, J]`: a group is G image rows, J = G W elements, as many as it takes for every group to
-start aligned. 28 columns of bfloat16 are 56 bytes, two rows 112, a multiple of 16.
 """
 
 from __future__ import annotations
-
-from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
 from ...core.activations import NONE, activate, activation_grad
-from ...core.heuristics import PROGRAMS, cdiv, next_power_of_2
+from ...core.heuristics import cdiv
 from ...core.launch import launch
-from ...core.layout import Layout, accumulation_dtype, canonical
-
-# A tile is one warp's if its loads are wide: no sum over an axis waits for other warps, and a plane's addresses and its
-# end are paid for once, which with four warps take as long as its elements.
-ELEMENTS = 1024  # of a tile
-MOST_PROGRAMS = 4 * PROGRAMS  # programs of so many elements that are enough, as each is small
-MIN_ROWS, MIN_PLANE_ROWS = 8, 64  # image rows that are worth a partial result: with the channels inside, and in a plane
-WIDEST = 512  # elements of a group in one tile
-
-
-class AxisSizes(NamedTuple):
-    """The sizes and strides of x `[N, C, H, W]` that kernels get when they run, as ``size``."""
-
-    C: Any
-    H: Any
-    W: Any
-    stride_n: Any
-    stride_o: Any  # of the outer axis of C and H * W
-
-
-class AxisTile(NamedTuple):
-    """A `[BLOCK_C, BLOCK_R, BLOCK_J]` tile of channels, groups and elements of a group; kernels take it as ``TILE``."""
-
-    CHANNELS_LAST: bool
-    ALIGN: int
-    G: int
-    BLOCK_C: int
-    BLOCK_R: int
-    BLOCK_J: int
-    num_warps: int
-
-
-@triton.jit
-def _group(W, TILE: tl.constexpr):
-    """Returns J, in nchw as a multiple of ALIGN that the compiler sees."""
-    return W if TILE.CHANNELS_LAST else W * TILE.G // TILE.ALIGN * TILE.ALIGN
-
-
-@triton.jit
-def _program(pid, C, J, TILE: tl.constexpr):
-    """Returns a program's image (int64), block of a group's elements, channels [BLOCK_C] and elements [BLOCK_J]."""
-    blocks_j = tl.cdiv(J, TILE.BLOCK_J)
-    blocks_c = tl.cdiv(C, TILE.BLOCK_C)
-    block = pid % blocks_j
-    c = (pid // blocks_j % blocks_c) * TILE.BLOCK_C + tl.arange(0, TILE.BLOCK_C)
-    return (pid // blocks_j // blocks_c).to(tl.int64), block, c, block * TILE.BLOCK_J + tl.arange(0, TILE.BLOCK_J)
-
-
-@triton.jit
-def _offsets(image, c, r, j, J, stride_o, TILE: tl.constexpr):
-    """Returns offsets [BLOCK_C, BLOCK_R, BLOCK_J] of an image, int64; see `tiles.wide_offsets`."""
-    ALIGN: tl.constexpr = TILE.ALIGN
-    p = r[None, :, None] * J + j[None, None, :]
-    if TILE.CHANNELS_LAST:
-        offsets = image + (c[:, None, None] + p.to(tl.int64) * stride_o)
-    else:
-        offsets = image + (c[:, None, None].to(tl.int64) * stride_o + p)
-    return offsets if ALIGN == 1 else tl.multiple_of(offsets, [ALIGN, 1, 1] if TILE.CHANNELS_LAST else [1, 1, ALIGN])
-
-
-@triton.jit
-def _dense_offsets(n, c, r, j, J, groups, size, TILE: tl.constexpr):
-    """Returns the tile's offsets in a dense map of x's shape and layout."""
-    stride_o = size.C if TILE.CHANNELS_LAST else groups * J
-    return _offsets(n * size.C * (groups * J), c, r, j, J, stride_o, TILE)
-
-
-@triton.jit
-def _mask(c, r, j, C, groups, J, TILE: tl.constexpr):
-    ALIGN: tl.constexpr = TILE.ALIGN
-    mask = (c < C)[:, None, None] & (r < groups)[None, :, None] & (j < J)[None, None, :]
-    return mask if ALIGN == 1 else tl.max_constancy(mask, [ALIGN, 1, 1] if TILE.CHANNELS_LAST else [1, 1, ALIGN])
-
-
-@triton.jit
-def _line_offsets(c, line, size, CHANNELS_LAST: tl.constexpr):
-    """Returns offsets [BLOCK_C, lines] of lines inside an image, int64."""
-    if CHANNELS_LAST:
-        return c[:, None] + line[None, :].to(tl.int64) * size.C
-    return c[:, None].to(tl.int64) * (size.H + size.W) + line[None, :]
-
-
-@triton.jit
-def _columns(ptr, c, j, J, size, TILE: tl.constexpr):
-    """Loads the columns' values of a group's elements, [BLOCK_C, 1, BLOCK_J]."""
-    offsets = _line_offsets(c, size.H + (j if TILE.G == 1 else j % size.W), size, TILE.CHANNELS_LAST)
-    return tl.load(ptr + offsets, mask=(c < size.C)[:, None] & (j < J)[None, :], other=0.0)[:, None, :]
-
-
-@triton.jit
-def _rows(ptr, c, r, j, size, TILE: tl.constexpr):
-    """Loads the rows' values, [BLOCK_C, BLOCK_R, 1], or for groups of several rows [BLOCK_C, BLOCK_R, BLOCK_J]."""
-    G: tl.constexpr = TILE.G
-    mask = (c < size.C)[:, None] & (r * G < size.H)[None, :]
-    values = tl.load(ptr + _line_offsets(c, r * G, size, TILE.CHANNELS_LAST), mask=mask, other=0.0)[:, :, None]
-    for k in tl.static_range(1, G):
-        offsets = _line_offsets(c, r * G + k, size, TILE.CHANNELS_LAST)
-        later = tl.load(ptr + offsets, mask=mask, other=0.0)[:, :, None]
-        values = tl.where((j // size.W >= k)[None, None, :], later, values)
-    return values
+from ...core.layout import Layout, accumulation_dtype
+from .axis_tiles import (
+    ELEMENTS,
+    AxisSizes,
+    axis_grid,
+    axis_mask,
+    axis_offsets,
+    axis_program,
+    dense_axis_offsets,
+    group_length,
+    line_offsets,
+    load_columns,
+    load_rows,
+)
 
 
 @triton.jit
@@ -147,26 +57,26 @@ def _line_sums_kernel(
     G: tl.constexpr = TILE.G
     acc_ty = out_ptr.dtype.element_ty
     C, H, W = size.C, size.H, size.W
-    J = _group(W, TILE)
+    J = group_length(W, TILE)
     groups = H // G
-    n, block, c, j = _program(tl.program_id(0), C, J, TILE)
+    n, block, c, j = axis_program(tl.program_id(0), C, J, TILE)
     share = tl.program_id(1)
     if grad_ptr is not None:
         lines = gates_ptr + n * C * (H + W)
-        columns = _columns(lines, c, j, J, size, TILE)
+        columns = load_columns(lines, c, j, J, size, TILE)
     out = out_ptr + (n * partials + block) * C * (H + W)
     acc = tl.zeros([BLOCK_C, BLOCK_R, BLOCK_J], acc_ty)
     for step in range(steps):
         r = (share * steps + step) * BLOCK_R + tl.arange(0, BLOCK_R)
-        mask = _mask(c, r, j, C, groups, J, TILE)
-        offsets = _dense_offsets(n, c, r, j, J, groups, size, TILE)
+        mask = axis_mask(c, r, j, C, groups, J, TILE)
+        offsets = dense_axis_offsets(n, c, r, j, J, groups, size, TILE)
         x_offsets = offsets
         if not DENSE:
-            x_offsets = _offsets(n * size.stride_n, c, r, j, J, size.stride_o, TILE)
+            x_offsets = axis_offsets(n * size.stride_n, c, r, j, J, size.stride_o, TILE)
         v = tl.load(x_ptr + x_offsets, mask=mask, other=0.0).to(acc_ty)
         along = v
         if grad_ptr is not None:
-            rows = _rows(lines, c, r, j, size, TILE)
+            rows = load_rows(lines, c, r, j, size, TILE)
             if ACTIVATION != NONE:
                 z = v * (rows * columns)
                 if residual_ptr is not None:
@@ -181,15 +91,15 @@ def _line_sums_kernel(
         acc += v
         for k in tl.static_range(G):
             of_row = tl.where((j // W == k)[None, None, :], along, 0.0) if G > 1 else along
-            offsets_k = _line_offsets(c, r * G + k, size, TILE.CHANNELS_LAST)
+            offsets_k = line_offsets(c, r * G + k, size, TILE.CHANNELS_LAST)
             row_mask = (c < C)[:, None] & (r < groups)[None, :]
             tl.store(out + offsets_k, tl.sum(of_row, 2) / row_divisor, mask=row_mask)
     # Element j of a group belongs to its image row j // W, and that row has a partial of its own.
     first = (n * partials + share * G) * C * (H + W)
     if G == 1:
-        offsets = first + _line_offsets(c, H + j, size, TILE.CHANNELS_LAST)
+        offsets = first + line_offsets(c, H + j, size, TILE.CHANNELS_LAST)
     else:
-        in_row = _line_offsets(c, H + j % W, size, TILE.CHANNELS_LAST)
+        in_row = line_offsets(c, H + j % W, size, TILE.CHANNELS_LAST)
         offsets = first + (j // W).to(tl.int64)[None, :] * C * (H + W) + in_row
     tl.store(out_ptr + offsets, tl.sum(acc, 1) / column_divisor, mask=(c < C)[:, None] & (j < J)[None, :])
 
@@ -237,80 +147,30 @@ def _axis_map_kernel(
 ):
     """out = act(v * row gate * column gate [+ residual] [+ dmeans of the row / W + dmeans of the column / H]).
 
-    What the sums read last comes first: it may still be in the L2 cache.
+    The last tiles of the sums come first: they may still be in the L2 cache.
     """
     acc_ty = gates_ptr.dtype.element_ty
     C, H, W = size.C, size.H, size.W
-    J = _group(W, TILE)
+    J = group_length(W, TILE)
     groups = H // TILE.G
-    n, _, c, j = _program(tl.num_programs(0) - 1 - tl.program_id(0), C, J, TILE)
+    n, _, c, j = axis_program(tl.num_programs(0) - 1 - tl.program_id(0), C, J, TILE)
     share = tl.num_programs(1) - 1 - tl.program_id(1)
     lines = n * C * (H + W)
-    columns = _columns(gates_ptr + lines, c, j, J, size, TILE)
+    columns = load_columns(gates_ptr + lines, c, j, J, size, TILE)
     if dmeans_ptr is not None:
-        dcolumns = _columns(dmeans_ptr + lines, c, j, J, size, TILE) / H
+        dcolumns = load_columns(dmeans_ptr + lines, c, j, J, size, TILE) / H
     for step in range(steps):
         r = (share * steps + step) * TILE.BLOCK_R + tl.arange(0, TILE.BLOCK_R)
-        mask = _mask(c, r, j, C, groups, J, TILE)
-        offsets = _dense_offsets(n, c, r, j, J, groups, size, TILE)
-        v_offsets = _offsets(n * size.stride_n, c, r, j, J, size.stride_o, TILE)
+        mask = axis_mask(c, r, j, C, groups, J, TILE)
+        offsets = dense_axis_offsets(n, c, r, j, J, groups, size, TILE)
+        v_offsets = axis_offsets(n * size.stride_n, c, r, j, J, size.stride_o, TILE)
         v = tl.load(v_ptr + v_offsets, mask=mask, other=0.0).to(acc_ty)
-        v *= _rows(gates_ptr + lines, c, r, j, size, TILE) * columns
+        v *= load_rows(gates_ptr + lines, c, r, j, size, TILE) * columns
         if residual_ptr is not None:
             v += tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(acc_ty)
         if dmeans_ptr is not None:
-            v += _rows(dmeans_ptr + lines, c, r, j, size, TILE) / W + dcolumns
+            v += load_rows(dmeans_ptr + lines, c, r, j, size, TILE) / W + dcolumns
         tl.store(out_ptr + offsets, activate(v, ACTIVATION), mask=mask)
-
-
-class AxisGrid(NamedTuple):
-    """How programs share x: blocks of channels and of a group's elements, splits of `steps` tiles along the groups."""
-
-    tile: AxisTile
-    programs: int
-    splits: int
-    steps: int
-    blocks_j: int
-
-    @property
-    def partials(self) -> int:
-        """Partial sums of a line: a row has one for each block, a column one for each split and row of a group."""
-        return max(self.blocks_j, self.splits * self.tile.G)
-
-
-def axis_grid(layout: Layout, itemsize: int, elements: int = ELEMENTS) -> AxisGrid:
-    align = min(layout.align, 16 // itemsize)
-    G = 1
-    while not layout.channels_last and layout.W * G % align:
-        G *= 2
-    J, groups = layout.W * G, layout.H // G
-    if layout.channels_last:
-        block_c = min(next_power_of_2(layout.C), elements // 16)
-        block_j = min(next_power_of_2(J), elements // block_c)
-        block_r = min(next_power_of_2(groups), elements // (block_c * block_j))
-    else:
-        block_j = min(next_power_of_2(J), WIDEST)
-        block_r = min(next_power_of_2(groups), elements // block_j)
-        block_c = min(next_power_of_2(layout.C), elements // (block_j * block_r))
-    num_warps = max(block_c * block_j * block_r // (ELEMENTS if align * itemsize >= 16 else 256), 1)
-    blocks_j, tiles = cdiv(J, block_j), cdiv(groups, block_r)
-    programs = layout.N * cdiv(layout.C, block_c) * blocks_j
-    least = cdiv(MIN_ROWS if layout.channels_last else MIN_PLANE_ROWS, block_r * G)
-    steps = min(max(cdiv(tiles, cdiv(MOST_PROGRAMS * ELEMENTS, max(programs * elements, 1))), least), tiles)
-    tile = AxisTile(layout.channels_last, align, G, block_c, block_r, block_j, num_warps)
-    return AxisGrid(tile, programs, cdiv(tiles, steps), steps, blocks_j)
-
-
-def canonical_with_lines(x: torch.Tensor) -> tuple[torch.Tensor, Layout]:
-    """Returns x and its layout as `canonical`, except for a 1x1 map, whose lines tell the layouts apart by format."""
-    x, layout = canonical(x)
-    if layout.channels_last and layout.memory_format == torch.contiguous_format:
-        layout = layout._replace(channels_last=False, stride_o=x.stride(1))
-    return x, layout
-
-
-def dense_lines(lines: torch.Tensor, layout: Layout) -> torch.Tensor:
-    return lines.mT.contiguous().mT if layout.channels_last else lines.contiguous()
 
 
 def _empty_lines(x: torch.Tensor, layout: Layout) -> torch.Tensor:

@@ -32,7 +32,7 @@ from .gates import (
 
 
 class HiddenGrads(NamedTuple):
-    """What the gradient of hidden lines is made of, as kernels take it."""
+    """The tensors that the gradient of hidden lines is made of, as kernels take them."""
 
     daffine: Any  # [N, L, M], the gradient before the hardswish
     z: Any  # [N, L, M]
@@ -245,7 +245,7 @@ def _like(t: torch.Tensor, means: torch.Tensor) -> torch.Tensor:
 
 
 def hidden_grads(g: LineGateGrads, z: torch.Tensor, norm: Norm, weights: AxisWeights) -> HiddenGrads:
-    """Returns what the gradient of hidden lines is made of; its sums [3, M] are zeros for an empty batch."""
+    """Returns what the gradient of hidden lines is made of; the sums are zeros for an empty batch."""
     lines, M = g.lines, g.lines.size.M
     daffine, partials = torch.empty_like(z), z.new_empty((lines.programs, 2, M))
     launch(

@@ -260,7 +260,7 @@ class GatedLines(NamedTuple):
 
 
 def gated_lines(means: torch.Tensor, height: int, w1: torch.Tensor) -> GatedLines:
-    """Returns lines [N, C, L], of which the first ``height`` are rows, as the passes take them."""
+    """Prepares lines [N, C, L] for the passes; the first ``height`` are rows."""
     N, C, L = means.shape
     dense = means.is_contiguous() or means.mT.is_contiguous()
     means, M = means if dense else means.contiguous(), w1.shape[0]

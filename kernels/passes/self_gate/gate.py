@@ -49,8 +49,8 @@ def gate_tile(t: Tile, layout: Layout, gate: Gate) -> Tile:
 
 def gate_plane_tile(layout: Layout, gate: Gate, backward: bool = False) -> Tile | None:
     """Returns a tile of whole planes, or None if they are too large."""
-    # Backward keeps x and grad in registers. Halves of a shuffled tile meet in shared memory, of which not every chip
-    # has enough for the largest tiles.
+    # Backward keeps x and grad in registers. Halves of a shuffled tile meet in shared memory, and not every chip has
+    # enough of it for the largest tiles.
     exchanges = gate.exchanges(layout)
     t = plane_tile(layout, PLANE_TILE // 2 if backward or exchanges else PLANE_TILE)
     if t is None or (backward and exchanges and not heuristics.amd()):

@@ -59,7 +59,7 @@ def y_channel(c, C):
 
 @triton.jit
 def load_x(x_ptr, n, c0, c, p, size, KIND: tl.constexpr, TILE: tl.constexpr):
-    """Loads the tile of x behind channels c of y, the first of which is c0."""
+    """Loads the tile of x behind channels c of y; c0 is the first of them."""
     if KIND == SHUFFLE and TILE.CHANNELS_LAST:
         BLOCK_C: tl.constexpr = TILE.BLOCK_C
         BLOCK_P: tl.constexpr = TILE.BLOCK_P
