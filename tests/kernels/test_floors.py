@@ -1,4 +1,4 @@
-"""The floors of kernels/: imports go down only, ops hold launchers alone, and no kernel takes more than 16 parameters."""
+"""The floors of kernels/: imports go down only, ops hold launchers alone, kernels take at most 16 parameters."""
 
 from __future__ import annotations
 
