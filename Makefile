@@ -1,65 +1,77 @@
-# Every target sets up .venv first: Python's venv, the pinned packages of constraints.txt, the native kernels.
+# Most targets set up .venv first: Python's venv, the pinned packages of constraints.txt, and what they need of the native
+# kernels. `make help` lists them.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
-SOURCES := $(wildcard csrc/*.h csrc/cpu/*.h csrc/cpu/*.cpp csrc/cuda/plan.h)
+SOURCES := $(wildcard csrc/common/*.h csrc/cpu/*.h csrc/cpu/*.cpp csrc/cuda/plan.h)
 CUDA_SOURCES := $(wildcard csrc/cuda/*.* csrc/cuda/emulation/*.*)
 # Test processes. Threads of two of them share the cores, and wait asleep; the interpreter needs one thread each.
 PROCESSES ?= 2
 
-.PHONY: report test bench kernels evidence lint format ext-cuda gpu-check build clean
+.PHONY: help report test bench kernels evidence names docs lint prose format ext-cuda gpu-check build clean
 
-report: $(VENV)/built
+help: ## list the targets
+	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
+
+report: $(VENV)/built ## compare eager, torch.compile and fused on this machine: report/report.html
 	$(BIN)/visattn-fast report --seconds 1 --out report
 
-test: $(VENV)/built
+test: $(VENV)/built ## run all tests, then those of the Triton kernels under the interpreter
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses $(PROCESSES)
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest --numprocesses $(PROCESSES) -m interpreted tests
 
-bench: $(VENV)/built
+bench: $(VENV)/built ## run the benchmarks
 	$(BIN)/python -m pytest bench --benchmark-only
 
-kernels: $(VENV)/installed
+kernels: $(VENV)/installed ## print what each Triton and CUDA kernel moves and compiles to; needs no GPU
 	TRITON_INTERPRET=1 $(BIN)/python -m tools.traffic
 	$(BIN)/python -m tools.compiled
 	$(BIN)/python -m tools.emulation
 	$(BIN)/python -m tools.cuda_objects
 
-# The native CUDA kernels, where nvcc and a CUDA torch are: with that machine's own torch, and nothing to download.
-# pip hides what compilers say, so that it only installs the Python code.
-ext-cuda:
+# Uses the machine's own torch and downloads nothing. pip hides what compilers say, so it only installs the Python code.
+ext-cuda: ## build the native CUDA kernels; needs nvcc and a CUDA torch
 	VISATTN_BUILD_EXT=0 $(PYTHON) -m pip install --quiet --no-build-isolation --no-deps --editable .
 	VISATTN_BUILD_CUDA=only $(PYTHON) setup.py build_ext --inplace --force
 	$(PYTHON) -c "from visattn_fast import native; raise SystemExit(native.load(native.CUDA_LIBRARY))"
 
-# What is proven of each kernel, and where: docs/internals/evidence.md.
-evidence: $(VENV)/installed
+evidence: $(VENV)/installed ## write docs/internals/evidence.md from the tests, the tools and bench/results/
 	$(BIN)/python -m tools.ledger
 
-lint: $(VENV)/installed
+names: $(VENV)/installed ## write the lists of public names from each file's __all__
+	$(BIN)/python -m tools.names
+
+# A broken link is an error. Nothing is downloaded.
+docs: $(VENV)/installed ## build the documentation site: site/index.html
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet -d build/doctrees docs site
+
+lint: $(VENV)/installed ## ruff, mypy, clang-format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(SOURCES) $(CUDA_SOURCES)
 
-format: $(VENV)/installed
+prose: $(VENV)/installed ## check the English of docstrings
+	$(BIN)/python -m tools.prose
+
+format: $(VENV)/installed ## apply what lint asks for
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(SOURCES) $(CUDA_SOURCES)
 
-# Where the GPU is: with that machine's own torch and pytest, from this folder, and nothing to download, to install or to
-# compile. `make ext-cuda` comes first.
-gpu-check:
+# Uses the machine's own torch and pytest, from this folder; downloads, installs and compiles nothing. Run `make ext-cuda`
+# first.
+gpu-check: ## run device tests and benchmarks on a GPU, into bench/results/
 	$(PYTHON) -m tools.gpu_check
 
-build: $(VENV)/installed
+build: $(VENV)/installed ## build a source distribution and a wheel
 	$(BIN)/python -m build
 
-clean:
-	rm -rf $(VENV) build dist *.egg-info visattn_fast/*.so
+clean: ## remove .venv and every build output
+	rm -rf $(VENV) build dist site *.egg-info visattn_fast/*.so
 
-# torch comes first: the native kernels are compiled against it, without build isolation.
+# torch first: without build isolation, the native kernels are compiled against it.
 $(VENV)/installed: constraints.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch setuptools wheel ninja

@@ -1,7 +1,7 @@
-"""Builds the optional native library. Without torch or a C++ compiler a pure-Python install comes out.
+"""Builds the optional native library. Without torch or a C++ compiler the install is pure Python.
 
-VISATTN_BUILD_EXT=1 makes a failed build an error, VISATTN_BUILD_EXT=0 skips it. VISATTN_BUILD_CUDA=1 builds the CUDA
-library as well, with nvcc of CUDA_HOME or of the path, for TORCH_CUDA_ARCH_LIST; if that fails, the rest is there.
+VISATTN_BUILD_EXT=1 makes a failed build an error, VISATTN_BUILD_EXT=0 skips it. VISATTN_BUILD_CUDA=1 also builds the
+CUDA library, with nvcc of CUDA_HOME or of the path, for TORCH_CUDA_ARCH_LIST; if that fails, the rest is installed.
 VISATTN_BUILD_CUDA=only builds nothing else, and a failure is an error.
 """
 
@@ -25,24 +25,24 @@ CUDA_CHOICE = os.environ.get("VISATTN_BUILD_CUDA", "0")
 
 
 def give_up(why: str, library: str = "native") -> None:
-    """Says why there is no native library, or stops if one is demanded."""
+    """Prints why there is no native library, or raises if it is demanded."""
     if CUDA_CHOICE == "only" or (CHOICE == "1" and library == "native"):
         raise RuntimeError(f"the {library} library was asked for, but {why}")
     print(f"visattn_fast: installing without the {library} library: {why}", file=sys.stderr)
 
 
 def extensions() -> list[Extension]:
-    """The native library: plain shared code that torch.ops.load_library loads, not a Python module."""
+    """Returns the native libraries: plain shared objects for torch.ops.load_library, not Python modules."""
     if CHOICE == "0" and CUDA_CHOICE != "only":
         return []
     if find_spec("torch") is None:
         give_up("torch is not installed here (pip install --no-build-isolation uses the installed one)")
         return []
-    headers = [*sorted(glob("csrc/cpu/*.h")), "csrc/cuda/plan.h"]
-    found = {"_C": (sorted(glob("csrc/cpu/*.cpp")), headers)}
+    common = sorted(glob("csrc/common/*.h"))
+    found = {"_C": (sorted(glob("csrc/cpu/*.cpp")), common + sorted(glob("csrc/cpu/*.h")))}
     if CUDA_CHOICE in ("1", "only"):
-        sources = sorted(glob("csrc/cuda/*.cu")) + sorted(glob("csrc/cuda/*.cpp"))  # what takes longest comes first
-        found["_CUDA"] = sources, headers + sorted([*glob("csrc/cuda/*.cuh"), *glob("csrc/cuda/*.h")])
+        sources = sorted(glob("csrc/cuda/*.cu")) + sorted(glob("csrc/cuda/*.cpp"))  # the slowest to compile come first
+        found["_CUDA"] = sources, common + sorted([*glob("csrc/cuda/*.cuh"), *glob("csrc/cuda/*.h")])
     return [
         Extension(f"visattn_fast.{name}", sources, depends=depends, language="c++", extra_compile_args=TOOLCHAIN.FLAGS)
         for name, (sources, depends) in found.items()
@@ -51,17 +51,17 @@ def extensions() -> list[Extension]:
 
 
 class BuildNative(build_ext):
-    """Builds the library on all cores; a failure leaves a pure-Python install behind."""
+    """Builds the libraries on all cores; after a failure the install is pure Python."""
 
     def get_ext_filename(self, ext_name: str) -> str:
-        return os.path.join(*ext_name.split(".")) + ".so"  # no interpreter's tag: it knows nothing of Python
+        return os.path.join(*ext_name.split(".")) + ".so"  # without an interpreter's tag: it does not use Python
 
     def get_export_symbols(self, ext: Extension) -> list[str]:
         return []
 
     def run(self) -> None:
         wanted, self.extensions, self.nvcc = self.extensions, [], None
-        built, compiler = [], self.compiler  # its name, of which a run makes an object
+        built, compiler = [], self.compiler  # a name; a run replaces it by an object
         for extension in wanted:
             self.extensions, self.compiler = [extension], compiler
             try:
@@ -101,7 +101,7 @@ class BuildNative(build_ext):
 
 
 class PlatformWheel(bdist_wheel):
-    """A wheel with the library serves every Python of its platform."""
+    """Tags a wheel with the library for every Python of its platform."""
 
     def get_tag(self) -> tuple[str, str, str]:
         python, abi, platform = super().get_tag()

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from visattn_fast.measure.timing import Effort, EventClock, Run, WallClock, interleaved, quantiles
 from visattn_fast.report.machine import describe
-from visattn_fast.report.measure import copy_share
+from visattn_fast.report.rows import copy_share
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ROUNDS, WARMUP = (15, 2) if DEVICE.type == "cpu" else (50, 3)

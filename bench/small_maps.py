@@ -19,7 +19,7 @@ from visattn_fast.backends import use_backend
 from visattn_fast.measure.step import DEFAULT_MODES
 from visattn_fast.measure.timing import Effort, Run, interleaved
 from visattn_fast.report.cases import Case, parse_shape
-from visattn_fast.report.subject import Subject
+from visattn_fast.report.contest import Contest
 
 CONTENDERS = ("eager", "fused")
 CALLS = 20  # calls in a block
@@ -31,15 +31,15 @@ def least(seconds: list[float]) -> float:
     return statistics.quantiles(seconds, n=20, method="inclusive")[0]
 
 
-def block(subject: Subject, contender: str) -> Run:
+def block(contest: Contest, contender: str) -> Run:
     """Makes a run of ``CALLS`` calls. It enters ``no_grad`` once, as a model does, not once for each call."""
-    wait = torch.cuda.synchronize if subject.device.type == "cuda" else int
-    run: Run = subject.run(contender)
-    if subject.case.mode == "forward":
-        run = functools.partial(subject.fast if contender == "fused" else subject.plain, subject.x)
+    wait = torch.cuda.synchronize if contest.device.type == "cuda" else int
+    run: Run = contest.run(contender)
+    if contest.case.mode == "forward":
+        run = functools.partial(contest.fast if contender == "fused" else contest.plain, contest.x)
 
     def calls() -> None:
-        with torch.set_grad_enabled(subject.case.mode == "both"):
+        with torch.set_grad_enabled(contest.case.mode == "both"):
             for _ in range(CALLS):
                 run()
         wait()
@@ -49,8 +49,8 @@ def block(subject: Subject, contender: str) -> Run:
 
 def microseconds(case: Case, seconds: float, summary: Summary, device: str = "cpu") -> dict[str, float]:
     """Measures a call of each contender by the host's clock."""
-    subject = Subject(case, torch.device(device))
-    runs = {name: block(subject, name) for name in CONTENDERS}
+    contest = Contest(case, torch.device(device))
+    runs = {name: block(contest, name) for name in CONTENDERS}
     times = interleaved(runs, torch.device("cpu"), Effort(seconds, fewest=50, most=100_000))
     return {name: 1e6 * summary(found) / CALLS for name, found in times.items()}
 

@@ -16,8 +16,8 @@ from bench.clock import DEVICE, measure, timed
 from visattn_fast.backends import select
 from visattn_fast.catalogue import ENTRIES, LAYOUTS
 from visattn_fast.report.cases import CONTENDERS, Case
-from visattn_fast.report.measure import bytes_moved
-from visattn_fast.report.subject import Subject
+from visattn_fast.report.contest import Contest
+from visattn_fast.report.rows import bytes_moved
 
 
 @timed
@@ -26,21 +26,21 @@ from visattn_fast.report.subject import Subject
 def test_module(
     benchmark: Any, op: str, layout: str, shape: tuple[int, int, int, int], dtype: str, mode: str, gate_contender: str
 ) -> None:
-    subject = Subject(Case(op, shape, dtype, layout, mode), DEVICE)
-    run, oracle = subject.run(gate_contender), subject.oracle()
-    errors = subject.errors(run(), oracle)
+    contest = Contest(Case(op, shape, dtype, layout, mode), DEVICE)
+    run, oracle = contest.run(gate_contender), contest.oracle()
+    errors = contest.errors(run(), oracle)
     fused = CONTENDERS[gate_contender].fused
     if fused:
-        subject.check(errors, subject.errors(subject.run("eager")(), oracle))
+        oracle.check(errors, contest.errors(contest.run("eager")(), oracle), contest.dtype)
     else:  # no error budget for rivals, but they must compute the same
-        assert max(errors.values()) < torch.finfo(subject.dtype).eps ** 0.5
+        assert max(errors.values()) < torch.finfo(contest.dtype).eps ** 0.5
     measure(
         benchmark,
         run,
-        str(subject.case),
-        subject.x,
-        bytes_moved(subject.case, gate_contender, subject.x.nbytes),
-        backend=select(DEVICE.type, subject.dtype, "auto") if fused else gate_contender,
-        saved_bytes=subject.saved_bytes(gate_contender, run),
+        str(contest.case),
+        contest.x,
+        bytes_moved(contest.case, gate_contender, contest.x.nbytes),
+        backend=select(DEVICE.type, contest.dtype, "auto") if fused else gate_contender,
+        saved_bytes=contest.saved_bytes(gate_contender, run),
         error=max(errors.values()),
     )

@@ -14,7 +14,7 @@ from bench.clock import DEVICE, measure, timed
 from outside import library
 from visattn_fast.catalogue import ENTRIES
 from visattn_fast.report.cases import Case
-from visattn_fast.report.subject import Subject
+from visattn_fast.report.contest import Contest
 
 CONTENDERS = ("timm", "timm-compile", "fused")
 
@@ -24,7 +24,7 @@ CONTENDERS = ("timm", "timm-compile", "fused")
 @pytest.mark.parametrize("stage", ENTRIES["window_attention"].shapes, ids=lambda s: "x".join(map(str, s)))
 def test_stage(benchmark: Any, stage: tuple[int, int, int, int], contender: str, mode: str) -> None:
     library("timm.models.swin_transformer")
-    subject = Subject(Case("window_attention", stage, layout="channels_last", mode=mode), DEVICE)
-    run = subject.run(contender)
-    assert max(subject.errors(run(), subject.oracle()).values()) < 1e-4  # same results
-    measure(benchmark, run, f"{subject.case}, window 7, shifted", subject.x, heads=subject.plain.heads)
+    contest = Contest(Case("window_attention", stage, layout="channels_last", mode=mode), DEVICE)
+    run = contest.run(contender)
+    assert max(contest.errors(run(), contest.oracle()).values()) < 1e-4  # same results
+    measure(benchmark, run, f"{contest.case}, window 7, shifted", contest.x, heads=contest.plain.heads)

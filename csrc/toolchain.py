@@ -1,4 +1,4 @@
-"""What setup.py compiles with: flags, what torch and CUDA add to an extension, and how nvcc is called."""
+"""The flags that setup.py compiles with, the paths of torch and CUDA, and the call of nvcc."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ from typing import Any
 
 from setuptools import Extension
 
-# 9.0a would be the same code; and PTX of 9.0, where that is asked for, also serves later chips.
+# 9.0a gives the same code, but its PTX would not serve later chips.
 ARCHITECTURES = os.environ.get("TORCH_CUDA_ARCH_LIST") or "8.0;9.0;10.0+PTX"
 _EVERYWHERE = ["-std=c++20", "-O3"]
 FLAGS = [*_EVERYWHERE, "-g0", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]
 FLAGS += ["-Wall", "-Wno-psabi", "-Wno-unknown-pragmas"]
 NVCC_FLAGS = [*_EVERYWHERE, "--expt-relaxed-constexpr", "--extended-lambda", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
-NVCC_FLAGS += ["--diag-suppress=128"]  # loops that some instances of a template have no turn of
+NVCC_FLAGS += ["--diag-suppress=128"]  # loops that never run in some instances of a template
 STABLE_ABI = ("TORCH_TARGET_VERSION", "0x020b000000000000")  # PyTorch 2.11: one library serves it and all later ones
 
 
 def nvcc_command(
     nvcc: str, source: str, made: str, include_dirs: Sequence[str] = (), macros: Sequence[Any] = (), **_: Any
 ) -> list[str]:
-    """Compiles one source for the architectures that are asked for."""
+    """Returns the command that compiles one source for the architectures in ARCHITECTURES."""
     defines = [f"-D{name}" if value is None else f"-D{name}={value}" for name, value in macros]
     paths = [f"-I{path}" for path in include_dirs]
     return [nvcc, *NVCC_FLAGS, *gencode(ARCHITECTURES), *defines, *paths, "-c", source, "-o", made]
 
 
 def gencode(architectures: str) -> list[str]:
-    """nvcc's flags for a list like ``8.0;9.0a;10.0+PTX``."""
+    """Returns nvcc's flags for a list like ``8.0;9.0a;10.0+PTX``."""
     flags = []
     for name in architectures.replace(",", ";").replace(" ", ";").split(";"):
         number = name.removesuffix("+PTX").replace(".", "")
@@ -39,7 +39,7 @@ def gencode(architectures: str) -> list[str]:
 
 
 def use_cuda(extension: Extension) -> str:
-    """Adds the CUDA runtime, linked statically; returns nvcc."""
+    """Adds the CUDA runtime, linked statically, to an extension; returns the path of nvcc."""
     import torch
 
     if torch.version.cuda is None:
@@ -59,7 +59,7 @@ def use_cuda(extension: Extension) -> str:
 
 
 def use_torch(extension: Extension) -> None:
-    """Adds the paths and libraries of the installed torch."""
+    """Adds the paths and libraries of the installed torch to an extension."""
     import torch
     from torch.utils import cpp_extension
 

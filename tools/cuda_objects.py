@@ -1,8 +1,7 @@
-"""Compiles the native CUDA kernels without a GPU, and judges the objects: `python -m tools.cuda_objects`.
+"""Compiles the native CUDA kernels without a GPU, and checks the objects: `python -m tools.cuda_objects`.
 
-Held against the rules: no kernel spills, and those that move maps 16 bytes at a time have 16-byte loads and stores of
-global memory in their machine code, or bulk copies for the loads. Needs nvcc; the machine code is read with the
-cuobjdump that comes with triton.
+No kernel may spill. Kernels that move maps 16 bytes at a time must have 16-byte loads and stores of global memory in
+their machine code, or bulk copies instead of the loads. Needs nvcc; triton's cuobjdump reads the machine code.
 """
 
 from __future__ import annotations
@@ -30,28 +29,31 @@ from .table import show
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
-# sm_90a is Hopper with the instructions that no other chip has. The kernels use none of them: compared instruction by
-# instruction, its code is that of sm_90, which setup.py builds by default.
+# sm_90a adds Hopper's own instructions. The kernels use none of them: instruction by instruction, the code equals that
+# for sm_90, which setup.py builds by default.
 TARGETS = ("sm_80", "sm_90a", "sm_100")
 FLAGS = ["-std=c++20", "-O3", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000", "-Xptxas", "-v"]
 FLAGS += ["--expt-relaxed-constexpr", "--extended-lambda", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
-_ACCESSES = {0: "wide rows", 1: "ragged", 2: "narrow"}  # csrc/cuda/plan.h
+_ACCESSES = {0: "wide rows", 1: "ragged", 2: "narrow"}  # csrc/common/geometry.h
 _KERNEL = re.compile(r"\d(channel_scale|cbam)_kernelILb([01])ELi([012])ELb([01])E(.*)")
 
 
 class Loop(NamedTuple):
-    """A loop over packs of 16 bytes: its instructions without those of loops inside it, which only NaN enters, and its
-    16-byte loads and stores. Backward loads two packs for one, x and grad; some loops load coefficients, too."""
+    """A loop over packs of 16 bytes.
+
+    ``instructions`` excludes the loops inside it, which only NaN enters. Backward loads two packs for each that it
+    stores, x and grad; some loops also load coefficients.
+    """
 
     instructions: int
-    loads: int
-    stores: int
-    divisions: int  # of integers, for each turn
+    loads: int  # of 16 bytes
+    stores: int  # of 16 bytes
+    divisions: int  # of integers, in each turn
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """A kernel of an object, as ptxas reports it, and the instructions that it moves data with."""
+    """A kernel of an object: ptxas's report, and the instructions that move data."""
 
     symbol: str
     target: str
@@ -62,7 +64,7 @@ class Compiled:
 
     @property
     def variant(self) -> tuple[str, ...] | None:
-        """Kernel, direction, element type, layout, access, and whether it is a cluster's; None of the small kernels."""
+        """Kernel, direction, element type, layout, access and variant; None for the small kernels."""
         found = _KERNEL.search(self.symbol)
         if found is None:
             return None
@@ -79,7 +81,7 @@ class Compiled:
 
     @property
     def empty(self) -> bool:
-        """Clusters before sm_90: never launched, and nothing but a trap."""
+        """True for cluster kernels before sm_90: never launched, they only trap."""
         return "cluster" in (self.variant or ()) and self.target == "sm_80"
 
     @property
@@ -96,7 +98,7 @@ class Compiled:
 
 
 def why_not() -> str | None:
-    """Why nothing can be compiled here, or None."""
+    """Returns why nothing can be compiled here, or None."""
     return None if nvcc() else "needs nvcc: set CUDA_HOME, or put it on the path"
 
 
@@ -106,7 +108,7 @@ def nvcc() -> str | None:
 
 
 def compile_source(source: Path, target: str, *flags: str) -> list[Compiled]:
-    """Every kernel of a source for one target, and no code of the host's."""
+    """Compiles the kernels of a source for one target, without the host's code."""
     with tempfile.TemporaryDirectory() as folder:
         made = Path(folder) / "kernels.cubin"
         number = target.removeprefix("sm_")
@@ -123,7 +125,7 @@ def compile_source(source: Path, target: str, *flags: str) -> list[Compiled]:
 
 
 def compile_all(sources: Iterable[Path] = SOURCES, targets: Sequence[str] = TARGETS, *flags: str) -> list[Compiled]:
-    """Every kernel of some sources that is launched, for some targets, by name and target; on all cores."""
+    """Compiles the kernels of sources that are launched, on all cores; sorted by name and target."""
     pairs = itertools.product(sources, targets)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         parts = pool.map(lambda pair: compile_source(*pair, *flags), pairs)
@@ -132,7 +134,7 @@ def compile_all(sources: Iterable[Path] = SOURCES, targets: Sequence[str] = TARG
 
 
 def ptxas_report(text: str) -> Iterator[tuple[str, int, int]]:
-    """(symbol, registers, bytes spilled) of each kernel in the output of ``-Xptxas -v``."""
+    """Yields (symbol, registers, bytes spilled) for each kernel in the output of ``-Xptxas -v``."""
     for part in text.split("Compiling entry function")[1:]:
         spills = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", part)
         registers = re.search(r"Used (\d+) registers", part)
@@ -142,7 +144,7 @@ def ptxas_report(text: str) -> Iterator[tuple[str, int, int]]:
 
 
 def instructions(made: Path) -> Iterator[tuple[str, tuple[Counter[str], tuple[Loop, ...]]]]:
-    """(symbol, how often LDG.128, STG.128, UBLKCP, ... occur, and the loops over packs) of each kernel in a cubin."""
+    """Yields (symbol, (counts of LDG.128, STG.128, UBLKCP, ..., loops over packs)) for each kernel in a cubin."""
     tool = Path(triton.backends.__file__).parent / "nvidia" / "bin" / "cuobjdump"
     text = subprocess.run([tool, "-sass", str(made)], capture_output=True, text=True, check=True).stdout
     for part in text.split("Function : ")[1:]:
@@ -152,7 +154,7 @@ def instructions(made: Path) -> Iterator[tuple[str, tuple[Counter[str], tuple[Lo
 
 
 def loops(sass: str) -> Iterator[Loop]:
-    """A kernel's loops over packs: the innermost ones, and those around a loop with four or more loads of their own."""
+    """Yields a kernel's loops over packs: innermost loops, and others with four or more loads of their own."""
     lines = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,6})\*/\s+([^;]*);", sass)]
     index = {at: i for i, (at, _) in enumerate(lines)}
     jumps = ((re.search(r"\bBRA\S* (?:\S+, )*`?\(?0x([0-9a-f]+)", text), i) for i, (_, text) in enumerate(lines))
@@ -180,7 +182,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--targets", nargs="+", default=TARGETS)
     parser.add_argument(
-        "--loops", action="store_true", help="instructions for each pack in the loops of bfloat16, wide rows"
+        "--loops", action="store_true", help="show the instructions a pack in the loops of bfloat16, wide rows"
     )
     options = parser.parse_args()
     if why := why_not():

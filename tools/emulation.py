@@ -1,7 +1,7 @@
-"""The CUDA kernels on a CPU: the code that a GPU would run, thread by thread in random order, on memory that checks.
+"""Runs the code of the CUDA kernels on a CPU, thread by thread in random order, on memory that checks each access.
 
-`python -m tools.emulation` prints what each variant moves. The emulation (csrc/cuda/emulation) finds reads of what was
-not written, races, accesses out of bounds, second and missing writes, barriers that do not reset and deadlocks.
+`python -m tools.emulation` prints the bytes that each variant moves. The emulation (csrc/cuda/emulation) finds reads of
+unwritten memory, races, accesses out of bounds, second and missing writes, barriers that do not reset, and deadlocks.
 """
 
 from __future__ import annotations
@@ -23,10 +23,12 @@ import torch
 from torch import Tensor
 from torch.utils.cpp_extension import include_paths
 
+from visattn_fast.reference.activations import Activation, GateActivation
+
 from .table import show
 
-CUDA = Path(__file__).parents[1] / "csrc" / "cuda"
-# What the emulated thread can leave out, so that tests see it found.
+CSRC = Path(__file__).parents[1] / "csrc"
+# What the emulated thread can leave out, so that tests see the fault found.
 SABOTAGE = ("", "team barrier", "block barrier", "second exchange", "copy wait", "fence")
 SABOTAGE += ("arrival at a semaphore", "grid barrier")
 VARIANTS, ACCESSES = ("cluster", "semaphore", "refused"), ("wide rows", "ragged", "narrow")
@@ -62,7 +64,7 @@ class Device:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a call did: the plan, the bytes of its large maps, and every fault."""
+    """The outcome of a call: its plan, the bytes that it moved of large maps, and every fault."""
 
     variant: str
     access: str
@@ -78,15 +80,18 @@ class Outcome:
 
 @dataclass
 class Call:
-    """SE, with ``window`` ECA, with a weight ``wconv`` CBAM, on x [N, C, H, W] whose images are dense in a layout."""
+    """A call on x [N, C, H, W], whose images are dense in a layout.
+
+    SE; with ``window`` ECA; with a weight ``wconv`` CBAM.
+    """
 
     x: Tensor
     weights: dict[str, Tensor]
     residual: Tensor | None = None
     window: int = 0
-    activation: int = 0
-    hidden_activation: int = 1
-    gate_activation: int = 0
+    activation: Activation = Activation.NONE
+    hidden_activation: Activation = Activation.RELU
+    gate_activation: GateActivation = GateActivation.SIGMOID
     device: Device = field(default_factory=Device)
     seed: int = 0
     sabotage: str = ""
@@ -100,7 +105,7 @@ class Call:
         return "wconv" in self.weights
 
     def forward(self) -> tuple[dict[str, Tensor], Outcome]:
-        """What the op returns, by name and in its order."""
+        """Returns the op's results, by name and in its order."""
         n, c, h, w = self.x.shape
         y, gate = torch.empty_like(self.x), torch.empty(n, c)
         if self.cbam:
@@ -116,7 +121,7 @@ class Call:
         return out, self._run({"x": self.x, "residual": self.residual, **out}, backward=0)
 
     def backward(self, grad: Tensor, small: dict[str, Tensor]) -> tuple[dict[str, Tensor], Outcome]:
-        """What the op returns, by name and in its order: dx, dresidual with an activation, the weights' gradients."""
+        """Returns the op's results, by name and in its order: dx, dresidual with an activation, weights' gradients."""
         n, c = self.x.shape[:2]
         out = {"dx": torch.empty_like(grad)}
         if self.activation:
@@ -152,15 +157,15 @@ class Call:
 
 
 def why_not() -> str | None:
-    """Why there is no emulation here, or None."""
+    """Returns why there is no emulation here, or None."""
     return None if shutil.which("g++") else "needs g++"
 
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    """The emulation, compiled when its sources have changed."""
+    """Returns the emulation, compiled anew if its sources have changed."""
     folder = Path(tempfile.gettempdir())
-    sources = sorted([*CUDA.glob("*.h"), *CUDA.glob("emulation/*")])
+    sources = sorted([*CSRC.glob("common/*.h"), *CSRC.glob("cuda/*.h"), *CSRC.glob("cuda/emulation/*")])
     digest = hashlib.sha256(b"".join(s.read_bytes() for s in sources)).hexdigest()[:16]
     path = folder / f"visattn_fast_emulation_{digest}.so"
     if not path.exists():
@@ -174,7 +179,7 @@ def library() -> ctypes.CDLL:
 
 
 def example(shape: tuple[int, ...], layout: torch.memory_format, dtype: torch.dtype, **options) -> Call:
-    """A call with random values; SE with C // 4 hidden units, or ECA with a window."""
+    """Returns a call with random values: SE with C // 4 hidden units, or with ``window`` ECA."""
     generator = torch.Generator().manual_seed(1)
 
     def random(*size: int) -> Tensor:
@@ -192,7 +197,7 @@ def example(shape: tuple[int, ...], layout: torch.memory_format, dtype: torch.dt
 def cbam_example(
     shape: tuple[int, ...], layout: torch.memory_format, dtype: torch.dtype, window: int = 3, **options
 ) -> Call:
-    """The same of CBAM, whose convolution has a window of its own, and a bias."""
+    """Returns a call of CBAM with random values, whose convolution has ``window`` and a bias."""
     call = example(shape, layout, dtype, **options)
     generator = torch.Generator().manual_seed(5)
     wconv, bias = torch.randn(1, 2, window, window, generator=generator), torch.randn(1, generator=generator)
@@ -201,18 +206,18 @@ def cbam_example(
 
 
 def kept(out: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What backward needs of what forward returns."""
+    """Returns the forward results that backward needs."""
     return {name: t for name, t in out.items() if name != "y"}
 
 
-SHAPE = (3, 32, 8, 12)  # of what is counted, in bfloat16
+SHAPE = (3, 32, 8, 12)  # the map of `counts`, in bfloat16
 HEADER = ("kernel", "layout", "target", "shared", "variant", "team", "teams", "held", "stages", "moved / x")
 
 
 def counts(
     devices: Sequence[tuple[int, int]] = ((90, 7 << 10), (90, 60 << 10), (80, 16 << 10)),
 ) -> tuple[list[tuple[object, ...]], list[str]]:
-    """What each kernel moves on small devices, given as (sm, shared bytes): rows of `HEADER`, and every fault."""
+    """Returns rows of `HEADER` for each kernel on small devices, given as (sm, shared bytes), and every fault."""
     rows: list[tuple[object, ...]] = []
     faults: list[str] = []
     for sm, shared in devices:

@@ -1,11 +1,11 @@
-"""Everything that a GPU can show, in under ten minutes, as one JSON in bench/results/: ``make gpu-check``.
+"""Checks in under ten minutes everything that needs a GPU, and writes a JSON to bench/results/: ``make gpu-check``.
 
-The tests that need a GPU or that a GPU runs too, compute-sanitizer on small calls where it is installed, then speed:
-eager, torch.compile, Triton, and beside it the native CUDA kernels and Triton's resident ones; what matters most comes
-first. Every step has a time limit, and the JSON is written after each, so a run that is cut short leaves what it found.
-A failure of a test does not keep the rest from running; the exit status is that of the tests.
+It runs the tests that need a GPU or also run on one, then compute-sanitizer, if installed, on small calls, and then
+measures speed: eager, torch.compile, Triton, the native CUDA kernels and Triton's resident kernels. What matters most
+comes first. Every step has a time limit, and the JSON is written after each step, so that a run that is cut short keeps
+its results. A failed test does not stop the other steps; the exit status is that of the tests.
 
-``--rehearse`` walks the same steps without a GPU, on a handful of elements: that the script works is then known.
+``--rehearse`` takes the same steps without a GPU, on a handful of elements, to show that the script works.
 """
 
 from __future__ import annotations
@@ -37,20 +37,20 @@ import torch
 from visattn_fast import catalogue
 from visattn_fast.backends import backends
 from visattn_fast.measure.timing import Effort
-from visattn_fast.report import subject
+from visattn_fast.report import contest
 from visattn_fast.report.cases import DEFAULT_CONTENDERS, Case, Shape, matrix
 from visattn_fast.report.machine import describe
-from visattn_fast.report.measure import Measured, measure
+from visattn_fast.report.rows import Measured, measure
 
 from . import ledger, teams
 
 ROOT = Path(__file__).parents[1]
 SHAPES = ((64, 256, 56, 56), (64, 64, 112, 112), (32, 512, 28, 28))  # 103 MB of bfloat16 and less
-FIRST = ("se", "eca", "cbam")  # what most models have, and what native kernels serve
-BUDGET = 530.0  # seconds of all steps together; each process may take its grace beyond that
-SHARES = {"tests": 0.5, "sanitizer": 0.1, "rows": 0.4}  # of the time; the last step has what is left
-GRACE = 15.0  # seconds in which a process that is told to stop says what it has found
-# Groups of tests in the order in which they run, each with its share of the step's time. Those that need most of a
+FIRST = ("se", "eca", "cbam")  # the most common gates; the native kernels serve them
+BUDGET = 530.0  # seconds of all steps together; each process may take its grace on top
+SHARES = {"tests": 0.5, "sanitizer": 0.1, "rows": 0.4}  # of the time; the last step gets the rest
+GRACE = 15.0  # seconds for a process told to stop to print its results
+# Groups of tests in the order in which they run, each with its share of the step's time. Tests that need most of a
 # card's memory run alone.
 ON_GPU = ("-k", "(cuda or test_gpu) and not more_than_2_to")
 TESTS = {
@@ -76,8 +76,8 @@ TESTS = {
     "over 2^31 elements": (0.15, ("tests/cuda/test_gpu.py", "-k", "more_than_2_to")),
 }
 PYTEST = ("-m", "pytest", "-v", "--tb=short", "-W", "default", "-p", "no:cacheprovider")
-PROCESSES = 14  # that share a card's memory
-MOST_NAMED = 50  # failures of a group
+PROCESSES = 14  # share a card's memory
+MOST_NAMED = 50  # failures listed for a group
 SMALL_RUN = """
 import contextlib, sys, torch, visattn_fast as vf
 from tools import teams
@@ -107,7 +107,7 @@ for backend, name, resident in runs:
 
 @dataclass
 class Plan:
-    """What is run, and where."""
+    """The steps to run, the device, and the cases to measure."""
 
     device: torch.device
     shapes: Sequence[Shape] = SHAPES
@@ -121,7 +121,7 @@ class Plan:
     rehearsal: bool = False
 
     def cases(self) -> list[Case]:
-        """The first shape before the others, and of each the modules that matter most before the others."""
+        """Lists the cases: the first shape before the others, and for each shape the modules of `FIRST` first."""
         first = [name for name in self.modules if name in FIRST]
         rest = [name for name in self.modules if name not in FIRST]
         order = [(first, self.shapes[:1]), (rest, self.shapes[:1]), (first, self.shapes[1:]), (rest, self.shapes[1:])]
@@ -129,7 +129,7 @@ class Plan:
 
 
 class Record:
-    """What has been found so far; on disk after every change."""
+    """The results so far, written to disk after every step."""
 
     def __init__(self, folder: Path, plan: Plan) -> None:
         self.start = time.perf_counter()
@@ -153,7 +153,7 @@ class Record:
         return time.perf_counter() - self.start
 
     def write(self) -> None:
-        """Whole or not at all."""
+        """Writes the file in one piece, so that no reader sees a part of it."""
         self.found["seconds"] = round(self.seconds)
         with tempfile.NamedTemporaryFile("w", dir=self.path.parent, suffix=".tmp", delete=False) as file:
             json.dump(self.found, file, indent=1)
@@ -162,26 +162,26 @@ class Record:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m tools.gpu_check", description=__doc__)
-    parser.add_argument("--device", default="cuda", help="default: %(default)s")
-    parser.add_argument("--out", type=Path, help="folder of the JSON (default: bench/results; rehearsing, a new one)")
-    parser.add_argument("--steps", default="tests,sanitizer,rows", help="default: %(default)s")
-    parser.add_argument("--seconds", type=float, default=BUDGET, help="of all steps together (default: %(default)s)")
-    parser.add_argument("--rehearse", action="store_true", help="walk the steps on the CPU, on a handful of elements")
+    parser.add_argument("--device", default="cuda", help="device to check (default: %(default)s)")
+    parser.add_argument("--out", type=Path, help="folder of the JSON (default: bench/results; to rehearse, a new one)")
+    parser.add_argument("--steps", default="tests,sanitizer,rows", help="steps to run (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=BUDGET, help="limit of all steps (default: %(default)s)")
+    parser.add_argument("--rehearse", action="store_true", help="take the steps on the CPU, on a handful of elements")
     args = parser.parse_args(arguments)
     steps = tuple(args.steps.split(","))
     if unknown := set(steps) - set(STEPS):
-        parser.error(f"unknown steps {', '.join(sorted(unknown))}; there are {', '.join(STEPS)}")
+        parser.error(f"unknown steps {', '.join(sorted(unknown))}; known are {', '.join(STEPS)}")
     if args.rehearse:
         plan = rehearsal(steps, args.seconds)
         return run(plan, args.out or Path(tempfile.mkdtemp(prefix="gpu_check_")))
     if not torch.cuda.is_available():
-        print("gpu_check: torch finds no CUDA or ROCm device here; --rehearse needs none", file=sys.stderr)
+        print("gpu_check: torch finds no CUDA or ROCm device; --rehearse needs none", file=sys.stderr)
         return 2
     return run(Plan(torch.device(args.device), steps=steps, seconds=args.seconds), args.out or ledger.RESULTS)
 
 
 def rehearsal(steps: Sequence[str], seconds: float = BUDGET) -> Plan:
-    """Tests are collected, not run; one module, by whatever serves the CPU, which nothing is compiled for."""
+    """Plans a rehearsal: tests are collected, not run; one module runs on the CPU, without torch.compile."""
     return Plan(
         torch.device("cpu"), ((1, 8, 6, 5),), ("se",), ("eager", "fused"), "auto", "float32", Effort(0.02, 3, 3),
         steps, seconds, rehearsal=True,
@@ -189,7 +189,7 @@ def rehearsal(steps: Sequence[str], seconds: float = BUDGET) -> Plan:
 
 
 def run(plan: Plan, folder: Path) -> int:
-    """The steps, and the JSON in ``folder``; returns the status of the tests."""
+    """Runs the steps and writes the JSON to ``folder``. Returns the exit status of the tests."""
     record = Record(folder, plan)
     record.write()
     for step in plan.steps:
@@ -209,7 +209,7 @@ def run(plan: Plan, folder: Path) -> int:
 
 
 def run_tests(record: Record, plan: Plan, limit: float) -> None:
-    """The groups of `TESTS`, each in processes of its own until its share of the time, and what is left, is over."""
+    """Runs the groups of `TESTS` in processes of their own. A group may also use the time that earlier groups left."""
     found, end = record.found["tests"], time.perf_counter()
     for name, (share, chosen) in TESTS.items():
         end += share * limit
@@ -227,20 +227,20 @@ def run_tests(record: Record, plan: Plan, limit: float) -> None:
         found["groups"][name] = {"status": status, "summary": summary, "failed": failed}
         found["failed"] += failed
         found["summary"] = "; ".join(f"{group}: {result['summary']}" for group, result in found["groups"].items())
-        # 5: none was found. A group that was cut short fails where a test had failed until then.
+        # 5: no test was collected. A group that was cut short fails if a test had failed by then.
         found["status"] = found["status"] or (int(bool(failed)) if status in (None, 5) else status)
         record.write()
 
 
 def _failed(lines: Sequence[str]) -> list[str]:
-    """The tests that pytest's last lines name; of a run that was killed before those, what it said under way."""
+    """Lists the failed tests that pytest's summary names; without a summary, those named while it ran."""
     named = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
     under_way = (re.search(r"\b(FAILED|ERROR)\b.*?(tests/\S+)|(tests/\S.*) (FAILED|ERROR)\b", line) for line in lines)
     return (named or [" ".join(filter(None, f.groups())) for f in under_way if f])[:MOST_NAMED]
 
 
 def run_sanitizer(record: Record, plan: Plan, limit: float) -> None:
-    """What compute-sanitizer's memcheck says of one small call of every op."""
+    """Runs one small call of every op under compute-sanitizer's memcheck."""
     names = plan.modules if plan.rehearsal else [*FIRST, *(n for n in catalogue.ENTRIES if n not in FIRST)]
     command = [sys.executable, "-c", SMALL_RUN, plan.device.type, ",".join(names)]
     tool, environment = _sanitizer(), {}
@@ -257,14 +257,14 @@ def run_sanitizer(record: Record, plan: Plan, limit: float) -> None:
 
 
 def _sanitizer() -> str | None:
-    """On the path, or beside nvcc."""
+    """Finds compute-sanitizer on the path or beside nvcc."""
     homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
     places = [None, *(os.path.join(home, folder) for home in homes if home for folder in ("bin", "compute-sanitizer"))]
     return next(filter(None, (shutil.which("compute-sanitizer", path=place) for place in places)), None)
 
 
 def _sanitizer_says(status: int | None, text: str) -> str:
-    """How many of the small runs came to an end, and its summary: the number of errors, and the first ones."""
+    """Sums up the output: how many small runs ended, the number of errors, and the first errors."""
     lines = text.splitlines()
     ran, failed = (sum(line.startswith(word) for line in lines) for word in ("ran ", "failed "))
     summary = re.search(r"^=+ ERROR SUMMARY: (\d+) error", text, re.MULTILINE)
@@ -276,9 +276,10 @@ def _sanitizer_says(status: int | None, text: str) -> str:
 
 
 def bounded(command: Sequence[str], limit: float, **environment: str) -> tuple[int | None, str]:
-    """(exit status, output) of a process; past its limit it is interrupted, so that it tells what it has, then killed.
+    """Runs a process. Past its limit it is interrupted, so that it prints its results, and after `GRACE` killed.
 
-    The status is None where it was cut short. It is the only process that is told to stop, and its own children.
+    Returns exit status and output; the status is None if the process was cut short. Only this process and its children
+    are stopped.
     """
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as output:
         process = subprocess.Popen(
@@ -301,11 +302,11 @@ def bounded(command: Sequence[str], limit: float, **environment: str) -> tuple[i
 
 
 def run_rows(record: Record, plan: Plan, limit: float) -> None:
-    """The rows of every case until the time is over, and the cases for which there was none."""
+    """Measures cases until the time is over, and lists the cases for which none was left."""
     end, native = time.perf_counter() + limit, backends(plan.device)["cuda"]
     if not native.available:
         record.found["left_out"].append(f"native CUDA kernels: {'; '.join(native.missing)}")
-    longest = 0.0  # of a case: one more that takes as long must not go past the end
+    longest = 0.0  # seconds of a case: another as long must end in time
     with _drawn_once(), _given_up_after(limit + 2 * GRACE):
         for case in plan.cases():
             start = time.perf_counter()
@@ -323,10 +324,10 @@ def run_rows(record: Record, plan: Plan, limit: float) -> None:
 
 
 def _measure(record: Record, key: str, case: Case, plan: Plan, contenders: Iterable[str], backend: str) -> None:
-    """Adds the rows of a case; what goes wrong is told among the cases left out."""
+    """Adds the rows of a case, or the error among the cases left out."""
     try:
         measured: Measured = measure(case, plan.device, plan.effort, contenders, backend)
-    except Exception as error:  # too little memory, say: the others may go on
+    except Exception as error:  # such as too little memory: the other cases go on
         record.found["left_out"].append(f"{key}: {case}: {type(error).__name__}: {str(error)[:200]}")
         return
     record.found[key] += [asdict(row) for row in measured.rows]
@@ -336,7 +337,7 @@ def _measure(record: Record, key: str, case: Case, plan: Plan, contenders: Itera
 
 
 def _kept_on_chip(case: Case, device: torch.device) -> bool:
-    """True if a resident kernel can hold the case's image; otherwise the streaming one would be measured again."""
+    """True if a resident kernel takes the case; otherwise the streaming kernel would be measured twice."""
     names = ("experimental.team", "core.layout")
     team, layout = (importlib.import_module(f"visattn_fast.kernels.{name}") for name in names)
     dtype, memory_format = getattr(torch, case.dtype), catalogue.LAYOUTS[case.layout]
@@ -346,7 +347,7 @@ def _kept_on_chip(case: Case, device: torch.device) -> bool:
 
 @contextlib.contextmanager
 def _given_up_after(seconds: float) -> Iterator[None]:
-    """Ends the process, which says where it was, if the context takes longer: a kernel that hangs cannot be told to."""
+    """Prints a traceback and ends the process if the context takes longer: a hanging kernel cannot be interrupted."""
     faulthandler.dump_traceback_later(max(seconds, 1.0), exit=True, file=sys.__stderr__)
     try:
         yield
@@ -356,7 +357,7 @@ def _given_up_after(seconds: float) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _drawn_once() -> Iterator[None]:
-    """Within the context a map is drawn once: on the CPU, in float64, it takes longer than all else of a case."""
+    """Draws each map once within the context: drawing on the CPU, in float64, takes longer than the rest of a case."""
     draw = functools.lru_cache(maxsize=2)(
         lambda shape, seed: catalogue.feature_map(shape, dtype=torch.float64, seed=seed)
     )
@@ -364,7 +365,7 @@ def _drawn_once() -> Iterator[None]:
     def feature_map(shape: Shape, layout: str, dtype: torch.dtype, device: torch.device, seed: int = 0) -> torch.Tensor:
         return draw(shape, seed).to(device, dtype).contiguous(memory_format=catalogue.LAYOUTS[layout])
 
-    with mock.patch.object(subject, "feature_map", feature_map):
+    with mock.patch.object(contest, "feature_map", feature_map):
         yield
 
 

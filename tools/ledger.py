@@ -1,8 +1,8 @@
-"""Writes docs/internals/evidence.md, what is proven of each GPU kernel and where: ``make evidence``.
+"""Writes docs/internals/evidence.md: what is proven of each GPU kernel, and where. Run it with ``make evidence``.
 
-It runs the parity tests under the interpreter, counts the traffic, compiles every kernel, Triton's and, where nvcc is,
-the native ones, whose traffic the emulation counts; and it reads what ``make gpu-check`` left in bench/results/.
-Nothing in the file comes from elsewhere. It takes some ten minutes on two cores.
+It runs the parity tests under the interpreter, counts the traffic, and compiles every Triton kernel. With nvcc it also
+compiles the native kernels, and with a C++ compiler counts their traffic in the emulation. It reads the results of
+``make gpu-check`` from bench/results/. The file has no other source. It takes some ten minutes on two cores.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from visattn_fast import catalogue
-from visattn_fast.report.measure import Row
 from visattn_fast.report.results import Comparison, geometric_mean
+from visattn_fast.report.rows import Row
 
 from . import compiled, cuda_objects, emulation
 from .launches import on_triton
@@ -38,10 +38,11 @@ accounts = [(c, a) for e in entries for c in traffic.calls(e) for a in traffic.a
 rows = [(c, a, c.layout + ", resident" * c.resident) for c, a in accounts if not c.sliced]
 print(json.dumps([(a.op, layout, c.epilogue, a.declared, a.streamed) for c, a, layout in rows]))
 """
-BESIDE = {"native_cuda": "native CUDA", "triton_resident": "Triton, resident"}  # rows of a GPU check beside streaming
+# Kernels that a GPU check measures beside the streaming ones: key of their rows -> name.
+BESIDE = {"native_cuda": "native CUDA", "triton_resident": "Triton, resident"}
 INTRODUCTION = """# What is proven of the GPU kernels, and where
 
-Written by `make evidence` from the tests, the tools and `bench/results/`; not edited by hand.
+`make evidence` writes this file from the tests, the tools and `bench/results/`. Do not edit it by hand.
 """
 
 
@@ -58,38 +59,41 @@ def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
+def section(title: str, *sentences: str) -> str:
+    return f"\n## {title}\n\n{' '.join(sentences)}\n\n"
+
+
 def gpu_results() -> list[dict[str, Any]]:
-    """What GPU checks have found, the oldest first; a rehearsal has found nothing."""
+    """Reads the results of GPU checks, the oldest first, without rehearsals."""
     results = (json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("*.json")))
     return [result for result in results if not result["rehearsal"]]
 
 
 def gpu_section(results: list[dict[str, Any]]) -> str:
-    """Tests and speed on each card, or that there are none yet."""
-    text = "\n## On a GPU\n\n`make gpu-check` writes one result per run.\n\n"
+    """Reports tests and speed on each card, or says that there are none yet."""
+    text = section("On a GPU", "Each run of `make gpu-check` writes one result.")
     if not results:
-        return (
-            text + '**Not yet run on a GPU.** No kernel is chosen by itself there; `use_backend("triton")` opts in.\n'
-        )
+        return text + '**Not yet run on a GPU.** `auto` chooses no kernel there; `use_backend("triton")` opts in.\n'
     return text + "\n".join(map(result_section, results))
 
 
 def result_section(result: dict[str, Any]) -> str:
-    """One GPU check."""
+    """Reports one GPU check."""
     machine, tests = result["machine"], result["tests"]
     text = f"### {machine['device_name']}, {result['date'][:10]}, commit {machine['commit']}\n\n"
     text += "A rehearsal: nothing was measured.\n\n" if result["rehearsal"] else ""
-    text += "" if result["complete"] else "Cut short: what it had found until then.\n\n"
+    text += "" if result["complete"] else "Cut short: only the results until then.\n\n"
     text += (
         f"torch {machine['torch']}, triton {machine['triton']}. Tests: {tests['summary']}. {result['sanitizer']}.\n\n"
     )
-    header = ("module", "mode", "cases", "x of copy", "against eager", "against compile")
-    text += "Triton, streaming, geometric means over sizes and layouts:\n\n" + table(header, speeds(result["rows"]))
+    header = ("module", "mode", "cases", "time / copy", "vs eager", "vs compile")
+    text += "Triton's streaming kernels, geometric means over sizes and layouts. vs eager, vs compile: the rival's time"
+    text += " over ours; above 1 ours is faster.\n\n" + table(header, speeds(result["rows"]))
     if any(result[key] for key in BESIDE):
-        text += "\nWhat keeps an image on the chip, x of copy, and streaming in the same cases:\n\n"
-        text += table(("kernels", "module", "mode", "cases", "x of copy", "streaming"), resident_speeds(result))
+        text += "\nKernels that keep an image on the chip, and streaming kernels in the same cases, time / copy:\n\n"
+        text += table(("kernels", "module", "mode", "cases", "resident", "streaming"), resident_speeds(result))
     if result["left_out"]:
-        text += f"\nLeft out: {len(result['left_out'])}, the first: {result['left_out'][0]}.\n"
+        text += f"\nLeft out: {len(result['left_out'])}; the first: {result['left_out'][0]}.\n"
     return text
 
 
@@ -97,7 +101,7 @@ Cases = dict[tuple[str, str], dict[Any, dict[str, Row]]]
 
 
 def cases_of(rows: list[dict[str, Any]]) -> Cases:
-    """Rows by module and mode, case, and contender."""
+    """Groups rows by module and mode, then by case, then by contender."""
     cases: Cases = {}
     for row in (Row(**r | {"shape": tuple(r["shape"])}) for r in rows):
         cases.setdefault((row.op, row.mode), {}).setdefault(row.case, {})[row.contender] = row
@@ -105,7 +109,7 @@ def cases_of(rows: list[dict[str, Any]]) -> Cases:
 
 
 def speeds(rows: list[dict[str, Any]]) -> list[list[str]]:
-    """Geometric means over sizes and layouts, by module and mode."""
+    """Returns geometric means over sizes and layouts, by module and mode."""
     found = []
     for (op, mode), group in cases_of(rows).items():
         comparisons = [Comparison(case, contenders) for case, contenders in group.items()]
@@ -116,7 +120,7 @@ def speeds(rows: list[dict[str, Any]]) -> list[list[str]]:
 
 
 def resident_speeds(result: dict[str, Any]) -> list[list[str]]:
-    """The same of the kernels of `BESIDE`, and of streaming in the cases that they have."""
+    """Returns geometric means of the kernels of `BESIDE`, and of the streaming kernels in the same cases."""
     streamed, found = cases_of(result["rows"]), []
     for key, name in BESIDE.items():
         for (op, mode), group in cases_of(result[key]).items():
@@ -134,7 +138,7 @@ def figure(mean: float | None) -> str:
 
 
 def parity_section() -> str:
-    """The parity tests under the interpreter, counted by module; and those of the resident kernels."""
+    """Counts the parity tests under the interpreter by module, and the tests of the resident kernels."""
     counts = {name: Counter[str]() for name in catalogue.ENTRIES}
     for case in interpreted("tests/modules/test_parity.py"):
         module = next(part for part in re.split(r"[\[\]-]", case.attrib["name"]) if part in counts)
@@ -144,7 +148,7 @@ def parity_section() -> str:
 
 
 def interpreted(tests: str) -> list[ElementTree.Element]:
-    """The test cases of a file, run under the interpreter."""
+    """Runs the tests of a file under the interpreter. Returns its test cases."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "cases.xml"
         run("-m", "pytest", tests, "-q", f"--junitxml={report}", TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
@@ -153,23 +157,26 @@ def interpreted(tests: str) -> list[ElementTree.Element]:
 
 def resident_line(counts: Counter[str]) -> str:
     names = " and ".join(entry.name for entry in catalogue.ENTRIES.values() if entry.resident)
-    text = f"\nThe kernels of {names} that keep an image on the chip, their programs in turns drawn by chance: "
-    text += f"{counts['passed']} passed, {counts['failed']} failed: "
-    return text + "`TRITON_INTERPRET=1 pytest tests/kernels/test_resident.py`; the rest needs a GPU, or compiles.\n"
+    text = f"\nThe resident kernels of {names}, which keep an image on the chip, with programs run in random order:"
+    text += f" {counts['passed']} passed, {counts['failed']} failed. Command: `TRITON_INTERPRET=1 pytest"
+    return text + " tests/kernels/test_resident.py`. Its other tests need a GPU, or compile.\n"
 
 
 def parity_table(counts: dict[str, Counter[str]]) -> str:
-    """Of the modules that have kernels; what the tests find of the others says nothing of Triton."""
+    """Tabulates the tests of modules with Triton kernels; those of other modules prove nothing about Triton."""
     without = [name for name in counts if not on_triton(catalogue.ENTRIES[name])]
     rows = [
         (name, *(count[o] for o in ("passed", "failed", "skipped")))
         for name, count in counts.items()
         if name not in without
     ]
-    text = "\n## Under Triton's interpreter\n\nValues, every gradient, ties, NaN, strides, determinism: "
-    text += "`TRITON_INTERPRET=1 pytest tests/modules/test_parity.py`.\n\n"
+    text = section(
+        "Under Triton's interpreter",
+        "Tests of values, every gradient, ties, NaN, strides and determinism.",
+        "Command: `TRITON_INTERPRET=1 pytest tests/modules/test_parity.py`.",
+    )
     text += table(("module", "passed", "failed", "skipped"), rows)
-    return text + (f"\nWithout Triton kernels, and served by PyTorch: {', '.join(without)}.\n" if without else "")
+    return text + (f"\nWithout Triton kernels, served by PyTorch: {', '.join(without)}.\n" if without else "")
 
 
 def outcome(case: ElementTree.Element) -> str:
@@ -179,18 +186,22 @@ def outcome(case: ElementTree.Element) -> str:
 
 
 def traffic_section() -> str:
-    """Declared and counted bytes."""
+    """Tabulates the declared and the counted bytes of every op."""
     accounts = json.loads(run("-c", TRAFFIC, TRITON_INTERPRET="1").splitlines()[-1])
     rows = [
         (op, layout, epilogue, f"{declared:g} N", f"{moved:.2f} N")
         for op, layout, epilogue, declared, moved in accounts
     ]
-    text = "\n## Traffic\n\nBytes that loads and stores touch, in multiples N of the bytes of x, small tensors aside: "
-    return text + "`make kernels`.\n\n" + table(("op", "layout", "epilogue", "declared", "counted"), rows)
+    text = section(
+        "Traffic",
+        "Bytes that loads and stores touch, in multiples N of the bytes of x, without small tensors.",
+        "Command: `make kernels`.",
+    )
+    return text + table(("op", "layout", "epilogue", "declared", "counted"), rows)
 
 
 def compiled_section() -> str:
-    """By kernel and target, over every shape, dtype, layout and epilogue of `tools.compiled`."""
+    """Tabulates kernels and targets, over every shape, dtype, layout and epilogue of `tools.compiled`."""
     found: dict[tuple[str, str], list[compiled.Compiled]] = {}
     for c in compiled.compile_all(compiled.variants(compiled.every_call(), compiled.TARGETS)):
         found.setdefault((c.variant.kernel, c.variant.target), []).append(c)
@@ -201,39 +212,42 @@ def compiled_section() -> str:
         widest = max(c.widest_load for c in group)
         rows.append((kernel, target, len(group), registers, spilled, widest, sum(len(c.faults) for c in group)))
     header = ("kernel", "target", "variants", "most registers", "most bytes spilled", "widest load, bytes", "faults")
-    text = "\n## Compiled ahead of time\n\nFor each kernel the variants that its launchers choose at realistic sizes: "
-    text += "`make kernels` lists them. A fault is a spill, a narrow access to a large tensor, a maximum that loses "
-    return text + "NaN, or a 32-bit address.\n\n" + table(header, rows)
+    text = section(
+        "Compiled ahead of time",
+        "The variants of each kernel that its launchers choose at realistic sizes; `make kernels` lists them.",
+        "A fault is a spill, a narrow access to a large tensor, a maximum that loses NaN, or a 32-bit address.",
+    )
+    return text + table(header, rows)
 
 
 def emulation_section() -> str:
-    """What the native kernels move, thread by thread on the CPU, or why nothing was emulated."""
-    text = (
-        "\n## The native CUDA kernels, emulated\n\nThe code that a GPU would run, on small devices; bytes in multiples "
+    """Tabulates the bytes that the native kernels move in the emulation, or says why nothing was emulated."""
+    text = section(
+        "The native CUDA kernels, emulated",
+        "The GPU's code, run thread by thread on the CPU, on small devices.",
+        "Bytes are in multiples of the bytes of x, and include what comes from the L2 cache.",
+        "Commands: `python -m tools.emulation`, `pytest tests/cuda/test_cuda_emulation.py`.",
     )
-    text += "of the bytes of x, what comes from the L2 cache included: `python -m tools.emulation`, "
-    text += "`tests/cuda/test_cuda_emulation.py`.\n\n"
     if why := emulation.why_not():
-        return text + f"Not emulated where this was written: {why}.\n"
+        return text + f"Not emulated on the machine that wrote this: {why}.\n"
     rows, faults = emulation.counts()
-    return (
-        text + table(emulation.HEADER, rows) + f"\nFaults (races, reads of what was not written, ...): {len(faults)}.\n"
-    )
+    return text + table(emulation.HEADER, rows) + f"\nFaults (races, reads of unwritten memory, ...): {len(faults)}.\n"
 
 
 def native_section() -> str:
-    """What the native kernels compile to, by kernel, variant and target, or why nothing was compiled."""
-    text = (
-        "\n## The native CUDA kernels, compiled\n\nA fault is a spill, or a map that is not moved 16 bytes at a time: "
+    """Tabulates the compiled native kernels by kernel, variant and target, or says why nothing was compiled."""
+    text = section(
+        "The native CUDA kernels, compiled",
+        "A fault is a spill, or a map that is not moved 16 bytes at a time.",
+        "Command: `python -m tools.cuda_objects`.",
     )
-    text += "`python -m tools.cuda_objects`.\n\n"
     if why := cuda_objects.why_not():
-        return text + f"Not compiled where this was written: {why}.\n"
+        return text + f"Not compiled on the machine that wrote this: {why}.\n"
     return text + native_table(cuda_objects.compile_all())
 
 
 def native_table(kernels: Iterable[cuda_objects.Compiled]) -> str:
-    """Element types, layouts and accesses of a kernel in one row."""
+    """Tabulates kernels; a row joins the element types, layouts and accesses of a kernel."""
     found: dict[tuple[str, str, str], list[cuda_objects.Compiled]] = {}
     for k in kernels:
         parts = k.variant or (k.name, "", "")

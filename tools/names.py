@@ -1,7 +1,7 @@
-"""Writes the lists of public names: ``python -m tools.names``, or ``--check`` to see whether they are up to date.
+"""Writes the lists of public names: ``python -m tools.names``. With ``--check``, only says if they are out of date.
 
 Every family states its public names once, in the ``__all__`` of its file in ``reference/`` or ``fused/``. The package's
-``__init__``, ``functional`` and ``modules`` only list them: readers, type checkers and editors do not run code.
+``__init__``, ``functional`` and ``modules`` list them in full: readers, type checkers and editors do not run code.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ BEGIN, END = "# isort: split\n# Lists of names: written by `make names`.\n", "# 
 
 
 def public(folder: str) -> dict[str, list[str]]:
-    """File -> the names in its ``__all__``, for the files of a folder that have one."""
+    """Returns, for each file of a folder that has an ``__all__``, the names in it."""
     found = {}
     for path in sorted((PACKAGE / folder).glob("*.py")):
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
@@ -28,14 +28,14 @@ def public(folder: str) -> dict[str, list[str]]:
 
 
 def listed(found: dict[str, list[str]], package: str, others: Iterable[str] = ()) -> str:
-    """Imports of the names, and ``__all__`` with the names that the file has besides."""
+    """Returns the import lines of the names, and an ``__all__`` of these names and ``others``."""
     lines = [f"from {package}{file} import {', '.join(names)}\n" for file, names in found.items() if names]
     names = sorted({*others, *(name for names in found.values() for name in names)})
     return "".join(lines) + f"\n__all__ = {names!r}\n"
 
 
 def texts() -> dict[Path, str]:
-    """File -> its whole text with new lists."""
+    """Returns, for each file with lists, its whole text with new lists."""
     fused = public("fused")
     functions = {file: [n for n in names if not n.startswith("Fast")] for file, names in fused.items()}
     modules = {file: [n for n in names if n.startswith("Fast")] for file, names in fused.items()}
@@ -49,7 +49,7 @@ def texts() -> dict[Path, str]:
 
 
 def own_names(path: Path) -> list[str]:
-    """The names that a file imports above its lists."""
+    """Returns the names that a file imports above its lists."""
     head = ast.parse(path.read_text(encoding="utf-8").partition(BEGIN)[0])
     return [
         alias.asname or alias.name
@@ -61,13 +61,13 @@ def own_names(path: Path) -> list[str]:
 
 
 def replaced(text: str, lists: str) -> str:
-    """``text`` with what lies between the two marks replaced."""
+    """Returns ``text`` with ``lists`` between the two marks."""
     before, _, rest = text.partition(BEGIN)
     return before + BEGIN + lists + END + rest.partition(END)[2]
 
 
 def formatted(path: Path, text: str) -> str:
-    """``text`` as ruff sorts and formats it."""
+    """Returns ``text``, sorted and formatted by ruff."""
     for arguments in (["check", "--fix", "--select", "I,RUF022", "--quiet"], ["format"]):
         command = [sys.executable, "-m", "ruff", *arguments, "--stdin-filename", str(path), "-"]
         done = subprocess.run(command, input=text, capture_output=True, text=True, check=True)

@@ -1,4 +1,4 @@
-"""Tables on the terminal, with rich where it is installed."""
+"""Prints tables on the terminal, with rich if it is installed."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 
 def show(title: str, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Prints a table; columns whose every cell is a number are flush right."""
+    """Prints a table; columns that hold only numbers are aligned to the right."""
     cells = [[str(cell) for cell in row] for row in rows]
     columns = range(len(header))
     numeric = [all(row[i].replace(".", "", 1).isdigit() for row in cells) for i in columns]

@@ -1,4 +1,4 @@
-"""``python -m visattn_fast``."""
+"""Runs the command line as ``python -m visattn_fast``."""
 
 import sys
 

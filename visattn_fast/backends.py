@@ -1,6 +1,6 @@
-"""Which backends exist here, which one serves a call, and every reason why the others do not.
+"""The backends of this machine, the one that serves a call, and the reasons against the others.
 
-`decide` is the one decision. Public functions ask it by way of `visattn_fast.fused.serve`; `explain` prints it.
+`decide` makes this decision for every call. Public functions ask it in `visattn_fast.fused.serve`; `explain` prints it.
 """
 
 from __future__ import annotations
@@ -21,34 +21,34 @@ from . import native
 from .ops.autograd import FusedOp
 from .ops.library import register_cuda, register_triton
 
-NAMES = ("cuda", "triton", "cpp", "reference")  # in the order in which "auto" tries them
+NAMES = ("cuda", "triton", "cpp", "reference")  # "auto" tries them in this order
 _DTYPES = {
     "cuda": (torch.float32, torch.float16, torch.bfloat16),
     "cpp": (torch.float32, torch.float64, torch.bfloat16),
     "triton": (torch.float32, torch.float64, torch.float16, torch.bfloat16),
 }
-_TRITON_KEYS = {"cuda": "CUDA", "xpu": "XPU", "cpu": "CPU"}  # the last under the interpreter alone
-# Device types on which the Triton kernels have passed their tests as they are now; others are opt-in. AMD's GPUs are
-# "cuda", too. What has run, and when: docs/internals/gpu.md.
+_TRITON_KEYS = {"cuda": "CUDA", "xpu": "XPU", "cpu": "CPU"}  # cpu only under the interpreter
+# Device types on which the present Triton kernels have passed their tests; on others they are opt-in. AMD's GPUs count
+# as "cuda". docs/internals/gpu.md says what has run, and when.
 _TRITON_PROVEN = ()
-_CUDA_FASTER = ()  # device types on which the native CUDA kernels are right, and faster than Triton's
+_CUDA_FASTER = ()  # device types on which the native CUDA kernels pass their tests and are faster than Triton's
 
 _preference = "auto"
 
-# Looked up once: looking them up at each call takes as long as calling them.
+# Looked up once: a look-up at each call takes as long as the call itself.
 _exporting, _tracing = torch.compiler.is_exporting, torch._C._get_tracing_state
 _compiling = torch.compiler.is_compiling
 _transforming = torch._C._are_functorch_transforms_active
 
 
 class Decision(NamedTuple):
-    """Who serves a call, and why.
+    """The backend that serves a call, and why.
 
     Attributes:
-        backend: ``"cuda"``, ``"triton"``, ``"cpp"`` or ``"reference"``; ``"torch"`` where the op is made of PyTorch's
+        backend: ``"cuda"``, ``"triton"``, ``"cpp"`` or ``"reference"``; ``"torch"`` if the op is made of PyTorch's
             operations and needs no kernel.
-        why: one clause.
-        fallback: True if the reference serves only because every other backend has a reason against it.
+        why: the reason, one clause.
+        fallback: True if the reference serves only because no other backend does.
     """
 
     backend: str
@@ -61,19 +61,17 @@ class Decision(NamedTuple):
         return self.backend != "reference"
 
 
-_CHOSEN = {name: Decision(name, "the first in order without a reason against it") for name in NAMES[:-1]}
-_CHOSEN["reference"] = Decision("reference", "every other backend has a reason against it", fallback=True)
+_CHOSEN = {name: Decision(name, "the first backend that can serve") for name in NAMES[:-1]}
+_CHOSEN["reference"] = Decision("reference", "no other backend serves this call", fallback=True)
 _ASKED = {name: Decision(name, "asked for by use_backend") for name in NAMES}
-_OWN = Decision(
-    "reference", "exports, traces, torch.func and forward mode take plain PyTorch, unless a backend is asked for"
-)
-_TINY = Decision("reference", "compiled, so small a map is faster in Inductor's code")
-_INDUCTOR = Decision("reference", "compiled, Inductor fuses more than an op would")
-_TORCH = Decision("torch", "made of PyTorch's operations: it needs no kernel")
+_TRANSFORMED = Decision("reference", "exports, traces and transforms use plain PyTorch unless a backend is asked for")
+_TINY = Decision("reference", "on so small a map Inductor's code is faster than an op")
+_INDUCTOR = Decision("reference", "Inductor fuses more than an op could")
+_TORCH = Decision("torch", "made of PyTorch's operations, needs no kernel")
 
-# The surroundings of a call: as they are, or as `explain` supposes them.
+# The contexts that `explain` asks about. "export" stands for traces, torch.func and forward mode as well.
 CONTEXTS = ("eager", "torch.compile", "export")
-listeners: list[Callable[[FusedOp, Tensor, Decision], None]] = []  # told of every decision; see `explain`
+listeners: list[Callable[[FusedOp, Tensor, Decision], None]] = []  # called with every decision, by `explain`
 
 
 @dataclass(frozen=True)
@@ -83,9 +81,9 @@ class Backend:
     Attributes:
         name: ``"cuda"``, ``"triton"``, ``"cpp"`` or ``"reference"``.
         device: the device type, ``"cpu"``, ``"cuda"``, ...
-        dtypes: the dtypes it serves; empty for all.
-        missing: the reasons why it cannot serve at all here; empty if it can.
-        opt_in: the reason why ``"auto"`` passes it over although it can serve; empty if it does not.
+        dtypes: the dtypes that it serves; empty: all.
+        missing: the reasons why it cannot serve on this machine; empty if it can.
+        opt_in: the reason why ``"auto"`` passes it over although it can serve; empty if ``"auto"`` considers it.
     """
 
     name: str
@@ -96,11 +94,11 @@ class Backend:
 
     @property
     def available(self) -> bool:
-        """True if an explicit choice of it works."""
+        """True if `use_backend` can choose it."""
         return not self.missing
 
     def reasons_against(self, dtype: torch.dtype) -> list[str]:
-        """Every reason why it cannot serve ``dtype``."""
+        """Returns every reason why it cannot serve ``dtype``."""
         reasons = list(self.missing)
         if self.dtypes and dtype not in self.dtypes:
             served = ", ".join(str(d).removeprefix("torch.") for d in self.dtypes)
@@ -109,7 +107,9 @@ class Backend:
 
 
 def backends(device: str | torch.device = "cpu") -> dict[str, Backend]:
-    """Returns each backend on ``device``, with the reasons against it. Loads the native library or triton to know.
+    """Returns each backend on a device by its name, with the reasons against it.
+
+    The first call for a device type loads the native library, or imports triton and registers its kernels.
 
     Args:
         device: a device or its type.
@@ -120,10 +120,10 @@ def backends(device: str | torch.device = "cpu") -> dict[str, Backend]:
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Makes every call within the context use backend ``name``, in all threads.
+    """Makes every call within the context use the backend ``name``, in all threads.
 
-    An explicit choice is never replaced: a call that it cannot serve raises RuntimeError with the reasons. Exported
-    programs then hold its ops, and `torch.func.vmap` raises, where ``"auto"`` takes the reference.
+    A call that this backend cannot serve raises RuntimeError with the reasons; no other backend takes its place. An
+    exported program then contains its ops, and `torch.func.vmap` raises; ``"auto"`` uses the reference for both.
 
     Args:
         name: ``"auto"``, ``"cuda"``, ``"triton"``, ``"cpp"`` or ``"reference"``.
@@ -142,20 +142,23 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def preference() -> str:
-    """The choice in force: ``"auto"``, or the name given to `use_backend`."""
+    """Returns the choice in force: ``"auto"``, or the name given to `use_backend`."""
     return _preference
 
 
 def decide(x: Tensor, op: FusedOp, context: str | None = None) -> Decision:
-    """Decides who serves ``op`` of x under the current choice.
+    """Decides which backend serves a call, under the choice in force.
 
     Args:
         x: the first tensor of the call.
-        op: what is called.
-        context: one of `CONTEXTS`, to ask what would be; None: the surroundings of this call.
+        op: the op to call.
+        context: one of `CONTEXTS`, to ask about another context; None: the context of this call.
+
+    Returns:
+        The backend and the reason for it.
 
     Raises:
-        RuntimeError: the backend that was chosen cannot serve x; the message lists every backend's reasons.
+        RuntimeError: the backend asked for cannot serve x; the message lists every backend's reasons.
     """
     decision = _decide(x, op, context)
     if listeners:
@@ -167,7 +170,7 @@ def decide(x: Tensor, op: FusedOp, context: str | None = None) -> Decision:
 def _decide(x: Tensor, op: FusedOp, context: str | None) -> Decision:
     if _preference == "auto":
         if wants_own_operations() if context is None else context == "export":
-            return _OWN
+            return _TRANSFORMED
         if (op.tiny or op.compiled_plain) and (_compiling() if context is None else context == "torch.compile"):
             if op.compiled_plain:
                 return _INDUCTOR
@@ -184,41 +187,46 @@ def _decide(x: Tensor, op: FusedOp, context: str | None) -> Decision:
 
 
 def reference_asked() -> bool:
-    """True if plain PyTorch is to serve whatever the tensor: the question of modules made of PyTorch's operations."""
+    """True if plain PyTorch must serve, for any tensor. Modules that are made of PyTorch's operations ask this."""
     return _preference == "reference" or (_preference == "auto" and wants_own_operations())
 
 
 def compiles_freely() -> bool:
-    """True if `torch.compile` traces the call and no backend was chosen: the fastest compiled form may then serve."""
+    """True if `torch.compile` traces the call and no backend is asked for: its fastest form may serve."""
     return _preference == "auto" and _compiling() and not wants_own_operations()
 
 
 def _known_to_hold(condition: bool) -> bool:
-    """True if the condition holds for all sizes that the compiled code may meet. Asking adds no guard."""
+    """True if the condition holds for all sizes that the compiled code may meet. Adds no guard."""
     from torch.fx.experimental.symbolic_shapes import statically_known_true
 
     return statically_known_true(condition)
 
 
 def wants_own_operations() -> bool:
-    """True if the call is part of an export, or of a transform of torch.func or in forward mode.
+    """True in an export, a trace, a transform of torch.func, or forward mode.
 
-    Exported programs shall run without this package, and the ops have no rules for such transforms.
+    Exported programs must run without this package, and the ops have no rules for such transforms.
     """
     return _exporting() or _transforming() or forward_ad._current_level >= 0 or _tracing() is not None
 
 
 def select(device: str | torch.device, dtype: torch.dtype, preference: str) -> str:
-    """The backend that serves calls on ``device`` (or devices of its type) in ``dtype``.
+    """Returns the name of the backend that serves calls on a device in a dtype.
+
+    Args:
+        device: a device or its type.
+        dtype: the dtype of the first tensor.
+        preference: ``"auto"``, or the backend asked for.
 
     Raises:
-        RuntimeError: ``preference`` is not ``"auto"`` and cannot serve; the message lists every backend's reasons.
+        RuntimeError: the backend asked for cannot serve; the message lists every backend's reasons.
     """
     return _select(device, dtype, preference)
 
 
-# torch.compile takes the result as a constant of its trace, guarded by the arguments: what is installed stays.
-# (torch.compiler.assume_constant_result sets just this, but imports all of Dynamo, 1.6 s, to do so.)
+# torch.compile treats the results as constants of its trace, guarded by the arguments: backends do not come and go.
+# (torch.compiler.assume_constant_result sets the same mark, but imports all of Dynamo, 1.6 s.)
 select._dynamo_marked_constant = True  # type: ignore[attr-defined]
 wants_own_operations._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
@@ -239,28 +247,25 @@ def _probe(name: str, device_type: str) -> Backend:
     if name == "reference":
         return Backend(name, device_type, (), ())
     if name == "cuda":
-        missing = _why_no_cuda(device_type)
-        opt_in = (
-            "" if missing or device_type in _CUDA_FASTER else "slower than Triton's: opt-in; serves SE, ECA and CBAM"
-        )
+        missing = _missing_for_cuda(device_type)
+        opt_in = "" if missing or device_type in _CUDA_FASTER else "opt-in: slower than triton; serves SE, ECA and CBAM"
         return Backend(name, device_type, _DTYPES[name], missing, opt_in)
     if name == "cpp":
-        return Backend(name, device_type, _DTYPES[name], _why_no_cpp(device_type))
-    missing = _why_no_triton(device_type)
+        return Backend(name, device_type, _DTYPES[name], _missing_for_cpp(device_type))
+    missing = _missing_for_triton(device_type)
     if not missing:
         register_triton(_TRITON_KEYS[device_type])
-    opt_in = (
-        "" if _interpreted() or device_type in _TRITON_PROVEN else "not proven on such a device as it is now: opt-in"
-    )
+    tested = _interpreted() or device_type in _TRITON_PROVEN
+    opt_in = "" if tested else "opt-in until its kernels have been tested on such a device"
     return Backend(name, device_type, _DTYPES[name], missing, opt_in)
 
 
 def _interpreted() -> bool:
-    """True if triton runs its kernels on CPU tensors in this process. It then owns the CPU key, as tests need it."""
+    """True if triton interprets its kernels on CPU tensors in this process. It then owns the CPU key, for tests."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def _why_no_cpp(device_type: str) -> tuple[str, ...]:
+def _missing_for_cpp(device_type: str) -> tuple[str, ...]:
     if device_type != "cpu":
         return (f"serves cpu, not {device_type}",)
     if _interpreted():
@@ -269,7 +274,7 @@ def _why_no_cpp(device_type: str) -> tuple[str, ...]:
     return (absent,) if absent else ()
 
 
-def _why_no_cuda(device_type: str) -> tuple[str, ...]:
+def _missing_for_cuda(device_type: str) -> tuple[str, ...]:
     if device_type != "cuda":
         return (f"serves cuda, not {device_type}",)
     if torch.version.cuda is None:
@@ -278,7 +283,7 @@ def _why_no_cuda(device_type: str) -> tuple[str, ...]:
     return (absent,) if absent else ()
 
 
-def _why_no_triton(device_type: str) -> tuple[str, ...]:
+def _missing_for_triton(device_type: str) -> tuple[str, ...]:
     reasons = []
     if importlib.util.find_spec("triton") is None:
         reasons.append("triton is not installed")

@@ -9,17 +9,20 @@ from collections.abc import Sequence
 
 from . import __version__
 
-# Command -> its module, with add_arguments(parser) and run(args) -> exit status, and its help.
+# Command -> its module, which has add_arguments(parser) and run(args) -> exit status, and its help.
 _COMMANDS = {
-    "info": ("visattn_fast.report.info", "versions, devices, and each backend: there, chosen, and why not"),
+    "info": (
+        "visattn_fast.report.info",
+        "versions, devices, and the state of each backend",
+    ),
     "report": ("visattn_fast.report.command", "compare eager, torch.compile and fused on this machine"),
-    "heatmap": ("visattn_fast.report.heatmap", "attention maps over a picture"),
+    "heatmap": ("visattn_fast.report.heatmap", "draw attention maps over a picture"),
 }
-_EXTRA = {"matplotlib", "numpy", "PIL", "rich"}  # what the extra "report" brings
+_EXTRA = {"matplotlib", "numpy", "PIL", "rich"}  # packages of the extra "report"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command and returns its exit status; only that command's module is imported."""
+    """Runs a command and returns its exit status. Imports the module of that command only."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     parser = argparse.ArgumentParser("visattn-fast", description="Fused attention for vision models.")
     parser.add_argument("--version", action="version", version=__version__)

@@ -1,4 +1,4 @@
-"""`explain` says which backend and ops would serve a call, and why no other would, without running it."""
+"""`explain`: which backend and ops would serve a call, and why no other would, without running it."""
 
 from __future__ import annotations
 
@@ -17,17 +17,20 @@ from .ops.layout import memory_format
 
 __all__ = ["Call", "Explanation", "explain"]
 
+_LABELS = {"export": "export, torch.func"}
+
 
 @dataclass
 class Call:
-    """One function of the package within a call.
+    """A function of the package that the explained call would call.
 
     Attributes:
         name: the stem of its family.
         x: its first tensor in words: device, dtype, shape and memory layout.
-        decision: who serves it, and why.
+        decision: the backend that serves it, and why.
         asked: the choice in force: ``"auto"``, or the name given to `use_backend`.
-        ops: the package's ops that it calls in its forward pass; empty if plain PyTorch serves.
+        ops: the ops of its forward pass; empty if plain PyTorch serves.
+        in_torch: those ops that have no kernel on this device: they are made of PyTorch's operations.
         against: backend -> every reason why it does not serve, for the backends that do not.
         elsewhere: the decision under ``"torch.compile"``, and in exports, traces and torch.func (``"export"``).
     """
@@ -37,20 +40,24 @@ class Call:
     decision: Decision
     asked: str
     ops: list[str]
+    in_torch: set[str]
     against: dict[str, str]
     elsewhere: dict[str, Decision]
 
     def __str__(self) -> str:
-        ops = f", op{'s' * (len(self.ops) > 1)} {', '.join(self.ops)}" if self.ops else ", plain PyTorch"
-        lines = [f"{self.name} on {self.x}: {self.decision.backend}{ops}  (asked: {self.asked}; {self.decision.why})"]
-        lines += [f"  {backend + ':':<14} {reasons}" for backend, reasons in self.against.items()]
-        lines += [f"  {where + ':':<14} {d.backend}: {d.why}" for where, d in self.elsewhere.items()]
-        return "\n".join(lines)
+        ops = ", ".join(op + " (PyTorch's operations)" * (op in self.in_torch) for op in self.ops)
+        served = f"op{'s' * (len(self.ops) > 1)} {ops}" if ops else "plain PyTorch"
+        notes = self.against | {
+            _LABELS.get(where, where): d.backend + f": {d.why}" * (d != self.decision)
+            for where, d in self.elsewhere.items()
+        }
+        first = f"{self.name} on {self.x}: {self.decision.backend}, {served}  ({self.asked}: {self.decision.why})"
+        return "\n".join([first, *(f"  {name + ':':<19} {note}" for name, note in notes.items())])
 
 
 @dataclass
 class Explanation:
-    """The answer of `explain`. Printing it shows each call."""
+    """The result of `explain`. Printing it shows every call."""
 
     calls: list[Call]
 
@@ -61,10 +68,10 @@ class Explanation:
 
 
 def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
-    """Says which backend and which ops would serve ``function(*args, **kwargs)``, and why no other backend does.
+    """Explains which backend and which ops would serve ``function(*args, **kwargs)``, and why no other backend would.
 
     Nothing is computed and nothing changes: parameters, buffers and arguments are replaced by tensors without values.
-    The choice in force counts, so call it under `use_backend` or `torch.no_grad` to see what these change.
+    `use_backend` and `torch.no_grad` count: call `explain` inside them to see their effect.
 
     Args:
         function: a module of the package, an accelerated model, or a function of `functional`.
@@ -74,11 +81,13 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
         An `Explanation` with one `Call` for each function of the package that would be called, in order.
 
     Raises:
-        RuntimeError: the backend that was asked for cannot serve; the message lists every backend's reasons.
+        RuntimeError: the backend asked for cannot serve; the message lists every backend's reasons.
 
     Example:
         >>> print(vf.explain(vf.FastECA(256), torch.empty(8, 256, 56, 56)))
-        eca on cpu, float32, [8, 256, 56, 56], nchw: cpp, op eca_fwd  (asked: auto; ...)
+        eca on cpu, float32, [8, 256, 56, 56], nchw: cpp, op eca_fwd  (auto: the first backend that can serve)
+          cuda:               serves cuda, not cpu
+          ...
     """
     from torch._subclasses.fake_tensor import FakeTensorMode  # not at the top: its import takes a while
 
@@ -90,7 +99,7 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
 
     def listen(op: FusedOp, x: Tensor, decision: Decision) -> None:
         if not quiet:
-            quiet.append(op)  # `_call` asks again, of other surroundings
+            quiet.append(op)  # `_call` decides again, for other contexts
             calls.append(_call(op, x, decision))
             quiet.clear()
 
@@ -110,7 +119,7 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
 
 
 class _Ops(TorchDispatchMode):
-    """Notes each op of the package with the call that was decided last."""
+    """Records each op of the package in the latest call."""
 
     def __init__(self, calls: list[Call]) -> None:
         super().__init__()
@@ -118,7 +127,10 @@ class _Ops(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "visattn_fast" and self.calls:
-            self.calls[-1].ops.append(func._opname)
+            call, key = self.calls[-1], torch._C._dispatch_key_for_device(args[0].device.type)
+            call.ops.append(func._opname)
+            if not torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), key):
+                call.in_torch.add(func._opname)
         return func(*args, **(kwargs or {}))
 
 
@@ -127,14 +139,14 @@ def _call(op: FusedOp, x: Tensor, decision: Decision) -> Call:
     layout = ""
     if x.dim() == 4:
         layout = ", channels_last" if memory_format(x) == torch.channels_last else ", nchw"
+    asked = preference()
+    preferred = f"can serve, but {decision.backend} {'takes precedence' if asked == 'auto' else 'is asked for'}"
     against = {}
     for name, backend in backends(x.device).items():
-        reasons = backend.reasons_against(x.dtype) + [backend.opt_in] * bool(backend.opt_in)
-        if name == "reference":
-            reasons = ["not needed"]
         if name != decision.backend:
-            against[name] = "; ".join(reasons) or decision.why
+            reasons = backend.reasons_against(x.dtype) or [backend.opt_in] * bool(backend.opt_in)
+            needed = name != "reference" and decision.backend != "torch"
+            against[name] = "; ".join(reasons) or (preferred if needed else "not needed")
     elsewhere = {where: decide(x, op, where) for where in CONTEXTS[1:]}
-    asked = preference()
     words = f"{x.device.type}, {dtype}, {list(x.shape)}{layout}"
-    return Call(op.name, words, decision, asked, [], against, elsewhere)
+    return Call(op.name, words, decision, asked, [], set(), against, elsewhere)

@@ -1,22 +1,34 @@
-// Passes over x along its two axes, each of which reads x once: means over W and over H together, a gate for
+// The passes over x along both axes, each of which reads x once: means over W and over H together, a gate for
 // each row and each column of a channel, and their gradients.
 //
-// Lines are as lines.h has them. All threads share an image by its channels, so that no sum is ever split.
-#include <tuple>
+// Lines are laid out as in line_layout.h. Threads share an image by its channels, so that no sum is ever
+// split.
+#include <torch/csrc/stable/library.h>
 
+#include <cstdint>
+#include <optional>
+#include <tuple>
+#include <type_traits>
+
+#include "../common/activations.h"
 #include "axis_sums.h"
-#include "channel_scale.h"
+#include "elementwise.h"
+#include "image_matrix.h"
+#include "line_layout.h"
+#include "parallel.h"
+#include "simd.h"
+#include "tensor.h"
 
 namespace visattn {
 namespace {
 
 // ---- element by element
 
-// A stretch of dense memory: a row of a plane (nchw), or channels of a pixel (nhwc). Of the values of its row
-// and its column, one is the same for all of it.
+// A stretch of dense memory: a row of a plane (nchw), or channels of a pixel (nhwc). Either the row's value
+// or the column's is the same for the whole stretch.
 template <class A>
 struct Stretch {
-  int64_t in, dense, count;  // offsets in x, and in dense maps
+  int64_t in, dense, count;  // offsets in x and in dense maps
   int64_t c, h, w;           // where it begins
   bool free;                 // whole vectors may be read and written past its end, which is written later
 };
@@ -102,28 +114,26 @@ void input_grad_as(const T* g, const Shape& s, Lines<const Acc<T>> gate, Lines<c
   });
 }
 
-// Calls f with layout, activation and the presence of a residual as compile-time constants.
+// Calls f with compile-time constants: the layout, the activation, and whether there is a residual.
 template <class F>
 void with_constants(bool nhwc, int64_t activation, bool residual, const F& f) {
-  const auto bools = [&](auto act) {
-    if (nhwc && residual) return f(std::true_type{}, act, std::true_type{});
-    if (nhwc) return f(std::true_type{}, act, std::false_type{});
-    if (residual) return f(std::false_type{}, act, std::true_type{});
-    f(std::false_type{}, act, std::false_type{});
-  };
-  if (activation == kRelu) return bools(std::integral_constant<int, kRelu>{});
-  if (activation == kSilu) return bools(std::integral_constant<int, kSilu>{});
-  bools(std::integral_constant<int, kNone>{});
+  with_epilogue(activation, residual, [&](auto act, auto has_residual) {
+    if (nhwc) {
+      f(std::true_type{}, act, has_residual);
+    } else {
+      f(std::false_type{}, act, has_residual);
+    }
+  });
 }
 
-// f(n, c0, c1) over images and channels: a whole image at a time to one thread, or its channels to all of
-// them, by cache lines.
+// Calls f(n, c0, c1) for images and ranges of channels: a thread gets whole images, or all threads share an
+// image's channels by cache lines.
 template <class T, class F>
 void for_channels(const Shape& s, const F& f) {
-  for_images(s.N, s.C * s.P, [&](int64_t begin, int64_t end, const Team& team) {
+  for_images(s.N, s.C * s.P, [&](int64_t begin, int64_t end, const Workers& workers) {
     const Split parts(s.C, 64 / static_cast<int64_t>(sizeof(T)));
     for (int64_t n = begin; n < end; ++n) {
-      team.each(parts.count, [&](int64_t b, int64_t e) { f(n, parts.begin(b), parts.end(e - 1)); });
+      workers.each(parts.count, [&](int64_t b, int64_t e) { f(n, parts.begin(b), parts.end(e - 1)); });
     }
   });
 }
@@ -161,8 +171,8 @@ Tensor axis_scale(Tensor x, Tensor gates, std::optional<Tensor> residual, int64_
     with_constants(map.nhwc, activation, res.has_value(), [&](auto nhwc, auto act, auto has_residual) {
       for_channels<T>(s, [&](int64_t n, int64_t c0, int64_t c1) {
         scale_as<T, decltype(nhwc)::value, decltype(act)::value, decltype(has_residual)::value>(
-            map.image<T>(n), map.ld, s, lines_of<const A>(gate, s, map.nhwc, n),
-            static_cast<const T*>(image_or_null(res, n, sizeof(T))), data<T>(y) + n * s.C * s.P, c0, c1);
+            map.image<T>(n), map.ld, s, lines_of<const A>(gate, s, map.nhwc, n), image_or_null<T>(res, n),
+            data<T>(y) + n * s.C * s.P, c0, c1);
       });
     });
     return y;
@@ -180,7 +190,7 @@ std::tuple<Tensor, Tensor> axis_scale_bwd(Tensor grad, Tensor x, Tensor gates, s
     const Tensor gate = dense_lines(gates, map.nhwc);
     const auto res = act ? optional_map(residual, s, map.nhwc) : std::nullopt;
     Tensor dgates = empty_lines(s, map.nhwc, kDtype<A>),
-           dresidual = act ? empty_map(s, map.nhwc, x.scalar_type()) : empty({0}, x.scalar_type());
+           dresidual = empty_residual_grad(s, map.nhwc, x.scalar_type(), act);
     with_constants(map.nhwc, activation, res.has_value(), [&](auto nhwc, auto kind, auto has_residual) {
       for_channels<T>(s, [&](int64_t n, int64_t c0, int64_t c1) {
         const auto lines = lines_of<const A>(gate, s, map.nhwc, n);
@@ -188,8 +198,7 @@ std::tuple<Tensor, Tensor> axis_scale_bwd(Tensor grad, Tensor x, Tensor gates, s
         if constexpr (decltype(kind)::value != kNone) {
           T* kept = data<T>(dresidual) + n * s.C * s.P;
           scale_grad_as<T, decltype(nhwc)::value, decltype(kind)::value, decltype(has_residual)::value>(
-              map.image<T>(n), map.ld, upstream, s, lines,
-              static_cast<const T*>(image_or_null(res, n, sizeof(T))), kept, c0, c1);
+              map.image<T>(n), map.ld, upstream, s, lines, image_or_null<T>(res, n), kept, c0, c1);
           upstream = kept;
         }
         axis_sums<T, true>(map.image<T>(n), map.ld, upstream, s, lines, lines_of<A>(dgates, s, map.nhwc, n),

@@ -1,21 +1,29 @@
-// Sums along both axes of an image: of x, or (kProduct) of g x weighted with the other axis' gate.
+// Sums along both axes of an image: of x, or (kProduct) of g x weighted with the other axis's gate.
 #pragma once
 
-#include "lines.h"
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#include "../common/tensor.h"
+#include "line_layout.h"
 #include "matrix.h"
+#include "parallel.h"
+#include "simd.h"
+#include "simd_lanes.h"
 
 namespace visattn {
 
-// The first channel of an nchw image, of those up to c1, behind whose rows whole vectors may not be read or
-// written. Behind those of earlier ones at least a vector's elements follow, in the map and in the lines.
+// The first channel, among those up to c1 of an nchw image, past whose rows whole vectors may not be read or
+// written. At least a vector's elements follow the rows of earlier channels, in the map and in the lines.
 template <class A>
 VF_INLINE inline int64_t first_guarded(const Shape& s, int64_t ld, int64_t c1) {
   const int64_t L = s.H + s.W, least = s.P < L ? s.P : L;
-  return ld < s.P ? 0 : c1 - (kLanes<A> + least - 1) / least;  // planes may be one and the same
+  return ld < s.P ? 0 : c1 - (kLanes<A> + least - 1) / least;  // all planes may be the same memory
 }
 
-// R rows of a plane; columns [W] is padded and added to, rows takes a vector for each row, whose lanes are to
-// be summed.
+// Adds R rows of a plane to columns [W], which is padded. `rows` receives a vector for each row, whose lanes
+// are still to be summed.
 template <class T, bool kProduct, int R>
 VF_INLINE inline void plane_rows(const T* x, const T* g, int64_t W, bool free, const Acc<T>* gate_h,
                                  const Acc<T>* gate_w, Acc<T>* rows, Acc<T>* columns) {
@@ -57,7 +65,7 @@ VF_INLINE inline void plane_rows(const T* x, const T* g, int64_t W, bool free, c
   for (int r = 0; r < R; ++r) store(rows + r * kLanes<A>, total[r]);
 }
 
-// out[i] = the sum of vector i's lanes, in the order of sum_lanes, for as many vectors as there are lanes.
+// out[i] = the sum of vector i's lanes, in the order of sum_lanes, for as many vectors as a vector has lanes.
 template <class A>
 VF_INLINE inline Vec<A> sums_of_vectors(const A* vectors) {
   constexpr int L = kLanes<A>;
@@ -70,7 +78,8 @@ VF_INLINE inline Vec<A> sums_of_vectors(const A* vectors) {
   return v[0];
 }
 
-// Channels [c0, c1) of an nchw image. gate is null unless kProduct; else sums are means.
+// Sums for channels [c0, c1) of an nchw image: weighted with gate if kProduct, else divided to means; gate is
+// then null.
 template <class T, bool kProduct>
 void plane_sums(const T* x, int64_t ld, const T* g, const Shape& s, Lines<const Acc<T>> gate,
                 Lines<Acc<T>> out, int64_t c0, int64_t c1) {
@@ -99,8 +108,8 @@ void plane_sums(const T* x, int64_t ld, const T* g, const Shape& s, Lines<const 
       rows(std::integral_constant<int, 1>{});
       const auto put = [&](A* to, int64_t i, int64_t count, Vec<A> v, int64_t by) VF_INLINE {
         if constexpr (!kProduct) v = v / static_cast<A>(by);
-        if (free || i + L <= count) return store(to + i, v);
-        store(to + i, v, Tail{static_cast<int>(count - i)});
+        if (free) return store(to + i, v);
+        store_within(to, i, count, v);
       };
       for (h = 0; h < H; h += L) put(out.row(c, 0), h, H, sums_of_vectors(vectors + h * L), W);
       for (int64_t w = 0; w < W; w += L) put(out.column(c, 0), w, W, load(sums + w), H);
@@ -108,7 +117,7 @@ void plane_sums(const T* x, int64_t ld, const T* g, const Shape& s, Lines<const 
   });
 }
 
-// R image rows of an nhwc image, from row h on, for channels [c0, c1); the columns are added to.
+// R image rows of an nhwc image, from row h on, for channels [c0, c1). Adds to the columns.
 template <class T, bool kProduct, int R>
 VF_INLINE inline void pixel_rows(const T* x, int64_t ld, const T* g, const Shape& s,
                                  const Lines<const Acc<T>>& gate, const Lines<Acc<T>>& out, int64_t h,

@@ -1,10 +1,24 @@
 // CBAM: channel attention, then spatial attention on u = x * channel_gate, which is never stored.
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <optional>
 #include <tuple>
 
-#include "channel_scale.h"
-#include "conv.h"
-#include "pixels.h"
-#include "twofold.h"
+#include "../common/activations.h"
+#include "channel_pool.h"
+#include "elementwise.h"
+#include "image_matrix.h"
+#include "map_conv.h"
+#include "matrix.h"
+#include "mlp.h"
+#include "parallel.h"
+#include "pixel_pool.h"
+#include "simd.h"
+#include "tensor.h"
+#include "ties.h"
+#include "twofold_passes.h"
 
 namespace visattn {
 namespace {
@@ -29,16 +43,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cbam_
            channel_gate = empty({s.N, s.C}, kDtype<A>), maps = empty({s.N, 2, s.H, s.W}, kDtype<A>),
            argmax_c = empty({s.N, s.H, s.W}, ScalarType::Int),
            spatial_gate = empty({s.N, s.H, s.W}, kDtype<A>);
-    for_images(s.N, s.C * s.P, [&](int64_t begin, int64_t end, const Team& team) {
+    for_images(s.N, s.C * s.P, [&](int64_t begin, int64_t end, const Workers& workers) {
       ChannelPool<T, true> pool(s, nhwc);
       Framed<A> framed[2] = {{s.H, s.W, k}, {s.H, s.W, k}};
       Buffer<A> channel(s.C), spatial(s.P);
       for (int64_t n = begin; n < end; ++n) {
         const auto in = matrix(map.image<T>(n), s, nhwc, map.ld);
-        const T* pr = static_cast<const T*>(image_or_null(res, n, sizeof(T)));
+        const T* pr = image_or_null<T>(res, n);
         A *mean_hw = data<A>(pooled) + 2 * n * s.C, *mean_c = data<A>(maps) + 2 * n * s.P,
           *max_c = mean_c + s.P;
-        pool.run(in, team, mean_hw, mean_hw + s.C, data<int32_t>(argmax_hw) + n * s.C);
+        pool.run(in, workers, mean_hw, mean_hw + s.C, data<int32_t>(argmax_hw) + n * s.C);
         mlp.gate_of_two(mean_hw, data<A>(hidden) + 2 * n * mlp.R, channel.get());
         std::copy_n(channel.get(), s.C, data<A>(channel_gate) + n * s.C);
         const auto reduce_channels = [&](int64_t b) {
@@ -52,17 +66,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cbam_
           const int64_t p0 = blocks.first_pixel(b), p1 = blocks.last_pixel(b), skip = nhwc ? p0 * s.C : p0;
           conv_gate(framed, data<A>(w), offset, k, blocks.begin(b), blocks.end(b), s.W, spatial.get());
           std::copy(&spatial[p0], &spatial[p1], data<A>(spatial_gate) + n * s.P + p0);
-          apply_gate<T>(pixels_of(in, nhwc, p0, p1), both_gates(nhwc, channel.get(), spatial.get(), p0),
+          apply_gate<T>(pixels_of(in, nhwc, p0, p1), both_factors(nhwc, channel.get(), spatial.get(), p0),
                         pr ? pr + skip : nullptr, data<T>(y) + n * s.C * s.P + skip, dense_ld, activation);
         };
-        team.pipeline(blocks.count, blocks.reach(k), reduce_channels, gate_block);
+        workers.pipeline(blocks.count, blocks.reach(k), reduce_channels, gate_block);
       }
     });
     return std::make_tuple(y, pooled, argmax_hw, hidden, channel_gate, maps, argmax_c, spatial_gate);
   });
 }
 
-// What the passes of the backward of one image share.
+// What the passes of the backward share for one image.
 template <class T>
 struct CbamGrads {
   using A = Acc<T>;
@@ -86,7 +100,7 @@ struct CbamGrads {
         direct(s.C, blocks.count),
         through_maps(s.C, blocks.count) {}
 
-  // Pass 1: A[p] = sum_c g x channel, dq = A spatial (1 - spatial), and sum_p g x spatial per channel.
+  // Pass 1: A[p] = sum_c g x channel, dq = A spatial (1 - spatial), and sum_p g x spatial for each channel.
   void upstream(const Matrix<const T>& x, const Matrix<const T>& g, bool nhwc, int64_t b) {
     const int64_t p0 = blocks.first_pixel(b), p1 = blocks.last_pixel(b);
     gate_sums<T>(pixels_of(x, nhwc, p0, p1), pixels_of(g, nhwc, p0, p1), nhwc, channel.get(), &spatial[p0],
@@ -95,7 +109,7 @@ struct CbamGrads {
     dq.set_rows(blocks.begin(b), blocks.end(b), blocks.W, along_c.get());
   }
 
-  // Pass 2: the maps' gradients, and what they give each channel.
+  // Pass 2: the maps' gradients, and what they contribute to each channel.
   void maps(const Matrix<const T>& x, bool nhwc, const int32_t* at, const A* turned, int64_t k, int64_t b) {
     const int64_t p0 = blocks.first_pixel(b), p1 = blocks.last_pixel(b), C = nhwc ? x.cols : x.rows;
     conv_input_grad(dq, turned, k, blocks.begin(b), blocks.end(b), blocks.W, dmean_c.get(), dmax_c.get());
@@ -130,10 +144,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cbam_bwd(
     const FeatureMap g = dense_map(grad, s, nhwc);
     const auto res = act ? optional_map(residual, s, nhwc) : std::nullopt;
     Tensor dx = empty_map(s, nhwc, x.scalar_type()),
-           dresidual = act ? empty_map(s, nhwc, x.scalar_type()) : empty({0}, x.scalar_type());
+           dresidual = empty_residual_grad(s, nhwc, x.scalar_type(), act);
     Buffer<A> turned = flipped(data<A>(w), k), dz(s.N * s.C), dh(2 * s.N * mlp.R), dw_images(s.N * 2 * k * k),
               db_images(s.N);
-    for_images(s.N, image, [&](int64_t begin, int64_t end, const Team& team) {
+    for_images(s.N, image, [&](int64_t begin, int64_t end, const Workers& workers) {
       CbamGrads<T> grads(s, k);
       const auto& blocks = grads.blocks;
       for (int64_t n = begin; n < end; ++n) {
@@ -142,23 +156,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cbam_bwd(
         for (int64_t m = 0; m < 2; ++m)
           grads.framed[m].set_rows(0, s.H, s.W, data<A>(maps) + (2 * n + m) * s.P);
         const int32_t *at_c = data<int32_t>(argmax_c) + n * s.P, *at_hw = data<int32_t>(argmax_hw) + n * s.C;
-        const T* pr = static_cast<const T*>(image_or_null(res, n, sizeof(T)));
+        const T* pr = image_or_null<T>(res, n);
         T* kept = act ? data<T>(dresidual) + n * image : nullptr;
         const auto in = matrix(map.image<T>(n), s, nhwc, map.ld);
         const auto upstream = matrix<const T>(act ? kept : g.image<T>(n), s, nhwc, g.ld);
-        team.pipeline(
+        workers.pipeline(
             blocks.count, blocks.reach(k),
             [&](int64_t b) {
               const int64_t p0 = blocks.first_pixel(b), skip = nhwc ? p0 * s.C : p0;
               if (act) {
                 gate_grad<T>(pixels_of(in, nhwc, p0, blocks.last_pixel(b)),
-                             both_gates(nhwc, grads.channel.get(), grads.spatial.get(), p0),
+                             both_factors(nhwc, grads.channel.get(), grads.spatial.get(), p0),
                              g.image<T>(n) + skip, pr ? pr + skip : nullptr, kept + skip, g.ld, activation);
               }
               grads.upstream(in, upstream, nhwc, b);
             },
             [&](int64_t b) { grads.maps(in, nhwc, at_c, turned.get(), k, b); });
-        conv_weight_grad(grads.framed, grads.dq, k, s.H, s.W, team, &dw_images[n * 2 * k * k]);
+        conv_weight_grad(grads.framed, grads.dq, k, s.H, s.W, workers, &dw_images[n * 2 * k * k]);
         if (bias) conv_bias_grad(grads.dq, s.H, s.W, &db_images[n]);
         grads.direct.sum(grads.dgate.get());
         grads.through_maps.sum(grads.part.get());
@@ -167,7 +181,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cbam_bwd(
         mlp.grad_of_two(&dz[n * s.C], data<A>(hidden) + 2 * n * mlp.R, &dh[2 * n * mlp.R],
                         grads.dpooled.get());
         for (int64_t c = 0; c < s.C; ++c) grads.dpooled[c] /= static_cast<A>(s.P);
-        team.each(blocks.count, [&](int64_t b, int64_t e) {
+        workers.each(blocks.count, [&](int64_t b, int64_t e) {
           for (; b < e; ++b) grads.input(in, upstream, nhwc, at_c, at_hw, data<T>(dx) + n * image, b);
         });
       }

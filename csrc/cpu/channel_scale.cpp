@@ -1,8 +1,21 @@
-// The passes over x of any channel gate whose mathematics stands elsewhere: the mean, y = act(x * gate +
-// residual), its gradient to the gate, and its gradient to x; and y = act(x * scale + shift + residual).
+// The passes over x of a channel gate whose mathematics is elsewhere: the mean, y = act(x * gate + residual),
+// its gradient to the gate, and its gradient to x; and y = act(x * scale + shift + residual).
 #include "channel_scale.h"
 
+#include <torch/csrc/stable/library.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <optional>
 #include <tuple>
+
+#include "../common/activations.h"
+#include "channel_pool.h"
+#include "image_matrix.h"
+#include "parallel.h"
+#include "simd.h"
+#include "tensor.h"
 
 namespace visattn {
 namespace {
@@ -13,17 +26,17 @@ Tensor gate_as(const Tensor& t, const Shape& s, const char* name) {
   return weight_as(t, kDtype<A>);
 }
 
-Tensor mean(Tensor x) {
+Tensor channel_mean(Tensor x) {
   return dispatch(x, [&](auto type) {
     using T = decltype(type);
     using A = Acc<T>;
     const Shape s = shape_of(x);
     const FeatureMap in = feature_map(x);
     Tensor out = empty({s.N, s.C}, kDtype<A>);
-    for_images(s.N, s.C * s.P, [&](int64_t begin, int64_t end, const Team& team) {
+    for_images(s.N, s.C * s.P, [&](int64_t begin, int64_t end, const Workers& workers) {
       ChannelPool<T, false> pool(s, in.nhwc);
       for (int64_t n = begin; n < end; ++n) {
-        pool.run(matrix(in.image<T>(n), s, in.nhwc, in.ld), team, data<A>(out) + n * s.C);
+        pool.run(matrix(in.image<T>(n), s, in.nhwc, in.ld), workers, data<A>(out) + n * s.C);
       }
     });
     return out;
@@ -41,21 +54,21 @@ Tensor scaled(const Tensor& x, const Tensor& gate, const std::optional<Tensor>& 
     const Tensor sg = gate_as<A>(gate, s, "gate");
     const auto st = shift ? std::optional<Tensor>(gate_as<A>(*shift, s, "shift")) : std::nullopt;
     Tensor y = empty_map(s, in.nhwc, x.scalar_type());
-    for_images(s.N, s.C * s.P, [&](int64_t begin, int64_t end, const Team& team) {
+    for_images(s.N, s.C * s.P, [&](int64_t begin, int64_t end, const Workers& workers) {
       Buffer<A> padded(s.C), added(st ? s.C : 0);
       const Split parts = row_parts<T>(s, in.nhwc);
       const int64_t dense_ld = in.nhwc ? s.C : s.P;
       for (int64_t n = begin; n < end; ++n) {
         const auto image = matrix(in.image<T>(n), s, in.nhwc, in.ld);
-        const T* pr = static_cast<const T*>(image_or_null(res, n, sizeof(T)));
+        const T* pr = image_or_null<T>(res, n);
         T* py = data<T>(y) + n * s.C * s.P;
         std::copy_n(data<A>(sg) + n * s.C, s.C, padded.get());
         if (st) {
           std::copy_n(data<A>(*st) + n * s.C, s.C, added.get());
-          affine_image<T>(image, parts, team, in.nhwc, {padded.get(), added.get()}, pr, py, dense_ld,
+          affine_image<T>(image, parts, workers, in.nhwc, {padded.get(), added.get()}, pr, py, dense_ld,
                           activation);
         } else {
-          scale_image(image, parts, team, in.nhwc, padded.get(), pr, py, dense_ld, activation);
+          scale_image(image, parts, workers, in.nhwc, padded.get(), pr, py, dense_ld, activation);
         }
       }
     });
@@ -63,16 +76,17 @@ Tensor scaled(const Tensor& x, const Tensor& gate, const std::optional<Tensor>& 
   });
 }
 
-Tensor scale_fwd(Tensor x, Tensor gate, std::optional<Tensor> residual, int64_t activation) {
+Tensor channel_scale_fwd(Tensor x, Tensor gate, std::optional<Tensor> residual, int64_t activation) {
   return scaled(x, gate, std::nullopt, residual, activation);
 }
 
-Tensor affine_fwd(Tensor x, Tensor scale, Tensor shift, std::optional<Tensor> residual, int64_t activation) {
+Tensor channel_affine(Tensor x, Tensor scale, Tensor shift, std::optional<Tensor> residual,
+                      int64_t activation) {
   return scaled(x, scale, shift, residual, activation);
 }
 
-std::tuple<Tensor, Tensor> scale_bwd(Tensor grad, Tensor x, Tensor gate, std::optional<Tensor> residual,
-                                     int64_t activation) {
+std::tuple<Tensor, Tensor> channel_scale_bwd(Tensor grad, Tensor x, Tensor gate,
+                                             std::optional<Tensor> residual, int64_t activation) {
   return dispatch(x, [&](auto type) {
     using T = decltype(type);
     using A = Acc<T>;
@@ -83,16 +97,16 @@ std::tuple<Tensor, Tensor> scale_bwd(Tensor grad, Tensor x, Tensor gate, std::op
     const Tensor sg = gate_as<A>(gate, s, "gate");
     const int64_t image = s.C * s.P;
     Tensor dgate = empty({s.N, s.C}, kDtype<A>);
-    Tensor dresidual = act ? empty_map(s, in.nhwc, x.scalar_type()) : empty({0}, x.scalar_type());
-    for_images(s.N, image, [&](int64_t begin, int64_t end, const Team& team) {
+    Tensor dresidual = empty_residual_grad(s, in.nhwc, x.scalar_type(), act);
+    for_images(s.N, image, [&](int64_t begin, int64_t end, const Workers& workers) {
       Buffer<A> padded(s.C);
       const Split parts = row_parts<T>(s, in.nhwc);
       ChannelPartials<A> dots(s.C, in.nhwc ? parts.count : 1);
       for (int64_t n = begin; n < end; ++n) {
         std::copy_n(data<A>(sg) + n * s.C, s.C, padded.get());
-        dot_image(matrix(in.image<T>(n), s, in.nhwc, in.ld), g.image<T>(n), parts, team, in.nhwc,
-                  padded.get(), static_cast<const T*>(image_or_null(res, n, sizeof(T))),
-                  act ? data<T>(dresidual) + n * image : nullptr, g.ld, activation, dots);
+        dot_image(matrix(in.image<T>(n), s, in.nhwc, in.ld), g.image<T>(n), parts, workers, in.nhwc,
+                  padded.get(), image_or_null<T>(res, n), act ? data<T>(dresidual) + n * image : nullptr,
+                  g.ld, activation, dots);
         dots.sum(data<A>(dgate) + n * s.C);
       }
     });
@@ -100,7 +114,7 @@ std::tuple<Tensor, Tensor> scale_bwd(Tensor grad, Tensor x, Tensor gate, std::op
   });
 }
 
-Tensor input_grad(Tensor grad, Tensor x, Tensor gate, std::optional<Tensor> dmean) {
+Tensor channel_input_grad(Tensor grad, Tensor x, Tensor gate, std::optional<Tensor> dmean) {
   return dispatch(x, [&](auto type) {
     using T = decltype(type);
     using A = Acc<T>;
@@ -110,7 +124,7 @@ Tensor input_grad(Tensor grad, Tensor x, Tensor gate, std::optional<Tensor> dmea
     const Tensor sg = gate_as<A>(gate, s, "gate");
     const auto shift = dmean ? std::optional<Tensor>(gate_as<A>(*dmean, s, "dmean")) : std::nullopt;
     Tensor dx = empty_map(s, nhwc, x.scalar_type());
-    for_images(s.N, s.C * s.P, [&](int64_t begin, int64_t end, const Team& team) {
+    for_images(s.N, s.C * s.P, [&](int64_t begin, int64_t end, const Workers& workers) {
       Buffer<A> scale(s.C), mean(s.C);
       const Split parts = row_parts<T>(s, nhwc);
       for (int64_t n = begin; n < end; ++n) {
@@ -118,7 +132,7 @@ Tensor input_grad(Tensor grad, Tensor x, Tensor gate, std::optional<Tensor> dmea
         for (int64_t c = 0; shift && c < s.C; ++c) {
           mean[c] = data<A>(*shift)[n * s.C + c] / static_cast<A>(s.P);
         }
-        input_grad_image(matrix(g.image<T>(n), s, nhwc, g.ld), parts, team, nhwc, scale.get(), mean.get(),
+        input_grad_image(matrix(g.image<T>(n), s, nhwc, g.ld), parts, workers, nhwc, scale.get(), mean.get(),
                          data<T>(dx) + n * s.C * s.P);
       }
     });
@@ -130,9 +144,9 @@ Tensor input_grad(Tensor grad, Tensor x, Tensor gate, std::optional<Tensor> dmea
 }  // namespace visattn
 
 STABLE_TORCH_LIBRARY_IMPL(visattn_fast, CPU, m) {
-  m.impl("channel_mean", TORCH_BOX(&visattn::mean));
-  m.impl("channel_scale_fwd", TORCH_BOX(&visattn::scale_fwd));
-  m.impl("channel_scale_bwd", TORCH_BOX(&visattn::scale_bwd));
-  m.impl("channel_affine", TORCH_BOX(&visattn::affine_fwd));
-  m.impl("channel_input_grad", TORCH_BOX(&visattn::input_grad));
+  m.impl("channel_mean", TORCH_BOX(&visattn::channel_mean));
+  m.impl("channel_scale_fwd", TORCH_BOX(&visattn::channel_scale_fwd));
+  m.impl("channel_scale_bwd", TORCH_BOX(&visattn::channel_scale_bwd));
+  m.impl("channel_affine", TORCH_BOX(&visattn::channel_affine));
+  m.impl("channel_input_grad", TORCH_BOX(&visattn::channel_input_grad));
 }

@@ -1,5 +1,8 @@
-// csrc/cuda/plan.h for Python: which CUDA kernel a shape takes, told where there is no GPU.
-#include "../cuda/plan.h"
+// csrc/common/plan.h for Python: says without a GPU which CUDA kernel serves a shape.
+#include <cstdint>
+
+#include "../common/geometry.h"
+#include "../common/plan.h"
 
 namespace visattn::cuda {
 

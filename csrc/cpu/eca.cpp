@@ -1,19 +1,28 @@
 // Efficient channel attention: y = act(x * sigmoid(conv1d(mean)) + residual), zero padding along C.
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <optional>
 #include <tuple>
 
 #include "channel_scale.h"
+#include "mlp.h"
+#include "parallel.h"
+#include "simd.h"
+#include "tensor.h"
 
 namespace visattn {
 namespace {
 
-// The channels that tap j of a k-wide window reaches: out[c] meets in[c + shift] for c in [begin, end).
+// The channels within reach of tap j of a k-wide window: out[c] uses in[c + shift] for c in [begin, end).
 struct Tap {
   int64_t shift, begin, end;
   Tap(int64_t j, int64_t k, int64_t C)
       : shift(j - k / 2), begin(std::max<int64_t>(0, -shift)), end(std::min(C, C - shift)) {}
 };
 
-// y; mean and gate [N, C] are written where they are to be kept.
+// Returns y, and writes mean and gate [N, C].
 template <class T>
 Tensor forward(const Tensor& x, const Shape& s, const Tensor& weight, const std::optional<Tensor>& residual,
                int64_t activation, Acc<T>* mean, Acc<T>* gate, const Norm<Acc<T>>* norm = nullptr) {
@@ -28,7 +37,7 @@ Tensor forward(const Tensor& x, const Shape& s, const Tensor& weight, const std:
     }
     sigmoid_in_place(out, s.C);
   };
-  return channel_scale_fwd<T>(feature_map(x), s, residual, activation, mean, gate, gate_of, norm);
+  return scale_channels_fwd<T>(feature_map(x), s, residual, activation, mean, gate, gate_of, norm);
 }
 
 std::tuple<Tensor, Tensor, Tensor> eca_fwd(Tensor x, Tensor weight, std::optional<Tensor> residual,
@@ -43,7 +52,7 @@ std::tuple<Tensor, Tensor, Tensor> eca_fwd(Tensor x, Tensor weight, std::optiona
   });
 }
 
-// y alone.
+// Returns y alone.
 template <class T>
 Tensor inferred(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& residual,
                 int64_t activation, const Norm<Acc<T>>* norm = nullptr) {
@@ -56,11 +65,11 @@ Tensor eca_infer(Tensor x, Tensor weight, std::optional<Tensor> residual, int64_
   return dispatch(x, [&](auto type) { return inferred<decltype(type)>(x, weight, residual, activation); });
 }
 
-Tensor eca_normed(Tensor z, Tensor norm_weight, Tensor bias, Tensor mean, Tensor var, double eps,
-                  Tensor weight, std::optional<Tensor> residual, int64_t activation) {
+Tensor eca_normed(Tensor z, Tensor norm_weight, Tensor norm_bias, Tensor norm_mean, Tensor norm_var,
+                  double eps, Tensor weight, std::optional<Tensor> residual, int64_t activation) {
   return dispatch(z, [&](auto type) {
     using T = decltype(type);
-    const Norm<Acc<T>> norm(z.size(1), norm_weight, bias, mean, var, eps);
+    const Norm<Acc<T>> norm(z.size(1), norm_weight, norm_bias, norm_mean, norm_var, eps);
     return inferred<T>(z, weight, residual, activation, &norm);
   });
 }
@@ -90,7 +99,7 @@ std::tuple<Tensor, Tensor, Tensor> eca_bwd(Tensor grad, Tensor x, Tensor weight,
         dw_images[n * k + j] = sum;
       }
     };
-    auto [dx, dresidual] = channel_scale_bwd<T>(grad, feature_map(x), s, residual, sg, activation, dmean_of);
+    auto [dx, dresidual] = scale_channels_bwd<T>(grad, feature_map(x), s, residual, sg, activation, dmean_of);
     Tensor dw = empty_grad(weight, kDtype<A>);
     batch_sum(s.N, dw_images.get(), k, data<A>(dw));
     return std::make_tuple(dx, dresidual, gradient_of(weight, dw));

@@ -1,11 +1,16 @@
-// Element-wise passes: gates with residual and activation, their derivative, and the affine form of every dx.
+// Element-wise passes: gates with residual and activation, their derivatives, and the affine form of every
+// dx.
 #pragma once
 
+#include <cstdint>
+#include <type_traits>
+
+#include "../common/activations.h"
 #include "matrix.h"
+#include "simd.h"
+#include "simd_math.h"
 
 namespace visattn {
-
-enum Activation : int64_t { kNone = 0, kRelu = 1, kSilu = 2 };
 
 template <int kAct, class V>
 VF_INLINE inline V activate(V v) {
@@ -25,15 +30,15 @@ VF_INLINE inline V activate_grad(V g, V v) {
   return g;
 }
 
-// A gate made of one factor per row and one per column: their product, or with `sum` their sum. A null factor
-// is left out. `column` is padded.
+// A gate with one factor for each row and one for each column: their product, or with `sum` their sum. Either
+// may be null, and is then left out. `column` is padded.
 template <class A>
 struct Gate {
   const A *row, *column;
   bool sum = false;
 };
 
-// A scale and a shift for each row, or each column.
+// A scale and a shift for each row, or for each column.
 template <class A>
 struct Affine {
   const A *scale, *shift;
@@ -47,8 +52,8 @@ VF_INLINE inline V gated(V v, V row, V column) {
   return v;
 }
 
-// Rows that do not follow each other in memory are taken four at a time, so that the columns' factors are
-// loaded once for all four.
+// Takes rows that are not adjacent in memory four at a time, so that the columns' factors are loaded once for
+// all four.
 template <bool kColumn, class T, class F>
 VF_INLINE inline void for_row_groups(const Matrix<T>& m, const F& f) {
   int64_t r = 0;
@@ -58,7 +63,7 @@ VF_INLINE inline void for_row_groups(const Matrix<T>& m, const F& f) {
   for (; r < m.rows; ++r) f(r, std::integral_constant<int, 1>{});
 }
 
-// A shift, with kShift, belongs to the rows or the columns, as the gate does.
+// With kShift there is a shift for each row or each column, as for the gate.
 template <class T, int kAct, bool kResidual, bool kRow, bool kColumn, bool kSum, bool kShift = false>
 void apply_gate_as(Matrix<const T> x, Gate<Acc<T>> gate, const T* residual, T* y, int64_t dense_ld,
                    const Acc<T>* shift = nullptr) {
@@ -113,8 +118,7 @@ void gate_grad_as(Matrix<const T> x, Gate<Acc<T>> gate, const T* grad, const T* 
   });
 }
 
-// Calls f with the presence of the row and the column factor, and whether they are added, as compile-time
-// constants.
+// Calls f with compile-time constants: is there a row factor, is there a column factor, are they added.
 template <class A, class F>
 void with_factors(Gate<A> gate, const F& f) {
   const std::true_type yes;
@@ -130,13 +134,24 @@ void with_factors(Gate<A> gate, const F& f) {
   }
 }
 
-// Calls f with the activation and the presence of a residual as compile-time constants.
+// Calls f with the activation as a compile-time constant.
 template <class F>
-void with_epilogue(bool residual, int64_t activation, const F& f) {
-  const auto run = [&](auto act) { residual ? f(act, std::true_type{}) : f(act, std::false_type{}); };
-  if (activation == kRelu) return run(std::integral_constant<int, kRelu>{});
-  if (activation == kSilu) return run(std::integral_constant<int, kSilu>{});
-  run(std::integral_constant<int, kNone>{});
+auto with_activation(int64_t activation, const F& f) {
+  if (activation == kRelu) return f(std::integral_constant<int, kRelu>{});
+  if (activation == kSilu) return f(std::integral_constant<int, kSilu>{});
+  return f(std::integral_constant<int, kNone>{});
+}
+
+// Calls f with compile-time constants: the activation, and whether there is a residual.
+template <class F>
+void with_epilogue(int64_t activation, bool residual, const F& f) {
+  with_activation(activation, [&](auto act) {
+    if (residual) {
+      f(act, std::true_type{});
+    } else {
+      f(act, std::false_type{});
+    }
+  });
 }
 
 // y = act(x * gate + residual). residual (may be null) and y are dense: rows dense_ld apart.
@@ -144,18 +159,19 @@ template <class T>
 void apply_gate(Matrix<const T> x, Gate<Acc<T>> gate, const T* residual, T* y, int64_t dense_ld,
                 int64_t activation) {
   with_factors(gate, [&](auto row, auto column, auto sum) {
-    with_epilogue(residual, activation, [&](auto act, auto added) {
+    with_epilogue(activation, residual, [&](auto act, auto added) {
       apply_gate_as<T, decltype(act)::value, decltype(added)::value, decltype(row)::value,
                     decltype(column)::value, decltype(sum)::value>(x, gate, residual, y, dense_ld);
     });
   });
 }
 
-// y = act(x * scale + shift + residual), of rows (per_row) or columns (padded); y and residual as above.
+// y = act(x * scale + shift + residual), with factors of the rows (per_row) or the columns (padded); y and
+// residual as above.
 template <class T>
 void apply_affine(Matrix<const T> x, bool per_row, Affine<Acc<T>> by, const T* residual, T* y,
                   int64_t dense_ld, int64_t activation) {
-  with_epilogue(residual, activation, [&](auto act, auto added) {
+  with_epilogue(activation, residual, [&](auto act, auto added) {
     constexpr int kAct = decltype(act)::value;
     constexpr bool kAdded = decltype(added)::value;
     if (per_row) {
@@ -168,7 +184,7 @@ void apply_affine(Matrix<const T> x, bool per_row, Affine<Acc<T>> by, const T* r
   });
 }
 
-// out = grad * act'(x * gate + residual), for activation other than kNone.
+// out = grad * act'(x * gate + residual), for an activation other than kNone.
 template <class T>
 void gate_grad(Matrix<const T> x, Gate<Acc<T>> gate, const T* grad, const T* residual, T* out,
                int64_t dense_ld, int64_t activation) {
@@ -183,15 +199,15 @@ void gate_grad(Matrix<const T> x, Gate<Acc<T>> gate, const T* grad, const T* res
   });
 }
 
-// out = grad * scale + shift, one scale and shift per row (kPerRow) or per column (padded).
+// out = grad * scale + shift, with a scale and a shift for each row or each column (padded).
 template <class T, bool kPerRow>
 void affine(Matrix<const T> grad, const Acc<T>* scale, const Acc<T>* shift, T* out) {
   apply_gate_as<T, kNone, false, kPerRow, !kPerRow, false, true>(
       grad, {kPerRow ? scale : nullptr, kPerRow ? nullptr : scale}, nullptr, out, grad.ld, shift);
 }
 
-// out = (grad * row.scale + row.shift) * column.scale + column.shift, or with the column's factors inside and
-// the row's outside (kColumnInside): the inner pair belongs to pixels, the outer to channels.
+// out = (grad * row.scale + row.shift) * column.scale + column.shift; with kColumnInside the column's factors
+// come first. The inner pair belongs to pixels, the outer one to channels.
 template <class T, bool kColumnInside>
 void affine_twice(Matrix<const T> grad, Affine<Acc<T>> row, Affine<Acc<T>> column, T* out) {
   using A = Acc<T>;
@@ -217,8 +233,8 @@ void affine_twice(Matrix<const T> grad, Affine<Acc<T>> row, Affine<Acc<T>> colum
   });
 }
 
-// out = grad * (row.scale + column.scale) + row.shift * column.shift + constant, which belongs to rows
-// (kConstantPerRow) or columns (padded).
+// out = grad * (row.scale + column.scale) + row.shift * column.shift + constant, with a constant for each row
+// (kConstantPerRow) or each column (padded).
 template <class T, bool kConstantPerRow>
 void affine_sum(Matrix<const T> grad, Affine<Acc<T>> row, Affine<Acc<T>> column, const Acc<T>* constant,
                 T* out) {

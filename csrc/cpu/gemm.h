@@ -1,19 +1,21 @@
-// Small dense products between the channels of a block of pixels: sum_k a(i, k) b[k, j] in registers, tile by
-// tile.
+// Small matrix products over the channels of a block of pixels: sum_k a(i, k) b[k, j], tile by tile in
+// registers.
 #pragma once
 
-#include "matrix.h"
+#include <cstdint>
+
+#include "simd.h"
 
 namespace visattn {
 
-// A factor whose elements are broadcast: any strides.
+// A factor whose elements are broadcast: it may have any strides.
 template <class T>
 struct Broadcast {
   const T* p;
   int64_t stride_i, stride_k;
 };
 
-// One tile of R rows and V vectors from (i, j) on. f(i, j, sum, lanes) takes each vector of sums.
+// One tile of R rows and V vectors from (i, j) on. f(i, j, sum, lanes) receives each vector of sums.
 template <int R, int V, class A, class TA, class TB, class Lanes, class F>
 VF_INLINE inline void gemm_tile(Broadcast<TA> a, const TB* b, int64_t ldb, int64_t depth, int64_t i,
                                 int64_t j, Lanes lanes, const F& f) {
@@ -40,7 +42,7 @@ VF_INLINE inline void gemm_tile(Broadcast<TA> a, const TB* b, int64_t ldb, int64
   }
 }
 
-// f over the tiles of V vectors from column j on: twelve sums in registers keep two multipliers busy.
+// Calls f for the tiles of V vectors from column j on. Twelve sums in registers keep two multipliers busy.
 template <int V, class A, class TA, class TB, class Lanes, class F>
 VF_INLINE inline void gemm_columns(Broadcast<TA> a, const TB* b, int64_t ldb, int64_t depth, int64_t rows,
                                    int64_t j, Lanes lanes, const F& f) {
@@ -57,8 +59,8 @@ VF_INLINE inline void gemm_columns(Broadcast<TA> a, const TB* b, int64_t ldb, in
   }
 }
 
-// f(i, j, sum_k a(i, k) b[k, j], lanes) for all i < rows and vectors of j < cols, k ascending. b stays near
-// from one row of tiles to the next: `step` rows at a time pass over all columns.
+// Calls f(i, j, sum_k a(i, k) b[k, j], lanes) for all i < rows and all vectors of j < cols, k ascending.
+// `step` rows at a time pass over all columns, so that b is still in cache for the next row of tiles.
 template <class A, class TA, class TB, class F>
 VF_INLINE inline void gemm(Broadcast<TA> a, const TB* b, int64_t ldb, int64_t rows, int64_t cols,
                            int64_t depth, int64_t step, const F& f) {

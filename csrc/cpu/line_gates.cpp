@@ -1,15 +1,32 @@
-// The gates of rows and columns from their means, gates = sigmoid(w hardswish(bn(w1 means + b1)) + b), w and
-// b those of rows or of columns: the small dense middle of coordinate attention, and its gradients.
+// The gates of rows and columns from their means: gates = sigmoid(w hardswish(bn(w1 means + b1)) + b), where
+// w and b belong to rows or to columns. It is the small dense middle of coordinate attention; with its
+// gradients.
 #include "line_gates.h"
 
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <optional>
 #include <tuple>
 
-#include "image.h"
+#include "column_stats.h"
+#include "gemm.h"
+#include "image_matrix.h"
+#include "line_layout.h"
+#include "mlp.h"
+#include "parallel.h"
+#include "row_stats.h"
+#include "simd.h"
+#include "tensor.h"
 
 namespace visattn {
 namespace {
 
-// Calls f(A{}) with the dtype of lines, which is one that sums are kept in.
+// Calls f(A{}) with the dtype of lines, which is an accumulation dtype.
 template <class F>
 auto dispatch_lines(const Tensor& lines, const F& f) {
   if (lines.scalar_type() == ScalarType::Double) return f(double{});
@@ -26,12 +43,12 @@ LineShape line_shape(const Tensor& means, int64_t height, const Tensor& w1) {
   return {sizes[0], sizes[1], height, sizes[2], M, nhwc, whole_vectors<A>(M)};
 }
 
-// Uninitialised, as dense lines lie.
+// Uninitialised, with the strides of dense lines.
 Tensor lines_like(const Tensor& lines) {
   return empty_strided(3, lines.sizes().data(), lines.strides().data(), lines.scalar_type());
 }
 
-// Channels as threads share them: by cache lines.
+// Channels in cache lines, the parts that threads share.
 template <class A>
 Split channel_parts(const LineShape& s) {
   return Split(s.C, 64 / static_cast<int64_t>(sizeof(A)));
@@ -67,7 +84,7 @@ struct GateWeights {
     }
   }
 
-  // Gates of channels [c0, c1) of an image.
+  // The gates of channels [c0, c1) of an image.
   void gates(const LineShape& s, Broadcast<A> hidden, int64_t c0, int64_t c1, A* out) const {
     for_parts(s.H, 0, s.L, [&](int part, int64_t l0, int64_t l1) {
       const Broadcast<A> factor{weight[part].get(), stride_c, stride_m};
@@ -77,7 +94,7 @@ struct GateWeights {
   }
 };
 
-// mean and var [M] of z from the moments [N, 2, ld] of its images.
+// mean and var [M] of z from the moments [N, 2, ld] of the images.
 template <class A>
 void combine_lines(const LineShape& s, const double* moments, A* mean, A* var) {
   const double count = static_cast<double>(s.L), images = static_cast<double>(s.N);
@@ -108,10 +125,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> line_gates_fwd(
     Tensor z = empty({s.N, s.L, s.M}, kDtype<A>),
            of_batch[] = {empty({fixed ? 0 : s.M}, kDtype<A>), empty({fixed ? 0 : s.M}, kDtype<A>)};
     Buffer<double> moments(fixed ? 0 : 2 * s.N * s.ld);
-    for_images(s.N, s.C * s.L, [&](int64_t begin, int64_t end, const Team& team) {
+    for_images(s.N, s.C * s.L, [&](int64_t begin, int64_t end, const Workers& workers) {
       for (int64_t n = begin; n < end; ++n) {
         A* rows = data<A>(z) + n * s.L * s.M;
-        team.each(s.L, [&](int64_t b, int64_t e) {
+        workers.each(s.L, [&](int64_t b, int64_t e) {
           hidden_rows(s, data<A>(lines) + n * s.C * s.L, weight.get(), bias.get(), b, e, rows);
         });
         if (!fixed) line_moments(s, rows, moments.get() + 2 * n * s.ld);
@@ -122,14 +139,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> line_gates_fwd(
                            eps);
     const GateWeights<A> algebra(s, w_h, b_h, w_w, b_w);
     Tensor gates = lines_like(lines);
-    for_images(s.N, s.C * s.L, [&](int64_t begin, int64_t end, const Team& team) {
+    for_images(s.N, s.C * s.L, [&](int64_t begin, int64_t end, const Workers& workers) {
       Buffer<A> hidden(s.L * s.ld), along(s.nhwc ? 0 : s.L * s.M);
       for (int64_t n = begin; n < end; ++n) {
         activate_rows(s, norm, data<A>(z) + n * s.L * s.M, hidden.get());
         const auto rows = rows_factor(s, hidden.get(), along.get());
         A* out = data<A>(gates) + n * s.C * s.L;
         const Split parts = channel_parts<A>(s);
-        team.each(parts.count, [&](int64_t b, int64_t e) {
+        workers.each(parts.count, [&](int64_t b, int64_t e) {
           algebra.gates(s, rows, parts.begin(b), parts.end(e - 1), out);
         });
       }
@@ -140,7 +157,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> line_gates_fwd(
 
 // ---- backward
 
-// dhidden [L, ld] of an image's lines [begin, end). weights, of rows and of columns, are [C, M].
+// dhidden [L, ld] of an image's lines [begin, end). w_h and w_w are [C, M].
 template <class A>
 void hidden_grad(const LineShape& s, const A* dlines, const A* w_h, const A* w_w, int64_t begin, int64_t end,
                  A* dhidden) {
@@ -152,8 +169,8 @@ void hidden_grad(const LineShape& s, const A* dlines, const A* w_h, const A* w_w
   });
 }
 
-// sums [3, M], the gradients of the norm's bias and weight and of b1, from those of the images [N, 2, ld];
-// and the means [2, ld] of the first two over the batch.
+// sums [3, M]: the gradients of the norm's bias and weight and of b1, from those of the images [N, 2, ld].
+// batch [2, ld]: the means of the first two over the batch.
 template <class A>
 void norm_sums(const LineShape& s, const LineNorm<A>& norm, const A* images, bool fixed, A* sums, A* batch) {
   const A count = static_cast<A>(s.N ? s.N * s.L : 1);
@@ -163,21 +180,21 @@ void norm_sums(const LineShape& s, const LineNorm<A>& norm, const A* images, boo
       dbias += images[2 * n * s.ld + m], dweight += images[(2 * n + 1) * s.ld + m];
     }
     sums[m] = static_cast<A>(dbias), sums[s.M + m] = static_cast<A>(dweight);
-    sums[2 * s.M + m] = fixed ? sums[m] * norm.gain(m) : A(0);  // the batch's mean takes it out
+    sums[2 * s.M + m] = fixed ? sums[m] * norm.gain(m) : A(0);  // the batch's mean removes b1
     batch[m] = sums[m] / count, batch[s.ld + m] = sums[s.M + m] / count;
   }
 }
 
-// Sums over the batch for a range of channels, image by image, with what follows from them.
+// Sums over the batch for a range of channels, image by image, and the gradients that follow from them.
 template <class A>
 struct ChannelGrads {
   const LineShape& s;
-  const A *means, *hidden, *dz;  // dz, as hidden, [N, L, ld]
-  const A* dz_along;             // [N, M, L], for nchw
+  const A *means, *hidden, *dz;  // hidden and dz are [N, L, ld]
+  const A* dz_along;             // [N, M, L], in nchw alone
   Broadcast<A> w1;               // (c, m)
-  A* lines;                      // the gradients of the logits, which those of the means replace
+  A* lines;                      // the gradients of the logits; those of the means replace them
   Buffer<A> dw[3];               // [C, ld], of w_h, w_w and w1
-  Buffer<A> images;              // the logits' gradients of all images, as an image lies
+  Buffer<A> images;              // the sum over images of the logits' gradients, in the layout of an image
   Buffer<A> nothing;             // [C], in place of a bias
 
   void add(int64_t n, int64_t c0, int64_t c1) {
@@ -212,7 +229,7 @@ struct ChannelGrads {
     to_lines(s, w1, of_means, nothing.get(), c0, c1, 0, s.L, out);
   }
 
-  // What has been added goes to dw_h and dw_w [C, M], dw1 [M, C], db_h and db_w [C].
+  // Writes the sums to dw_h and dw_w [C, M], dw1 [M, C], db_h and db_w [C].
   void finish(int64_t c0, int64_t c1, const Tensor& dw_h, const Tensor& dw_w, const Tensor& dw1,
               const Tensor& db_h, const Tensor& db_w) const {
     Buffer<A> sums(c1 - c0);
@@ -251,14 +268,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> line_gates_bw
     Buffer<A> hidden(s.N * s.L * s.ld), dz(s.N * s.L * s.ld), of_norm(2 * s.N * s.ld), batch(2 * s.ld),
         along(s.nhwc ? 0 : s.N * s.L * s.M);
 
-    for_images(s.N, s.C * s.L, [&](int64_t begin, int64_t end, const Team& team) {
+    for_images(s.N, s.C * s.L, [&](int64_t begin, int64_t end, const Workers& workers) {
       for (int64_t n = begin; n < end; ++n) {
         const int64_t image = n * s.C * s.L, rows = n * s.L * s.ld;
         A* dlines = data<A>(dmeans) + image;
-        team.each(s.C * s.L, [&](int64_t b, int64_t e) {
+        workers.each(s.C * s.L, [&](int64_t b, int64_t e) {
           sigmoid_grad(data<A>(given) + image + b, data<A>(kept) + image + b, e - b, dlines + b);
         });
-        team.each(s.L, [&](int64_t b, int64_t e) {
+        workers.each(s.L, [&](int64_t b, int64_t e) {
           hidden_grad(s, dlines, weights[0].get(), weights[1].get(), b, e, dz.get() + rows);
         });
         activate_rows_grad(s, norm, data<A>(units) + n * s.L * s.M, hidden.get() + rows, dz.get() + rows,

@@ -1,32 +1,36 @@
-// Products between lines and hidden rows [L, M] of an image, in both layouts of lines, and the batch norm and
-// hardswish between them.
+// Products between an image's lines and its hidden rows [L, M], in both layouts of lines, and the batch norm
+// and hardswish between them.
 //
-// Rows, weights and vectors lie in buffers, past whose ends whole vectors may be read; hidden rows are `ld`
-// apart, whole vectors. What is read past a row's end is no value, and what comes of it is never kept.
+// Rows, weights and vectors lie in buffers, whose padding whole vectors may read. Hidden rows are `ld` apart,
+// a multiple of the vector length. Lanes past a row's end hold garbage and are never stored.
 #pragma once
 
+#include <torch/headeronly/util/Exception.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <optional>
+
 #include "gemm.h"
-#include "lines.h"
-#include "mlp.h"
+#include "parallel.h"
+#include "simd.h"
+#include "tensor.h"
 
 namespace visattn {
 
-template <class A>
-VF_INLINE inline int64_t whole_vectors(int64_t count) {
-  return (count + kLanes<A> - 1) / kLanes<A> * kLanes<A>;
-}
+constexpr int64_t kStep = 48;  // rows of a product that pass over all columns together
 
-constexpr int64_t kStep = 48;  // rows of a product before the next column of tiles
-
-// Sizes of lines [N, C, L], of which H are rows, and of their M hidden channels.
+// Sizes of lines [N, C, L], the first H of which are rows, and of their M hidden channels.
 struct LineShape {
   int64_t N, C, H, L, M;
   bool nhwc;
-  int64_t ld;  // of hidden rows
+  int64_t ld;  // distance between hidden rows
 
   VF_INLINE int64_t at(int64_t c, int64_t l) const { return nhwc ? l * C + c : c * L + l; }
 
-  // An image from (c, l) on, as a factor of L or of C rows.
+  // An image from (c, l) on, as a factor with a row for each line or for each channel.
   template <class A>
   VF_INLINE Broadcast<A> by_line(const A* image, int64_t c, int64_t l) const {
     return {image + at(c, l), at(0, 1), at(1, 0)};
@@ -37,14 +41,15 @@ struct LineShape {
   }
 };
 
-// f(offset, count) over what an image holds of channels [c0, c1), in dense runs.
+// Calls f(offset, count) for the dense runs of an image that hold channels [c0, c1).
 template <class F>
 VF_INLINE inline void for_runs(const LineShape& s, int64_t c0, int64_t c1, const F& f) {
   if (!s.nhwc || c1 - c0 == s.C) return f(s.at(c0, 0), (c1 - c0) * s.L);
   for (int64_t l = 0; l < s.L; ++l) f(s.at(c0, l), c1 - c0);
 }
 
-// f(part, begin, end) of those lines of [begin, end) that are rows (part 0), and that are columns (part 1).
+// Calls f(part, begin, end) for the lines of [begin, end) that are rows (part 0), then for those that are
+// columns (part 1).
 template <class F>
 VF_INLINE inline void for_parts(int64_t H, int64_t begin, int64_t end, const F& f) {
   for (int part = 0; part < 2; ++part) {
@@ -53,14 +58,7 @@ VF_INLINE inline void for_parts(int64_t H, int64_t begin, int64_t end, const F& 
   }
 }
 
-// What of v, the vector from column j on, lies within the `count` elements of a row.
-template <class A>
-VF_INLINE inline void store_within(A* row, int64_t j, int64_t count, Vec<A> v) {
-  if (j + kLanes<A> <= count) return store(row + j, v);
-  if (j < count) store(row + j, v, Tail{static_cast<int>(count - j)});
-}
-
-// A small tensor as a buffer, or `otherwise` where there is none.
+// A small tensor as a buffer, filled with `otherwise` without a tensor.
 template <class A>
 Buffer<A> buffer_of(const std::optional<Tensor>& t, int64_t count, A otherwise = 0) {
   Buffer<A> out(count);
@@ -74,7 +72,7 @@ Buffer<A> buffer_of(const std::optional<Tensor>& t, int64_t count, A otherwise =
   return out;
 }
 
-// [rows, cols], rows `ld` apart, as [cols, rows].
+// Transposes [rows, cols], whose rows are `ld` apart.
 template <class A>
 void transpose_to(const A* in, int64_t rows, int64_t cols, int64_t ld, A* out) {
   for (int64_t c = 0; c < cols; ++c) {
@@ -89,7 +87,7 @@ Buffer<A> transposed(const Buffer<A>& in, int64_t rows, int64_t cols) {
   return out;
 }
 
-// f(l, m, sum_c lines(c, l) weight[c, m]) for lines [begin, end) of an image. weight is [C, M].
+// Calls f(l, m, sum_c lines(c, l) weight[c, m]) for lines [begin, end) of an image. weight is [C, M].
 template <class A, class F>
 VF_INLINE inline void to_rows(const LineShape& s, const A* lines, const A* weight, int64_t begin, int64_t end,
                               const F& f) {
@@ -98,7 +96,7 @@ VF_INLINE inline void to_rows(const LineShape& s, const A* lines, const A* weigh
 }
 
 // out(c, l) = sum_m weight(c, m) rows(l, m) + bias[c] for channels [c0, c1) and lines [l0, l1) of an image.
-// The layout says which of the two factors has dense rows, and along what its vectors lie.
+// The layout decides which factor has dense rows, and in which direction its vectors run.
 template <class A>
 void to_lines(const LineShape& s, Broadcast<A> weight, Broadcast<A> rows, const A* bias, int64_t c0,
               int64_t c1, int64_t l0, int64_t l1, A* out) {
@@ -117,7 +115,8 @@ void to_lines(const LineShape& s, Broadcast<A> weight, Broadcast<A> rows, const 
   });
 }
 
-// Rows [L, M] as the factor that to_lines wants: as they are, or dense along L, copied to `along` [M, L].
+// Rows [L, M] as the factor that to_lines takes: themselves in nhwc, else dense along L, copied to `along`
+// [M, L].
 template <class A>
 Broadcast<A> rows_factor(const LineShape& s, const A* rows, A* along) {
   if (s.nhwc) return {rows, s.ld, 1};
@@ -140,7 +139,7 @@ VF_INLINE inline V hardswish_grad(V g, V v) {
   return v <= -3 ? V{} : inside;
 }
 
-// The batch norm of some hidden channels.
+// The batch norm of a vector of hidden channels.
 template <class A>
 struct NormLanes {
   Vec<A> mean, inverse, weight, bias;
@@ -186,8 +185,8 @@ void activate_rows(const LineShape& s, const LineNorm<A>& norm, const A* z, A* h
   });
 }
 
-// hidden as above; grads, those of hidden, become those of bn(z), sums [2, ld] their sums over the lines,
-// without and with the normed z.
+// Computes hidden as above, and turns the gradients of hidden in `grads` into those of bn(z). sums [2, ld]
+// are the sums of the latter over the lines, plain and times the normalised z.
 template <class A>
 void activate_rows_grad(const LineShape& s, const LineNorm<A>& norm, const A* z, A* hidden, A* grads,
                         A* sums) {
@@ -208,8 +207,8 @@ void activate_rows_grad(const LineShape& s, const LineNorm<A>& norm, const A* z,
   });
 }
 
-// grads, those of bn(z), become those of z: grads * gain by given statistics (`fixed`), else (grads - dbias -
-// normed z * dweight) * gain, with means over the batch.
+// Turns the gradients of bn(z) in `grads` into those of z: grads * gain with given statistics (`fixed`), else
+// (grads - dbias - normalised z * dweight) * gain, where dbias and dweight are means over the batch.
 template <class A>
 void norm_rows_grad(const LineShape& s, const LineNorm<A>& norm, const A* z, const A* dbias, const A* dweight,
                     bool fixed, A* grads) {
@@ -228,8 +227,8 @@ void norm_rows_grad(const LineShape& s, const LineNorm<A>& norm, const A* z, con
   });
 }
 
-// moments [2, ld]: mean of an image's z and sum (z - mean)^2, in double and about the first line: of equal
-// values exactly their value, and zero.
+// moments [2, ld]: the mean of an image's z and sum (z - mean)^2, in double and relative to the first line,
+// so that equal values give exactly their value, and zero.
 template <class A>
 void line_moments(const LineShape& s, const A* z, double* moments) {
   simd([=]() VF_INLINE {

@@ -1,23 +1,37 @@
-// LocalAttention: y = act(x * channel * spatial + residual), spatial = sigmoid(p2 relu(p1 x + q1) + q2) per
-// pixel.
-#include <tuple>
+// LocalAttention: y = act(x * channel * spatial + residual), spatial = sigmoid(p2 relu(p1 x + q1) + q2) for
+// each pixel.
+#include <torch/csrc/stable/library.h>
 
+#include <algorithm>
+#include <cstdint>
+#include <optional>
+#include <tuple>
+#include <type_traits>
+
+#include "column_stats.h"
 #include "gemm.h"
+#include "matrix.h"
+#include "mlp.h"
+#include "parallel.h"
 #include "pixel_gate.h"
+#include "row_stats.h"
+#include "simd.h"
+#include "simd_lanes.h"
+#include "tensor.h"
 
 namespace visattn {
 namespace {
 
 constexpr int64_t kWord = 32;  // hidden units whose signs share an integer
 
-// The spatial gate, a two-layer perceptron of a pixel's channels. Its hidden values live in a block's
-// scratch; only their signs are kept.
+// The spatial gate, a perceptron of a pixel's channels. Its hidden values live in a block's scratch memory;
+// only their signs are kept.
 template <class T>
 struct HiddenPixel {
   using A = Acc<T>;
   static constexpr int64_t L = kLanes<A>;
   int64_t C, R, padded, words, P;
-  Buffer<A> first, transposed, bias, second, product;  // p1 [R, C], [C, padded], q1, p2, p2 p1 [R, C]
+  Buffer<A> first, transposed, bias, second, product;  // p1 as [R, C] and [C, padded], q1, p2, p2 p1 [R, C]
   A offset = 0;                                        // q2
   int32_t* signs;                                      // [N, words, P]
 
@@ -25,7 +39,7 @@ struct HiddenPixel {
               const Shape& s)
       : C(s.C),
         R(p1.size(0)),
-        padded((R + L - 1) / L * L),
+        padded(whole_vectors<A>(R)),
         words((R + kWord - 1) / kWord),
         P(s.P),
         first(R * C),
@@ -46,7 +60,7 @@ struct HiddenPixel {
   }
 
   void logits(const Matrix<const T>& x, bool nhwc, int64_t n, int64_t p0, A* out) const {
-    const int64_t pixels = nhwc ? x.rows : x.cols, ld = nhwc ? padded : (pixels + L - 1) / L * L;
+    const int64_t pixels = nhwc ? x.rows : x.cols, ld = nhwc ? padded : whole_vectors<A>(pixels);
     Buffer<A> hidden(nhwc ? pixels * padded : R * ld);
     A* h = hidden.get();
     int32_t* kept = signs + n * words * P + p0;
@@ -63,7 +77,8 @@ struct HiddenPixel {
     });
   }
 
-  // [R, C] of sum_p mask dz x, transposed and padded in nchw; then [padded] of sum_p mask dz; then sum_p dz.
+  // Floats of a block's share: sum_p mask dz x [R, C] (in nchw transposed and padded), sum_p mask dz
+  // [padded], sum_p dz.
   int64_t share_size(bool nhwc) const { return (nhwc ? R * C : C * padded) + padded + 1; }
 
   void weight_grad(const Matrix<const T>& x, PixelGrad<A> grad, A* out) const {
@@ -90,7 +105,7 @@ struct HiddenPixel {
 
   void input_grad(const Matrix<const T>& g, PixelGrad<A> grad, const A* channel, const A* spatial,
                   const A* dmean, T* dx) const {
-    const int64_t pixels = grad.nhwc ? g.rows : g.cols, ld = (pixels + L - 1) / L * L;
+    const int64_t pixels = grad.nhwc ? g.rows : g.cols, ld = whole_vectors<A>(pixels);
     Buffer<A> masked(grad.nhwc ? pixels * padded : R * ld);
     A* d = masked.get();
     simd([=, this]() VF_INLINE {
@@ -113,7 +128,7 @@ struct HiddenPixel {
   }
 
  private:
-  // Hidden values of one pixel, before the bias -> its logit and signs.
+  // The hidden values of one pixel, before the bias -> its logit and signs.
   VF_INLINE void activate_row(const A* h, int32_t* kept, A* out) const {
     Vec<A> total = set1<A>(0);
     for (int64_t word = 0; word < words; ++word) {
@@ -122,7 +137,7 @@ struct HiddenPixel {
       for (int64_t r = word * kWord; r < end; r += L) {
         const IVec<A> unit = iota<A>() + set1_index<A>(r);
         const Vec<A> sum = load(h + r) + load(bias.get() + r);
-        const Vec<A> v = unit < set1_index<A>(R) ? sum : Vec<A>{};  // past the last, 0 times infinity
+        const Vec<A> v = unit < set1_index<A>(R) ? sum : Vec<A>{};  // 0 times infinity, past the last unit
         total += load(second.get() + r) * (v < 0 ? Vec<A>{} : v);
         bits |= (v <= 0 ? IVec<A>{} : IVec<A>{} + 1) << (iota<A>() + set1_index<A>(r - word * kWord));
       }
@@ -150,7 +165,7 @@ struct HiddenPixel {
     store(out, total);
   }
 
-  // [pixels, padded] of dz where the hidden value is positive.
+  // out [pixels, padded] = dz where the hidden value is positive, else 0.
   VF_INLINE void mask_rows(PixelGrad<A> grad, int64_t pixels, A* out) const {
     const int32_t* kept = signs + grad.n * words * P + grad.p0;
     for (int64_t p = 0; p < pixels; ++p) {
@@ -162,7 +177,7 @@ struct HiddenPixel {
     }
   }
 
-  // [R, pixels] of it; rows are whole vectors.
+  // The same as [R, pixels], whose rows are whole vectors.
   VF_INLINE void mask_columns(PixelGrad<A> grad, int64_t pixels, A* out, int64_t ld) const {
     const int32_t* kept = signs + grad.n * words * P + grad.p0;
     Index<A> word[L] = {};

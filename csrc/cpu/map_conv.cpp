@@ -1,7 +1,16 @@
-// The convolution of an image's two maps to one, where a gate's mathematics goes on outside.
+// The convolution of an image's two maps to one, as an op of its own, for gates whose other steps are ops of
+// PyTorch.
+#include "map_conv.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <cstdint>
 #include <tuple>
 
-#include "conv.h"
+#include "mlp.h"
+#include "parallel.h"
+#include "simd.h"
 #include "tensor.h"
 
 namespace visattn {
@@ -26,7 +35,7 @@ Tensor map_conv(Tensor maps, Tensor w) {
     const Tensor in = weight_as(maps, kDtype<A>), taps = weight_as(w, kDtype<A>);
     const int64_t k = w.size(3);
     Tensor out = empty({s.N, 1, s.H, s.W}, kDtype<A>);
-    for_images(s.N, s.P * k * k, [&](int64_t begin, int64_t end, const Team& team) {
+    for_images(s.N, s.P * k * k, [&](int64_t begin, int64_t end, const Workers& workers) {
       Framed<A> framed[2] = {{s.H, s.W, k}, {s.H, s.W, k}};
       for (int64_t n = begin; n < end; ++n) {
         frame_maps(framed, data<A>(in) + 2 * n * s.P, s.H, s.W);
@@ -34,7 +43,7 @@ Tensor map_conv(Tensor maps, Tensor w) {
         const A* weights = data<A>(taps);
         A* to = data<A>(out) + n * s.P;
         const int64_t W = s.W;
-        team.each(s.H, [=](int64_t b, int64_t e) {
+        workers.each(s.H, [=](int64_t b, int64_t e) {
           simd([=]() VF_INLINE {
             for (int64_t y = b; y < e; ++y) conv_row(from, 2, weights, k, y, W, to + y * W);
           });
@@ -55,16 +64,16 @@ std::tuple<Tensor, Tensor> map_conv_bwd(Tensor grad, Tensor maps, Tensor w) {
     const int64_t k = w.size(3);
     Buffer<A> turned = flipped(data<A>(taps), k), dw_images(s.N * 2 * k * k);
     Tensor dmaps = empty({s.N, 2, s.H, s.W}, kDtype<A>), dw = empty_grad(w, kDtype<A>);
-    for_images(s.N, s.P * k * k, [&](int64_t begin, int64_t end, const Team& team) {
+    for_images(s.N, s.P * k * k, [&](int64_t begin, int64_t end, const Workers& workers) {
       Framed<A> framed[2] = {{s.H, s.W, k}, {s.H, s.W, k}}, dq(s.H, s.W, k);
       for (int64_t n = begin; n < end; ++n) {
         frame_maps(framed, data<A>(in) + 2 * n * s.P, s.H, s.W);
         dq.set_rows(0, s.H, s.W, data<A>(g) + n * s.P);
         A* dmean = data<A>(dmaps) + 2 * n * s.P;
-        team.each(s.H, [&](int64_t b, int64_t e) {
+        workers.each(s.H, [&](int64_t b, int64_t e) {
           conv_input_grad(dq, turned.get(), k, b, e, s.W, dmean, dmean + s.P);
         });
-        conv_weight_grad(framed, dq, k, s.H, s.W, team, &dw_images[n * 2 * k * k]);
+        conv_weight_grad(framed, dq, k, s.H, s.W, workers, &dw_images[n * 2 * k * k]);
       }
     });
     batch_sum(s.N, dw_images.get(), 2 * k * k, data<A>(dw));

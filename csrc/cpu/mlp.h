@@ -1,7 +1,16 @@
-// The small dense algebra of channel gates: C -> R -> C, its backward, and weight gradients over the batch.
+// The perceptron of channel gates, C -> R -> C, its backward, and the weight gradients over the batch.
 #pragma once
 
+#include <torch/csrc/stable/ops.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <algorithm>
+#include <cstdint>
+
 #include "parallel.h"
+#include "simd.h"
+#include "simd_lanes.h"
+#include "simd_math.h"
 #include "tensor.h"
 
 namespace visattn {
@@ -31,7 +40,7 @@ void matvec(const A* w, int64_t rows, int64_t cols, const A* x, const A* bias, A
   });
 }
 
-// out[i, c] = sum_n a[n, i] b[n, c], n ascending, of R rows i and K vectors of columns, which stay in
+// out[i, c] = sum_n a[n, i] b[n, c], n ascending, for R rows i and K vectors of columns, whose sums stay in
 // registers. a is [n, stride], b [n, cols].
 template <class A, int R, int K, class Lanes>
 VF_INLINE inline void outer_tile(int64_t count, const A* a, int64_t stride, const A* b, int64_t cols, A* out,
@@ -53,7 +62,7 @@ VF_INLINE inline void outer_tile(int64_t count, const A* a, int64_t stride, cons
   }
 }
 
-// The same of all columns.
+// The same for all columns.
 template <class A, int R, int K>
 VF_INLINE inline void outer_rows(int64_t count, const A* a, int64_t stride, const A* b, int64_t cols,
                                  A* out) {
@@ -128,18 +137,7 @@ void hard_sigmoid_grad(const A* dgate, const A* gate, int64_t count, A* dz) {
   for (int64_t i = 0; i < count; ++i) dz[i] = gate[i] <= 0 || gate[i] >= 1 ? A(0) : dgate[i] / 6;
 }
 
-template <class A>
-std::optional<Tensor> bias_as(const std::optional<Tensor>& bias) {
-  if (!bias) return std::nullopt;
-  return weight_as(*bias, kDtype<A>);
-}
-
-template <class A>
-const A* data_or_null(const std::optional<Tensor>& t) {
-  return t ? data<A>(*t) : nullptr;
-}
-
-// Weights w1 [R, C] and w2 [C, R] of a gate, contiguous, in the accumulation dtype.
+// The weights w1 [R, C] and w2 [C, R] of a gate, contiguous, in the accumulation dtype.
 template <class A>
 struct Mlp {
   Tensor w1, w2;
@@ -181,8 +179,8 @@ struct Mlp {
   // dh [R] -> din [C] = w1^T dh
   void input_grad(const A* dh, A* din) const { matvec_transposed(data<A>(w1), R, C, dh, din); }
 
-  // Two branches that share the weights: in [2, C], hidden [2, R], gate [C] = sigmoid(w2 hidden_0 + w2
-  // hidden_1).
+  // Two branches with the same weights: in [2, C], hidden [2, R], gate [C] = sigmoid(w2 (hidden_0 +
+  // hidden_1)).
   void gate_of_two(const A* in, A* hidden_out, A* out) const {
     Buffer<A> both(R);
     hidden(in, nullptr, hidden_out);
@@ -206,7 +204,7 @@ struct MlpGrads {
   Tensor dw1, db1, dw2, db2;
 };
 
-// Weight gradients: dz [N, C], dh [N, R], in [N, C], hidden [N, R].
+// Weight gradients from dz [N, C], dh [N, R], in [N, C], hidden [N, R].
 template <class A>
 MlpGrads weight_grad(const Mlp<A>& mlp, const Tensor& w1, const Tensor& w2, int64_t batch, const A* dz,
                      const A* dh, const A* in, const A* hidden) {
@@ -219,7 +217,7 @@ MlpGrads weight_grad(const Mlp<A>& mlp, const Tensor& w1, const Tensor& w2, int6
   return grads;
 }
 
-// Weight gradients of two branches: dz [N, C], dh [N, 2, R], in [N, 2, C], hidden [N, 2, R].
+// Weight gradients of two branches from dz [N, C], dh [N, 2, R], in [N, 2, C], hidden [N, 2, R].
 template <class A>
 void weight_grad_of_two(const Mlp<A>& mlp, int64_t batch, const A* dz, const A* dh, const A* in,
                         const A* hidden, A* dw1, A* dw2) {

@@ -1,7 +1,14 @@
-// Mean and second moment, sum (x - mean)^2, of rows and of columns; and how those of parts are combined.
+// Mean and second moment, sum (x - mean)^2, of rows and of columns, and how those of parts are combined.
 #pragma once
 
+#include <cstdint>
+#include <type_traits>
+
+#include "column_stats.h"
 #include "matrix.h"
+#include "parallel.h"
+#include "simd.h"
+#include "simd_lanes.h"
 
 namespace visattn {
 
@@ -10,8 +17,9 @@ struct Moments {
   A mean, second;
 };
 
-// A row is read twice while it is in cache: the deviations are from its own mean, so nothing cancels. The sum
-// is kept in double, so that the mean of equal values is their value: a batch norm magnifies any difference.
+// Reads a row twice while it is in cache: deviations are from the row's own mean, so that nothing cancels.
+// The sum is in double, so that the mean of equal values is exactly their value; a batch norm magnifies any
+// difference.
 template <class T>
 Moments<Acc<T>> row_moments(const T* row, int64_t cols) {
   using A = Acc<T>;
@@ -49,7 +57,7 @@ Moments<Acc<T>> row_moments(const T* row, int64_t cols) {
   return out;
 }
 
-// mean and second are padded, and overwritten.
+// Overwrites mean and second, which are padded.
 template <class T>
 void column_moments(Matrix<const T> x, Acc<T>* mean, Acc<T>* second) {
   using A = Acc<T>;
@@ -89,7 +97,7 @@ void column_moments(Matrix<const T> x, Acc<T>* mean, Acc<T>* second) {
   });
 }
 
-// The moments of all parts, in order; of(i) are those of part i, count(i) its number of values.
+// Combines the moments of all parts, in order. of(i) are those of part i, count(i) is its number of values.
 template <class A, class Of, class Count>
 Moments<A> combine_moments(int64_t parts, const Of& of, const Count& count) {
   double values = 0, mean = 0, second = 0;

@@ -1,7 +1,14 @@
 // Normalization-based attention: y = act(x * sigmoid(bn(x) * abs(weight) / sum abs(weight)) + residual).
+#include <torch/csrc/stable/library.h>
+
+#include <cstdint>
+#include <optional>
 #include <tuple>
 
-#include "batch_gate.h"
+#include "batch_norm_gate.h"
+#include "self_gate.h"
+#include "simd.h"
+#include "tensor.h"
 
 namespace visattn {
 namespace {

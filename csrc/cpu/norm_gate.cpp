@@ -1,12 +1,20 @@
-// A map scaled by the sigmoid of another one's batch norm: y = act(x * sigmoid(bn(m)) + residual).
+// A map scaled by the sigmoid of another map's batch norm: y = act(x * sigmoid(bn(m)) + residual).
+#include <torch/csrc/stable/library.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <cstdint>
+#include <optional>
 #include <tuple>
 
-#include "batch_gate.h"
+#include "batch_norm_gate.h"
+#include "self_gate.h"
+#include "simd.h"
+#include "tensor.h"
 
 namespace visattn {
 namespace {
 
-// m may come in the other layout: what convolutions return is theirs to choose.
+// m in the layout of x; a convolution may have returned it in the other one.
 FeatureMap beside(const Tensor& m, const Shape& s, bool nhwc) {
   STD_TORCH_CHECK(m.numel() == s.N * s.C * s.P, "m must have the shape of x");
   return dense_map(m, s, nhwc);

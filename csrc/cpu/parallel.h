@@ -1,18 +1,18 @@
-// Who does the work: one image per thread, or all threads on one image.
+// Splits work over threads: one image for each thread, or all threads on one image.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
 
+#include <cstdint>
 #include <cstdlib>
+#include <cstring>
 #include <memory>
 #include <new>
 
-#include "simd.h"
-
 namespace visattn {
 
-// Zero-filled, cache-line aligned, padded so that whole vectors may be read and written past the end. From
-// malloc, which keeps small blocks at hand; aligned_alloc would search for them.
+// A zero-filled, cache-line aligned array, padded so that whole vectors may be read and written past its end.
+// It comes from malloc, which keeps small blocks at hand; aligned_alloc would search for them.
 template <class A>
 class Buffer {
  public:
@@ -38,15 +38,15 @@ class Buffer {
   A* data_ = nullptr;
 };
 
-// The threads that share one image. Results never depend on how many there are.
-class Team {
+// The threads that work on one image. Results never depend on their number.
+class Workers {
  public:
-  explicit Team(bool parallel) : parallel_(parallel) {}
+  explicit Workers(bool parallel) : parallel_(parallel) {}
 
-  // Whether a single thread does everything, block after block.
+  // True if a single thread does all the work, block after block.
   bool alone() const { return !parallel_; }
 
-  // f(begin, end) over parts of [0, count).
+  // Calls f(begin, end) for parts of [0, count).
   template <class F>
   void each(int64_t count, const F& f) const {
     if (parallel_) {
@@ -56,8 +56,8 @@ class Team {
     }
   }
 
-  // first(b) for every block; second(b) once the blocks up to b + lag have had their first. A lone thread
-  // interleaves the two, so that second() finds its block still in cache.
+  // Calls first(b) for every block b, and second(b) once first has run for all blocks up to b + lag. A lone
+  // thread interleaves the two, so that second finds its block still in cache.
   template <class First, class Second>
   void pipeline(int64_t blocks, int64_t lag, const First& first, const Second& second) const {
     if (parallel_) {
@@ -79,21 +79,21 @@ class Team {
   bool parallel_;
 };
 
-// f(begin, end, team) over images: as many images as fill the threads evenly go one to a thread, the rest to
-// all.
+// Calls f(begin, end, workers) for ranges of images. The threads get equally many whole images each; all
+// threads share each image that is left over.
 template <class F>
 void for_images(int64_t images, int64_t elements, const F& f) {
-  constexpr int64_t kTooSmall = 1 << 13;  // elements that one thread does before a second has woken
+  constexpr int64_t kTooSmall = 1 << 13;  // elements that one thread processes before a second one wakes up
   const int64_t threads = torch::stable::get_num_threads();
   if (threads == 1 || images * elements < kTooSmall) {
-    f(0, images, Team(false));
+    f(0, images, Workers(false));
     return;
   }
   const int64_t even = images - images % threads;
   if (even > 0) {
-    torch::stable::parallel_for(0, even, 1, [&](int64_t b, int64_t e) { f(b, e, Team(false)); });
+    torch::stable::parallel_for(0, even, 1, [&](int64_t b, int64_t e) { f(b, e, Workers(false)); });
   }
-  if (even < images) f(even, images, Team(true));
+  if (even < images) f(even, images, Workers(true));
 }
 
 }  // namespace visattn

@@ -1,14 +1,29 @@
-// A channel's gate of its mean together with a pixel's gate of its own channels (scSE, LocalAttention):
-// y = act(x * (channel + spatial) + residual), or with their product. A module brings the mathematics of both
-// gates.
+// A gate for each channel, from its mean, together with a gate for each pixel, from its own channels (scSE,
+// LocalAttention): y = act(x * (channel + spatial) + residual), or with their product. A module supplies the
+// mathematics of both gates.
 #pragma once
 
-#include "channel_scale.h"
+#include <algorithm>
+#include <cstdint>
+#include <optional>
+
+#include "../common/activations.h"
+#include "channel_pool.h"
+#include "column_stats.h"
+#include "elementwise.h"
+#include "image_matrix.h"
+#include "matrix.h"
+#include "mlp.h"
+#include "parallel.h"
+#include "products.h"
+#include "row_stats.h"
+#include "simd.h"
+#include "tensor.h"
 
 namespace visattn {
 
-// Pixels in blocks of about 256 KB of x, so that x and its gradient stay in cache together. Whole vectors
-// each, and at most 1024, so that rounding grows with the root of the number of pixels.
+// Pixels in blocks of about 256 KB of x, so that x and its gradient stay in cache together. A block has whole
+// vectors of pixels, and at most 1024, so that rounding errors grow with the root of the number of pixels.
 template <class T>
 Split pixel_blocks(const Shape& s) {
   constexpr int64_t kUnit = 16, kMost = 1024;
@@ -18,8 +33,8 @@ Split pixel_blocks(const Shape& s) {
   return Split(s.P, ((s.P + blocks - 1) / blocks + kUnit - 1) / kUnit * kUnit);
 }
 
-// Sums over the pixels of a block, one per channel (padded), each pixel weighted by `weight` (padded) if
-// kWeight.
+// The sums over the pixels of a block, one for each channel (padded); with kWeight each pixel is weighted by
+// `weight` (padded).
 template <class T, bool kWeight>
 void channel_sums(const Matrix<const T>& x, bool nhwc, const Acc<T>* weight, Acc<T>* out) {
   if (nhwc) {
@@ -29,9 +44,9 @@ void channel_sums(const Matrix<const T>& x, bool nhwc, const Acc<T>* weight, Acc
   }
 }
 
-// gate_of(n, mean [C], gate [C]) fills the channel gate of image n; pixel.logits(block, nhwc, n, p0, out)
-// what the spatial gate of a block's pixels is the sigmoid of (out is padded). mean and channel are [N, C],
-// spatial [N, P].
+// gate_of(n, mean [C], gate [C]) computes the channel gate of image n. pixel.logits(block, nhwc, n, p0, out)
+// computes the logits of the spatial gate for a block's pixels; out is padded. mean and channel are [N, C],
+// spatial is [N, P].
 template <class T, bool kSum, class GateOf, class Pixel>
 Tensor pixel_gate_fwd(const FeatureMap& x, const Shape& s, const std::optional<Tensor>& residual,
                       int64_t activation, Acc<T>* mean, Acc<T>* channel, Acc<T>* spatial,
@@ -42,13 +57,13 @@ Tensor pixel_gate_fwd(const FeatureMap& x, const Shape& s, const std::optional<T
   const int64_t image = s.C * s.P, dense_ld = nhwc ? s.C : s.P;
   const Split blocks = pixel_blocks<T>(s);
   Tensor y = empty_map(s, nhwc, x.tensor.scalar_type());
-  for_images(s.N, image, [&](int64_t begin, int64_t end, const Team& team) {
+  for_images(s.N, image, [&](int64_t begin, int64_t end, const Workers& workers) {
     ChannelPartials<A> sums(s.C, blocks.count);
     Buffer<A> gate_c(s.C), gate_s(s.P);
     for (int64_t n = begin; n < end; ++n) {
       const auto in = matrix(x.image<T>(n), s, nhwc, x.ld);
-      const T* pr = static_cast<const T*>(image_or_null(res, n, sizeof(T)));
-      team.each(blocks.count, [&](int64_t b, int64_t e) {
+      const T* pr = image_or_null<T>(res, n);
+      workers.each(blocks.count, [&](int64_t b, int64_t e) {
         for (; b < e; ++b) {
           const int64_t p0 = blocks.begin(b), count = blocks.end(b) - p0;
           const auto xs = pixels_of(in, nhwc, p0, p0 + count);
@@ -63,11 +78,11 @@ Tensor pixel_gate_fwd(const FeatureMap& x, const Shape& s, const std::optional<T
       for (int64_t c = 0; c < s.C; ++c) mu[c] /= static_cast<A>(s.P);
       gate_of(n, mu, channel + n * s.C);
       std::copy_n(channel + n * s.C, s.C, gate_c.get());
-      team.each(blocks.count, [&](int64_t b, int64_t e) {
+      workers.each(blocks.count, [&](int64_t b, int64_t e) {
         for (; b < e; ++b) {
           const int64_t p0 = blocks.begin(b), skip = nhwc ? p0 * s.C : p0;
           apply_gate<T>(pixels_of(in, nhwc, p0, blocks.end(b)),
-                        both_gates(nhwc, gate_c.get(), gate_s.get(), p0, kSum), pr ? pr + skip : nullptr,
+                        both_factors(nhwc, gate_c.get(), gate_s.get(), p0, kSum), pr ? pr + skip : nullptr,
                         data<T>(y) + n * image + skip, dense_ld, activation);
         }
       });
@@ -76,49 +91,53 @@ Tensor pixel_gate_fwd(const FeatureMap& x, const Shape& s, const std::optional<T
   return y;
 }
 
-// What the spatial gate gets of a block's upstream gradient, and what it makes of it.
+// The upstream gradient of a block's spatial gate.
 template <class A>
 struct PixelGrad {
   bool nhwc;
   int64_t n, p0;
-  const A* dz;  // of its pixels, before the sigmoid; padded
+  const A* dz;  // the gradient of its logits; padded
 };
 
-// dmean_of(n, dgate [C], dmean [C]) turns the channel gate's gradient into the gradient of the channel means.
-// pixel.weight_grad(block of x, PixelGrad, out) adds a block's share of the spatial weights' gradients to
-// `out`, and pixel.input_grad(block of g, PixelGrad, channel gate, spatial gate, dmean / P, dx) writes its
-// dx. dweights is [N, size].
+//  - dmean_of(n, dgate [C], dmean [C]) turns the channel gate's gradient into the gradient of the channel
+//    means.
+//  - pixel.weight_grad(block of x, PixelGrad, out) adds a block's share of the spatial weights' gradients to
+//    `out`.
+//  - pixel.input_grad(block of g, PixelGrad, channel gate, spatial gate, dmean / P, dx) writes the block's
+//    dx.
+//
+// dweights is [N, size].
 template <class T, bool kSum, class DmeanOf, class Pixel>
-ChannelScaleGrad pixel_gate_bwd(const Tensor& grad, const FeatureMap& x, const Shape& s,
-                                const std::optional<Tensor>& residual, const Acc<T>* channel,
-                                const Acc<T>* spatial, int64_t activation, const DmeanOf& dmean_of,
-                                const Pixel& pixel, int64_t size, Acc<T>* dweights) {
+MapGrads pixel_gate_bwd(const Tensor& grad, const FeatureMap& x, const Shape& s,
+                        const std::optional<Tensor>& residual, const Acc<T>* channel, const Acc<T>* spatial,
+                        int64_t activation, const DmeanOf& dmean_of, const Pixel& pixel, int64_t size,
+                        Acc<T>* dweights) {
   using A = Acc<T>;
   const auto dtype = x.tensor.scalar_type();
   const bool nhwc = x.nhwc, act = activation != kNone;
   const FeatureMap g = dense_map(grad, s, nhwc);
   const auto res = act ? optional_map(residual, s, nhwc) : std::nullopt;
-  ChannelScaleGrad out{empty_map(s, nhwc, dtype), act ? empty_map(s, nhwc, dtype) : empty({0}, dtype)};
+  MapGrads out{empty_map(s, nhwc, dtype), empty_residual_grad(s, nhwc, dtype, act)};
   const int64_t image = s.C * s.P;
   const Split blocks = pixel_blocks<T>(s);
-  for_images(s.N, image, [&](int64_t begin, int64_t end, const Team& team) {
+  for_images(s.N, image, [&](int64_t begin, int64_t end, const Workers& workers) {
     ChannelPartials<A> dots(s.C, blocks.count);
     Buffer<A> gate_c(s.C), gate_s(s.P), dz(s.P), dgate(s.C), dmean(s.C);
     for (int64_t n = begin; n < end; ++n) {
       const auto in = matrix(x.image<T>(n), s, nhwc, x.ld);
       std::copy_n(channel + n * s.C, s.C, gate_c.get());
       std::copy_n(spatial + n * s.P, s.P, gate_s.get());
-      const T* pr = static_cast<const T*>(image_or_null(res, n, sizeof(T)));
+      const T* pr = image_or_null<T>(res, n);
       T* kept = act ? data<T>(out.dresidual) + n * image : nullptr;
       const auto upstream = matrix<const T>(act ? kept : g.image<T>(n), s, nhwc, g.ld);
-      ChannelPartials<A> shares(size,
-                                team.alone() ? 1 : blocks.count);  // alone, blocks add up in the same order
-      team.each(blocks.count, [&](int64_t b, int64_t e) {
+      // A lone thread adds the blocks' shares in the same order.
+      ChannelPartials<A> shares(size, workers.alone() ? 1 : blocks.count);
+      workers.each(blocks.count, [&](int64_t b, int64_t e) {
         for (; b < e; ++b) {
           const int64_t p0 = blocks.begin(b), p1 = blocks.end(b), skip = nhwc ? p0 * s.C : p0;
           const auto xs = pixels_of(in, nhwc, p0, p1), gs = pixels_of(upstream, nhwc, p0, p1);
           if (act) {
-            gate_grad<T>(xs, both_gates(nhwc, gate_c.get(), gate_s.get(), p0, kSum), g.image<T>(n) + skip,
+            gate_grad<T>(xs, both_factors(nhwc, gate_c.get(), gate_s.get(), p0, kSum), g.image<T>(n) + skip,
                          pr ? pr + skip : nullptr, kept + skip, g.ld, activation);
           }
           const A *of_channel = kSum ? nullptr : gate_c.get(), *of_pixel = kSum ? nullptr : &gate_s[p0];
@@ -128,14 +147,14 @@ ChannelScaleGrad pixel_gate_bwd(const Tensor& grad, const FeatureMap& x, const S
             products<T, true, true>(xs, gs, of_channel, of_pixel, dots.part(b), &dz[p0]);
           }
           for (int64_t p = p0; p < p1; ++p) dz[p] *= gate_s[p] * (1 - gate_s[p]);
-          pixel.weight_grad(xs, PixelGrad<A>{nhwc, n, p0, &dz[p0]}, shares.part(team.alone() ? 0 : b));
+          pixel.weight_grad(xs, PixelGrad<A>{nhwc, n, p0, &dz[p0]}, shares.part(workers.alone() ? 0 : b));
         }
       });
       shares.sum(dweights + n * size);
       dots.sum(dgate.get());
       dmean_of(n, dgate.get(), dmean.get());
       for (int64_t c = 0; c < s.C; ++c) dmean[c] /= static_cast<A>(s.P);
-      team.each(blocks.count, [&](int64_t b, int64_t e) {
+      workers.each(blocks.count, [&](int64_t b, int64_t e) {
         for (; b < e; ++b) {
           const int64_t p0 = blocks.begin(b);
           pixel.input_grad(pixels_of(upstream, nhwc, p0, blocks.end(b)), PixelGrad<A>{nhwc, n, p0, &dz[p0]},

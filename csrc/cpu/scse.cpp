@@ -1,12 +1,25 @@
-// scSE: y = act(x * (channel + spatial) + residual), spatial = sigmoid(ws . x + bs) per pixel.
+// scSE: y = act(x * (channel + spatial) + residual), spatial = sigmoid(ws . x + bs) for each pixel.
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <optional>
 #include <tuple>
 
+#include "column_stats.h"
+#include "elementwise.h"
+#include "matrix.h"
+#include "mlp.h"
+#include "parallel.h"
 #include "pixel_gate.h"
+#include "row_stats.h"
+#include "simd.h"
+#include "tensor.h"
 
 namespace visattn {
 namespace {
 
-// The linear spatial gate of a pixel's channels.
+// The spatial gate, a linear function of a pixel's channels.
 template <class T>
 struct LinearPixel {
   using A = Acc<T>;
@@ -28,7 +41,7 @@ struct LinearPixel {
     for (int64_t p = 0; p < pixels; ++p) out[p] += bias;
   }
 
-  // [C] of the weight, then the bias.
+  // out [C + 1]: the weight's gradient, then the bias's.
   void weight_grad(const Matrix<const T>& x, PixelGrad<A> grad, A* out) const {
     Buffer<A> share(C);
     channel_sums<T, true>(x, grad.nhwc, grad.dz, share.get());

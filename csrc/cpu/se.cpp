@@ -1,16 +1,24 @@
-// Squeeze-and-excitation: y = act(x * gate(w2 hidden(w1 mean + b1) + b2) + residual); gate is the sigmoid or
-// the hard sigmoid, hidden is ReLU or SiLU. `hidden` keeps what the derivative of its activation is told
-// from: relu(z), or of SiLU z itself.
+// Squeeze-and-excitation: y = act(x * gate(w2 hidden(w1 mean + b1) + b2) + residual). gate is the sigmoid or
+// the hard sigmoid, hidden is ReLU or SiLU. The op keeps in `hidden` what the derivative of its activation
+// needs: relu(z), or with SiLU z itself.
+#include <torch/csrc/stable/library.h>
+
+#include <cmath>
+#include <cstdint>
+#include <optional>
 #include <tuple>
 
+#include "../common/activations.h"
 #include "channel_scale.h"
+#include "mlp.h"
+#include "parallel.h"
+#include "simd.h"
+#include "tensor.h"
 
 namespace visattn {
 namespace {
 
-enum GateActivation : int64_t { kSigmoid = 0, kHardSigmoid = 1 };
-
-// What the second layer takes, from what is kept; `buffer` has room for it.
+// The second layer's input, from what is kept; `buffer` has room for it.
 template <class A>
 const A* activated(const A* hidden, int64_t count, int64_t activation, A* buffer) {
   if (activation == kRelu) return hidden;
@@ -27,7 +35,7 @@ void activated_grad(const A* hidden, int64_t count, int64_t activation, A* dh) {
   }
 }
 
-// y; mean [N, C], hidden [N, R] and gate [N, C] are written where they are to be kept.
+// Returns y, and writes mean [N, C], hidden [N, R] and gate [N, C].
 template <class T>
 Tensor forward(const Tensor& x, const Shape& s, const Mlp<Acc<T>>& mlp, const std::optional<Tensor>& b1,
                const std::optional<Tensor>& b2, const std::optional<Tensor>& residual, int64_t activation,
@@ -43,7 +51,7 @@ Tensor forward(const Tensor& x, const Shape& s, const Mlp<Acc<T>>& mlp, const st
     mlp.excite(activated(h, mlp.R, hidden_activation, buffer.get()), data_or_null<A>(bias2), out);
     gate_activation == kSigmoid ? sigmoid_in_place(out, s.C) : hard_sigmoid_in_place(out, s.C);
   };
-  return channel_scale_fwd<T>(feature_map(x), s, residual, activation, mean, gate, gate_of, norm);
+  return scale_channels_fwd<T>(feature_map(x), s, residual, activation, mean, gate, gate_of, norm);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> se_fwd(Tensor x, Tensor w1, std::optional<Tensor> b1, Tensor w2,
@@ -63,7 +71,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> se_fwd(Tensor x, Tensor w1, std::opti
   });
 }
 
-// y alone.
+// Returns y alone.
 template <class T>
 Tensor inferred(const Tensor& x, const Tensor& w1, const std::optional<Tensor>& b1, const Tensor& w2,
                 const std::optional<Tensor>& b2, const std::optional<Tensor>& residual, int64_t activation,
@@ -86,13 +94,13 @@ Tensor se_infer(Tensor x, Tensor w1, std::optional<Tensor> b1, Tensor w2, std::o
   });
 }
 
-Tensor se_normed(Tensor z, Tensor weight, Tensor bias, Tensor mean, Tensor var, double eps, Tensor w1,
-                 std::optional<Tensor> b1, Tensor w2, std::optional<Tensor> b2,
+Tensor se_normed(Tensor z, Tensor norm_weight, Tensor norm_bias, Tensor norm_mean, Tensor norm_var,
+                 double eps, Tensor w1, std::optional<Tensor> b1, Tensor w2, std::optional<Tensor> b2,
                  std::optional<Tensor> residual, int64_t activation, int64_t hidden_activation,
                  int64_t gate_activation) {
   return dispatch(z, [&](auto type) {
     using T = decltype(type);
-    const Norm<Acc<T>> norm(z.size(1), weight, bias, mean, var, eps);
+    const Norm<Acc<T>> norm(z.size(1), norm_weight, norm_bias, norm_mean, norm_var, eps);
     return inferred<T>(z, w1, b1, w2, b2, residual, activation, hidden_activation, gate_activation, &norm);
   });
 }
@@ -116,7 +124,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> se_bwd(
       activated_grad(h + n * R, R, hidden_activation, dh_n);
       mlp.input_grad(dh_n, dmean);
     };
-    auto [dx, dresidual] = channel_scale_bwd<T>(grad, feature_map(x), s, residual, sg, activation, dmean_of);
+    auto [dx, dresidual] = scale_channels_bwd<T>(grad, feature_map(x), s, residual, sg, activation, dmean_of);
     const A* taken = activated(h, s.N * R, hidden_activation, buffer.get());
     const auto [dw1, db1, dw2, db2] = weight_grad(mlp, w1, w2, s.N, dz.get(), dh.get(), data<A>(mean), taken);
     return std::make_tuple(dx, dresidual, gradient_of(w1, dw1), gradient_of(w1, db1), gradient_of(w2, dw2),

@@ -1,22 +1,39 @@
-// Gates that each element computes of itself and of its channel (SimAM, NAM, ...):
-//   y = act(x * sigmoid(k d^p + b) + residual), d = x - m, with m, k, b of the channel;
-// or that it computes for the same element of another map, which is then what is scaled (GAM).
+// Gates that each element computes from itself and from its channel (SimAM, NAM, ...):
+//   y = act(x * sigmoid(k d^p + b) + residual), d = x - m, with m, k, b of the channel.
+// With another map z (GAM), the gate of an element of x scales the same element of z instead.
 //
-// A module brings its algebra, a class with
-//   kPower      p, 1 or 2;
-//   kOther      another map z is scaled: y = act(z * sigmoid(...) + residual);
-//   kShared     the statistics are the batch's, not each image's;
-//   kShuffled   channel h C/2 + j of the result of the gate is channel 2 j + h of y;
-//   kFlat       m that is NaN stands for d = 0: the gate is sigmoid(b) all over the channel, whatever x
-//   holds; fixed()     m, k, b are known without the moments of x; fit(g, c, moments, count) -> Coefficients:
-//   of channel c in group g (an image, or 0 where kShared); known(g, c) -> Coefficients: the same in the
-//   backward pass, from what the forward pass has kept; line(g, c, sums, count) -> Line: what the statistics
-//   add to dx; it keeps what the parameters' gradients need.
+// A module supplies its algebra, a class with these constants:
+//  - kPower: p, 1 or 2.
+//  - kOther: another map z is scaled: y = act(z * sigmoid(...) + residual).
+//  - kShared: the batch shares its statistics; else each image has its own.
+//  - kShuffled: channel h C/2 + j of the gate's result becomes channel 2 j + h of y.
+//  - kFlat: a NaN m means d = 0: the gate is sigmoid(b) for the whole channel, whatever x holds.
+//
+// and these functions, where g is a group (an image, or 0 with kShared) and c a channel:
+//  - fixed(): true if m, k, b do not depend on the moments of x.
+//  - fit(g, c, moments, count) -> Coefficients: m, k, b in the forward pass.
+//  - known(g, c) -> Coefficients: the same in the backward pass, from what the forward pass has kept.
+//  - line(g, c, sums, count) -> Line: the statistics' contribution to dx. It keeps what the parameters'
+//    gradients need.
 #pragma once
 
-#include "channel_scale.h"
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <optional>
+#include <type_traits>
+
+#include "../common/activations.h"
+#include "channel_pool.h"
+#include "elementwise.h"
+#include "image_matrix.h"
 #include "moments.h"
+#include "parallel.h"
+#include "self_gate_coefficients.h"
 #include "self_gate_passes.h"
+#include "simd.h"
+#include "tensor.h"
 
 namespace visattn {
 
@@ -26,27 +43,7 @@ struct Scaled {
   Tensor grad;
 };
 
-// Calls f with the activation as a compile-time constant.
-template <class F>
-auto with_activation(int64_t activation, const F& f) {
-  if (activation == kRelu) return f(std::integral_constant<int, kRelu>{});
-  if (activation == kSilu) return f(std::integral_constant<int, kSilu>{});
-  return f(std::integral_constant<int, kNone>{});
-}
-
-// Calls f with the activation and the presence of the residual as compile-time constants.
-template <class F>
-void with_epilogue(int64_t activation, bool residual, const F& f) {
-  with_activation(activation, [&](auto act) {
-    if (residual) {
-      f(act, std::true_type{});
-    } else {
-      f(act, std::false_type{});
-    }
-  });
-}
-
-// The images that share their statistics, one group after the other: [first, first + images).
+// The groups of images that share their statistics, one after the other.
 struct Groups {
   int64_t count, images;
   Groups(const Shape& s, bool shared) : count(shared ? (s.N > 0) : s.N), images(shared ? s.N : 1) {}
@@ -56,8 +53,8 @@ inline int64_t result_channel(int64_t c, int64_t C, bool shuffled) {
   return shuffled ? c % (C / 2) * 2 + c / (C / 2) : c;
 }
 
-// f(group, begin, end) over channels: a channel's planes in a group stay in cache from the first pass to the
-// last.
+// Calls f(group, begin, end) for ranges of channels. A channel's planes in a group stay in cache from the
+// first pass to the last.
 template <class F>
 void for_channels(const Groups& groups, const Shape& s, const F& f) {
   constexpr int64_t kTooSmall = 1 << 13;
@@ -71,19 +68,19 @@ void for_channels(const Groups& groups, const Shape& s, const F& f) {
   });
 }
 
-// f(group, team): where statistics are the batch's, all threads work on the one group.
+// Calls f(group, workers). With shared statistics all threads work on the only group.
 template <class F>
 void for_groups(const Groups& groups, const Shape& s, bool shared, const F& f) {
   if (shared) {
-    if (groups.count) f(0, Team(true));
+    if (groups.count) f(0, Workers(true));
     return;
   }
-  for_images(s.N, s.C * s.P, [&](int64_t begin, int64_t end, const Team& team) {
-    for (int64_t n = begin; n < end; ++n) f(n, team);
+  for_images(s.N, s.C * s.P, [&](int64_t begin, int64_t end, const Workers& workers) {
+    for (int64_t n = begin; n < end; ++n) f(n, workers);
   });
 }
 
-// Parts of a group of channels_last images: part i lies in one image.
+// The parts of a group of channels_last images; each part lies in one image.
 template <class T>
 struct GroupParts {
   Split split;
@@ -106,7 +103,7 @@ Tensor self_gate_fwd(const FeatureMap& x, const Shape& s, const std::optional<Te
   const Groups groups(s, kShared);
   const int64_t image = s.C * s.P, values = groups.images * s.P;
   const auto residual_at = [&](int64_t n, int64_t skip) {
-    const T* p = static_cast<const T*>(image_or_null(res, n, sizeof(T)));
+    const T* p = image_or_null<T>(res, n);
     return p ? p + skip : nullptr;
   };
   const auto scaled_at = [&](int64_t n, int64_t skip) {
@@ -146,7 +143,7 @@ Tensor self_gate_fwd(const FeatureMap& x, const Shape& s, const std::optional<Te
     return y;
   }
   const GroupParts<T> parts(s, groups);
-  for_groups(groups, s, kShared, [&](int64_t g, const Team& team) {
+  for_groups(groups, s, kShared, [&](int64_t g, const Workers& workers) {
     const int64_t n0 = g * groups.images;
     SelfGate<A> k(s.C);
     const auto block = [&](int64_t i) {
@@ -155,7 +152,7 @@ Tensor self_gate_fwd(const FeatureMap& x, const Shape& s, const std::optional<Te
     ChannelPartials<A> mean(s.C, algebra.fixed() ? 1 : parts.count()),
         second(s.C, algebra.fixed() ? 1 : parts.count());
     if (!algebra.fixed()) {
-      team.each(parts.count(), [&](int64_t b, int64_t e) {
+      workers.each(parts.count(), [&](int64_t b, int64_t e) {
         for (int64_t i = b; i < e; ++i) column_moments(block(i), mean.part(i), second.part(i));
       });
     }
@@ -168,7 +165,7 @@ Tensor self_gate_fwd(const FeatureMap& x, const Shape& s, const std::optional<Te
       }
       k.set(c, algebra.fit(g, c, moments, values));
     }
-    team.each(parts.count(), [&](int64_t b, int64_t e) {
+    workers.each(parts.count(), [&](int64_t b, int64_t e) {
       for (int64_t i = b; i < e; ++i) {
         const int64_t n = n0 + parts.image(i), skip = parts.begin(i) * s.C;
         T* out = data<T>(y) + n * image + skip;
@@ -184,20 +181,20 @@ Tensor self_gate_fwd(const FeatureMap& x, const Shape& s, const std::optional<Te
 }
 
 template <class T, class Algebra>
-ChannelScaleGrad self_gate_bwd(const Tensor& grad, const FeatureMap& x, const Shape& s,
-                               const std::optional<Tensor>& residual, int64_t activation, Algebra& algebra,
-                               const Scaled* scaled = nullptr) {
+MapGrads self_gate_bwd(const Tensor& grad, const FeatureMap& x, const Shape& s,
+                       const std::optional<Tensor>& residual, int64_t activation, Algebra& algebra,
+                       const Scaled* scaled = nullptr) {
   using A = Acc<T>;
   constexpr bool kOther = Algebra::kOther, kShared = Algebra::kShared, kShuffled = Algebra::kShuffled;
   const auto dtype = x.tensor.scalar_type();
   const bool act = activation != kNone;
   const FeatureMap g_map = dense_map(grad, s, x.nhwc);
   const auto res = act ? optional_map(residual, s, x.nhwc) : std::nullopt;
-  ChannelScaleGrad out{empty_map(s, x.nhwc, dtype), act ? empty_map(s, x.nhwc, dtype) : empty({0}, dtype)};
+  MapGrads out{empty_map(s, x.nhwc, dtype), empty_residual_grad(s, x.nhwc, dtype, act)};
   const Groups groups(s, kShared);
   const int64_t image = s.C * s.P, values = groups.images * s.P;
   const auto residual_at = [&](int64_t n, int64_t skip) {
-    const T* p = static_cast<const T*>(image_or_null(res, n, sizeof(T)));
+    const T* p = image_or_null<T>(res, n);
     return p ? p + skip : nullptr;
   };
   const auto kept_at = [&](int64_t n, int64_t skip) {
@@ -244,7 +241,7 @@ ChannelScaleGrad self_gate_bwd(const Tensor& grad, const FeatureMap& x, const Sh
     return out;
   }
   const GroupParts<T> parts(s, groups);
-  for_groups(groups, s, kShared, [&](int64_t g, const Team& team) {
+  for_groups(groups, s, kShared, [&](int64_t g, const Workers& workers) {
     const int64_t n0 = g * groups.images;
     SelfGate<A> k(s.C);
     for (int64_t c = 0; c < s.C; ++c) k.set(c, algebra.known(g, c));
@@ -252,7 +249,7 @@ ChannelScaleGrad self_gate_bwd(const Tensor& grad, const FeatureMap& x, const Sh
     const auto block = [&](int64_t i) {
       return rows_of(matrix(x.image<T>(n0 + parts.image(i)), s, true, x.ld), parts.begin(i), parts.end(i));
     };
-    team.each(parts.count(), [&](int64_t b, int64_t e) {
+    workers.each(parts.count(), [&](int64_t b, int64_t e) {
       for (int64_t i = b; i < e; ++i) {
         const int64_t n = n0 + parts.image(i), skip = parts.begin(i) * s.C;
         with_activation(activation, [&](auto kAct) {
@@ -270,7 +267,7 @@ ChannelScaleGrad self_gate_bwd(const Tensor& grad, const FeatureMap& x, const Sh
     }
     for (int64_t c = 0; c < s.C; ++c) k.set(c, algebra.line(g, c, rounded<A>(sums[c]), values));
     if (algebra.fixed()) return;  // the line is 0
-    team.each(parts.count(), [&](int64_t b, int64_t e) {
+    workers.each(parts.count(), [&](int64_t b, int64_t e) {
       for (int64_t i = b; i < e; ++i) {
         const int64_t n = n0 + parts.image(i), skip = parts.begin(i) * s.C;
         self_gate_grad_columns<Algebra, T>(block(i), arrays(k), dx_at(n, skip), s.C);

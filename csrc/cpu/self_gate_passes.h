@@ -1,65 +1,20 @@
-// The passes of gates that each element computes of itself and of its channel: see self_gate.h.
+// The passes of gates that each element computes from itself and from its channel: see self_gate.h.
 #pragma once
 
+#include <algorithm>
+#include <cstdint>
+
+#include "../common/activations.h"
 #include "elementwise.h"
 #include "matrix.h"
+#include "self_gate_coefficients.h"
+#include "simd.h"
+#include "simd_lanes.h"
+#include "simd_math.h"
 
 namespace visattn {
 
-template <class A>
-struct Coefficients {
-  A m, k, b;
-};
-
-// With r the gradient before the sigmoid: the sums of r d^(p-1) and of r d^p over the values behind a
-// statistic. Chunks are added up in double: an error of the sums is the same all over dx, and adds up in
-// whatever stands before.
-template <class A>
-struct Sums {
-  A lower, upper;
-};
-
-template <class A>
-Sums<A> rounded(const Sums<double>& s) {
-  return {static_cast<A>(s.lower), static_cast<A>(s.upper)};
-}
-
-// dx = g sigmoid + r p k d^(p-1) + u d + v; with another map the first term is dz.
-template <class A>
-struct Line {
-  A u, v;
-};
-
-// Everything above for a run of channels, a padded array each: what the passes read and write.
-template <class A>
-class SelfGate {
- public:
-  explicit SelfGate(int64_t channels) : stride_((channels + 15) / 16 * 16), values_(5 * stride_) {}
-  A* m() { return at(0); }
-  A* k() { return at(1); }
-  A* b() { return at(2); }
-  A* u() { return at(3); }
-  A* v() { return at(4); }
-  void set(int64_t c, Coefficients<A> of) { m()[c] = of.m, k()[c] = of.k, b()[c] = of.b; }
-  void set(int64_t c, Line<A> line) { u()[c] = line.u, v()[c] = line.v; }
-
- private:
-  A* at(int64_t i) { return values_.get() + i * stride_; }
-  int64_t stride_;
-  Buffer<A> values_;
-};
-
-template <class A>
-struct GateArrays {
-  const A *m, *k, *b, *u, *v;
-};
-
-template <class A>
-GateArrays<A> arrays(SelfGate<A>& gate) {
-  return {gate.m(), gate.k(), gate.b(), gate.u(), gate.v()};
-}
-
-// ---- vectors: of x at columns c and, shuffled, also half + c; of y side by side from 2 c on ----
+// ---- vectors: of x at columns c and, if shuffled, half + c; of y side by side from 2 c on ----
 
 template <class T, class V, class Lanes>
 VF_INLINE inline void load_result(const T* p, int64_t c, Lanes lanes, V (&v)[1]) {
@@ -114,8 +69,8 @@ struct Lanes {
   }
 };
 
-// ---- passes. Stores may alias anything as far as the compiler knows, so all that loops need is copied
-// first. Result-like matrices (y, grad, residual) are dense, `ld` apart.
+// ---- passes. To the compiler a store may alias anything, so whatever a loop needs is copied to locals
+// first. The matrices y, grad and residual are dense, with rows `ld` apart. ----
 
 template <class Algebra, class T, int kAct, bool kResidual>
 void self_gate_row(const T* x, const T* scaled, int64_t count, GateArrays<Acc<T>> k, const T* residual,
@@ -176,14 +131,15 @@ void self_gate_columns(Matrix<const T> x, const T* scaled, GateArrays<Acc<T>> ar
   });
 }
 
-// What is scaled gets `scaled`, what the gate is made of `through` and a line.
+// The gradients of one vector: `scaled` belongs to the map that is scaled; `through` plus a line belongs to
+// the map that the gate is computed from.
 template <class A>
 struct Terms {
   Vec<A> scaled, through;
 };
 
-// r d^(p-1) and r d^p of one vector are added to `sum`; g becomes g' = g act'(.).
-// Returns g' s and r p k d^(p-1).
+// Adds r d^(p-1) and r d^p of one vector to `sum`, and turns g into g' = g act'(.). Returns g' s and r p k
+// d^(p-1).
 template <int kAct, class Algebra, class A>
 VF_INLINE inline Terms<A> gradient_terms(const Lanes<Algebra, A>& gate, Vec<A> in, Vec<A> z, Vec<A>& g,
                                          Vec<A> residual, Vec<A> (&sum)[2]) {
@@ -194,7 +150,7 @@ VF_INLINE inline Terms<A> gradient_terms(const Lanes<Algebra, A>& gate, Vec<A> i
   return {gs, lower * (Algebra::kPower * gate.k)};
 }
 
-// Sums of a row. With an activation g' goes to `kept`; `base` gets what dx is but for the line u d + v, and
+// Sums of a row. With an activation g' goes to `kept`. `base` receives dx without the line u d + v, and
 // `dscaled` the gradient of the other map.
 template <class Algebra, class T, int kAct>
 Sums<double> self_gate_sums_row(const T* x, const T* scaled, int64_t count, GateArrays<Acc<T>> k,
@@ -244,7 +200,7 @@ void self_gate_grad_row(const T* x, int64_t count, GateArrays<Acc<T>> k, const A
   });
 }
 
-// Sums of columns; what else is written is as for a row, with dx as `base`.
+// Sums of columns. It writes the same as for a row, with dx as `base`.
 template <class Algebra, class T, int kAct>
 void self_gate_sums_columns(Matrix<const T> x, const T* scaled, GateArrays<Acc<T>> arrays, const T* grad,
                             const T* residual, T* kept, T* dx, T* dscaled, int64_t ld, Acc<T>* lower,
@@ -298,7 +254,7 @@ void self_gate_sums_columns(Matrix<const T> x, const T* scaled, GateArrays<Acc<T
   });
 }
 
-// dx += u d + v, of columns.
+// dx += u d + v, for columns.
 template <class Algebra, class T>
 void self_gate_grad_columns(Matrix<const T> x, GateArrays<Acc<T>> arrays, T* dx, int64_t ld) {
   using A = Acc<T>;

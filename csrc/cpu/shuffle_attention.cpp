@@ -1,10 +1,22 @@
-// Shuffle attention: half of each group's channels gated by their mean, half by their own normalised
-// elements; then the channels are shuffled by two.
+// Shuffle attention: half of each group's channels are gated by their mean, half by their own normalised
+// elements; then the two halves of the channels are interleaved.
+#include <torch/csrc/stable/library.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <algorithm>
 #include <array>
+#include <cmath>
+#include <cstdint>
 #include <limits>
+#include <optional>
 #include <tuple>
 
+#include "moments.h"
+#include "parallel.h"
 #include "self_gate.h"
+#include "self_gate_coefficients.h"
+#include "simd.h"
+#include "tensor.h"
 
 namespace visattn {
 namespace {
@@ -50,7 +62,8 @@ class Shuffle {
     const A mean = mean_[n * C_ + c];
     const int64_t j = c % K_;
     if (!spatial(c)) return {std::numeric_limits<A>::quiet_NaN(), 0, w_[0][j] * mean + w_[1][j]};
-    // A single pixel is its own mean: d is 0, and a, large as 1 / sqrt(eps), would only be rounded in dx.
+    // A single pixel is its own mean: d is 0, and a, as large as 1 / sqrt(eps), would only add rounding
+    // errors to dx.
     const A a = P_ > 1 ? w_[2][j] * w_[4][j] * rstd_[n * C_ + c] : 0;
     return {mean, a, w_[2][j] * w_[5][j] + w_[3][j]};
   }
@@ -63,7 +76,7 @@ class Shuffle {
     return {-a * rstd * rstd * sums.upper / values, -a * sums.lower / values};
   }
 
-  // Gradients of the six weights, over images and groups in order.
+  // The gradients of the six weights, over images and groups in order.
   void weight_grads(const std::array<A*, 6>& dw) {
     for (A* d : dw) std::fill_n(d, K_, A(0));
     for (int64_t n = 0; n < N_; ++n) {

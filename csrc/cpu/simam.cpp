@@ -1,7 +1,16 @@
 // SimAM: y = act(x * sigmoid(d^2 / (4 (variance + e)) + 0.5) + residual), d = x - mean, over each plane.
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <optional>
 #include <tuple>
 
+#include "moments.h"
 #include "self_gate.h"
+#include "self_gate_coefficients.h"
+#include "simd.h"
+#include "tensor.h"
 
 namespace visattn {
 namespace {
@@ -33,7 +42,7 @@ class SimAM {
   }
 
  private:
-  // One value has no variance.
+  // The divisor of the variance, 1 for a single value.
   static A others(int64_t count) { return static_cast<A>(std::max<int64_t>(count - 1, 1)); }
 
   int64_t C_;

@@ -1,8 +1,19 @@
 // CBAM's spatial attention: sigmoid(conv([mean_C, max_C]) + bias).
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <optional>
 #include <tuple>
 
-#include "conv.h"
-#include "pixels.h"
+#include "elementwise.h"
+#include "image_matrix.h"
+#include "map_conv.h"
+#include "mlp.h"
+#include "parallel.h"
+#include "pixel_pool.h"
+#include "simd.h"
+#include "tensor.h"
 
 namespace visattn {
 namespace {
@@ -19,13 +30,13 @@ std::tuple<Tensor, Tensor, Tensor> spatial_attention_fwd(Tensor x, Tensor wconv,
     const PixelBlocks<T> blocks(s);
     Tensor gate = empty({s.N, 1, s.H, s.W}, x.scalar_type()), maps = empty({s.N, 2, s.H, s.W}, kDtype<A>),
            argmax = empty({s.N, s.H, s.W}, ScalarType::Int);
-    for_images(s.N, s.C * s.P, [&](int64_t begin, int64_t end, const Team& team) {
+    for_images(s.N, s.C * s.P, [&](int64_t begin, int64_t end, const Workers& workers) {
       Framed<A> framed[2] = {{s.H, s.W, k}, {s.H, s.W, k}};
       Buffer<A> row(s.P);
       for (int64_t n = begin; n < end; ++n) {
         const auto in = matrix(map.image<T>(n), s, map.nhwc, map.ld);
         A *mean = data<A>(maps) + 2 * n * s.P, *max = mean + s.P;
-        team.pipeline(
+        workers.pipeline(
             blocks.count, blocks.reach(k),
             [&](int64_t b) {
               const int64_t p0 = blocks.first_pixel(b), p1 = blocks.last_pixel(b);
@@ -54,11 +65,11 @@ std::tuple<Tensor, Tensor, Tensor> spatial_attention_bwd(Tensor grad, Tensor x, 
     const Shape s = shape_of(x);
     const bool nhwc = is_nhwc(x);
     const int64_t k = wconv.size(3);
-    const Tensor w = weight_as(wconv, kDtype<A>), g = torch::stable::contiguous(grad);
+    const Tensor w = weight_as(wconv, kDtype<A>), g = as_contiguous(grad);
     Buffer<A> turned = flipped(data<A>(w), k), dw_images(s.N * 2 * k * k), db_images(s.N);
     const PixelBlocks<T> blocks(s);
     Tensor dx = empty_map(s, nhwc, x.scalar_type());
-    for_images(s.N, s.C * s.P, [&](int64_t begin, int64_t end, const Team& team) {
+    for_images(s.N, s.C * s.P, [&](int64_t begin, int64_t end, const Workers& workers) {
       Framed<A> framed[2] = {{s.H, s.W, k}, {s.H, s.W, k}}, dq(s.H, s.W, k);
       Buffer<A> row(s.P), dmean(s.P), dmax(s.P);
       for (int64_t n = begin; n < end; ++n) {
@@ -69,11 +80,11 @@ std::tuple<Tensor, Tensor, Tensor> spatial_attention_bwd(Tensor grad, Tensor x, 
         }
         dq.set_rows(0, s.H, s.W, row.get());
         for (int64_t m = 0; m < 2; ++m) framed[m].set_rows(0, s.H, s.W, data<A>(maps) + (2 * n + m) * s.P);
-        conv_weight_grad(framed, dq, k, s.H, s.W, team, &dw_images[n * 2 * k * k]);
+        conv_weight_grad(framed, dq, k, s.H, s.W, workers, &dw_images[n * 2 * k * k]);
         if (bias) conv_bias_grad(dq, s.H, s.W, &db_images[n]);
         const int32_t* at = data<int32_t>(argmax_c) + n * s.P;
         const auto out = matrix(data<T>(dx) + n * s.C * s.P, s, nhwc, nhwc ? s.C : s.P);
-        team.each(blocks.count, [&](int64_t begin_block, int64_t end_block) {
+        workers.each(blocks.count, [&](int64_t begin_block, int64_t end_block) {
           for (int64_t b = begin_block; b < end_block; ++b) {
             const int64_t p0 = blocks.first_pixel(b), p1 = blocks.last_pixel(b);
             conv_input_grad(dq, turned.get(), k, blocks.begin(b), blocks.end(b), s.W, dmean.get(),

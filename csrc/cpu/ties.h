@@ -1,14 +1,17 @@
-// Equal maxima: how many there are, and which elements they are. A maximum that shares its gradient evenly
-// notes its index where it is the only one, else minus the number of its equals; one that does not notes the
-// first.
+// Equal maxima: their number, and the elements that equal them. A rule that shares a gradient evenly keeps
+// the index of a unique maximum, or minus the number of equal ones; the rule "first" keeps the first index.
 #pragma once
 
+#include <cstdint>
+
 #include "matrix.h"
+#include "simd.h"
+#include "simd_lanes.h"
 
 namespace visattn {
 
-// count[r] of the elements x[r, c] * scale[c] (scale may be null) that equal max[r]. The product is that of
-// row_stats, bit for bit. NaN equals nothing.
+// count[r] = the number of elements x[r, c] * scale[c] (scale may be null) that equal max[r]. The product has
+// the same bits as in row_stats. NaN equals nothing.
 template <class T, bool kScale>
 void count_in_rows(Matrix<const T> x, const Acc<T>* scale, const Acc<T>* max, Index<Acc<T>>* count) {
   using A = Acc<T>;
@@ -49,7 +52,7 @@ VF_INLINE inline void count_group(const Matrix<const T>& x, int64_t r0, const Ac
   });
 }
 
-// count[c] of the elements x[r, c] * scale[r] that equal max[c]. max and count are padded.
+// count[c] = the number of elements x[r, c] * scale[r] that equal max[c]. max and count are padded.
 template <class T, bool kScale>
 void count_in_columns(Matrix<const T> x, const Acc<T>* scale, const Acc<T>* max, Index<Acc<T>>* count) {
   using A = Acc<T>;
@@ -66,16 +69,16 @@ int32_t index_or_ties(I index, I count) {
   return static_cast<int32_t>(count > 1 ? -count : index);
 }
 
-// The maxima of an image's pixels over its channels, or of its channels over its pixels, and their gradients.
+// The maxima over channels of an image's pixels, or over pixels of its channels, and their gradients.
 template <class A>
 struct Maxima {
   const int32_t* at;
-  const A *value, *grad;  // the values are looked at where at < 0
+  const A *value, *grad;  // values are read where at < 0
 
-  // Gradient of each of the elements that equal maximum i.
+  // The gradient of each element that equals maximum i.
   A share(int64_t i) const { return at[i] < 0 ? grad[i] / static_cast<A>(-at[i]) : grad[i]; }
 
-  // Whether the maximum i is, or equals, the element at `index`, whose value is value_of().
+  // True if the element at `index`, whose value is value_of(), is the maximum i or equals it.
   template <class F>
   bool hits(int64_t i, int64_t index, const F& value_of) const {
     return at[i] < 0 ? value_of() == value[i] : at[i] == index;

@@ -1,12 +1,24 @@
-// The passes over x of any gate per channel and gate per pixel whose mathematics stands elsewhere:
-// u = x * channel, y = act(u * spatial + residual), with the means and maxima that both gates are made of.
-#include "twofold.h"
+// The passes over x of a channel gate and a pixel gate whose mathematics is elsewhere: u = x * channel, y =
+// act(u * spatial + residual), with the means and maxima that both gates are computed from.
+#include <torch/csrc/stable/library.h>
+#include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
+#include <cstdint>
+#include <optional>
 #include <tuple>
+#include <type_traits>
 
-#include "channel_scale.h"
-#include "conv.h"
-#include "pixels.h"
+#include "../common/activations.h"
+#include "channel_pool.h"
+#include "elementwise.h"
+#include "image_matrix.h"
+#include "parallel.h"
+#include "pixel_pool.h"
+#include "simd.h"
+#include "tensor.h"
+#include "ties.h"
+#include "twofold_passes.h"
 
 namespace visattn {
 namespace {
@@ -18,18 +30,18 @@ void with_ties(bool even, const F& f) {
   f(std::false_type{});
 }
 
-// A small tensor of the accumulation dtype with `rows` values a channel, or a pixel, of every image.
+// A small tensor in the accumulation dtype, which must have `count` elements.
 template <class A>
 Tensor small_as(const Tensor& t, int64_t count, const char* name) {
   STD_TORCH_CHECK(t.numel() == count, name, " must have ", count, " elements, got ", t.numel());
   return weight_as(t, kDtype<A>);
 }
 
-// Where maxima came from, as a pointer may walk it.
+// The indices of maxima, contiguous.
 Tensor dense_indices(const Tensor& at, int64_t count) {
   STD_TORCH_CHECK(at.numel() == count && at.scalar_type() == ScalarType::Int, "at must have ", count,
-                  " int32");
-  return at.is_contiguous() ? at : torch::stable::contiguous(at);
+                  " int32 elements");
+  return as_contiguous(at);
 }
 
 std::tuple<Tensor, Tensor> pool_pixels(Tensor x, bool even) {
@@ -40,11 +52,11 @@ std::tuple<Tensor, Tensor> pool_pixels(Tensor x, bool even) {
     const FeatureMap map = feature_map(x);
     Tensor pooled = empty({s.N, 2, s.C}, kDtype<A>), at = empty({s.N, s.C}, ScalarType::Int);
     with_ties(even, [&](auto ties) {
-      for_images(s.N, s.C * s.P, [&](int64_t begin, int64_t end, const Team& team) {
+      for_images(s.N, s.C * s.P, [&](int64_t begin, int64_t end, const Workers& workers) {
         ChannelPool<T, true, decltype(ties)::value> pool(s, map.nhwc);
         for (int64_t n = begin; n < end; ++n) {
           A* mean = data<A>(pooled) + 2 * n * s.C;
-          pool.run(matrix(map.image<T>(n), s, map.nhwc, map.ld), team, mean, mean + s.C,
+          pool.run(matrix(map.image<T>(n), s, map.nhwc, map.ld), workers, mean, mean + s.C,
                    data<int32_t>(at) + n * s.C);
         }
       });
@@ -63,13 +75,13 @@ std::tuple<Tensor, Tensor> pool_channels(Tensor x, Tensor gate, bool even) {
     const PixelBlocks<T> blocks(s);
     Tensor maps = empty({s.N, 2, s.H, s.W}, kDtype<A>), at = empty({s.N, s.H, s.W}, ScalarType::Int);
     with_ties(even, [&](auto ties) {
-      for_images(s.N, s.C * s.P, [&](int64_t begin, int64_t end, const Team& team) {
+      for_images(s.N, s.C * s.P, [&](int64_t begin, int64_t end, const Workers& workers) {
         Buffer<A> scale(s.C);
         for (int64_t n = begin; n < end; ++n) {
           std::copy_n(data<A>(channel) + n * s.C, s.C, scale.get());
           const auto in = matrix(map.image<T>(n), s, map.nhwc, map.ld);
           A *mean = data<A>(maps) + 2 * n * s.P, *max = mean + s.P;
-          team.each(blocks.count, [&](int64_t b, int64_t e) {
+          workers.each(blocks.count, [&](int64_t b, int64_t e) {
             for (; b < e; ++b) {
               const int64_t p0 = blocks.first_pixel(b), p1 = blocks.last_pixel(b);
               pixel_stats<T, true, decltype(ties)::value>(pixels_of(in, map.nhwc, p0, p1), map.nhwc,
@@ -95,7 +107,7 @@ Tensor pool_channels_bwd(Tensor x, Tensor gate, Tensor maps, Tensor dmaps, Tenso
                  values = small_as<A>(maps, 2 * s.N * s.P, "maps"), index = dense_indices(at, s.N * s.P);
     const PixelBlocks<T> blocks(s);
     Tensor dgate = empty({s.N, s.C}, kDtype<A>);
-    for_images(s.N, s.C * s.P, [&](int64_t begin, int64_t end, const Team& team) {
+    for_images(s.N, s.C * s.P, [&](int64_t begin, int64_t end, const Workers& workers) {
       Buffer<A> scale(s.C), dmean(s.P);
       ChannelPartials<A> parts(s.C, blocks.count);
       for (int64_t n = begin; n < end; ++n) {
@@ -105,7 +117,7 @@ Tensor pool_channels_bwd(Tensor x, Tensor gate, Tensor maps, Tensor dmaps, Tenso
         const Maxima<A> maxima{data<int32_t>(index) + n * s.P, data<A>(values) + (2 * n + 1) * s.P,
                                dmaps_n + s.P};
         const auto in = matrix(map.image<T>(n), s, map.nhwc, map.ld);
-        team.each(blocks.count, [&](int64_t b, int64_t e) {
+        workers.each(blocks.count, [&](int64_t b, int64_t e) {
           for (; b < e; ++b) {
             map_sums<T>(in, map.nhwc, blocks.first_pixel(b), blocks.last_pixel(b), scale.get(), dmean.get(),
                         maxima, parts.part(b));
@@ -130,19 +142,19 @@ Tensor twofold_scale(Tensor x, Tensor channel, Tensor spatial, std::optional<Ten
                  of_pixel = small_as<A>(spatial, s.N * s.P, "spatial");
     const PixelBlocks<T> blocks(s);
     Tensor y = empty_map(s, map.nhwc, x.scalar_type());
-    for_images(s.N, s.C * s.P, [&](int64_t begin, int64_t end, const Team& team) {
+    for_images(s.N, s.C * s.P, [&](int64_t begin, int64_t end, const Workers& workers) {
       Buffer<A> gate_c(s.C), gate_s(s.P);
       for (int64_t n = begin; n < end; ++n) {
         std::copy_n(data<A>(of_channel) + n * s.C, s.C, gate_c.get());
         std::copy_n(data<A>(of_pixel) + n * s.P, s.P, gate_s.get());
-        const T* pr = static_cast<const T*>(image_or_null(res, n, sizeof(T)));
+        const T* pr = image_or_null<T>(res, n);
         const auto in = matrix(map.image<T>(n), s, map.nhwc, map.ld);
-        team.each(blocks.count, [&](int64_t b, int64_t e) {
+        workers.each(blocks.count, [&](int64_t b, int64_t e) {
           const int64_t p0 = blocks.first_pixel(b), p1 = blocks.last_pixel(e - 1),
                         skip = map.nhwc ? p0 * s.C : p0;
-          apply_gate<T>(pixels_of(in, map.nhwc, p0, p1), both_gates(map.nhwc, gate_c.get(), gate_s.get(), p0),
-                        pr ? pr + skip : nullptr, data<T>(y) + n * s.C * s.P + skip, map.nhwc ? s.C : s.P,
-                        activation);
+          apply_gate<T>(pixels_of(in, map.nhwc, p0, p1),
+                        both_factors(map.nhwc, gate_c.get(), gate_s.get(), p0), pr ? pr + skip : nullptr,
+                        data<T>(y) + n * s.C * s.P + skip, map.nhwc ? s.C : s.P, activation);
         });
       }
     });
@@ -164,23 +176,23 @@ std::tuple<Tensor, Tensor, Tensor> twofold_scale_bwd(Tensor grad, Tensor x, Tens
     const PixelBlocks<T> blocks(s);
     const int64_t image = s.C * s.P;
     Tensor dchannel = empty({s.N, s.C}, kDtype<A>), dspatial = empty({s.N, s.H, s.W}, kDtype<A>),
-           dresidual = act ? empty_map(s, nhwc, x.scalar_type()) : empty({0}, x.scalar_type());
-    for_images(s.N, image, [&](int64_t begin, int64_t end, const Team& team) {
+           dresidual = empty_residual_grad(s, nhwc, x.scalar_type(), act);
+    for_images(s.N, image, [&](int64_t begin, int64_t end, const Workers& workers) {
       Buffer<A> gate_c(s.C), gate_s(s.P);
       ChannelPartials<A> parts(s.C, blocks.count);
       for (int64_t n = begin; n < end; ++n) {
         std::copy_n(data<A>(of_channel) + n * s.C, s.C, gate_c.get());
         std::copy_n(data<A>(of_pixel) + n * s.P, s.P, gate_s.get());
-        const T* pr = static_cast<const T*>(image_or_null(res, n, sizeof(T)));
+        const T* pr = image_or_null<T>(res, n);
         T* kept = act ? data<T>(dresidual) + n * image : nullptr;
         const auto in = matrix(map.image<T>(n), s, nhwc, map.ld);
         const auto upstream = matrix<const T>(act ? kept : g.image<T>(n), s, nhwc, g.ld);
-        team.each(blocks.count, [&](int64_t b, int64_t e) {
+        workers.each(blocks.count, [&](int64_t b, int64_t e) {
           for (; b < e; ++b) {
             const int64_t p0 = blocks.first_pixel(b), p1 = blocks.last_pixel(b), skip = nhwc ? p0 * s.C : p0;
             const auto xs = pixels_of(in, nhwc, p0, p1);
             if (act) {
-              gate_grad<T>(xs, both_gates(nhwc, gate_c.get(), gate_s.get(), p0), g.image<T>(n) + skip,
+              gate_grad<T>(xs, both_factors(nhwc, gate_c.get(), gate_s.get(), p0), g.image<T>(n) + skip,
                            pr ? pr + skip : nullptr, kept + skip, g.ld, activation);
             }
             gate_sums<T>(xs, pixels_of(upstream, nhwc, p0, p1), nhwc, gate_c.get(), &gate_s[p0],
@@ -210,7 +222,7 @@ Tensor twofold_input_grad(Tensor grad, Tensor x, Tensor channel, Tensor spatial,
                  index_c = dense_indices(at_c, s.N * s.P), index_hw = dense_indices(at_hw, s.N * s.C);
     const PixelBlocks<T> blocks(s);
     Tensor dx = empty_map(s, map.nhwc, x.scalar_type());
-    for_images(s.N, s.C * s.P, [&](int64_t begin, int64_t end, const Team& team) {
+    for_images(s.N, s.C * s.P, [&](int64_t begin, int64_t end, const Workers& workers) {
       Buffer<A> gate_c(s.C), gate_s(s.P), dmean_c(s.P), dmean_hw(s.C);
       for (int64_t n = begin; n < end; ++n) {
         const A *dmaps_n = data<A>(dm) + 2 * n * s.P, *dpooled_n = data<A>(dp) + 2 * n * s.C;
@@ -227,7 +239,7 @@ Tensor twofold_input_grad(Tensor grad, Tensor x, Tensor channel, Tensor spatial,
             {data<int32_t>(index_hw) + n * s.C, data<A>(of_pooled) + (2 * n + 1) * s.C, dpooled_n + s.C}};
         const auto in = matrix(map.image<T>(n), s, map.nhwc, map.ld);
         const auto gs = matrix(g.image<T>(n), s, map.nhwc, g.ld);
-        team.each(blocks.count, [&](int64_t b, int64_t e) {
+        workers.each(blocks.count, [&](int64_t b, int64_t e) {
           for (; b < e; ++b) {
             pass.run(in, gs, map.nhwc, blocks.first_pixel(b), blocks.last_pixel(b),
                      data<T>(dx) + n * s.C * s.P);

@@ -1,273 +1,22 @@
 // Attention inside (shifted) windows: each head of each window in tiles that stay in cache. Shift, partition,
-// biases, seams and padding are addresses; the backward pass computes the weights again.
+// biases, seams and padding are addresses. The backward pass computes the attention weights again.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <optional>
+#include <tuple>
+
+#include "parallel.h"
+#include "simd.h"
+#include "tensor.h"
+#include "window_tiles.h"
 #include "windows.h"
 
 namespace visattn {
 namespace {
-
-template <class T>
-struct Inputs {
-  using A = Acc<T>;
-  Windows w;
-  A scale;
-  Tensor qkv;
-  bool biased;
-  Buffer<A> bias;   // of queries, keys and values, [3C]
-  Buffer<A> table;  // [heads, rows], reversed
-
-  Inputs(const Windows& windows, double scale, const Tensor& qkv, const std::optional<Tensor>& bias,
-         const Tensor& table)
-      : w(windows),
-        scale(static_cast<A>(scale)),
-        qkv(qkv.is_contiguous() ? qkv : torch::stable::contiguous(qkv)),
-        biased(bias.has_value()),
-        bias(3 * w.C()),
-        table(w.heads * w.table_rows()) {
-    if (bias) std::copy_n(data<A>(weight_as(*bias, kDtype<A>)), 3 * w.C(), this->bias.get());
-    const Tensor cast = weight_as(table, kDtype<A>);
-    const A* from = data<A>(cast);
-    const int64_t rows = w.table_rows();
-    for (int64_t r = 0; r < rows; ++r) {
-      for (int64_t h = 0; h < w.heads; ++h) this->table[h * rows + rows - 1 - r] = from[r * w.heads + h];
-    }
-  }
-
-  const T* qkv_data() const { return static_cast<const T*>(qkv.const_data_ptr()); }
-};
-
-// One head of one window at a time. Tiles have whole vectors of tokens and channels; what is too much is
-// zero.
-template <class T>
-class Window {
-  using A = Acc<T>;
-
- public:
-  explicit Window(const Inputs<T>& in, bool backward)
-      : in_(in),
-        w_(in.w),
-        L_(w_.L),
-        Lp_(whole_vectors<A>(L_)),
-        dp_(whole_vectors<A>(w_.d)),
-        q_(Lp_ * dp_),
-        k_(Lp_ * dp_),
-        v_(Lp_ * dp_),
-        kt_(Lp_ * dp_),
-        position_(L_ * Lp_),
-        p_(L_ * Lp_),
-        inverse_(L_),
-        whole_(L_),
-        g_(backward ? Lp_ * dp_ : 0),
-        vt_(backward ? Lp_ * dp_ : 0),
-        ds_(backward ? L_ * Lp_ : 0),
-        dposition_(backward ? L_ * Lp_ : 0),
-        ds_queries_(backward ? L_ : 0),
-        ds_keys_(backward ? Lp_ : 0),
-        dbias_(backward ? 3 * dp_ : 0),
-        token_(L_),
-        next_(L_),
-        region_(L_),
-        next_region_(L_) {}
-
-  // The bias of a head; columns that are no keys get no weight.
-  void start(int64_t head) {
-    head_ = head;
-    const A* table = in_.table.get() + head * w_.table_rows();
-    std::fill_n(position_.get(), L_ * Lp_, -std::numeric_limits<A>::infinity());
-    w_.each_bias(Lp_, [&](int64_t to, int64_t from, int64_t count) {
-      for (int64_t j = 0; j < count; ++j) position_[to + j] = table[from + j];
-    });
-  }
-
-  void start_gradients() {
-    std::fill_n(dposition_.get(), L_ * Lp_, A(0));
-    std::fill_n(dbias_.get(), 3 * dp_, A(0));
-  }
-
-  void forward(int64_t window, bool last, T* out) {
-    enter(window);
-    if (!last) fetch(in_.qkv_data(), 3, window + 1);
-    const int64_t C = w_.C();
-    T* image = out + image_ * w_.H * w_.W * C + head_ * w_.d;
-    simd([&]() VF_INLINE {
-      weights();
-      product<A>(Broadcast<A>{p_.get(), Lp_, 1}, v_.get(), dp_, L_, dp_, L_,
-                 [&](int64_t i, int64_t j, Vec<A> sum, Full) VF_INLINE {
-                   if (token_[i] >= 0) put(image + token_[i] * C, j, sum * set1(inverse_[i]));
-                 });
-    });
-  }
-
-  void backward(int64_t window, bool last, const T* grad, T* dqkv) {
-    enter(window);
-    if (!last) fetch(in_.qkv_data(), 3, window + 1), fetch(grad, 1, window + 1);
-    const int64_t C = w_.C(), tokens = w_.H * w_.W;
-    const T* g = grad + image_ * tokens * C + head_ * w_.d;
-    T* image = dqkv + image_ * tokens * 3 * C + head_ * w_.d;
-    simd([&]() VF_INLINE {
-      for (int64_t i = 0; i < L_; ++i) {
-        if (token_[i] >= 0) {
-          for_vectors<A>(w_.d, [&](int64_t c, auto lanes) VF_INLINE {
-            store(g_.get() + i * dp_ + c, load(g + token_[i] * C + c, lanes));
-          });
-        } else {
-          for (int64_t c = 0; c < dp_; c += kLanes<A>) store(g_.get() + i * dp_ + c, set1(A(0)));
-        }
-      }
-      weights();
-      transpose_tile(v_.get(), Lp_, dp_, vt_.get());
-      product<A>(Broadcast<A>{g_.get(), dp_, 1}, vt_.get(), Lp_, L_, Lp_, w_.d,
-                 [&](int64_t i, int64_t j, Vec<A> sum, Full)
-                     VF_INLINE { store(ds_.get() + i * Lp_ + j, sum); });
-      std::fill_n(ds_keys_.get(), Lp_, A(0));
-      for (int64_t i = 0; i < L_; ++i) logit_gradients(i);
-      const auto sends = [&](int64_t part, A factor) VF_INLINE {
-        return [=, this](int64_t i, int64_t j, Vec<A> sum, Full) VF_INLINE {
-          if (token_[i] >= 0) put(image + token_[i] * 3 * C + part * C, j, sum * set1(factor));
-        };
-      };
-      const Broadcast<A> ds{ds_.get(), Lp_, 1}, ds_t{ds_.get(), 1, Lp_}, p_t{p_.get(), 1, Lp_};
-      product<A>(ds, k_.get(), dp_, L_, dp_, L_, sends(0, in_.scale));
-      product<A>(ds_t, q_.get(), dp_, L_, dp_, L_, sends(1, A(1)));
-      product<A>(p_t, g_.get(), dp_, L_, dp_, L_, sends(2, A(1)));
-      // A bias's gradient is the sum of all tokens' and padding's: of rows, each as often as it is in a
-      // product.
-      if (!in_.biased) return;
-      add_rows(ds_keys_.get(), in_.scale, k_.get(), 0);
-      add_rows(ds_queries_.get(), A(1), q_.get(), 1);
-      add_rows(whole_.get(), A(1), g_.get(), 2);
-    });
-  }
-
-  // What the windows since start_gradients() have given: the head's table, reversed, and its bias, [3, d].
-  void finish_gradients(A* dtable, A* dbias) {
-    std::fill_n(dtable, w_.table_rows(), A(0));
-    w_.each_bias(Lp_, [&](int64_t from, int64_t to, int64_t count) {
-      for (int64_t j = 0; j < count; ++j) dtable[to + j] += dposition_[from + j];
-    });
-    for (int64_t part = 0; part < 3; ++part)
-      std::copy_n(dbias_.get() + part * dp_, w_.d, dbias + part * w_.d);
-  }
-
- private:
-  // Asks for the next window while this one is computed: pieces of rows far apart, which no prefetcher
-  // guesses.
-  void fetch(const T* map, int64_t parts, int64_t window) {
-    constexpr int64_t kLine = 64 / sizeof(T);
-    const int64_t C = w_.C(), first = window / w_.per_image() * w_.H * w_.W;
-    w_.places(window, next_.data(), next_region_.data());
-    for (int64_t i = 0; i < L_; ++i) {
-      if (next_[i] < 0) continue;
-      const T* row = map + (first + next_[i]) * parts * C + head_ * w_.d;
-      for (int64_t part = 0; part < parts; ++part) {
-        for (int64_t c = 0; c < w_.d; c += kLine) __builtin_prefetch(row + part * C + c, 0, 2);
-      }
-    }
-  }
-
-  void enter(int64_t window) {
-    image_ = window / w_.per_image();
-    seam_ = w_.has_seam(window);
-    w_.places(window, token_.data(), region_.data());
-    const int64_t C = w_.C();
-    const T* image = in_.qkv_data() + image_ * w_.H * w_.W * 3 * C;
-    simd([&]() VF_INLINE {
-      A* const tiles[] = {q_.get(), k_.get(), v_.get()};
-      for (int64_t i = 0; i < L_; ++i) {
-        for (int64_t part = 0; part < 3; ++part) {
-          const int64_t c = part * C + head_ * w_.d;
-          const A factor = part == 0 ? in_.scale : A(1);
-          A* to = tiles[part] + i * dp_;
-          take(token_[i] >= 0 ? image + token_[i] * 3 * C + c : nullptr, in_.bias.get() + c, factor, to);
-        }
-      }
-    });
-  }
-
-  // A token and its bias, or padding, which has no more than a bias.
-  VF_INLINE void take(const T* from, const A* bias, A factor, A* to) const {
-    for_vectors<A>(w_.d, [&](int64_t c, auto lanes) VF_INLINE {
-      Vec<A> v = load(bias + c, lanes);
-      if (from) v += load(from + c, lanes);
-      store(to + c, v * set1(factor));
-    });
-  }
-
-  VF_INLINE void put(T* row, int64_t c, Vec<A> v) const {
-    if (c + kLanes<A> <= w_.d) {
-      store(row + c, v);
-    } else {
-      store(row + c, v, Tail{static_cast<int>(w_.d - c)});
-    }
-  }
-
-  // p_: exponentials of the logits over each row's largest; inverse_: one over each row's sum.
-  VF_INLINE void weights() {
-    transpose_tile(k_.get(), Lp_, dp_, kt_.get());
-    product<A>(Broadcast<A>{q_.get(), dp_, 1}, kt_.get(), Lp_, L_, Lp_, w_.d,
-               [&](int64_t i, int64_t j, Vec<A> sum, Full) VF_INLINE {
-                 const int64_t at = i * Lp_ + j;
-                 store(p_.get() + at, sum + load(position_.get() + at));
-               });
-    for (int64_t i = 0; i < L_; ++i) {
-      A* row = p_.get() + i * Lp_;
-      if (seam_) {
-        for (int64_t j = 0; j < L_; ++j) row[j] += region_[j] != region_[i] ? A(kApart) : A(0);
-      }
-      Vec<A> most = set1(-std::numeric_limits<A>::infinity()), total = set1(A(0));
-      for (int64_t j = 0; j < Lp_; j += kLanes<A>) most = greater(load(row + j), most);
-      most = set1<A>(reduce_lanes(most, [](Vec<A> a, Vec<A> b) VF_INLINE { return greater(a, b); }));
-      for (int64_t j = 0; j < Lp_; j += kLanes<A>) {
-        const Vec<A> e = exp_lanes(load(row + j) - most);
-        store(row + j, e);
-        total += e;
-      }
-      const A sum = sum_lanes<A>(total);
-      inverse_[i] = 1 / sum;
-      whole_[i] = sum * inverse_[i];
-    }
-  }
-
-  // ds = p (dp - sum_j dp p), the gradient of a row's logits, which is its positions', too. Sums of ds: of a
-  // row, where nothing but rounding and NaN is left, and of columns.
-  VF_INLINE void logit_gradients(int64_t i) {
-    A *p = p_.get() + i * Lp_, *ds = ds_.get() + i * Lp_, *dposition = dposition_.get() + i * Lp_;
-    A* keys = ds_keys_.get();
-    const Vec<A> inverse = set1(inverse_[i]);
-    Vec<A> dot = set1(A(0));
-    for (int64_t j = 0; j < Lp_; j += kLanes<A>) {
-      const Vec<A> weight = load(p + j) * inverse;
-      store(p + j, weight);
-      dot += weight * load(ds + j);
-    }
-    dot = set1<A>(sum_lanes<A>(dot));
-    ds_queries_[i] = dot[0] * (1 - whole_[i]);
-    for (int64_t j = 0; j < Lp_; j += kLanes<A>) {
-      const Vec<A> d = load(p + j) * (load(ds + j) - dot);
-      store(ds + j, d);
-      store(dposition + j, load(dposition + j) + d);
-      store(keys + j, load(keys + j) + d);
-    }
-  }
-
-  VF_INLINE void add_rows(const A* weights, A factor, const A* tile, int64_t part) {
-    A* to = dbias_.get() + part * dp_;
-    for (int64_t i = 0; i < L_; ++i) {
-      const Vec<A> weight = set1(weights[i] * factor);
-      for (int64_t c = 0; c < dp_; c += kLanes<A>)
-        store(to + c, load(to + c) + weight * load(tile + i * dp_ + c));
-    }
-  }
-
-  const Inputs<T>& in_;
-  const Windows& w_;
-  const int64_t L_, Lp_, dp_;
-  Buffer<A> q_, k_, v_, kt_, position_, p_, inverse_, whole_, g_, vt_, ds_, dposition_, ds_queries_, ds_keys_,
-      dbias_;
-  std::vector<int64_t> token_, next_;
-  std::vector<int32_t> region_, next_region_;
-  int64_t head_ = 0, image_ = 0;
-  bool seam_ = false;
-};
 
 Windows windows_of(const Tensor& qkv, int64_t heads, int64_t window_h, int64_t window_w, int64_t shift_h,
                    int64_t shift_w, int64_t pad_first) {
@@ -284,11 +33,11 @@ Windows windows_of(const Tensor& qkv, int64_t heads, int64_t window_h, int64_t w
           window_h * window_w};
 }
 
-// f(run, head, window's tiles) over all items, in parallel.
+// Calls f(run, head, tiles) for all items, in parallel.
 template <class T, class F>
-void each_item(const Inputs<T>& in, const WindowRuns& runs, bool backward, const F& f) {
+void each_item(const WindowInputs<T>& in, const WindowRuns& runs, bool backward, const F& f) {
   torch::stable::parallel_for(0, runs.count * in.w.heads, 1, [&](int64_t begin, int64_t end) {
-    Window<T> tiles(in, backward);
+    WindowTiles<T> tiles(in, backward);
     for (int64_t item = begin; item < end; ++item) {
       tiles.start(item % in.w.heads);
       f(item / in.w.heads, item % in.w.heads, tiles);
@@ -301,12 +50,12 @@ Tensor window_attention_fwd(Tensor qkv, std::optional<Tensor> bias, Tensor table
                             double scale, int64_t pad_first) {
   return dispatch(qkv, [&](auto type) {
     using T = decltype(type);
-    const Inputs<T> in(windows_of(qkv, heads, window_h, window_w, shift_h, shift_w, pad_first), scale, qkv,
-                       bias, table);
+    const WindowInputs<T> in(windows_of(qkv, heads, window_h, window_w, shift_h, shift_w, pad_first), scale,
+                             qkv, bias, table);
     const Windows& w = in.w;
     Tensor out = empty({w.N, w.H, w.W, w.C()}, qkv.scalar_type());
     const WindowRuns runs(w);
-    each_item<T>(in, runs, false, [&](int64_t run, int64_t, Window<T>& tiles) {
+    each_item<T>(in, runs, false, [&](int64_t run, int64_t, WindowTiles<T>& tiles) {
       for (int64_t i = runs.begin(run); i < runs.end(run); ++i)
         tiles.forward(i, i + 1 == runs.end(run), data<T>(out));
     });
@@ -314,7 +63,7 @@ Tensor window_attention_fwd(Tensor qkv, std::optional<Tensor> bias, Tensor table
   });
 }
 
-// parts [runs, size] -> their sum, in order.
+// Sums parts [runs, size] over the runs, in order.
 template <class A>
 void sum_runs(const Buffer<A>& parts, int64_t runs, int64_t size, A* sum) {
   std::fill_n(sum, size, A(0));
@@ -330,19 +79,19 @@ std::tuple<Tensor, Tensor, Tensor> window_attention_bwd(Tensor grad, Tensor qkv,
   return dispatch(qkv, [&](auto type) {
     using T = decltype(type);
     using A = Acc<T>;
-    const Inputs<T> in(windows_of(qkv, heads, window_h, window_w, shift_h, shift_w, pad_first), scale, qkv,
-                       bias, table);
+    const WindowInputs<T> in(windows_of(qkv, heads, window_h, window_w, shift_h, shift_w, pad_first), scale,
+                             qkv, bias, table);
     const Windows& w = in.w;
-    const Tensor g = grad.is_contiguous() ? grad : torch::stable::contiguous(grad);
+    const Tensor g = as_contiguous(grad);
     Tensor dqkv = empty({w.N, w.H, w.W, 3 * w.C()}, qkv.scalar_type());
     Tensor dbias = empty({3 * w.C()}, kDtype<A>), dtable = empty({w.table_rows(), heads}, kDtype<A>);
     const WindowRuns runs(w);
     const int64_t rows = w.table_rows(), of_bias = 3 * w.d;
     Buffer<A> table_parts(runs.count * heads * rows), bias_parts(runs.count * heads * of_bias);
-    each_item<T>(in, runs, true, [&](int64_t run, int64_t head, Window<T>& tiles) {
+    each_item<T>(in, runs, true, [&](int64_t run, int64_t head, WindowTiles<T>& tiles) {
       tiles.start_gradients();
       for (int64_t i = runs.begin(run); i < runs.end(run); ++i) {
-        tiles.backward(i, i + 1 == runs.end(run), static_cast<const T*>(g.const_data_ptr()), data<T>(dqkv));
+        tiles.backward(i, i + 1 == runs.end(run), data<const T>(g), data<T>(dqkv));
       }
       const int64_t item = run * heads + head;
       tiles.finish_gradients(table_parts.get() + item * rows, bias_parts.get() + item * of_bias);

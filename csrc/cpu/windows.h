@@ -1,23 +1,18 @@
-// The (shifted) windows of a map of tokens: where each window's tokens lie, and one head of one window in
-// tiles.
+// The (shifted) windows of a map of tokens: where each window's tokens lie, and how work is split.
 #pragma once
 
 #include <algorithm>
+#include <cstdint>
 #include <vector>
-
-#include "gemm.h"
-#include "tensor.h"
 
 namespace visattn {
 
-constexpr double kApart = -100;  // added to logits across a seam, as Swin does
-
-// One axis of a map, padded to whole windows and moved by the shift: what is at each position.
+// One axis of a map, padded to whole windows and shifted: which token stands at each position.
 struct WindowAxis {
   int64_t window, count;
   bool seam;                    // in the last window
   std::vector<int64_t> source;  // -1 for padding
-  std::vector<char> beyond;     // behind the seam
+  std::vector<char> beyond;     // past the seam
 
   WindowAxis(int64_t size, int64_t window, int64_t shift, bool pad_first)
       : window(window),
@@ -43,7 +38,8 @@ struct Windows {
   int64_t per_image() const { return rows.count * columns.count; }
   int64_t table_rows() const { return (2 * rows.window - 1) * (2 * columns.window - 1); }
 
-  // Token of each place of a window, counted from its image's first, -1 for padding; and its region, of four.
+  // The token at each place of a window, counted from its image's first token, -1 for padding; and its
+  // region, of four.
   void places(int64_t window, int64_t* token, int32_t* region) const {
     const int64_t at = window % per_image(), h0 = at / columns.count * rows.window,
                   w0 = at % columns.count * columns.window;
@@ -62,8 +58,8 @@ struct Windows {
            (columns.seam && at % columns.count == columns.count - 1);
   }
 
-  // f(offset in [L, ld], offset in a head's reversed table, how many lie side by side): where the bias of
-  // each query and key is. The table is reversed so that both run upwards along a row of keys.
+  // Calls f(offset in [L, ld], offset in a head's reversed table, count) for runs of adjacent biases. The
+  // table is reversed, so that both offsets increase along a row of keys.
   template <class F>
   void each_bias(int64_t ld, const F& f) const {
     const int64_t wh = rows.window, ww = columns.window;
@@ -74,8 +70,8 @@ struct Windows {
   }
 };
 
-// Work goes by heads and runs of windows. How many runs there are depends on sizes alone: each has partial
-// sums.
+// Work is split by heads and runs of windows. The number of runs depends on sizes alone, since each run has
+// partial sums.
 struct WindowRuns {
   int64_t windows, size, count;
 
@@ -88,34 +84,5 @@ struct WindowRuns {
   int64_t begin(int64_t run) const { return run * size; }
   int64_t end(int64_t run) const { return std::min(windows, (run + 1) * size); }
 };
-
-template <class A>
-constexpr int64_t whole_vectors(int64_t count) {
-  return (count + kLanes<A> - 1) / kLanes<A> * kLanes<A>;
-}
-
-// sum_k a(i, k) b[k, j] for i < rows and whole vectors of j < cols.
-template <class A, class F>
-VF_INLINE inline void product(Broadcast<A> a, const A* b, int64_t ldb, int64_t rows, int64_t cols,
-                              int64_t depth, const F& f) {
-  int64_t j = 0;
-  for (; j + 2 * kLanes<A> <= cols; j += 2 * kLanes<A>)
-    gemm_columns<2, A>(a, b, ldb, depth, rows, j, Full{}, f);
-  if (j < cols) gemm_columns<1, A>(a, b, ldb, depth, rows, j, Full{}, f);
-}
-
-// out[j, i] = in[i, j]: both sizes are whole vectors.
-template <class A>
-VF_INLINE inline void transpose_tile(const A* in, int64_t rows, int64_t cols, A* out) {
-  constexpr int64_t lanes = kLanes<A>;
-  for (int64_t i = 0; i < rows; i += lanes) {
-    for (int64_t j = 0; j < cols; j += lanes) {
-      Vec<A> v[lanes];
-      for (int r = 0; r < lanes; ++r) v[r] = load(in + (i + r) * cols + j);
-      transpose(v);
-      for (int r = 0; r < lanes; ++r) store(out + (j + r) * rows + i, v[r]);
-    }
-  }
-}
 
 }  // namespace visattn

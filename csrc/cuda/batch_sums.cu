@@ -2,8 +2,14 @@
 #include <cuda_runtime.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
+#include <cstdint>
+
+#include "../common/geometry.h"
 #include "batch_sums.h"
 #include "device.cuh"
+#include "launch.h"
+#include "portable.h"
 
 namespace visattn::cuda {
 namespace {

@@ -1,15 +1,20 @@
-// Gradients of weights: sums over the batch of what the images leave behind, n ascending, whichever blocks do
-// it. Small maps sum them in the launch that makes them, after a barrier of the whole grid; others in a
-// second one, whose blocks are as many as the weights need.
+// The weights' gradients: sums over the batch of what each image left behind, n ascending, by any number of
+// blocks. Small maps are summed in the launch that computes them, after a barrier of the whole grid; others
+// in a second launch, whose number of blocks suits the weights.
 #pragma once
 
+#include <cstdint>
+
+#include "../common/activations.h"
+#include "../common/geometry.h"
+#include "gate_math.h"
 #include "launch.h"
 #include "portable.h"
 
 namespace visattn::cuda {
 
-// out [rows, cols] = sum over i < count of a[i >> shift, row] * f(b[i, col]); b null: out [rows] = sum of a.
-// f is the activation; rows of a are `stride` apart.
+// out [rows, cols] = sum over i < count of a[i >> shift, row] * f(b[i, col]), where f is the activation and
+// rows of a are `stride` apart. With a null b: out [rows] = sum of a.
 template <class Memory>
 struct OuterSum {
   template <class U>
@@ -20,7 +25,7 @@ struct OuterSum {
   int shift, stride, rows, cols, activation;
 };
 
-// out[j] = sum over i < batch and c of dz[i, c] mean[i, c + j - window / 2]; window 0 if there is none.
+// out[j] = sum over i < batch and c of dz[i, c] mean[i, c + j - window / 2]. window is 0 without such a sum.
 template <class Memory>
 struct WindowSum {
   template <class U>
@@ -43,16 +48,17 @@ struct BatchSums {
 };
 
 template <class Memory>
-using In = typename Memory::template Global<const float>;
+using ReadFloats = typename Memory::template Global<const float>;
 template <class Memory>
-using Out = typename Memory::template Global<float>;
+using WriteFloats = typename Memory::template Global<float>;
 
-// Of SE: from dz [N, C] and dhidden [N, R], and what forward kept.
+// SE's sums: from dz [N, C] and dhidden [N, R], and what forward kept.
 template <class Memory>
-BatchSums<Memory> se_sums(int64_t N, int C, int R, int hidden_activation, In<Memory> dz, In<Memory> dhidden,
-                          In<Memory> mean, In<Memory> hidden, Out<Memory> dw1, Out<Memory> db1,
-                          Out<Memory> dw2, Out<Memory> db2) {
-  const int taken = hidden_activation == kRelu ? kNone : hidden_activation;  // ReLU's is kept after it
+BatchSums<Memory> se_sums(int64_t N, int C, int R, int hidden_activation, ReadFloats<Memory> dz,
+                          ReadFloats<Memory> dhidden, ReadFloats<Memory> mean, ReadFloats<Memory> hidden,
+                          WriteFloats<Memory> dw1, WriteFloats<Memory> db1, WriteFloats<Memory> dw2,
+                          WriteFloats<Memory> db2) {
+  const int taken = hidden_activation == kRelu ? kNone : hidden_activation;  // of ReLU, the result is kept
   return {{{dhidden, mean, dw1, N, 0, R, R, C, kNone},
            {dz, hidden, dw2, N, 0, C, C, R, taken},
            {dhidden, {}, db1, N, 0, R, R, 1, kNone},
@@ -62,16 +68,17 @@ BatchSums<Memory> se_sums(int64_t N, int C, int R, int hidden_activation, In<Mem
 }
 
 template <class Memory>
-BatchSums<Memory> eca_sums(int64_t N, int C, int window, In<Memory> dz, In<Memory> mean,
-                           Out<Memory> dweight) {
+BatchSums<Memory> eca_sums(int64_t N, int C, int window, ReadFloats<Memory> dz, ReadFloats<Memory> mean,
+                           WriteFloats<Memory> dweight) {
   return {{}, {dz, mean, dweight, N, C, window}, 0};
 }
 
-// Of CBAM: both branches' dhidden and pooled are [N, 2, R] and [N, 2, C]. dbias may be null.
+// CBAM's sums: dhidden [N, 2, R] and pooled [N, 2, C] have both branches. dbias may be null.
 template <class Memory>
-BatchSums<Memory> cbam_sums(int64_t N, int C, int R, int window, In<Memory> dz, In<Memory> dhidden,
-                            In<Memory> dconv, In<Memory> pooled, In<Memory> hidden, Out<Memory> dw1,
-                            Out<Memory> dw2, Out<Memory> dwconv, Out<Memory> dbias) {
+BatchSums<Memory> cbam_sums(int64_t N, int C, int R, int window, ReadFloats<Memory> dz,
+                            ReadFloats<Memory> dhidden, ReadFloats<Memory> dconv, ReadFloats<Memory> pooled,
+                            ReadFloats<Memory> hidden, WriteFloats<Memory> dw1, WriteFloats<Memory> dw2,
+                            WriteFloats<Memory> dwconv, WriteFloats<Memory> dbias) {
   const int taps = 2 * window * window;
   return {{{dhidden, pooled, dw1, 2 * N, 0, R, R, C, kNone},
            {dz, hidden, dw2, 2 * N, 1, C, C, R, kNone},
@@ -83,7 +90,8 @@ BatchSums<Memory> cbam_sums(int64_t N, int C, int R, int window, In<Memory> dz, 
 
 template <class Exec, class Memory>
 VF_DEVICE void outer_sum(Exec& ex, int block, int blocks, const OuterSum<Memory>& s) {
-  // Weights' indices have 32 bits (plan.h), and the one after the last may have one more.
+  // plan.h holds weights' indices to 32 bits; the index after the last element may need one bit more than an
+  // int has.
   const unsigned total = static_cast<unsigned>(s.rows) * s.cols, threads = ex.threads();
   for (unsigned i = block * threads + ex.thread(); i < total; i += blocks * threads) {
     const int row = static_cast<int>(i / s.cols), col = static_cast<int>(i % s.cols);
@@ -97,7 +105,7 @@ VF_DEVICE void outer_sum(Exec& ex, int block, int blocks, const OuterSum<Memory>
   }
 }
 
-// A block for each element of the window: a thread's terms, then the threads' sums, in a fixed order.
+// One block for each element of the window: a thread's terms, then the threads' sums, in a fixed order.
 template <class Exec, class Memory, class Partial>
 VF_DEVICE void window_sum(Exec& ex, int block, int blocks, const WindowSum<Memory>& s, Partial partial) {
   for (int j = block; j < s.window; j += blocks) {
@@ -122,7 +130,7 @@ VF_DEVICE void window_sum(Exec& ex, int block, int blocks, const WindowSum<Memor
   }
 }
 
-// What block `block` of `blocks` does of it; partial: a float of its own for each warp.
+// Block `block`'s share of all sums, of `blocks` blocks. partial: one float of shared memory for each warp.
 template <class Exec, class Memory, class Partial>
 VF_DEVICE void batch_sums(Exec& ex, int block, int blocks, const BatchSums<Memory>& all, Partial partial) {
 #pragma unroll 1
@@ -130,7 +138,7 @@ VF_DEVICE void batch_sums(Exec& ex, int block, int blocks, const BatchSums<Memor
   if (all.windowed.window) window_sum(ex, block, blocks, all.windowed, partial);
 }
 
-// The same at the end of the launch that the sums are of.
+// The same at the end of the launch that computes the images' parts.
 template <class Exec>
 VF_DEVICE void sums_of_grid(Exec& ex, const BatchSums<typename Exec::Memory>& all) {
   ex.sync_grid();

@@ -1,10 +1,15 @@
-// The kernels of cbam_forward.h and cbam_backward.h; cbam_<dtype>.cu compile them, one dtype each.
+// The kernels of cbam_forward.h and cbam_backward.h; each cbam_<dtype>.cu compiles them for one dtype.
 #pragma once
 
+#include <type_traits>
+
+#include "../common/geometry.h"
+#include "../common/plan.h"
 #include "cbam_backward.h"
 #include "cbam_forward.h"
 #include "device.cuh"
 #include "launch.h"
+#include "portable.h"
 
 namespace visattn::cuda {
 

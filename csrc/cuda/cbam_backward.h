@@ -1,18 +1,31 @@
-// CBAM backward, resident: reads x and grad and writes dx (with an activation also grad * act', which is
-// dresidual). With s_c and s_p the gates of a channel and of a pixel, and g = grad * act':
-//   dq[p] = s_p (1 - s_p) sum_c g x s_c             whose transposed convolution gives the maps' gradients
+// CBAM backward, resident: reads x and grad and writes dx, and with an activation also grad * act', which is
+// dresidual. With the gates s_c of a channel and s_p of a pixel, and g = grad * act':
+//   dq[p] = s_p (1 - s_p) sum_c g x s_c             its transposed convolution gives the maps' gradients
 //   du = g s_p + dmean[p] + [argmax_c[p] == c] dmax[p]
-//   dz[c] = s_c (1 - s_c) sum_p du x                which the MLP takes to those of the pooled values
+//   dz[c] = s_c (1 - s_c) sum_p du x                the perceptron turns it into the pooled values' gradients
 //   dx = du s_c + dpooled_mean[c] + [argmax_hw[c] == p] dpooled_max[c]
-// g and x meet once, in one pass that sums both ways; du is never stored.
+// One pass over g and x sums both ways; du is never stored.
 #pragma once
 
+#include <cstdint>
+
+#include "../common/activations.h"
+#include "../common/geometry.h"
+#include "batch_sums.h"
+#include "cbam_conv.h"
 #include "cbam_image.h"
+#include "channel_scale.h"
+#include "gate_math.h"
+#include "portable.h"
+#include "reduce.h"
+#include "team.h"
+#include "tiles.h"
+#include "walk.h"
 
 namespace visattn::cuda {
 
-// Pass 1: f.map_part, dq of the block's pixels. What g gives each channel is left in f.direct in nchw, and
-// in f.sums in nhwc, of the block's pixels alone. upstream(offset, x, gates [S]) is g.
+// Pass 1: dq of the block's pixels, in f.map_part, and g's contribution to each channel: in f.direct in nchw;
+// in f.sums in nhwc, from the block's pixels alone. upstream(offset, x, gates [S]) is g.
 template <bool kNhwc, int kAccess, class T, class Exec, class X, class Upstream>
 VF_DEVICE void sum_both_ways(const CbamImage<kNhwc, kAccess, T, Exec>& im, X x, const Upstream& upstream) {
   constexpr int S = kSumPack<kAccess, T>;
@@ -55,7 +68,7 @@ VF_DEVICE void sum_both_ways(const CbamImage<kNhwc, kAccess, T, Exec>& im, X x, 
   }
 }
 
-// Pass 2: what the maps give each channel, and with it f.mean, dz of the block's channels.
+// Pass 2: the maps' contribution to each channel, and with it dz of the block's channels, in f.mean.
 template <bool kNhwc, int kAccess, class T, class Exec, class X>
 VF_DEVICE void sum_through_maps(const CbamImage<kNhwc, kAccess, T, Exec>& im, X x) {
   constexpr int S = kSumPack<kAccess, T>;
@@ -65,7 +78,7 @@ VF_DEVICE void sum_through_maps(const CbamImage<kNhwc, kAccess, T, Exec>& im, X 
     put(im.a.dz, im.n * im.g.C + c, dz);
   };
   struct Pixels {
-    float mean[S], both[S];  // where the pixel's maximum is, `both`
+    float mean[S], both[S];  // `both` where the pixel's maximum is
     int at[S];
   };
   cross_sums<S, !kNhwc, kNhwc>(
@@ -126,7 +139,7 @@ VF_DEVICE void write_input_grad(const CbamImage<kNhwc, kAccess, T, Exec>& im,
         const int line = im.row0 + row, hit = own.at[0] - offset + row * im.g.cols;
         float v[S];
         to_floats(get_pack<S>(upstream, offset), v);
-        if constexpr (kNhwc) {  // a pixel's own maximum, then those of the channels
+        if constexpr (kNhwc) {  // the pixel's own maximum, then those of the channels
           VF_UNROLL
           for (int j = 0; j < S; ++j) {
             const float du = v[j] * own.gate[0] + (hit == j ? own.mean[0] + own.peak[0] : own.mean[0]);
@@ -164,7 +177,7 @@ VF_DEVICE void cbam_backward(Exec& ex, const CbamBackward<typename Exec::Memory,
     image.load();
     const auto x = xs.acquire(turn);
     const Global given = grads.find(turn);
-    // g comes to be where grad is held, or else in dresidual.
+    // g replaces grad in the slab if grad is held, else it is read from dresidual.
     const bool act = a.activation != kNone;
     Global upstream = given;
     if (act && !grads.held()) upstream = a.dresidual + image.at;
@@ -180,7 +193,7 @@ VF_DEVICE void cbam_backward(Exec& ex, const CbamBackward<typename Exec::Memory,
       return through;
     };
     ex.sync_block();
-    // Sums that see single elements come after a pass of wide stores.
+    // Sums over single elements follow a pass of wide stores.
     if constexpr (S != V) {
       if (act) {
 #pragma unroll 1

@@ -1,8 +1,13 @@
-// The convolution of CBAM's maps and its gradients: each block has some pixels, and takes from its team what
-// the windows around them reach.
+// The convolution of CBAM's maps and its gradients. Each block owns some pixels, and gathers from its team
+// what the windows around them reach.
 #pragma once
 
+#include <cstdint>
+
+#include "../common/geometry.h"
+#include "../common/scratch.h"
 #include "channel_gate.h"
+#include "portable.h"
 
 namespace visattn::cuda {
 
@@ -28,8 +33,8 @@ struct CbamFloats : Floats<Exec> {
         conv_part(this->exchange + s.conv_part) {}
 };
 
-// The part of a map that the windows around the block's pixels reach, with zeros where there is no map:
-// `rows` rows of `pitch` values, of which the first is (top, -window / 2).
+// The part of a map within reach of the windows around the block's pixels, with zeros outside the map: `rows`
+// rows of `pitch` values; the first value is (top, -window / 2).
 struct Halo {
   int top, rows, pitch;
   VF_DEVICE Halo(const Part& part, const Geometry& g) {
@@ -39,13 +44,13 @@ struct Halo {
     pitch = g.W + 2 * half;
   }
   VF_DEVICE int span() const { return rows * pitch; }
-  // Of a pixel itself.
+  // The index of a pixel.
   VF_DEVICE int place(const Geometry& g, int pixel) const {
     return (pixel / g.W - top) * pitch + pixel % g.W + g.window / 2;
   }
 };
 
-// out [maps, halo] of value(map, pixel), a warp for each row.
+// out [maps, halo] = value(map, pixel), a warp for each row.
 template <class Exec, class Out, class Value>
 VF_DEVICE void fill_halo(Exec& ex, const Geometry& g, const Halo& halo, int maps, Out out,
                          const Value& value) {
@@ -62,7 +67,7 @@ VF_DEVICE void fill_halo(Exec& ex, const Geometry& g, const Halo& halo, int maps
   }
 }
 
-// Of `maps` maps, which every block has its part of, one after the other.
+// Fills the halo of `maps` maps. Every block holds its part of the maps, one map after the other.
 template <class Exec, class Out>
 VF_DEVICE void gather_halo(Exec& ex, const Geometry& g, const Halo& halo, int maps,
                            typename Exec::Exchange part, Out out) {
@@ -72,7 +77,7 @@ VF_DEVICE void gather_halo(Exec& ex, const Geometry& g, const Halo& halo, int ma
   ex.sync_block();
 }
 
-// The convolution's weights, in float32: f.taps [2, window, window].
+// Loads the convolution's weights, in float32, into f.taps [2, window, window].
 template <class Exec, class W>
 VF_DEVICE void load_taps(Exec& ex, const Geometry& g, const CbamFloats<Exec>& f, const W& wconv) {
 #pragma unroll 1
@@ -80,8 +85,8 @@ VF_DEVICE void load_taps(Exec& ex, const Geometry& g, const CbamFloats<Exec>& f,
   ex.sync_block();
 }
 
-// The sum over a window, of which `values` is the first place; kDirection -1: of the gradient. kWindow: its
-// size if that is known, else 0.
+// The sum over a window that begins at `values`; with kDirection -1 of the transposed convolution. kWindow:
+// the window's size if it is a constant, else 0.
 template <int kDirection, int kWindow, class Values, class Taps>
 VF_DEVICE float convolve_window(int size, int pitch, Values values, Taps taps) {
   const int window = kWindow ? kWindow : size, last = window * window - 1;
@@ -104,8 +109,8 @@ VF_DEVICE float convolve(const Geometry& g, const Halo& halo, Values values, Tap
                        : convolve_window<kDirection, 0>(g.window, halo.pitch, values + first, taps);
 }
 
-// finish(pixel, map, value) for both maps of each of the block's pixels, by lanes 2 i and 2 i + 1; pixel -1
-// in lanes that have none. value(pixel, map).
+// Calls finish(pixel, map, value(pixel, map)) for both maps of each of the block's pixels, by lanes 2 i and 2
+// i + 1. pixel is -1 in lanes without one.
 template <class Exec, class Value, class Finish>
 VF_DEVICE void for_maps(Exec& ex, const Part& part, const Value& value, const Finish& finish) {
 #pragma unroll 1
@@ -116,9 +121,9 @@ VF_DEVICE void for_maps(Exec& ex, const Part& part, const Value& value, const Fi
   }
 }
 
-// keep(e, sum over the block's pixels of dq[p] maps[map, p + shift]) for each element e = (map, shift) of the
-// weight, and of dq itself for the last one, by one lane; a warp for each row of a map's window. dq: the
-// halo's; maps [2, P].
+// Calls keep(e, sum over the block's pixels of dq[p] maps[map, p + shift]) for each element e = (map, shift)
+// of the weight, and with the sum of dq for the last e, by one lane. A warp computes a row of a map's window.
+// dq is the halo's; maps [2, P].
 template <class Exec, class Values, class Maps, class Keep>
 VF_DEVICE void conv_weight_grads(Exec& ex, const Geometry& g, const Part& part, const Halo& halo, Values dq,
                                  Maps maps, const Keep& keep) {

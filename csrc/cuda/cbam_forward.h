@@ -2,9 +2,23 @@
 // stored.
 #pragma once
 
+#include <cstdint>
+#include <type_traits>
+
+#include "../common/activations.h"
+#include "../common/geometry.h"
+#include "../common/scratch.h"
 #include "cbam_conv.h"
+#include "channel_gate.h"
 #include "channel_scale.h"
+#include "column_stats.h"
+#include "gate_math.h"
+#include "portable.h"
+#include "reduce.h"
+#include "row_stats.h"
 #include "stats.h"
+#include "team.h"
+#include "walk.h"
 
 namespace visattn::cuda {
 
@@ -25,8 +39,8 @@ struct CbamForward {
   Global<int> argmax_hw, argmax_c;  // [N, C], [N, P]
 };
 
-// visit(offset, gates [V]) for each pack of the block's slab: products of a channel's gate, in f.gate, and a
-// pixel's, in f.spatial in nhwc, else in `spatial` of every block.
+// Calls visit(offset, gates [V]) for each pack of the block's slab. A gate is the product of a channel's, in
+// f.gate, and a pixel's: in f.spatial in nhwc, in `spatial` of every block in nchw.
 template <bool kNhwc, int kAccess, int V, class Exec, class Visit>
 VF_DEVICE void for_gated(Exec& ex, const Geometry& g, const CbamFloats<Exec>& f, int rows,
                          typename Exec::Exchange spatial, const Visit& visit) {
@@ -70,7 +84,7 @@ VF_DEVICE void for_gated(Exec& ex, const Geometry& g, const CbamFloats<Exec>& f,
 }
 
 // The pooled values of the block's channels, in f.mean and f.maximum -> f.gate, as excite_forward leaves it.
-// keep_hidden(branch, r, value) and keep_gate(c, value) see the block's part.
+// keep_hidden(branch, r, value) and keep_gate(c, value) receive the block's part.
 template <bool kNhwc, class Exec, class Weights, class KeepHidden, class KeepGate>
 VF_DEVICE void channel_attention(Exec& ex, const Geometry& g, const CbamFloats<Exec>& f, const Weights& w,
                                  const KeepHidden& keep_hidden, const KeepGate& keep_gate) {
@@ -94,8 +108,8 @@ VF_DEVICE void channel_attention(Exec& ex, const Geometry& g, const CbamFloats<E
       keep_gate);
 }
 
-// f.map_part of every block -> the pixels' gates: of the block's own in f.spatial in nhwc, else of all in
-// f.spatial_part of every block.
+// f.map_part of every block -> the pixels' gates: the block's own, in f.spatial, in nhwc; all, in
+// f.spatial_part of every block, in nchw.
 template <bool kNhwc, class Exec, class W, class Keep>
 VF_DEVICE void spatial_attention(Exec& ex, const Geometry& g, const CbamFloats<Exec>& f, const W& bias,
                                  const Keep& keep) {

@@ -1,11 +1,21 @@
-// What CBAM's backward knows of one image, and what it does there without a pass over the maps: the
-// convolution's gradients and the perceptron's.
+// One image in CBAM's backward: what a thread knows of it, and the steps without a pass over the maps, the
+// gradients of the convolution and of the perceptron.
 #pragma once
 
+#include <cstdint>
+
+#include "../common/activations.h"
+#include "../common/geometry.h"
+#include "../common/scratch.h"
+#include "batch_sums.h"
 #include "cbam_conv.h"
+#include "channel_gate.h"
 #include "channel_scale.h"
+#include "gate_math.h"
+#include "portable.h"
+#include "reduce.h"
 #include "stats.h"
-#include "tiles.h"
+#include "team.h"
 
 namespace visattn::cuda {
 
@@ -14,29 +24,29 @@ struct CbamBackward {
   using Element = T;
   template <class U>
   using Global = typename Memory::template Global<U>;
-  Geometry geometry;  // stride_n is that of x; the rest is dense
+  Geometry geometry;  // stride_n is that of x; the other maps are dense
   Scratch scratch;
   GateWeights<Memory> weights;  // without biases
   Weight<Memory> wconv;
   int activation;
-  Global<const T> grad, x, residual;  // residual may be null, and is without an activation
+  Global<const T> grad, x, residual;  // residual may be null, and is null without an activation
   Global<T> dx, dresidual;            // dresidual is null without an activation
   Global<const float> hidden, channel_gate, maps, spatial_gate;  // as forward left them
   Global<const int> argmax_hw, argmax_c;
-  Global<float> dz, dhidden, dconv;  // [N, C], [N, 2, R], [N, 2 window^2 + 1]: the last is dq's sum
+  Global<float> dz, dhidden, dconv;  // [N, C], [N, 2, R], [N, 2 window^2 + 1] with the sum of dq last
   BatchSums<Memory> sums;            // of the same launch, or none
 };
 
-// What W pixels give dx of all their channels, or W channels of all their pixels: gates, gradients of the
-// mean and of the maximum, and where that was.
+// The contributions of W pixels to dx of all their channels, or of W channels to dx of all their pixels:
+// gates, gradients of the mean and of the maximum, and the index of the maximum.
 template <int W>
 struct Sides {
   float gate[W], mean[W], peak[W];
   int at[W];
 };
 
-// One thread's view of one image. f.lines [slab, 4] has the sides of the block's rows, one after the other:
-// those of columns come from where they are once for all rows.
+// One thread's view of one image. f.lines [slab, 4] holds the sides of the block's rows, one row after the
+// other. The sides of columns are read where they lie, once for all rows.
 template <bool kNhwc, int kAccess, class T, class Exec>
 struct CbamImage {
   static constexpr int V = kPack<kAccess, T>, S = kSumPack<kAccess, T>;
@@ -49,7 +59,7 @@ struct CbamImage {
   const CbamFloats<Exec>& f;
   const Geometry g;
   int row0, rows;
-  int64_t n, at;  // the image; where the block's part of it begins in the dense maps
+  int64_t n, at;  // the image; where the block's part begins in the dense maps
   Part channels, pixels;
 
   VF_DEVICE CbamImage(Exec& exec, const Args& args, const CbamFloats<Exec>& floats, int64_t image, int count,
@@ -65,7 +75,7 @@ struct CbamImage {
         channels(exec.rank(), g.channels, g.C),
         pixels(exec.rank(), g.pixels, g.P) {}
 
-  // The gates, and where the maxima were.
+  // Loads the gates and the indices of the maxima.
   VF_DEVICE void load() const {
 #pragma unroll 1
     for (int c = ex.thread(); c < g.C; c += ex.threads()) {
@@ -90,7 +100,7 @@ struct CbamImage {
     return {{v[0]}, {v[1]}, {v[2]}, {index_of(v[3])}};
   }
 
-  // Of a pack's columns.
+  // The gates of a pack's columns.
   template <int W>
   VF_DEVICE void column_gates(int column, float (&gates)[W]) const {
     if constexpr (kNhwc) {
@@ -99,7 +109,7 @@ struct CbamImage {
       get_floats(a.spatial_gate + n * g.P, column, gates);
     }
   }
-  // Without the gates.
+  // The sides of a pack's columns, without the gates.
   template <int W>
   VF_DEVICE void column_gradients(int column, Sides<W>& s) const {
     float at[W];
@@ -117,8 +127,8 @@ struct CbamImage {
     for (int j = 0; j < W; ++j) s.at[j] = index_of(at[j]);
   }
 
-  // The maps' gradients, in f.lines of the block in nhwc and f.grad_part of every block in nchw, and the
-  // block's share of the weight's in f.conv_part.
+  // The maps' gradients, in f.lines of the block in nhwc and in f.grad_part of every block in nchw, and the
+  // block's share of the weight's gradient, in f.conv_part.
   VF_DEVICE void convolution() const {
     const Halo halo(pixels, g);
     ex.sync_team();
@@ -147,8 +157,8 @@ struct CbamImage {
     }
   }
 
-  // dz of the block's channels, in f.mean -> f.mean and f.maximum: the gradients of the pooled values that dx
-  // needs. The block's share of the convolution's are summed up on the way.
+  // dz of the block's channels, in f.mean -> the gradients of the pooled values for dx, in f.mean and
+  // f.maximum. Also sums the blocks' shares of the convolution's gradient.
   VF_DEVICE void perceptron() const {
     const Part units(ex.rank(), g.hidden, g.R);
     const float area = static_cast<float>(g.P);

@@ -2,7 +2,13 @@
 // spread over the team's blocks) and ECA (a window along the channels).
 #pragma once
 
+#include "../common/activations.h"
+#include "../common/geometry.h"
+#include "../common/scratch.h"
+#include "gate_math.h"
+#include "portable.h"
 #include "reduce.h"
+#include "team.h"
 
 namespace visattn::cuda {
 
@@ -13,8 +19,8 @@ struct GateWeights {
   int hidden_activation, gate_activation;
 };
 
-// The block's own floats, and those that its team reads; of alternate images, so that a block that is ahead
-// does not overwrite what another has yet to read.
+// The block's own floats, and the exchange, which its team reads. Alternate images have alternate exchanges,
+// so that a block that is ahead does not overwrite what another one has yet to read.
 template <class Exec>
 struct Floats {
   using Shared = typename Exec::template Shared<float>;
@@ -35,7 +41,8 @@ struct Floats {
         gate_part(exchange + s.gate_part) {}
 };
 
-// The channels whose means this block sums up and whose gates it computes.
+// The block's part of `total` items: the channels whose means it sums and whose gates it computes, or hidden
+// units, pixels.
 struct Part : Span {
   VF_DEVICE Part(int rank, int each, int total) : Span{rank * each, rank * each + each} {
     if (end > total) end = total;
@@ -44,9 +51,9 @@ struct Part : Span {
   VF_DEVICE bool has(int i) const { return i >= begin && i < end; }
 };
 
-// finish(c, sum of values over the pixels of channel c) for the channels of the block's part. values(data,
-// offset, out) sees every element of the slab once, with data = begin(channel); kUnroll packs are under way
-// at a time.
+// Calls finish(c, sum of values over the pixels of channel c) for the channels of the block's part.
+// values(data, offset, out) sees every element of the slab once, with data = begin(channel). kUnroll packs
+// are in flight at a time.
 template <int V, int kUnroll, bool kNhwc, class Exec, class Begin, class Values, class Finish>
 VF_DEVICE void channel_sums(Exec& ex, const Geometry& g, const Floats<Exec>& f, int count, const Begin& begin,
                             const Values& values, const Finish& finish) {
@@ -65,7 +72,7 @@ VF_DEVICE void channel_sums(Exec& ex, const Geometry& g, const Floats<Exec>& f, 
   }
 }
 
-// Of ECA: sum over the window of w[j] v[c + (j - window / 2) * direction].
+// ECA's sum over the window of w[j] v[c + (j - window / 2) * direction].
 template <class Memory, class Vector>
 VF_DEVICE float windowed(const Weight<Memory>& w, int window, Vector v, int channels, int c, int direction) {
   float total = 0;
@@ -77,9 +84,8 @@ VF_DEVICE float windowed(const Weight<Memory>& w, int window, Vector v, int chan
   return total;
 }
 
-// The hidden units' share of the block's channels, [branches, R] in f.hidden_part of every block -> f.gate:
-// of all channels in nhwc, else of the block's own. hidden_of(r) sums a unit up over the team and activates
-// it.
+// f.hidden_part of every block, its channels' shares of the hidden units [branches, R] -> f.gate: of all
+// channels in nhwc, else of the block's own. hidden_of(r) sums a unit over the team and activates it.
 template <bool kNhwc, class Exec, class Weights, class HiddenOf, class KeepGate>
 VF_DEVICE void excite_forward(Exec& ex, const Geometry& g, const Floats<Exec>& f, const Weights& w,
                               const HiddenOf& hidden_of, const KeepGate& keep_gate) {
@@ -102,8 +108,8 @@ VF_DEVICE void excite_forward(Exec& ex, const Geometry& g, const Floats<Exec>& f
   }
 }
 
-// The means of the block's channels, in f.mean and of ECA in f.mean_part -> f.gate: of all channels in nhwc,
-// else of the block's own. keep_hidden(r, value) and keep_gate(c, value) see the block's part.
+// The means of the block's channels, in f.mean and for ECA in f.mean_part -> f.gate: of all channels in nhwc,
+// else of the block's own. keep_hidden(r, value) and keep_gate(c, value) receive the block's part.
 template <bool kNhwc, class Exec, class Weights, class KeepHidden, class KeepGate>
 VF_DEVICE void gate_forward(Exec& ex, const Geometry& g, const Floats<Exec>& f, const Weights& w,
                             const KeepHidden& keep_hidden, const KeepGate& keep_gate) {
@@ -134,9 +140,10 @@ VF_DEVICE void gate_forward(Exec& ex, const Geometry& g, const Floats<Exec>& f, 
       keep_gate);
 }
 
-// The gradients before the gate's activation, [B] of them: dz of the block's channels in f.mean -> finish(c,
-// sums [B]), the gradients of the pooled values: of all channels in nhwc if every block computes them, else
-// of the block's own. hidden_grad(r, sum, out [B]) are the hidden units', before their activation.
+// dz of the block's channels, the gradients before the gate's activation, in f.mean -> finish(c, sums [B]),
+// the gradients of the pooled values: of all channels in nhwc if every block computes them, else of the
+// block's own. There are B branches. hidden_grad(r, sum, out [B]) computes the hidden units' gradients,
+// before their activation.
 template <int B, bool kNhwc, class Exec, class Weights, class HiddenGrad, class Finish>
 VF_DEVICE void squeeze_backward(Exec& ex, const Geometry& g, const Floats<Exec>& f, const Weights& w,
                                 const HiddenGrad& hidden_grad, const Finish& finish) {
@@ -156,8 +163,8 @@ VF_DEVICE void squeeze_backward(Exec& ex, const Geometry& g, const Floats<Exec>&
                         f.hidden, g.R, f.partial, finish);
 }
 
-// dz of the block's channels, in f.mean and of ECA in f.mean_part -> f.mean: dmean / P of all channels in
-// nhwc, else of the block's own. hidden_of(r) is what forward kept, keep(r, dz) sees the block's hidden
+// dz of the block's channels, in f.mean and for ECA in f.mean_part -> f.mean, dmean / P: of all channels in
+// nhwc, else of the block's own. hidden_of(r) is what forward kept; keep(r, dz) receives the block's hidden
 // units.
 template <bool kNhwc, class Exec, class Weights, class HiddenOf, class Keep>
 VF_DEVICE void gate_backward(Exec& ex, const Geometry& g, const Floats<Exec>& f, const Weights& w,

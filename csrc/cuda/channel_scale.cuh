@@ -1,9 +1,14 @@
-// The kernels of channel_scale.h; channel_scale_<dtype>.cu compile them, one dtype each.
+// The kernels of channel_scale.h; each channel_scale_<dtype>.cu compiles them for one dtype.
 #pragma once
 
+#include <type_traits>
+
+#include "../common/geometry.h"
+#include "../common/plan.h"
 #include "channel_scale.h"
 #include "device.cuh"
 #include "launch.h"
+#include "portable.h"
 
 namespace visattn::cuda {
 

@@ -1,11 +1,22 @@
 // The resident kernels of gates that scale whole channels, SE and ECA: a team of thread blocks pools an
-// image, computes its gates, and scales it while it still holds it. Forward reads x and writes y; backward
-// reads grad and x and writes dx (with an activation also grad * act', which is dresidual). Written once, for
-// the device and for the emulation.
+// image, computes its gates, and scales it while it still holds it. Forward reads x and writes y. Backward
+// reads grad and x and writes dx, and with an activation also grad * act', which is dresidual. The code is
+// the same on the device and in the emulation.
 #pragma once
 
+#include <cstdint>
+#include <type_traits>
+
+#include "../common/activations.h"
+#include "../common/geometry.h"
+#include "../common/scratch.h"
 #include "batch_sums.h"
 #include "channel_gate.h"
+#include "gate_math.h"
+#include "portable.h"
+#include "reduce.h"
+#include "team.h"
+#include "walk.h"
 
 namespace visattn::cuda {
 
@@ -33,7 +44,7 @@ struct ChannelBackward {
   GateWeights<Memory> weights;
   int activation;
   int64_t x_stride_n;
-  Global<const T> grad, x, residual;  // residual may be null, and is without an activation
+  Global<const T> grad, x, residual;  // residual may be null, and is null without an activation
   Global<T> dx, dresidual;            // dresidual is null without an activation
   Global<const float> hidden, gate;
   Global<float> dz, dhidden;  // [N, C], [N, R]: the gradients before both activations
@@ -42,19 +53,20 @@ struct ChannelBackward {
 
 template <int kAccess, class T>
 constexpr int kPack = kAccess == kNarrow ? 1 : kWide<T>;
-// Rows of which packs would straddle two are summed one element at a time.
+// If packs would straddle two rows, sums take one element at a time.
 template <int kAccess, class T>
 constexpr int kSumPack = kAccess == kWideRows ? kWide<T> : 1;
 
 struct Nothing {};
 
-// f(std::true_type) or f(std::false_type): what depends on it is not asked again in f's loops.
+// Calls f with the condition as a compile-time constant, so that f's loops do not test it again.
 template <class F>
 VF_DEVICE void decided(bool condition, const F& f) {
   condition ? f(std::true_type{}) : f(std::false_type{});
 }
 
-// y = act(x * gate + residual) of V elements from v = x * gate on; kPlain: y = v. at: in the maps.
+// y = act(x * gate + residual) of V elements, from v = x * gate; with kPlain y = v. at: the index in the
+// maps.
 template <bool kPlain, int V, class Args>
 VF_DEVICE void put_result(const Args& a, int64_t at, float (&v)[V]) {
   using T = std::remove_cvref_t<decltype(get(a.y, 0))>;
@@ -108,7 +120,8 @@ VF_DEVICE void channel_forward(Exec& ex, const ChannelForward<typename Exec::Mem
   }
 }
 
-// grad * act'(x * gate + residual) of V elements, as T holds it; gated [V] is x * gate. at: in the maps.
+// grad * act'(x * gate + residual) of V elements, as T holds it. gated [V] is x * gate; at: the index in the
+// maps.
 template <int V, class T, class Args>
 VF_DEVICE Pack<T, V> through_activation(const Args& a, const Pack<T, V>& grad, float (&gated)[V],
                                         int64_t at) {
@@ -139,7 +152,7 @@ VF_DEVICE void channel_backward(Exec& ex, const ChannelBackward<typename Exec::M
     for (int c = ex.thread(); c < g.C; c += ex.threads()) put(f.gate, c, get(a.gate, n * g.C + c));
     const auto slab = slabs.acquire(turn);
     ex.sync_block();
-    // grad * act' of a pack, which it leaves where upstream looks
+    // grad * act' of a pack, which it stores where upstream reads it.
     const auto apply = [&](int i, const auto& x, const auto& gate) {
       constexpr int W = sizeof(x) / sizeof(T);
       float gated[W];
@@ -151,7 +164,7 @@ VF_DEVICE void channel_backward(Exec& ex, const ChannelBackward<typename Exec::M
       put_map<false>(a.dresidual, at + i, through);
       return through;
     };
-    // Sums that see single elements come after a pass of wide stores.
+    // Sums over single elements follow a pass of wide stores.
     if constexpr (S != V) {
       if (a.activation != kNone) {
         for_scaled<V, 1, kNhwc, kAccess>(ex, g, slabs.count(), gates, [&](int i, const auto& gate) {
@@ -160,7 +173,7 @@ VF_DEVICE void channel_backward(Exec& ex, const ChannelBackward<typename Exec::M
         ex.sync_block();
       }
     }
-    // What follows an activation is dresidual; it is at hand in the slab, or read back.
+    // With an activation, upstream is dresidual: still in the slab, or read back.
     const auto upstream = [&](int i, auto pack) {
       constexpr int W = decltype(pack)::value;
       if constexpr (!Exec::kResident) {

@@ -4,12 +4,16 @@
 
 #include <cooperative_groups.h>
 
+#include "../common/geometry.h"
+#include "../common/scratch.h"
+#include "portable.h"
 #include "team.h"
 
 namespace visattn::cuda {
 
-// Memory that the other blocks of a team read, past the L1 caches, which do not see each other's writes.
-// All of it begins where the kernel was told, and 32 bits say where in it: 64 for each part cost registers.
+// Memory that the other blocks of a team read. Accesses bypass the L1 caches, which do not see each other's
+// writes. A 32-bit offset from one base pointer saves registers: a 64-bit pointer for each part would cost
+// two.
 struct InL2 {
   float* p;
   int at;
@@ -26,10 +30,10 @@ VF_DEVICE void get_floats(const InL2& m, int i, float (&v)[W]) {
 
 struct Workspace {
   float* exchange;       // [blocks, Scratch::copies, Scratch::shared]; null in a cluster
-  unsigned* semaphores;  // [teams], which the kernel clears
+  unsigned* semaphores;  // [teams]; the kernel clears them
 };
 
-// What is the same in both; as many threads as the kernel is compiled for, which saves registers.
+// The part that both Execs share. The number of threads is a compile-time constant, which saves registers.
 template <int kCount>
 struct DeviceThread {
   using Memory = PlainMemory;
@@ -41,7 +45,7 @@ struct DeviceThread {
   VF_DEVICE int thread() const { return static_cast<int>(threadIdx.x); }
   VF_DEVICE static constexpr int threads() { return kCount; }
   VF_DEVICE void sync_block() const { __syncthreads(); }
-  // merge(mine, another lane's) until all of the `lanes`, kMost or fewer, have all.
+  // Merges the values of `lanes` lanes (at most kMost) with merge(a, b); every lane receives the result.
   template <int kMost, class U, class Merge>
   VF_DEVICE static U over_warp(U v, int lanes, const Merge& merge) {
     VF_UNROLL
@@ -55,7 +59,7 @@ struct DeviceThread {
   VF_DEVICE float warp_sum(float v, int lanes = kMost) const {
     return over_warp<kMost>(v, lanes, [](float a, float b) { return a + b; });
   }
-  // Of four values, of which lane l gets the sum of number l % 4; over 4 lanes or more.
+  // Sums four values over 4 or more lanes; lane l receives the sum of number l % 4.
   VF_DEVICE float warp_sums(const float (&v)[4], int lanes) const {
     const bool odd = threadIdx.x & 1, high = threadIdx.x & 2;
     float two[2];
@@ -93,7 +97,7 @@ struct SemaphoreExec : DeviceThread<kCount> {
   using Exchange = InL2;
 
   Workspace workspace;
-  int size, distance;  // of the team; of two blocks' floats
+  int size, distance;  // blocks of the team; the distance between two blocks' floats
 
   VF_DEVICE SemaphoreExec(unsigned char* shared_memory, Workspace w, int team_size, const Scratch& s)
       : DeviceThread<kCount>{shared_memory}, workspace(w), size(team_size), distance(s.copies * s.shared) {
@@ -111,7 +115,8 @@ struct SemaphoreExec : DeviceThread<kCount> {
   }
   VF_DEVICE InL2 peer(InL2 mine, int r) const { return mine + (r - rank()) * distance; }
 
-  // Every thread's writes come before the block's arrival, and its reads after that of all others.
+  // Every thread's writes come before the block's arrival, and its reads after the arrival of all other
+  // blocks.
   VF_DEVICE void sync_team() {
     __threadfence();
     __syncthreads();
@@ -152,7 +157,7 @@ struct ClusterExec : DeviceThread<kCount> {
   VF_DEVICE float* exchange(float* own, int floats, int which) const { return own + which * floats; }
   VF_DEVICE float* peer(float* mine, int r) const { return cluster().map_shared_rank(mine, r); }
 
-  // Stage s is done when the bytes announced at the barrier at memory + 8 s have come.
+  // Stage s is complete when the bytes that were announced at the barrier at memory + 8 s have arrived.
   VF_DEVICE unsigned barrier(int stage) const {
     return static_cast<unsigned>(__cvta_generic_to_shared(this->memory + 8 * stage));
   }
@@ -195,12 +200,12 @@ struct ClusterExec : DeviceThread<kCount> {
                  "r"(static_cast<unsigned>(count) * static_cast<unsigned>(sizeof(T)))
                  : "memory");
   }
-  // What threads have read and written here comes before copies that are issued later.
+  // Orders the threads' reads and writes here before copies that are issued later.
   VF_DEVICE void fence_async() const { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 };
 #endif
 
-// run(exec) in each thread of a kernel with kThreads threads a block.
+// Calls run(exec) in each thread of a kernel with kThreads threads a block.
 template <bool kInCluster, class Args, class Run>
 VF_DEVICE void on_device(const Args& a, const Workspace& workspace, const Run& run) {
   extern __shared__ __align__(128) unsigned char memory[];

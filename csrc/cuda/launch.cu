@@ -8,6 +8,7 @@
 #include <mutex>
 #include <tuple>
 
+#include "../common/plan.h"
 #include "device.cuh"
 #include "launch.h"
 
@@ -18,15 +19,15 @@ constexpr int kMostDevices = 64;
 
 void check(cudaError_t error, const char* name, const Plan& p, const Call& call, const char* step) {
   if (error == cudaSuccess) return;
-  cudaGetLastError();  // a launch that was refused is not the next one's error
+  cudaGetLastError();  // so that the next launch does not report this error
   STD_TORCH_CHECK(false, name, " on x [", call.sizes[0], ", ", call.sizes[1], ", ", call.sizes[2], ", ",
                   call.sizes[3], "]: ", step, " failed: ", cudaGetErrorString(error), " (", p.blocks,
                   " blocks of ", p.threads, " threads in teams of ", p.geometry.team, ", ", p.shared_bytes,
                   " bytes of shared memory each)");
 }
 
-// What a kernel must be told before blocks of this size can be launched. The cap on shared memory is the
-// function's, which other threads launch with other sizes: always all there is.
+// Sets what a launch of this size needs. The cap on shared memory belongs to the function, which other
+// threads launch with other sizes: it is always the device's maximum.
 cudaError_t prepare(Kernel kernel, const Plan& p, int device) {
   const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                                  device_of(device).shared_bytes);
@@ -85,8 +86,8 @@ int resident_clusters(Kernel kernel, const Plan& p, int device) {
     if (error == cudaSuccess) error = cudaOccupancyMaxActiveClusters(&count, kernel, &config);
     if (error != cudaSuccess) count = 0;
   }
-  if (error != cudaSuccess) cudaGetLastError();  // what was refused is not the launch's error
-  // A size that the device cannot place stays one; other errors may pass.
+  if (error != cudaSuccess) cudaGetLastError();  // so that the next launch does not report this error
+  // A size that the device cannot place stays so; other errors may pass.
   if (error == cudaSuccess || error == cudaErrorInvalidClusterSize || error == cudaErrorInvalidValue) {
     known.emplace(key, count);
   }
@@ -105,13 +106,13 @@ void launch(const char* name, Kernel kernel, void* args, const Plan& p, float* m
     cluster.id = cudaLaunchAttributeClusterDimension;
     cluster.val.clusterDim = {static_cast<unsigned>(p.geometry.team), 1, 1};
   }
-  // Blocks that meet outside of their cluster must all be resident.
+  // Blocks that meet outside their cluster must all be resident.
   if (p.variant == kSemaphore || p.one_launch) {
     cudaLaunchAttribute& cooperative = attributes[config.numAttrs++];
     cooperative.id = cudaLaunchAttributeCooperative;
     cooperative.val.cooperative = 1;
   }
-  // Teams of one call meet at semaphores of its own: other streams and replayed graphs have theirs.
+  // Each call has its own semaphores, so that calls on other streams and replayed graphs do not meet at them.
   Workspace workspace = {memory, reinterpret_cast<unsigned*>(memory + p.exchange_floats())};
   void* parameters[] = {args, &workspace};
   checked(cudaLaunchKernelExC(&config, kernel, parameters), "the launch");

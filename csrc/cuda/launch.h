@@ -1,15 +1,17 @@
-// What a planned launch is given; launch.cu does it.
+// The interface of a planned launch; launch.cu implements it.
 #pragma once
 
+#include <cstdint>
 #include <type_traits>
 
-#include "plan.h"
+#include "../common/geometry.h"
+#include "../common/plan.h"
 
 namespace visattn::cuda {
 
 using Kernel = const void*;
 
-#ifdef VISATTN_FEW_KERNELS  // the test suite's, to save time
+#ifdef VISATTN_FEW_KERNELS  // the test suite defines it to save time
 constexpr bool kEveryAccess = false;
 #else
 constexpr bool kEveryAccess = true;
@@ -20,7 +22,8 @@ Kernel kernel_of(Function* kernel) {
   return reinterpret_cast<Kernel>(kernel);
 }
 
-// find(layout, access, cluster) for what was planned, as constants of the types' `value`.
+// Returns find(layout, access, cluster) for the plan; the arguments' types have the constants as their
+// `value`.
 template <class Find>
 Kernel choose(const Plan& p, bool nhwc, const Find& find) {
   const auto of_layout = [&](auto layout) -> Kernel {
@@ -45,16 +48,16 @@ struct Call {
   const int64_t* sizes;  // [4], of x, for messages
 };
 
-// Launches kernel(*args, Workspace) as planned, whose workspace is plan.workspace_words() long and holds
-// anything. Raises with the name, the shape and CUDA's reason if it cannot.
+// Launches kernel(*args, Workspace) as planned. The workspace has plan.workspace_words() words of any
+// content. Raises with the name, the shape and CUDA's reason if the launch fails.
 void launch(const char* name, Kernel kernel, void* args, const Plan& plan, float* workspace,
             const Call& call);
 
-// How many clusters of a plan the device runs at once, asked of it once for each kernel and size. 0: none, or
-// the kernel was compiled for devices without clusters.
+// The number of clusters of a plan that the device runs at once. The device is asked once for each kernel and
+// size. 0: it has room for none, or the kernel was compiled for devices without clusters.
 int resident_clusters(Kernel kernel, const Plan& plan, int device);
 
-// What `plan` asks of the device, once for each.
+// The properties of a device that `plan` needs, asked once for each device.
 const Device& device_of(int index);
 
 }  // namespace visattn::cuda

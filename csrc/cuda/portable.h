@@ -1,12 +1,8 @@
-// What kernels are written in, on the device and in the emulation on a CPU (csrc/cuda/emulation): packs of
-// elements, access to memory, and the arithmetic of gates. A kernel touches memory through get and put alone,
-// which the emulation overloads for pointers that check each access.
+// The vocabulary of the kernels, on the device and in the emulation on a CPU (csrc/cuda/emulation): packs of
+// elements and access to memory. A kernel touches memory only through get and put, which the emulation
+// overloads for pointers that check each access.
 #pragma once
 
-#ifdef __CUDACC__
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#endif
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
@@ -16,6 +12,9 @@
 #include <type_traits>
 
 #ifdef __CUDACC__
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
 #define VF_DEVICE __device__ __forceinline__
 #define VF_UNROLL _Pragma("unroll")
 #else
@@ -30,7 +29,7 @@ using c10::Half;
 
 constexpr int kWarp = 32;
 
-// A maximum and where it is. NaN beats all else, and of equal ones the first does.
+// A maximum and its index. NaN beats all other values, and the first of equal values wins.
 struct Peak {
   float value = -INFINITY;
   int at = 0x7fffffff;
@@ -41,7 +40,7 @@ VF_DEVICE bool beats(const Peak& a, const Peak& b) {
   return a.value > b.value || (a.value == b.value && a.at < b.at);
 }
 
-// The maximum, which NaN wins.
+// The greater of two values, or NaN if one of them is.
 VF_DEVICE float larger(float a, float b) {
 #ifdef __CUDA_ARCH__
   float most;
@@ -52,7 +51,7 @@ VF_DEVICE float larger(float a, float b) {
 #endif
 }
 
-// V elements that are read or written at once, 16 bytes at most.
+// V elements that are read or written at once, at most 16 bytes.
 template <class T, int V>
 struct alignas(sizeof(T) * V) Pack {
   T v[V];
@@ -111,7 +110,8 @@ VF_DEVICE void put_pack(T* p, int64_t i, const Pack<T, V>& pack) {
   *reinterpret_cast<Bits*>(p + i) = bits;
 }
 
-// Into a map in global memory, and whole: a plain store may be taken apart. Streaming: nobody reads it soon.
+// Stores a pack into a map in global memory with one instruction; the compiler may split a plain store.
+// kStreaming: the pack is not read again soon.
 template <bool kStreaming, class T, int V>
 VF_DEVICE void put_map(T* p, int64_t i, const Pack<T, V>& pack) {
   using Bits = typename BitsOf<sizeof(T) * V>::type;
@@ -120,7 +120,7 @@ VF_DEVICE void put_map(T* p, int64_t i, const Pack<T, V>& pack) {
   kStreaming ? __stcs(reinterpret_cast<Bits*>(p + i), bits) : __stcg(reinterpret_cast<Bits*>(p + i), bits);
 }
 
-// Of a map in global memory that is read once.
+// Loads a pack of a map in global memory that is read once.
 template <int V, class T>
 VF_DEVICE Pack<T, V> get_map(const T* p, int64_t i) {
   using Bits = typename BitsOf<sizeof(T) * V>::type;
@@ -137,7 +137,7 @@ VF_DEVICE const U* cast(const char* p) {
 VF_DEVICE const float* cast_floats(const int* p) { return reinterpret_cast<const float*>(p); }
 #endif  // __CUDACC__
 
-// v [W] from element i of a vector of floats on, of which i is a multiple: 16 bytes at a time.
+// v [W] = the floats from index i on, a multiple of W: 16 bytes at a time.
 template <class Vector, int W>
 VF_DEVICE void get_floats(const Vector& vector, int i, float (&v)[W]) {
   constexpr int kStep = W % 4 ? 1 : 4;
@@ -180,7 +180,7 @@ VF_DEVICE void to_floats(const Pack<T, V>& pack, float (&v)[V]) {
   }
 }
 
-// Two elements in one instruction, where they have two bytes.
+// Two elements of two bytes in one instruction.
 template <class T, int V>
 VF_DEVICE Pack<T, V> of_floats(const float (&v)[V]) {
   Pack<T, V> pack;
@@ -205,8 +205,8 @@ VF_DEVICE Pack<T, V> of_floats(const float (&v)[V]) {
   return pack;
 }
 
-// v, of which the compiler does not know that it is the same in every turn of a loop: what follows from it
-// (a divisor's reciprocal, say) is not kept in registers over all turns.
+// Hides v from the optimiser, so that what is computed from it (the reciprocal of a divisor, say) is not kept
+// in registers across all turns of a loop.
 VF_DEVICE int opaque(int v) {
 #ifdef __CUDA_ARCH__
   asm volatile("" : "+r"(v));
@@ -214,7 +214,7 @@ VF_DEVICE int opaque(int v) {
   return v;
 }
 
-// How pointers into global memory look: plain here, checked in the emulation.
+// The type of pointers into global memory: plain here, checked in the emulation.
 struct PlainMemory {
   template <class T>
   using Global = T*;
@@ -226,7 +226,7 @@ enum WeightType : int { kFloatWeight = 0, kHalfWeight = 1, kBFloat16Weight = 2 }
 
 template <class Memory>
 struct Weight {
-  typename Memory::template Global<const char> p;  // null if there is none
+  typename Memory::template Global<const char> p;  // null without the weight
   int type;
 };
 
@@ -237,7 +237,7 @@ VF_DEVICE float get(const Weight<Memory>& w, int64_t i) {
   return get(cast<float>(w.p), i);
 }
 
-// f(elements) with a weight in its own dtype: one branch, and none in the loops of f.
+// Calls f(elements) with a weight in its own dtype: one branch, and none inside f's loops.
 template <class Memory, class F>
 VF_DEVICE void with_elements(const Weight<Memory>& w, const F& f) {
   if (w.type == kHalfWeight) {
@@ -247,73 +247,6 @@ VF_DEVICE void with_elements(const Weight<Memory>& w, const F& f) {
   } else {
     f(cast<float>(w.p));
   }
-}
-
-// ---- activations; the codes are the ops' ----
-
-enum Activation : int { kNone = 0, kRelu = 1, kSilu = 2 };
-enum GateActivation : int { kSigmoid = 0, kHardSigmoid = 1 };
-
-VF_DEVICE float sigmoid(float v) { return 1.0f / (1.0f + expf(-v)); }
-
-// Of elements of maps, of which there are many: within some units of the last place.
-VF_DEVICE float quick_sigmoid(float v) {
-#ifdef __CUDA_ARCH__
-  return __fdividef(1.0f, 1.0f + __expf(-v));
-#else
-  return sigmoid(v);
-#endif
-}
-
-// NaN stays NaN, as in all of these.
-VF_DEVICE float activate(float v, int activation) {
-  if (activation == kRelu) return v < 0.0f ? 0.0f : v;
-  if (activation == kSilu) return v * quick_sigmoid(v);
-  return v;
-}
-
-// g * act'(v)
-VF_DEVICE float activate_grad(float g, float v, int activation) {
-  if (activation == kRelu) return v <= 0.0f ? 0.0f : g;
-  if (activation == kSilu) {
-    const float s = quick_sigmoid(v);
-    return g * (s * (1.0f + v * (1.0f - s)));
-  }
-  return g;
-}
-
-// The same of V elements, with one branch.
-template <int V>
-VF_DEVICE void activate(float (&v)[V], int activation) {
-  if (activation == kRelu) {
-    VF_UNROLL
-    for (int j = 0; j < V; ++j) v[j] = activate(v[j], kRelu);
-  } else if (activation == kSilu) {
-    VF_UNROLL
-    for (int j = 0; j < V; ++j) v[j] = activate(v[j], kSilu);
-  }
-}
-template <int V>
-VF_DEVICE void activate_grad(float (&g)[V], const float (&v)[V], int activation) {
-  if (activation == kRelu) {
-    VF_UNROLL
-    for (int j = 0; j < V; ++j) g[j] = activate_grad(g[j], v[j], kRelu);
-  } else if (activation == kSilu) {
-    VF_UNROLL
-    for (int j = 0; j < V; ++j) g[j] = activate_grad(g[j], v[j], kSilu);
-  }
-}
-
-VF_DEVICE float gate_of(float v, int gate_activation) {
-  if (gate_activation == kSigmoid) return sigmoid(v);
-  const float shifted = v + 3.0f;
-  return (shifted < 0.0f ? 0.0f : shifted > 6.0f ? 6.0f : shifted) / 6.0f;
-}
-
-// The derivative of a gate's activation, from its value, times d.
-VF_DEVICE float gate_grad(float d, float gate, int gate_activation) {
-  if (gate_activation == kSigmoid) return d * gate * (1.0f - gate);
-  return gate <= 0.0f || gate >= 1.0f ? 0.0f : d / 6.0f;
 }
 
 }  // namespace visattn::cuda

@@ -1,12 +1,16 @@
 // Sums over the rows and the columns of a block's slab, in an order that the shape alone decides.
 #pragma once
 
+#include <cstdint>
+
+#include "../common/geometry.h"
+#include "portable.h"
 #include "walk.h"
 
 namespace visattn::cuda {
 
-// Partial sums of the rows of a slab [rows, cols] or, with kDown, of its columns: `rows` of them after the
-// other, `count` of each, `distance` apart.
+// Partial sums of the rows of a slab [rows, cols] or, with kDown, of its columns: `count` for each,
+// `distance` apart.
 struct Partials {
   int count, distance;
 };
@@ -17,8 +21,8 @@ struct LineSum {
   float total[V];
 };
 
-// partial: sums of values(data, offset, out [V]) along rows, or down columns with kDown; data = begin(line)
-// is what belongs to the row, or to the V columns from `line` on.
+// Writes sums of values(data, offset, out [V]) along rows, or with kDown down columns, to `partial`. data =
+// begin(line) belongs to the row, or to the V columns from `line` on.
 template <int V, int kUnroll, bool kDown, class Exec, class Partial, class Begin, class Values>
 VF_DEVICE Partials line_sums(Exec& ex, int rows, int cols, Partial partial, const Begin& begin,
                              const Values& values) {
@@ -64,7 +68,7 @@ VF_DEVICE float sum_of(Partial partial, const Partials& p, int i) {
   return total;
 }
 
-// Element i of the sum of what the team's blocks have in `part`.
+// Element i of `part`, summed over the team's blocks.
 template <class Exec>
 VF_DEVICE float over_team(Exec& ex, typename Exec::Exchange part, int i) {
   float total = get(ex.peer(part, 0), i);
@@ -73,17 +77,17 @@ VF_DEVICE float over_team(Exec& ex, typename Exec::Exchange part, int i) {
   return total;
 }
 
-// From `begin` to `end`, of the inputs or the outputs of a product.
+// A range [begin, end) of the inputs or the outputs of a product.
 struct Span {
   int begin, end;
 };
 
-// finish(o, sum over the inputs of w[o, i] x[i]) for rows o of w [.., width], by one lane.
+// Calls finish(o, sum over the inputs of w[o, i] x[i]) for rows o of w [.., width], by one lane.
 template <class Exec, class W, class X, class Finish>
 VF_DEVICE void product(Exec& ex, const W& w, Span outputs, Span inputs, int width, X x,
                        const Finish& finish) {
-  // As few lanes a row as keep all threads busy and 32 bytes in one piece, or eight loads of a short row on
-  // the way.
+  // As few lanes for a row as keep all threads busy and read 32 adjacent bytes, or eight loads in flight for
+  // a short row.
   const int count = inputs.end - inputs.begin, least = count > 64 ? 8 : count / 8;
   int lanes = kWarp;
   while (lanes > 1 &&
@@ -106,8 +110,8 @@ VF_DEVICE void product(Exec& ex, const W& w, Span outputs, Span inputs, int widt
   });
 }
 
-// finish(o, sums [B]) with the sums over the inputs of w[i, o] x[b, i], for columns o of w [.., width], by
-// one thread; x [B] begin `stride` apart.
+// Calls finish(o, sums [B]), the sums over the inputs of w[i, o] x[b, i], for columns o of w [.., width], by
+// one thread. The B vectors x begin `stride` apart.
 template <int B, class Exec, class W, class X, class Partial, class Finish>
 VF_DEVICE void product_transposed(Exec& ex, const W& w, Span outputs, Span inputs, int width, X x, int stride,
                                   Partial partial, const Finish& finish) {
@@ -138,7 +142,7 @@ VF_DEVICE void product_transposed(Exec& ex, const W& w, Span outputs, Span input
   }
 }
 
-// The channels of the V elements from `offset` on of a slab whose first row is `row0`: f(j, channel).
+// Calls f(j, channel) for the V elements from `offset` on of a slab whose first row is `row0`.
 template <int V, bool kNhwc, int kAccess, class F>
 VF_DEVICE void for_channels(int offset, int row0, int cols, const F& f) {
   if constexpr (kAccess != kRagged) {
@@ -159,7 +163,8 @@ VF_DEVICE void for_channels(int offset, int row0, int cols, const F& f) {
   }
 }
 
-// visit(offset, coefficients) for each pack of the block's slab; vectors [C] are of the channels.
+// Calls visit(offset, coefficients) for each pack of the block's slab. The vectors [C] hold coefficients of
+// the channels.
 template <int V, int kUnroll, bool kNhwc, int kAccess, int K, class Exec, class Vector, class Visit>
 VF_DEVICE void for_scaled(Exec& ex, const Geometry& g, int count, const Vector (&vectors)[K],
                           const Visit& visit) {
@@ -186,7 +191,8 @@ VF_DEVICE void for_scaled(Exec& ex, const Geometry& g, int count, const Vector (
   }
 }
 
-// The same with each element's pixel, as the block counts them: of the image in nchw, of its slab in nhwc.
+// Like for_channels, with each element's pixel as the block counts them: from the image's first in nchw, from
+// the slab's first in nhwc.
 template <int V, bool kNhwc, int kAccess, class F>
 VF_DEVICE void for_elements(int offset, int row0, int cols, const F& f) {
   const int line = offset / cols;

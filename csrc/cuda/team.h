@@ -1,24 +1,27 @@
-// What the thread blocks of a team do together: they meet, read each other's parts, and hold an image between
+// What the thread blocks of a team do together: meet, read each other's parts, and hold an image between
 // them.
 //
-// A kernel is written over an Exec, which stands for one thread: ClusterExec and SemaphoreExec on the device
-// (device.cuh), and the emulation's own. An Exec offers
-//   thread, threads, rank, team_size, team, teams   where this thread is
+// A kernel is a template over an Exec, which stands for one thread: ClusterExec and SemaphoreExec on the
+// device (device.cuh), or the emulation's. An Exec offers
+//   thread, threads, rank, team_size, team, teams   the thread's position
 //   sync_block, sync_team, sync_grid                barriers
-//   warp_sum(v, lanes), warp_peak, warp_sums        over the warp, or `lanes` of it: the same for all of them
-//   warp_any(p)                                     whether it is true in any lane
-//   shared<T>(bytes), exchange(floats), peer(p, r)  memory of the block, of it for its team, and of block r
-//   copy_init, copy_async, copy_wait, fence_async   copies into the slabs, and their end (kResident)
-//   prefetch                                        what is copied later, into the L2 cache
+//   warp_sum(v, lanes), warp_peak, warp_sums        over the warp, or `lanes` of it: the same in each lane
+//   warp_any(p)                                     true if p is true in any lane
+//   shared<T>(bytes), exchange(floats), peer(p, r)  memory of the block, of it for its team, of block r
+//   copy_init, copy_async, copy_wait, fence_async   bulk copies into the slabs, with kResident
+//   prefetch                                        into the L2 cache, what is copied later
 #pragma once
 
-#include "plan.h"
+#include <cstdint>
+
+#include "../common/geometry.h"
 #include "portable.h"
 
 namespace visattn::cuda {
 
-// A barrier of `expected` blocks. It is back where it began once all have met, but for its highest bit, which
-// flips: nothing has to reset it. Called by one thread of each block; `first` in exactly one.
+// A barrier of `expected` blocks. Once all have met, the counter is back where it began, except for its
+// highest bit, which flips: nothing has to reset it. One thread of each block calls it; `first` is true in
+// exactly one block.
 template <class Exec, class Counter>
 VF_DEVICE void meet(Exec& ex, Counter counter, bool first, unsigned expected) {
   constexpr unsigned kTurn = 0x80000000u;
@@ -26,7 +29,8 @@ VF_DEVICE void meet(Exec& ex, Counter counter, bool first, unsigned expected) {
   while (((before ^ ex.load_acquire(counter)) & kTurn) == 0) ex.pause();
 }
 
-// The part of each block, `part` values long, one after the other: out [total], of this block alone.
+// Gathers the parts of all blocks, `part` values each, one after the other: out [total], in this block's
+// memory.
 template <class Exec, class Out>
 VF_DEVICE void gather(Exec& ex, typename Exec::Exchange from, int part, int total, Out out) {
 #pragma unroll 1
@@ -35,8 +39,8 @@ VF_DEVICE void gather(Exec& ex, typename Exec::Exchange from, int part, int tota
 }
 
 // The block's rows of the images that its team works on, one image after the other: in shared memory, where
-// the next copy is under way while one is in use, or in global memory as they are. `number`: of the map, if
-// there are two; those from g.held on stay in global memory.
+// the next copy is in flight while one is in use, or in global memory as they are. `number` counts the maps
+// if there are two; those from g.held on stay in global memory.
 template <class Exec, class T>
 class Slabs {
   template <class U>
@@ -65,21 +69,22 @@ class Slabs {
 
   VF_DEVICE bool held() const { return held_; }
 
-  // The slab of the team's image number `turn`, which is held in shared memory if any is.
+  // The slab of the team's image number `turn`, in shared memory if it is resident.
   VF_DEVICE auto acquire(int turn) {
     if constexpr (!Exec::kResident) {
       return x_ + source(turn);
     } else {
       if (count_) {
         ex_.copy_wait(stage(turn), turn / g_.stages & 1);
-        // Without room here the next image comes as far as the L2 cache, while this one is at work.
+        // Without room for two slabs the next image is prefetched into the L2 cache while this one is in
+        // work.
         if (g_.stages == 1 && exists(turn + 1)) ex_.prefetch(x_ + source(turn + 1), count_);
       }
       return slab(turn);
     }
   }
 
-  // The same where the plan decides whether it is.
+  // The same if the plan decides whether the map is held.
   VF_DEVICE Global<const T> find(int turn) {
     if constexpr (Exec::kResident) {
       if (held_) return acquire(turn);
@@ -87,10 +92,10 @@ class Slabs {
     return x_ + source(turn);
   }
 
-  // In shared memory, to be written.
+  // The slab in shared memory, to be written.
   VF_DEVICE auto slab(int turn) { return ex_.template shared<T>(kHeader + stage(turn) * g_.stage_bytes); }
 
-  // Nobody needs the slab of `turn` any more.
+  // Ends the use of the slab of `turn`, and issues the next copy into its memory.
   VF_DEVICE void release(int turn) {
     if constexpr (Exec::kResident) {
       if (held_) ex_.fence_async();

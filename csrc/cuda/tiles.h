@@ -1,15 +1,17 @@
-// A slab seen both ways at once: sums along its rows and down its columns from one reading, by warps that
-// keep what belongs to their columns in registers.
+// Sums along the rows and down the columns of a slab in one reading, by warps that keep their columns' data
+// in registers.
 #pragma once
 
+#include "../common/geometry.h"
+#include "portable.h"
 #include "reduce.h"
 
 namespace visattn::cuda {
 
-// visit(row, columns [K], chunk, data [K]) for K packs of every B-th row of a group, by all lanes of a warp
-// together. The rows between are t.groups apart; any may be past the last one, and a column is -1 for a pack
-// that a lane has not. begin(column) gives the data of a pack's columns, once for all rows of a group;
-// finish(group, columns, data) takes it back.
+// Calls visit(row, columns [K], chunk, data [K]) for K packs of every B-th row of a group, in all lanes of a
+// warp together. The B rows of a visit are t.groups apart; any of them may lie past the last row. A lane
+// without a pack has column -1. begin(column) returns the data of a pack's columns, once for all rows of a
+// group; finish(group, columns, data) takes it back.
 template <int V, int K, int B, class Exec, class Begin, class Visit, class Finish>
 VF_DEVICE void for_tiles(Exec& ex, const Tiling& t, int rows, int cols, const Begin& begin,
                          const Visit& visit, const Finish& finish) {
@@ -31,22 +33,22 @@ VF_DEVICE void for_tiles(Exec& ex, const Tiling& t, int rows, int cols, const Be
   }
 }
 
-// One of each for the V columns of a lane.
+// A value for each of the V columns of a lane.
 template <class U, int V>
 struct Lanes {
   U v[V];
 };
 
-// Of columns `V` wide: what begin gave, and the sums down them.
+// The V columns of a pack: begin's data, and the sums down them.
 template <class Data, int V>
 struct Columns {
   Data data;
   float down[V];
 };
 
-// add(row, column, data, along, down [V]) adds what a pack gives to the sum of its row and to those of its
-// columns. finish(row, sum) sees each of the block's rows if kRows, take(column, sum) each column if
-// kColumns, by one thread each; no barrier follows.
+// add(row, column, data, along, down [V]) adds a pack's contribution to the sum of its row and to those of
+// its columns. finish(row, sum) receives each of the block's rows if kRows, take(column, sum) each column if
+// kColumns, in one thread each; no barrier follows.
 template <int V, bool kRows, bool kColumns, class Exec, class Partial, class Begin, class Add, class Finish,
           class Take>
 VF_DEVICE void cross_sums(Exec& ex, int rows, int cols, Partial partial, const Begin& begin, const Add& add,

@@ -1,13 +1,14 @@
-// Walks over a block's slab [rows, cols], V elements at a time. What belongs to a line of it is fetched once
-// for all of the line, and no loop divides.
+// Walks over a block's slab [rows, cols], V elements at a time. What belongs to a line is fetched once for
+// the whole line, and no loop divides.
 #pragma once
 
-#include "team.h"
+#include "../common/geometry.h"
+#include "portable.h"
 
 namespace visattn::cuda {
 
-// How the lanes of a block share rows: `lanes` of them walk along a row, or along one of `parts` of it: 128
-// bytes at a time, so that no two meet in a bank of shared memory, and few are idle in short rows.
+// How the lanes of a block share rows: `lanes` of them walk along a row, or along one of its `parts`, 128
+// bytes at a time. So no two lanes meet in a bank of shared memory, and few are idle in short rows.
 struct RowShare {
   int lanes = 1, parts = 1, packs = 0;  // packs: of a part
 
@@ -20,9 +21,9 @@ struct RowShare {
   }
 };
 
-// data = begin(row) once for each part of a row, visit(data, offset) for its packs, finish(unit, data) by all
-// lanes of the warp together, where unit is row * parts + part in the first lane of a part and -1 in others.
-// `rows` may be 0, and begin sees an existing row.
+// Calls data = begin(row) once for each part of a row, visit(data, offset) for its packs, and finish(unit,
+// data) in all lanes of the warp together. unit is row * parts + part in the first lane of a part, -1 in the
+// others. `rows` may be 0; begin always sees an existing row.
 template <int V, int kUnroll, class Exec, class Begin, class Visit, class Finish>
 VF_DEVICE RowShare for_rows(Exec& ex, int rows, int cols, const Begin& begin, const Visit& visit,
                             const Finish& finish) {
@@ -43,9 +44,9 @@ VF_DEVICE RowShare for_rows(Exec& ex, int rows, int cols, const Begin& begin, co
   return share;
 }
 
-// data = begin(group, column) once for a pack's columns, which a thread keeps for its share of the rows;
-// visit(data, row, offset), then finish(group, column, data). Returns the number of groups that share the
-// rows: row r belongs to group r % groups.
+// Calls data = begin(group, column) once for a pack's columns, visit(data, row, offset) for the thread's
+// share of the rows, then finish(group, column, data). Returns the number of groups that share the rows: row
+// r belongs to group r % groups.
 template <int V, int kUnroll, class Exec, class Begin, class Visit, class Finish>
 VF_DEVICE int for_columns(Exec& ex, int rows, int cols, const Begin& begin, const Visit& visit,
                           const Finish& finish) {
@@ -61,7 +62,7 @@ VF_DEVICE int for_columns(Exec& ex, int rows, int cols, const Begin& begin, cons
   return groups;
 }
 
-// The K coefficients of each element of a pack: of its row, W = 1, or of its columns.
+// K coefficients for each element of a pack: of its row (W = 1) or of its columns.
 template <int K, int W>
 struct Coefficients {
   float v[K][W];

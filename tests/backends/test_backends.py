@@ -79,7 +79,7 @@ def test_unproven_and_slower_gpu_kernels_are_opt_in(monkeypatch):
         assert bool(vf.backends("cuda")["triton"].opt_in) == (not proven)
         assert module._select.__wrapped__("cuda", torch.float32, "auto") == chosen
     module._probe.cache_clear()
-    monkeypatch.setattr(module, "_why_no_cuda", lambda device_type: ())
+    monkeypatch.setattr(module, "_missing_for_cuda", lambda device_type: ())
     native = module._probe.__wrapped__("cuda", "cuda")
     assert native.available
     assert native.opt_in

@@ -6,29 +6,15 @@ import pytest
 import torch
 
 import visattn_fast as vf
-from cases import INTERPRETED, feature_map
+from cases import INTERPRETED, RecordedOps, entries, feature_map
 from visattn_fast import catalogue
 from visattn_fast.ops.library import OPS
 
+pytestmark = pytest.mark.interpreted
 KERNELS = "triton" if INTERPRETED else "cpp"
 
 
-def called_ops(function, *args) -> list[str]:
-    """The package's ops that a real call dispatches."""
-    found: list[str] = []
-
-    class Dispatched(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            if func.namespace == "visattn_fast":
-                found.append(func._opname)
-            return func(*args, **(kwargs or {}))
-
-    with Dispatched():
-        function(*args)
-    return found
-
-
-@pytest.mark.parametrize("entry", catalogue.ENTRIES.values(), ids=lambda e: e.name)
+@entries
 @pytest.mark.parametrize("training", [True, False])
 def test_named_ops_are_those_that_a_call_dispatches(entry, training):
     module, x = entry.pair(32)[0], feature_map((2, 32, 6, 5), "channels_last", torch.float32)
@@ -37,7 +23,9 @@ def test_named_ops_are_those_that_a_call_dispatches(entry, training):
         explained = vf.explain(module, x)
         for name, t in module.state_dict().items():
             assert torch.equal(t, before[name]), f"explain changed {name}"
-        assert [op for call in explained.calls for op in call.ops] == called_ops(module, x)
+        with RecordedOps() as recorded:
+            module(x)
+    assert [op for call in explained.calls for op in call.ops] == recorded.names
 
 
 def test_reasons_against_every_other_backend():
@@ -47,8 +35,18 @@ def test_reasons_against_every_other_backend():
     assert "serves cuda, not cpu" in call.against["cuda"]
     text = str(call)
     assert text.startswith(f"eca on cpu, float32, [2, 16, 5, 4], nchw: {KERNELS}, op eca_fwd")
-    assert "export:" in text
+    assert "export, torch.func: reference: " in text
     assert call.elsewhere["export"].backend == "reference"
+    assert not any("opt-in" in reason for reason in call.against.values())  # a missing backend cannot be asked for
+
+
+def test_ops_made_of_pytorch_are_marked():
+    x = torch.empty(2, 16, 5, 4)
+    (call,) = vf.explain(vf.FastCrissCross(16), x).calls
+    assert call.in_torch == {"criss_cross_fwd"}
+    assert "op criss_cross_fwd (PyTorch's operations)" in str(call)
+    (call,) = vf.explain(vf.FastSE(16), x).calls
+    assert not call.in_torch
 
 
 def test_tiny_maps_are_plain_when_compiled():
@@ -64,7 +62,7 @@ def test_choice_in_force_counts():
     with vf.use_backend("reference"):
         (call,) = vf.explain(gate, x).calls
         assert (call.decision.backend, call.ops, call.asked) == ("reference", [], "reference")
-        assert call.against[KERNELS] == "asked for by use_backend"
+        assert call.against[KERNELS] == "can serve, but reference is asked for"
     with vf.use_backend("cuda"), pytest.raises(RuntimeError, match="backend 'cuda' cannot serve"):
         vf.explain(gate, x)
 

@@ -1,4 +1,4 @@
-"""The code of the native CUDA kernels, run on the CPU thread by thread: results, traffic, and every access checked."""
+"""The code of the native CUDA kernels on a CPU, thread by thread: results, traffic, and a check of every access."""
 
 from __future__ import annotations
 
@@ -8,30 +8,27 @@ import re
 import pytest
 import torch
 
-from cases import INTERPRETED
 from visattn_fast.ops.library import OPS
+from visattn_fast.reference.activations import Activation, GateActivation
 
 emulation = pytest.importorskip("tools.emulation", reason="not beside the repository's tools")
 Device = emulation.Device
 
-pytestmark = [
-    pytest.mark.skipif(INTERPRETED, reason="knows nothing of triton"),
-    pytest.mark.skipif(bool(emulation.why_not()), reason=str(emulation.why_not())),
-]
+pytestmark = pytest.mark.skipif(bool(emulation.why_not()), reason=str(emulation.why_not()))
 NCHW, NHWC = torch.contiguous_format, torch.channels_last
 layouts = pytest.mark.parametrize("layout", [NCHW, NHWC], ids=["nchw", "channels_last"])
-# Small devices, and what they make of SHAPE: the variant, and how many slabs a block holds.
+# Small devices, with the variant that they take for SHAPE and the number of slabs that a block holds.
 DEVICES = {
     "teams": (Device(shared_bytes=6 << 10, count=32, threads=96), "cluster", 2),
     "tight": (Device(shared_bytes=4 << 10, count=32, threads=96), "cluster", 1),
     "alone": (Device(shared_bytes=220 << 10, count=1), "cluster", 2),
     "semaphore": (Device(sm=80, count=8, l2_bytes=100 << 10), "semaphore", 0),
 }
-SHAPE = (5, 32, 16, 12)  # of float32: 24 KB an image
+SHAPE = (5, 32, 16, 12)  # 24 KB an image in float32
 
 
 def hold(call):
-    """Both directions without a fault, and as the op in PyTorch has them; returns both outcomes."""
+    """Checks that both directions run without a fault and match the op in PyTorch; returns both outcomes."""
     name = "cbam" if call.cbam else "eca" if call.window else "se"
     tolerance = {torch.float32: 2e-5, torch.bfloat16: 2e-2}[call.x.dtype]
     codes = (call.activation, call.hidden_activation, call.gate_activation) if name == "se" else (call.activation,)
@@ -62,10 +59,10 @@ def hold(call):
 @layouts
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("window", [0, 3], ids=["se", "eca"])
-def test_variants(layout, device, window):
-    """Several images for each team, in random order of threads; x and grad are read once, the result written once."""
+def test_se_and_eca_read_and_write_each_map_once(layout, device, window):
+    """A team works on several images, its threads in random order."""
     machine, variant, stages = DEVICES[device]
-    if device == "tight" and layout is NCHW:  # which needs less
+    if device == "tight" and layout is NCHW:  # nchw needs less
         machine = dataclasses.replace(machine, shared_bytes=3 << 10)
     call = emulation.example(SHAPE, layout, torch.float32, window=window, device=machine, seed=window)
     forward, backward = hold(call)
@@ -80,17 +77,22 @@ def test_variants(layout, device, window):
 @layouts
 @pytest.mark.parametrize("device", ["teams", "semaphore"])
 @pytest.mark.parametrize("shape", [(2, 24, 7, 7), (2, 3, 5, 5), (1, 40, 1, 1)], ids=str)
-def test_odd_shapes(layout, device, shape):
-    """Rows of which 16 bytes are no part, images that are not aligned, blocks without rows."""
+def test_se_of_odd_shapes(layout, device, shape):
+    """Rows that are no multiple of 16 bytes, images that are not aligned, blocks without rows."""
     hold(emulation.example(shape, layout, torch.bfloat16, device=DEVICES[device][0], seed=3))
 
 
 @layouts
-@pytest.mark.parametrize("activation", [1, 2], ids=["relu", "silu"])
+@pytest.mark.parametrize("activation", [Activation.RELU, Activation.SILU], ids=["relu", "silu"])
 @pytest.mark.parametrize("shape", [(2, 16, 8, 8), (2, 24, 7, 7)], ids=str)
-def test_epilogue(layout, activation, shape):
+def test_se_with_residual_and_activation(layout, activation, shape):
     call = emulation.example(
-        shape, layout, torch.bfloat16, activation=activation, hidden_activation=2, gate_activation=1
+        shape,
+        layout,
+        torch.bfloat16,
+        activation=activation,
+        hidden_activation=Activation.SILU,
+        gate_activation=GateActivation.HARD_SIGMOID,
     )
     call.residual = torch.randn_like(call.x)
     _, backward = hold(call)
@@ -99,14 +101,14 @@ def test_epilogue(layout, activation, shape):
 
 
 def roomy(machine):
-    """The maps and what pools into them need some shared memory, too."""
+    """Returns a device with room for CBAM's maps and their partial statistics."""
     return dataclasses.replace(machine, shared_bytes=max(machine.shared_bytes, 20 << 10))
 
 
 @layouts
 @pytest.mark.parametrize("device", ["teams", "alone", "semaphore"])
-def test_cbam(layout, device):
-    """Backward keeps x and grad, and comes back to each once where it cannot."""
+def test_cbam_reads_x_and_grad_once_if_they_fit(layout, device):
+    """If they do not fit, backward reads each once more."""
     machine, variant, _ = DEVICES[device]
     call = emulation.cbam_example(SHAPE, layout, torch.float32, device=roomy(machine))
     forward, backward = hold(call)
@@ -120,11 +122,11 @@ def test_cbam(layout, device):
 
 
 @pytest.mark.parametrize(("layout", "shared"), [(NCHW, 9 << 10), (NHWC, 10 << 10)], ids=["nchw", "channels_last"])
-def test_cbam_with_room_for_x_alone(layout, shared):
-    """Grad is read again, or what the activation made of it."""
+def test_cbam_with_room_for_x_alone_reads_grad_again(layout, shared):
+    """With an activation it reads dresidual again."""
     device = Device(shared_bytes=shared, count=16)
     call = emulation.cbam_example((2, 64, 16, 24), layout, torch.bfloat16, device=device)
-    for call.activation, moved in ((0, 4), (1, 6)):
+    for call.activation, moved in ((Activation.NONE, 4), (Activation.RELU, 6)):
         call.residual = torch.randn_like(call.x) if call.activation else None
         _, backward = hold(call)
         assert (backward.variant, backward.held) == ("cluster", 1)
@@ -134,9 +136,9 @@ def test_cbam_with_room_for_x_alone(layout, shared):
 @layouts
 @pytest.mark.parametrize("device", ["teams", "semaphore"])
 @pytest.mark.parametrize("shape", [(2, 24, 7, 7), (2, 3, 5, 5), (1, 40, 1, 1), (2, 16, 3, 9)], ids=str)
-def test_cbam_odd_shapes(layout, device, shape):
+def test_cbam_of_odd_shapes(layout, device, shape):
     call = emulation.cbam_example(
-        shape, layout, torch.bfloat16, window=7, device=roomy(DEVICES[device][0]), seed=3, activation=1
+        shape, layout, torch.bfloat16, window=7, device=roomy(DEVICES[device][0]), seed=3, activation=Activation.RELU
     )
     call.residual = torch.randn_like(call.x)
     hold(call)
@@ -144,8 +146,8 @@ def test_cbam_odd_shapes(layout, device, shape):
 
 @layouts
 @pytest.mark.parametrize("device", ["teams", "semaphore"])
-def test_cbam_ties_and_nan(layout, device):
-    """The first of equal maxima, and the first NaN, wherever the blocks' borders are."""
+def test_cbam_takes_the_first_maximum_and_the_first_nan(layout, device):
+    """Blocks may end anywhere between them."""
     call = emulation.cbam_example((2, 32, 8, 8), layout, torch.float32, device=roomy(DEVICES[device][0]))
     call.x.relu_()
     call.x[:, :, 3:5] = 0
@@ -157,8 +159,8 @@ def test_cbam_ties_and_nan(layout, device):
 
 @layouts
 @pytest.mark.parametrize("threads", [32, 96])
-def test_cbam_statistics_of_two_bytes(layout, threads):
-    """The exchange of bfloat16's maxima, over what else is in its place where there are few threads."""
+def test_cbam_exchanges_maxima_of_bfloat16(layout, threads):
+    """With few threads the exchange shares its memory with other floats."""
     device = Device(shared_bytes=12 << 10, count=8, threads=threads)
     call = emulation.cbam_example((3, 64, 16, 12), layout, torch.bfloat16, device=device, seed=6)
     call.x[:, 3:60:4] = call.x[:, :1].clone()
@@ -173,8 +175,8 @@ builds = pytest.mark.parametrize("build", [emulation.example, emulation.cbam_exa
 
 
 @builds
-def test_slices_of_a_batch(build):
-    """Images that are dense, with something between them."""
+def test_images_may_lie_apart(build):
+    """Each image is dense; other memory lies between them."""
     call = build((3, 16, 8, 8), NCHW, torch.float32, seed=4)
     call.x = torch.cat([call.x, call.x], 1)[:, :16]
     assert call.x.stride(0) == 2 * 16 * 64
@@ -188,7 +190,7 @@ def test_nan_stays_in_its_image():
 
 
 def both_ways(call):
-    """What both directions return, and whether backward was one launch."""
+    """Returns the results of both directions, and true if backward was one launch."""
     out, _ = call.forward()
     found, outcome = call.backward(torch.ones_like(call.x), emulation.kept(out))
     assert not outcome.faults, outcome
@@ -196,7 +198,7 @@ def both_ways(call):
 
 
 @builds
-def test_order_of_threads_changes_no_bit(build):
+def test_the_order_of_threads_changes_no_bit(build):
     call = build((2, 32, 8, 12), NHWC, torch.float32)
     first, _ = both_ways(call)
     for seed in (11, 12):
@@ -205,8 +207,8 @@ def test_order_of_threads_changes_no_bit(build):
 
 
 @pytest.mark.parametrize("kind", ["se", "eca", "cbam"])
-def test_one_launch_or_two(kind):
-    """A device with room for half a grid takes a second launch for the weights' gradients: the same bits."""
+def test_one_launch_gives_the_bits_of_two(kind):
+    """A device without room for the grid takes a second launch for the weights' gradients."""
     build = emulation.cbam_example if kind == "cbam" else emulation.example
     options = {"window": 3} if kind == "eca" else {}
     results = []
@@ -218,7 +220,7 @@ def test_one_launch_or_two(kind):
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
-# What is left out -> on which device it matters, and what is said of it.
+# What a thread leaves out -> a device where it matters, and the fault that is found.
 PLANTED = {
     "team barrier": ("teams", "races|before it is written"),
     "block barrier": ("teams", "races|before it is written"),
@@ -227,14 +229,14 @@ PLANTED = {
     "fence": ("alone", "without a fence"),
     "arrival at a semaphore": ("semaphore", "deadlock|not reset"),
 }
-# The same of CBAM's backward.
+# The same for CBAM's backward.
 PLANTED_BACKWARD = {name: PLANTED[name] for name in ("team barrier", "block barrier", "copy wait", "fence")} | {
     "grid barrier": ("teams", "races with a write|before it is written")
 }
 
 
 @pytest.mark.parametrize("left_out", PLANTED)
-def test_planted_faults_are_found(left_out):
+def test_planted_faults_of_eca_forward_are_found(left_out):
     device, said = PLANTED[left_out]
     call = emulation.example(SHAPE, NCHW, torch.float32, window=3, device=DEVICES[device][0], sabotage=left_out)
     _, outcome = call.forward()
@@ -242,7 +244,7 @@ def test_planted_faults_are_found(left_out):
 
 
 @pytest.mark.parametrize("left_out", PLANTED_BACKWARD)
-def test_planted_faults_of_backward_are_found(left_out):
+def test_planted_faults_of_cbam_backward_are_found(left_out):
     device, said = PLANTED_BACKWARD[left_out]
     call = emulation.cbam_example(SHAPE, NCHW, torch.float32, device=roomy(DEVICES[device][0]))
     out, _ = call.forward()

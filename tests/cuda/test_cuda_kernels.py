@@ -1,4 +1,4 @@
-"""The native CUDA kernels on a GPU: results, repeatability, graphs, streams. test_cuda_emulation.py needs none."""
+"""The native CUDA kernels on a GPU: results, repeatability, graphs, streams. test_cuda_emulation.py needs no GPU."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ layouts = pytest.mark.parametrize("layout", catalogue.LAYOUTS)
 @entries
 @layouts
 @pytest.mark.parametrize(("shape", "dtype"), [*SHAPE_DTYPES, *((s, torch.float32) for s in LARGE_SHAPES)])
-def test_shapes(entry, layout, shape, dtype):
+def test_results_match_the_reference(entry, layout, shape, dtype):
     needs_dtype("cuda", "cuda", dtype)
     check(entry, feature_map(shape, layout, dtype, "cuda"), "cuda")
 
@@ -31,7 +31,7 @@ def test_shapes(entry, layout, shape, dtype):
 @layouts
 @pytest.mark.parametrize(("with_residual", "activation"), EPILOGUES)
 @pytest.mark.parametrize("shape", [(2, 8, 6, 10), (2, 64, 16, 16), (3, 24, 7, 7)], ids=str)
-def test_epilogues(entry, layout, shape, with_residual, activation):
+def test_residual_and_activation(entry, layout, shape, with_residual, activation):
     x = feature_map(shape, layout, torch.bfloat16, "cuda")
     residual = feature_map(shape, layout, torch.bfloat16, "cuda", seed=2) if with_residual else None
     check(entry, x, "cuda", residual, activation)
@@ -40,7 +40,7 @@ def test_epilogues(entry, layout, shape, with_residual, activation):
 @entries
 @layouts
 @pytest.mark.parametrize("view", VIEWS)
-def test_strides(entry, layout, view):
+def test_inputs_of_any_strides(entry, layout, view):
     check(entry, VIEWS[view](feature_map((2, 8, 6, 5), layout, torch.float32, "cuda"), layout), "cuda")
 
 
@@ -49,8 +49,8 @@ def test_strides(entry, layout, view):
 @pytest.mark.parametrize(
     "shape", [(64, 256, 56, 56), (32, 2048, 7, 7), (1, 2048, 150, 150), (300, 64, 28, 28)], ids=str
 )
-def test_as_triton(entry, layout, shape):
-    """Sizes of which each takes another plan."""
+def test_results_match_triton(entry, layout, shape):
+    """Each size takes another plan."""
     x = feature_map(shape, layout, torch.bfloat16, "cuda")
     module = entry.pair(shape[1], torch.bfloat16)[0].cuda()
     results = []
@@ -63,8 +63,8 @@ def test_as_triton(entry, layout, shape):
 
 @entries
 @layouts
-def test_repeats_on_two_streams(entry, layout):
-    """The same bits a hundred times, while another stream runs the same kernels."""
+def test_two_streams_give_the_same_bits(entry, layout):
+    """A hundred times, while both run the same kernels."""
     shape = (8, 64, 56, 56)
     fast, x = entry.pair(64, torch.float16)[0].cuda(), feature_map(shape, layout, torch.float16, "cuda")
     with vf.use_backend("cuda"), torch.no_grad():
@@ -81,8 +81,8 @@ def test_repeats_on_two_streams(entry, layout):
 @entries
 @layouts
 @pytest.mark.parametrize("shape", [(3, 64, 7, 8), (8, 64, 14, 14), (8, 64, 56, 56)], ids=str)
-def test_gradients_repeat(entry, layout, shape):
-    """The same bits of every gradient, whether one launch sums them or a second one does."""
+def test_gradients_have_the_same_bits_again(entry, layout, shape):
+    """Small maps sum the weights' gradients in one launch, large ones in a second."""
     fast, x = entry.pair(64, torch.float16)[0].cuda(), feature_map(shape, layout, torch.float16, "cuda")
     with vf.use_backend("cuda"):
         first = run(fast, x)
@@ -94,8 +94,8 @@ def test_gradients_repeat(entry, layout, shape):
 @entries
 @layouts
 @pytest.mark.parametrize(("shape", "launches"), [((8, 64, 14, 14), 2), ((8, 64, 56, 56), 3)], ids=["small", "large"])
-def test_launches(entry, layout, shape, launches):
-    """Small maps: one a direction; larger ones take another for the weights' gradients. No memory is cleared."""
+def test_number_of_launches(entry, layout, shape, launches):
+    """One for each direction; larger maps take another for the weights' gradients. No memory is cleared."""
     fast, x = entry.pair(64, torch.float16)[0].cuda(), feature_map(shape, layout, torch.float16, "cuda")
     with vf.use_backend("cuda"):
         run(fast, x)
@@ -108,8 +108,7 @@ def test_launches(entry, layout, shape, launches):
 
 @layouts
 @pytest.mark.parametrize("shape", [(3, 24, 7, 7), (2, 64, 16, 16), (8, 64, 56, 56)], ids=str)
-def test_cbam_with_bias(layout, shape):
-    """The convolution's bias, and its gradient."""
+def test_cbam_with_a_bias_of_the_convolution(layout, shape):
     generator, c = torch.Generator().manual_seed(3), shape[1]
     sizes = ((4, c), (c, 4), (1, 2, 7, 7), (1,))
     weights = [(0.3 * torch.randn(size, generator=generator)).cuda().requires_grad_() for size in sizes]
@@ -126,8 +125,8 @@ def test_cbam_with_bias(layout, shape):
 @entries
 @layouts
 @pytest.mark.parametrize("shape", [(8, 64, 56, 56), (1, 2048, 150, 150)], ids=str)
-def test_graph(entry, layout, shape):
-    """A captured step replays on new values, of a cluster's kernels and of those with semaphores."""
+def test_captured_graph_replays_on_new_values(entry, layout, shape):
+    """One size takes a cluster's kernels, the other those with semaphores."""
     fast = entry.pair(shape[1], torch.float16)[0].cuda()
     static = feature_map(shape, layout, torch.float16, "cuda").requires_grad_()
 
@@ -151,8 +150,8 @@ def test_graph(entry, layout, shape):
 
 
 @entries
-def test_refusals_name_the_kernel(entry):
-    """More channels than a block's shared memory has room for."""
+def test_refusal_names_the_kernel(entry):
+    """A block's shared memory has no room for so many channels."""
     x = torch.randn(1, 1 << 16, 2, 2, device="cuda")
     module = {"se": vf.FastSE, "cbam": vf.FastCBAM}.get(entry.name, vf.FastECA)
     module = (module(1 << 16) if entry.name == "eca" else module(1 << 16, 1 << 12)).cuda()
@@ -162,7 +161,7 @@ def test_refusals_name_the_kernel(entry):
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one device")
 @entries
-def test_another_device(entry):
+def test_second_device(entry):
     x = feature_map((2, 16, 8, 8), "nchw", torch.float32, "cuda:1")
     module = entry.pair(16)[0].to("cuda:1")
     with vf.use_backend("cuda"):

@@ -1,10 +1,8 @@
-"""The native CUDA kernels compiled where nvcc is, without a GPU; `python -m tools.cuda_objects` compiles them all."""
+"""The native CUDA kernels compiled without a GPU, where nvcc is. `python -m tools.cuda_objects` compiles them all."""
 
 from __future__ import annotations
 
 import pytest
-
-from cases import INTERPRETED
 
 pytest.importorskip("triton")
 cuda_objects = pytest.importorskip("tools.cuda_objects", reason="not beside the repository's tools")
@@ -16,7 +14,7 @@ ptxas info    : Used 64 registers, used 1 barriers, 16 bytes cumulative stack si
 """
 
 
-def test_spills_are_seen():
+def test_spills_are_found():
     assert list(cuda_objects.ptxas_report(REPORT)) == [("_Z1fv", 64, 20)]
     kernel = cuda_objects.Compiled("_Z1fv", "sm_90", 64, 20, cuda_objects.Counter())
     assert kernel.faults == ["_Z1fv for sm_90: spills 20 bytes"]
@@ -33,8 +31,8 @@ SASS = """
 """
 
 
-def test_divisions_in_loops_are_seen():
-    """Of the loops over packs, which are not the loop over images."""
+def test_divisions_in_loops_over_packs_are_found():
+    """The loop over images is no loop over packs."""
     (loop,) = cuda_objects.loops(SASS)
     assert loop == (3, 1, 0, 1)
     symbol = "_Z12cbam_kernelILb1ELi0ELb0EN11CbamForwardIfE"
@@ -42,10 +40,9 @@ def test_divisions_in_loops_are_seen():
     assert [fault.split(": ")[1] for fault in kernel.faults] == ["divides in a loop over packs"]
 
 
-@pytest.mark.skipif(INTERPRETED, reason="once is enough")
 @pytest.mark.skipif(bool(cuda_objects.why_not()), reason=str(cuda_objects.why_not()))
-def test_objects():
-    """One element type, images whose rows are aligned, each target: no spills, wide accesses."""
+def test_kernels_do_not_spill_and_access_maps_widely():
+    """For one element type, images whose rows are aligned, and each target."""
     chosen = [s for s in cuda_objects.SOURCES if s.stem.endswith("bfloat16")]
     kernels = cuda_objects.compile_all(chosen, cuda_objects.TARGETS, "-DVISATTN_FEW_KERNELS")
     assert sum(k.variant is not None for k in kernels) == 16 * len(cuda_objects.TARGETS) - 8  # no clusters on sm_80

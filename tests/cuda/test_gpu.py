@@ -1,4 +1,4 @@
-"""What only a GPU can show: repeatability under load, graphs, streams, mixed-precision training, memory."""
+"""Triton's kernels on a GPU: repeatability under load, graphs, streams, mixed-precision training, memory."""
 
 from __future__ import annotations
 
@@ -24,24 +24,24 @@ SHAPE = (8, 64, 56, 56)
 
 @pytest.fixture(autouse=True)
 def _triton(monkeypatch):
-    """Convolutions inside a module are PyTorch's: those that give the same bits each time."""
+    """Makes PyTorch's convolutions inside a module give the same bits each time."""
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     with vf.use_backend("triton"):
         yield
 
 
 def make(entry: catalogue.Entry, layout: str, dtype: torch.dtype = torch.float16, shape: tuple[int, ...] = SHAPE):
-    """A fused module on the device, and an input."""
+    """Returns a fused module on the device, and an input."""
     return entry.pair(shape[1], dtype)[0].cuda(), feature_map(shape, layout, dtype, "cuda")
 
 
 @entries
 @layouts
-def test_hundred_repeats(entry, layout):
-    """The same bits a hundred times, while another stream keeps the device busy."""
+def test_hundred_steps_give_the_same_bits(entry, layout):
+    """Another stream keeps the device busy meanwhile."""
     fast, x = make(entry, layout)
     noise, busy = torch.randn(2048, 2048, device="cuda"), torch.cuda.Stream()
-    with poisoned():  # deterministic, as what a module leaves to PyTorch (padding's gradient, for one) is on demand
+    with poisoned():  # it makes PyTorch's part of a module, such as padding's gradient, deterministic
         first = run(fast, x)
         for _ in range(100):
             with torch.cuda.stream(busy):
@@ -52,8 +52,7 @@ def test_hundred_repeats(entry, layout):
 
 @entries
 @layouts
-def test_graph(entry, layout):
-    """A training step is captured, and replays on new values."""
+def test_captured_graph_replays_on_new_values(entry, layout):
     fast, x = make(entry, layout)
     static = x.clone().requires_grad_()
     inputs = [static, *fast.parameters()]
@@ -75,13 +74,13 @@ def test_graph(entry, layout):
         with torch.no_grad():
             static.copy_(feature_map(SHAPE, layout, x.dtype, "cuda", seed=seed))
         graph.replay()
-        near = 1e-2 if entry.has_torch_layers else 0.0  # the gradient of PyTorch's padding adds in any order
+        near = 1e-2 if entry.has_torch_layers else 0.0  # the gradient of PyTorch's padding has no fixed order of sums
         torch.testing.assert_close(captured, step(), rtol=near, atol=near)
 
 
 @entries
-def test_side_stream(entry):
-    """Kernels run on the current stream, after what it has been given."""
+def test_kernels_run_on_the_current_stream(entry):
+    """They wait for what the stream was given before."""
     fast, x = make(entry, "nchw")
     expected = fast(x)
     stream = torch.cuda.Stream()
@@ -97,8 +96,8 @@ def test_side_stream(entry):
 
 @pytest.mark.parametrize("entry", [e for e in catalogue.ENTRIES.values() if e.epilogue], ids=lambda e: e.name)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
-def test_scaled_training_step(entry, dtype):
-    """Autocast, GradScaler and an optimizer step give the reference's parameters within the budget."""
+def test_mixed_precision_step_matches_the_reference(entry, dtype):
+    """With autocast, GradScaler and an optimizer."""
     runs = []
     for gate in entry.pair(32):
         torch.manual_seed(0)
@@ -117,7 +116,7 @@ def test_scaled_training_step(entry, dtype):
 
 @pytest.mark.parametrize("entry", [e for e in WITH_KERNELS if not e.has_torch_layers], ids=lambda e: e.name)
 @layouts
-def test_peak_memory(entry, layout):
+def test_peak_memory_of_a_step(entry, layout):
     """Forward keeps its result and small maps; backward adds dx and small tensors."""
     fast, x = make(entry, layout, shape=(8, 64, 112, 112))
     x.requires_grad_()
@@ -136,8 +135,8 @@ def test_peak_memory(entry, layout):
 @entries
 @layouts
 @pytest.mark.parametrize("shape", [(64, 256, 56, 56), (32, 2048, 7, 7), (2, 96, 113, 111)])
-def test_large(entry, layout, shape):
-    """Sizes that the interpreter cannot reach."""
+def test_large_maps_match_the_reference(entry, layout, shape):
+    """The interpreter takes too long for these sizes."""
     if not entry.supports(shape):
         pytest.skip(f"no {entry.name} for {shape}")
     fast, plain = (m.cuda() for m in entry.pair(shape[1], torch.bfloat16))
@@ -151,9 +150,9 @@ ALL_KERNELS = [(e, resident) for e in WITH_KERNELS for resident in (False, True)
 @pytest.mark.parametrize(("entry", "resident"), ALL_KERNELS, ids=lambda p: getattr(p, "name", "resident" * bool(p)))
 @layouts
 def test_more_than_2_to_31_elements(entry, resident, layout):
-    """The last image, behind the 2^31st element, comes out as it does alone, and so does its gradient.
+    """The last image, past element 2^31, and its gradient are the same as for the image alone.
 
-    In eval mode: else batch norms let images see each other.
+    In eval mode: batch statistics would let images affect each other.
     """
     shape = (2731, 256, 56, 56)
     needed = (20 if entry.has_torch_layers else 10) * 2 * torch.Size(shape).numel()

@@ -1,4 +1,4 @@
-"""accelerate and restore, on whole models of other libraries: training steps give the same numbers."""
+"""Whole models of other libraries, accelerated: training gives the same numbers, and restore gives the model back."""
 
 from __future__ import annotations
 
@@ -11,15 +11,11 @@ import torch
 from torch import nn
 
 import visattn_fast as vf
-from cases import INTERPRETED
 from outside import library, timm_model
 from visattn_fast.catalogue import feature_map
 from visattn_fast.models import AttentionResNet
 
-pytestmark = [
-    pytest.mark.skipif(INTERPRETED, reason="swaps classes; what the kernels compute is held elsewhere"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
 class Model(NamedTuple):
@@ -40,7 +36,7 @@ def unet() -> nn.Module:
 
 
 def timm_swin() -> nn.Module:
-    """Maps of 16 x 16 and 8 x 8 tokens: no multiples of the window."""
+    """Builds a Swin transformer on maps of 16 x 16 and 8 x 8 tokens, which are no multiples of the window."""
     build = library("timm.models.swin_transformer").SwinTransformer
     return build(64, embed_dim=16, depths=(2, 2), num_heads=(1, 2), window_size=7, num_classes=10)
 
@@ -52,11 +48,8 @@ def torchvision_swin() -> nn.Module:
 
 def monai_senet() -> nn.Module:
     build = library("monai.networks.nets").SENet
-    layers, options = (
-        (1, 1, 1, 1),
-        {"dropout_prob": None, "inplanes": 64, "downsample_kernel_size": 1, "input_3x3": False},
-    )
-    return build(2, 3, "se_resnet_bottleneck", layers, groups=1, reduction=16, num_classes=10, **options)
+    options = {"dropout_prob": None, "inplanes": 64, "downsample_kernel_size": 1, "input_3x3": False}
+    return build(2, 3, "se_resnet_bottleneck", (1, 1, 1, 1), groups=1, reduction=16, num_classes=10, **options)
 
 
 MODELS = {
@@ -76,10 +69,10 @@ MODELS = {
 
 
 def built(name: str) -> nn.Module:
-    """The model in float64, in which its batch norms leave no doubt of what differs."""
+    """Builds the model in float64: batch norms magnify the rounding of float32."""
     torch.manual_seed(0)
     model = MODELS[name].build().double()
-    for module in model.modules():  # else their branches begin at zero, and hide their gates
+    for module in model.modules():  # branches whose last norm begins at zero would hide their gates
         if isinstance(module, nn.BatchNorm2d) and not module.weight.any():
             nn.init.constant_(module.weight, 0.5)
         if isinstance(module, nn.Dropout):
@@ -88,7 +81,7 @@ def built(name: str) -> nn.Module:
 
 
 def step(model: nn.Module, x: torch.Tensor, steps: int = 1) -> dict[str, torch.Tensor]:
-    """Parameters and buffers after so many steps of SGD, and the first output and gradients."""
+    """Trains by SGD. Returns parameters and buffers, and the output and gradients of the first step."""
     optimizer, first = torch.optim.SGD(model.parameters(), 1e-4), {}  # larger steps magnify any rounding
     for _ in range(steps):
         torch.manual_seed(1)  # for drop path
@@ -103,14 +96,14 @@ def step(model: nn.Module, x: torch.Tensor, steps: int = 1) -> dict[str, torch.T
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_model(name):
-    """Three steps of training give the same gradients, parameters and statistics; eval and restore the same output."""
+def test_accelerated_model_trains_alike(name):
+    """Three steps give the same gradients, parameters and statistics; eval and restore give the same output."""
     model, x = built(name), feature_map((2, 3, 64, 64), dtype=torch.float64)
     plain, state = copy.deepcopy(model), {k: t.clone() for k, t in model.state_dict().items()}
     hooked: list[str] = []
     parameters = dict(model.named_parameters())
     found = vf.accelerate(model)
-    gates = [s for s in found.swapped if not s.recipe.pattern]
+    gates = [s for s in found.swapped if not s.recipe.block]
     assert (len(gates), len(found.swapped) - len(gates)) == MODELS[name][1:], str(found)
     gates[0].module.register_forward_hook(lambda *_: hooked.append("ran"))
     assert all(p is parameters[k] for k, p in model.named_parameters())
@@ -131,8 +124,8 @@ def test_model(name):
     assert not any("_accelerated_from" in m.__dict__ for m in model.modules())
 
 
-def test_swin_tiny():
-    """The published size: a step of training, and what restore gives back."""
+def test_swin_tiny_trains_alike():
+    """The published size: one step of training, then restore."""
     torch.manual_seed(0)
     model, x = timm_model("swin_tiny_patch4_window7_224")(), feature_map((1, 3, 224, 224))
     plain = copy.deepcopy(model)

@@ -1,4 +1,4 @@
-"""The command line as a user meets it."""
+"""The command line as a user sees it: info, versions, missing extras, usage errors."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from visattn_fast.backends import NAMES, select
 from visattn_fast.report import cuda_plan
 
 
-def test_info(capsys):
-    """Versions, and every backend of every device type with its reasons."""
+def test_info_lists_versions_and_every_backend(capsys):
+    """Every device type, with every reason against a backend."""
     assert cli.main(["info"]) == 0
     text = capsys.readouterr().out
     assert f"visattn_fast {vf.__version__}" in text
@@ -29,8 +29,8 @@ def test_info(capsys):
 
 
 @pytest.mark.skipif(not vf.backends("cpu")["cpp"].available, reason="asks the native library")
-def test_info_of_a_shape(capsys, monkeypatch):
-    """Which native CUDA kernel a map takes on devices that need not be here, and why."""
+def test_info_explains_the_native_kernels_of_a_shape(capsys, monkeypatch):
+    """On devices that this machine need not have."""
     monkeypatch.setattr(cuda_plan, "devices", lambda: cuda_plan.DEVICES)
     assert cli.main(["info", "--shape", "64x256x56x56"]) == 0
     text = capsys.readouterr().out
@@ -47,8 +47,8 @@ def test_info_of_a_shape(capsys, monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.skipif(not vf.backends("cpu")["cpp"].available, reason="asks the native library")
-def test_plans_keep_what_the_device_has(dtype):
-    """Shared memory, clusters, and blocks that all have to be resident, from one pixel to more than a cluster holds."""
+def test_cuda_plans_stay_within_the_device(dtype):
+    """Shared memory, clusters, and blocks that must all be resident; from one pixel to more than a cluster holds."""
     sides, channels = (1, 7, 14, 56, 113, 512), (1, 3, 64, 256, 2048)
     for device, kernel in itertools.product(cuda_plan.DEVICES, cuda_plan.KERNELS):
         for n, c, side, nhwc in itertools.product((1, 32, 4096), channels, sides, (False, True)):
@@ -66,7 +66,7 @@ def test_plans_keep_what_the_device_has(dtype):
             assert not p.one_launch or (kernel.backward and n * c * side * side * dtype.itemsize <= 1 << 20)
 
 
-def test_module_and_version():
+def test_python_m_prints_the_version():
     done = subprocess.run([sys.executable, "-m", "visattn_fast", "--version"], capture_output=True, text=True)
     assert (done.returncode, done.stdout.strip()) == (0, vf.__version__)
 
@@ -75,8 +75,7 @@ def test_module_and_version():
     ("command", "package"),
     [("report", "rich"), ("report", "matplotlib"), ("heatmap", "matplotlib"), ("heatmap", "PIL")],
 )
-def test_missing_extra(command, package, monkeypatch, capsys):
-    """One line says what to install."""
+def test_missing_extra_is_named_in_one_line(command, package, monkeypatch, capsys):
     for name in [name for name in sys.modules if name.startswith((f"{package}.", "visattn_fast.report"))]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.delattr(vf, "report", raising=False)
@@ -87,15 +86,15 @@ def test_missing_extra(command, package, monkeypatch, capsys):
     )
 
 
-def test_info_without_extras():
-    """In a process of its own, where nothing has imported them."""
+def test_info_needs_no_extra():
+    """In a new process, which has not imported any."""
     code = "import sys; sys.modules.update(dict.fromkeys(('rich', 'matplotlib', 'PIL')))"
     code += "; from visattn_fast import cli; sys.exit(cli.main(['info']))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
 
 
 @pytest.mark.parametrize("arguments", [[], ["nothing"], ["report", "--nothing"]])
-def test_usage_errors(arguments, capsys):
+def test_usage_errors_exit_with_2(arguments, capsys):
     with pytest.raises(SystemExit) as caught:
         cli.main(arguments)
     assert caught.value.code == 2

@@ -1,4 +1,4 @@
-"""The heat-map command over the photograph that the examples ship."""
+"""The heatmap command, on the photograph of the examples."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def heatmap_of(path: Path, *options: str) -> int:
     return cli.main(["heatmap", str(path), "--size", "80", *options])
 
 
-def test_picture(tmp_path, capsys):
+def test_command_trains_and_writes_a_picture(tmp_path, capsys):
     out = tmp_path / "out.png"
     assert heatmap_of(PHOTOGRAPH, "--steps", "2", "--out", str(out)) == 0
     assert "trained on this photograph alone (2 steps" in capsys.readouterr().out
@@ -33,7 +33,7 @@ def test_picture(tmp_path, capsys):
         assert len(picture.convert("RGB").getcolors(picture.width * picture.height)) > 1000
 
 
-def test_weights_from_a_file(tmp_path, capsys):
+def test_weights_are_read_from_a_file(tmp_path, capsys):
     file, out = tmp_path / "weights.pt", tmp_path / "out.png"
     torch.save(AttentionResNet("cbam", num_classes=4, width=16, fused=False).state_dict(), file)
     assert heatmap_of(PHOTOGRAPH, "--weights", str(file), "--out", str(out)) == 0
@@ -41,8 +41,8 @@ def test_weights_from_a_file(tmp_path, capsys):
     assert out.exists()
 
 
-def test_every_gate_in_one_picture(tmp_path, capsys):
-    """A row for each gate that the network takes; a few of them are no wider than one of them."""
+def test_picture_has_a_row_for_each_gate(tmp_path, capsys):
+    """More gates make it higher, not wider."""
     every, few = tmp_path / "every.png", tmp_path / "few.png"
     assert heatmap_of(PHOTOGRAPH, "--steps", "0", "--attention", "all", "--out", str(every)) == 0
     out = capsys.readouterr().out
@@ -84,8 +84,8 @@ def test_views_are_the_gates_and_leave_the_model_alone(attention, fused):
         assert panel.shape == view.gain.shape
 
 
-def test_what_is_drawn():
-    """Maps come first, directions are multiplied, channels are sorted, branches stay together."""
+def test_lines_put_maps_first_and_merge_directions():
+    """Channels are sorted; branches stay together."""
     gain = torch.rand(4, 5)
     height, width, channel = torch.rand(1, 3, 4, 1), torch.rand(1, 3, 1, 5), torch.rand(1, 3, 1, 1)
     spatial, branch = torch.rand(1, 1, 4, 5), torch.rand(1, 2, 3, 1, 1)
@@ -107,7 +107,7 @@ def test_what_is_drawn():
     assert {tuple(pair) for pair in under[1].T.tolist()} == {tuple(pair) for pair in branch[0, :, :, 0, 0].T.tolist()}
 
 
-def test_hooks_go_even_if_the_model_fails():
+def test_hooks_are_removed_if_the_model_fails():
     model = AttentionResNet("cbam", width=8)
     with pytest.raises(ValueError, match="x must have 3 channels"):
         heatmap.views(model, torch.zeros(1, 1, 8, 8))
@@ -115,7 +115,7 @@ def test_hooks_go_even_if_the_model_fails():
     assert all(m.training for m in model.modules())
 
 
-def test_rotated_crops():
+def test_rotated_crops_turn_back_upright():
     image = torch.arange(3 * 9 * 11).reshape(3, 9, 11)
     x, turns = rotated_crops(image, 2, 5, torch.Generator().manual_seed(0))
     assert x.shape == (8, 3, 5, 5)
@@ -134,12 +134,12 @@ def test_rotated_crops():
         (".", (), "directory"),
         (str(PHOTOGRAPH), ("--size", "8"), "--size must be at least 64"),
         (str(PHOTOGRAPH), ("--out", "out.nonesuch"), "--out must end in"),
-        (str(PHOTOGRAPH), ("--attention", "nonesuch"), "--attention must be all or among se, eca"),
+        (str(PHOTOGRAPH), ("--attention", "nonesuch"), "--attention must be all, or names among se, eca"),
         (str(PHOTOGRAPH), ("--attention", "se,,eca"), "got ''"),
-        (str(PHOTOGRAPH), ("--attention", "all", "--weights", "other.pt"), "--weights are those of one network"),
+        (str(PHOTOGRAPH), ("--attention", "all", "--weights", "other.pt"), "--weights needs a single gate"),
         (str(PHOTOGRAPH), ("--weights", "missing.pt"), "No such file"),
-        (str(PHOTOGRAPH), ("--weights", "text.jpg"), "text.jpg is no state_dict of this network"),
-        (str(PHOTOGRAPH), ("--weights", "other.pt"), "other.pt is no state_dict of this network"),
+        (str(PHOTOGRAPH), ("--weights", "text.jpg"), "text.jpg is not a state_dict of this network"),
+        (str(PHOTOGRAPH), ("--weights", "other.pt"), "other.pt is not a state_dict of this network"),
     ],
 )
 def test_bad_input_is_one_line(tmp_path, monkeypatch, capsys, name, options, message):

@@ -1,4 +1,4 @@
-"""The comparison report: what it measures, and that its three forms say the same."""
+"""The comparison report: its rows, its three forms, bad options, and whole models."""
 
 from __future__ import annotations
 
@@ -13,17 +13,14 @@ from html.parser import HTMLParser
 import pytest
 import torch
 
-from cases import INTERPRETED
-
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 
 from visattn_fast import cli
+from visattn_fast.measure.timing import Effort
 from visattn_fast.report import markdown, page, whole_model
 from visattn_fast.report.results import Report
-from visattn_fast.measure.timing import Effort
 
-pytestmark = pytest.mark.skipif(INTERPRETED, reason="times kernels, which the interpreter does not")
 TINY = ("--quick", "--shapes", "2x16x6x5", "--seconds", "0")
 
 
@@ -34,12 +31,12 @@ def report(out, *options: str) -> Report:
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
-    """Every module and mode in one layout, eager against fused."""
+    """Measures every quick module and mode in one layout, eager and fused."""
     out = tmp_path_factory.mktemp("report")
     return out, report(out, "--contenders", "eager,fused", "--layouts", "channels_last")
 
 
-def test_rows(measured):
+def test_rows_hold_times_memory_and_errors(measured):
     _, found = measured
     assert {(r.op, r.mode, r.contender) for r in found.rows} == {
         (op, mode, c)
@@ -58,8 +55,8 @@ def test_rows(measured):
     assert found.machine.threads >= 1
 
 
-def test_memory(measured):
-    """Fused CBAM keeps x and small maps where eager keeps copies of x."""
+def test_fused_keeps_less_memory_than_eager(measured):
+    """Fused CBAM keeps x and small maps; eager keeps copies of x."""
     saved = {r.contender: r.saved_x for r in measured[1].rows if (r.op, r.mode) == ("cbam", "both")}
     assert saved["eager"] > saved["fused"]
 
@@ -72,8 +69,7 @@ def test_speedups_are_ratios_of_medians(measured):
         assert (comparison.case in slower) == (ratio < 1)
 
 
-def test_losses_are_shown(measured):
-    """A slow row is listed in every form of the report, as a loss."""
+def test_losses_are_shown_in_every_form(measured):
     out, found = measured
     data = json.loads((out / "report.json").read_text())
     for row in data["rows"]:
@@ -90,7 +86,7 @@ def test_losses_are_shown(measured):
         assert all(f"{loss.ratio:.2f}x" in text for loss in losses)
 
 
-def test_markdown(measured):
+def test_markdown_shows_every_speedup(measured):
     out, found = measured
     text = (out / "report.md").read_text()
     assert text == markdown.render(found)
@@ -99,7 +95,7 @@ def test_markdown(measured):
 
 
 def test_page_is_whole_and_self_contained(measured):
-    """Balanced tags, one picture per module at least, nothing fetched from elsewhere, light and dark."""
+    """Tags are balanced, each module has a picture, nothing is fetched from elsewhere, light and dark mode work."""
     text = (measured[0] / "report.html").read_text()
     open_tags: list[str] = []
 
@@ -121,7 +117,7 @@ def test_page_is_whole_and_self_contained(measured):
     assert "viewport" in text
 
 
-def test_a_contender_that_fails_gets_a_row(tmp_path):
+def test_failed_contender_gets_a_row(tmp_path):
     """Without a C++ compiler torch.compile cannot serve the CPU; the report says so and goes on."""
     code = (
         "import sys\nfrom visattn_fast import cli\n"
@@ -149,7 +145,7 @@ def test_a_contender_that_fails_gets_a_row(tmp_path):
         (["--backend", "cuda"], "backend 'cuda' cannot serve torch.float32 on cpu"),
     ],
 )
-def test_bad_options(options, message, capsys, tmp_path):
+def test_bad_options_are_explained(options, message, capsys, tmp_path):
     assert cli.main(["report", "--out", str(tmp_path / "new"), *options]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
@@ -169,8 +165,8 @@ SMALL = ("--batch", "2", "--size", "16", "--layouts", "nchw")
 
 
 @pytest.mark.parametrize("mode", [(), ("--train",)], ids=["inference", "training"])
-def test_whole_model(tmp_path, capsys, mode):
-    """A model as it is, accelerated and without attention; its three variants, and what attention costs."""
+def test_whole_model_has_three_variants(tmp_path, capsys, mode):
+    """As it is, accelerated, and without attention; rendered again, the report is the same."""
     options = ("--options", '{"attention": "cbam", "fused": false, "width": 8}')
     assert cli.main([*MODEL, *SMALL, *mode, *options, "--out", str(tmp_path)]) == 0
     found = json.loads((tmp_path / "model-nchw.json").read_text())
@@ -189,8 +185,8 @@ def test_whole_model(tmp_path, capsys, mode):
     assert (tmp_path / "again" / "model-nchw.md").read_text() == text
 
 
-def test_attention_tax():
-    """Of 10 ms attention takes 4; accelerate takes 3 of these away."""
+def test_attention_tax_is_a_share_of_the_time():
+    """Attention takes 4 of 10 ms; accelerate removes 3 of these 4."""
     rows = [
         whole_model.ModelRow(variant, "eager", 5, ms, ms, ms, None, None)
         for variant, ms in (("without", 6.0), ("before", 10.0), ("after", 7.0))
@@ -206,21 +202,21 @@ def test_attention_tax():
     [
         (("--model", "resnet50"), "a model is timm:NAME, torchvision:NAME or MODULE:FUNCTION, got 'resnet50'"),
         (("--model", "no_such_module:f"), "no_such_module:f cannot be built"),
-        (("--model", "builtins:int"), "builtins:int is no torch.nn.Module, but int"),
+        (("--model", "builtins:int"), "builtins:int must be a torch.nn.Module, got int"),
         (("--options", "[1]"), "--options must be a JSON object"),
         (("--options", '{"attention": "none"}'), "AttentionResNet"),
         (("--dtypes", "float32,bfloat16"), "--model takes one dtype, got float32,bfloat16"),
         (("--batch", "0"), "--batch and --size must be positive, got 0 and 16"),
     ],
 )
-def test_whole_model_bad_options(tmp_path, capsys, options, message):
+def test_bad_options_of_a_whole_model_are_explained(tmp_path, capsys, options, message):
     assert cli.main([*MODEL, *SMALL, *options, "--out", str(tmp_path)]) == 2
     assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
-def test_no_attention():
+def test_model_without_attention_is_refused():
     model, x = torch.nn.Linear(2, 2), torch.ones(1, 2)
     assert whole_model.without_attention(model) is None
-    with pytest.raises(ValueError, match="the model has no attention module that is known"):
+    with pytest.raises(ValueError, match="the model has no attention module that accelerate knows"):
         whole_model.measure_model(model, x, False, Effort(0, 5, 5))

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import visattn_fast as vf
 from visattn_fast import catalogue, reference
+from visattn_fast.measure.accuracy import Oracle
 
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 
@@ -194,33 +195,13 @@ def oracle(
 def within_budget(
     fused: dict[str, Tensor], eager: dict[str, Tensor], exact: dict[str, Tensor], rounded: dict[str, Tensor]
 ) -> None:
-    """Asserts that fused errs at most twice as much as eager does, plus a rounding band.
-
-    The band is 6 units in the last place of the largest value, and 4 times what rounding the inputs does:
-    where terms cancel, eager may be exact by luck. In float64, where the oracle rounds as eager does, it is 64 units.
-    """
+    """Holds the fused run to the error budget of `visattn_fast.measure.accuracy`; eager's dtypes are expected."""
     assert fused.keys() == exact.keys()
-    eps = max(torch.finfo(t.dtype).eps for t in fused.values())  # of the coarsest dtype in the run
-    largest = max((want.abs().max().item() for want in exact.values() if want.numel()), default=0.0)
-    for name, want in exact.items():
-        got, plain = fused[name], eager[name]
-        assert got.shape == want.shape, f"{name}: shape {tuple(got.shape)}, expected {tuple(want.shape)}"
-        assert got.dtype == plain.dtype, f"{name}: {got.dtype}, expected {plain.dtype}"
-        if want.numel() == 0:
-            continue
-        units = 64 if got.dtype == torch.float64 else 6
-        allowed = 2 * _distance(plain, want) + 4 * _distance(rounded[name], want)
-        scale = want.abs().max().item()
-        # Where all of it cancels, as in the gradient of a bias before a batch norm, only rounding is left to compare,
-        # and that of many terms. A single number is the sum of terms that may be far larger.
-        cancels = want.numel() == 1 or scale <= 1e-10 * largest
-        allowed += units * eps * (4 * largest if cancels else scale)
-        error = _distance(got, want)
-        assert error <= allowed, f"{name}: error {error:.3g} against float64, allowed {allowed:.3g}"
-
-
-def _distance(a: Tensor, b: Tensor) -> float:
-    return (a.double() - b).abs().max().item()
+    for name, got in fused.items():
+        assert got.dtype == eager[name].dtype, f"{name}: {got.dtype}, expected {eager[name].dtype}"
+    coarsest = max((t.dtype for t in fused.values()), key=lambda dtype: torch.finfo(dtype).eps)
+    budget = Oracle(exact)
+    budget.check(budget.errors(fused), budget.errors(eager), coarsest, budget.errors(rounded))
 
 
 def feature_map(shape: tuple[int, ...], layout: str, dtype: torch.dtype, device: str = "cpu", **kw: Any) -> Tensor:

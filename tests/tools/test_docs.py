@@ -1,4 +1,4 @@
-"""The recipes of docs/libraries run, and accelerate what they are about."""
+"""The pages' recipes run, their links lead somewhere, and they name every module."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 
+import visattn_fast as vf
 from cases import INTERPRETED
 from outside import library, ultralytics_modules
 
-PAGES = sorted((Path(__file__).parents[2] / "docs" / "guide" / "libraries").glob("*.md"))
+ROOT = Path(__file__).parents[2]
+PAGES = sorted((ROOT / "docs" / "guide" / "libraries").glob("*.md"))
 pytestmark = [
     pytest.mark.skipif(INTERPRETED, reason="swaps classes; what the kernels compute is held elsewhere"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
@@ -38,3 +40,30 @@ def test_every_library_has_a_page():
     from visattn_fast.integrations.accelerate import _LIBRARIES
 
     assert [page.stem for page in PAGES] == sorted(_LIBRARIES)
+
+
+def test_links_lead_to_files():
+    """`make docs` checks the site's links, and this those of the pages that GitHub alone shows."""
+    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
+    links = [(page, link) for page in pages for link in re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8"))]
+    inside = [(page, link) for page, link in links if "://" not in link]
+    assert len(inside) > 50
+    assert not [(page.name, link) for page, link in inside if not (page.parent / link).exists()]
+
+
+def test_files_that_pages_name_exist():
+    """Paths from the root, such as `kernels/core/tiles.py`, and those in the package, such as `ops/linear.py`."""
+    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
+    named = {name for page in pages for name in re.findall(r"[\w./]+/[\w/]+\.(?:py|h|cpp|cuh?)\b", page.read_text())}
+    assert len(named) > 30
+    assert not [name for name in named if not any((root / name).exists() for root in (ROOT, ROOT / "visattn_fast"))]
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/guide/modules.md"])
+def test_every_module_is_named(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    assert not [name for name in vf.__all__ if name.startswith("Fast") and f"`{name}" not in text]
+
+
+def test_readme_is_short():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 110

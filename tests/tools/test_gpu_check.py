@@ -1,4 +1,4 @@
-"""`make gpu-check` without a GPU: its steps walked on the CPU, its JSON read by the ledger, runs that are cut short."""
+"""`make gpu-check` without a GPU: its steps on the CPU, its JSON in the ledger, runs that are cut short."""
 
 from __future__ import annotations
 
@@ -9,13 +9,11 @@ import sys
 import pytest
 import torch
 
-from cases import INTERPRETED
 from visattn_fast import catalogue
 
 pytest.importorskip("triton")
 gpu_check = pytest.importorskip("tools.gpu_check", reason="not beside the repository's tools")
 ledger = gpu_check.ledger
-pytestmark = pytest.mark.skipif(INTERPRETED, reason="starts processes of its own")
 
 
 def written(folder):
@@ -23,8 +21,8 @@ def written(folder):
     return json.loads(path.read_text())
 
 
-def test_rehearsal(tmp_path, monkeypatch, capsys):
-    """Every step; the tests are those of one small file."""
+def test_rehearsal_takes_every_step(tmp_path, monkeypatch, capsys):
+    """The tests are those of one small file."""
     monkeypatch.setattr(gpu_check, "TESTS", {"small": (1.0, ("tests/cuda/test_cuda_objects.py",))})
     assert gpu_check.main(["--rehearse", "--out", str(tmp_path)]) == 0
     result = written(tmp_path)
@@ -48,7 +46,7 @@ def test_rehearsal(tmp_path, monkeypatch, capsys):
     assert not ledger.gpu_results(), "a rehearsal is no result"
 
 
-def test_groups_name_what_is_there():
+def test_groups_name_existing_tests():
     files = {part for _, parts in gpu_check.TESTS.values() for part in parts if part.startswith("tests/")}
     assert all((gpu_check.ROOT / file).exists() for file in files)
     assert sum(share for share, _ in gpu_check.TESTS.values()) == pytest.approx(1)
@@ -57,7 +55,7 @@ def test_groups_name_what_is_there():
     assert "def test_fuzzed_calls_match_reference(" in text
 
 
-def test_what_matters_comes_first():
+def test_common_gates_come_first():
     plan = gpu_check.Plan(torch.device("cpu"))
     cases = plan.cases()
     assert len(cases) == len(set(cases)) == len(plan.modules) * len(plan.shapes) * 4
@@ -65,14 +63,14 @@ def test_what_matters_comes_first():
     assert {entry.name for entry in catalogue.ENTRIES.values() if entry.resident} <= set(gpu_check.FIRST)
 
 
-def test_what_is_streamed_is_not_called_resident():
+def test_streamed_case_is_not_called_resident():
     kept = [gpu_check.Case("se", shape, "bfloat16") for shape in gpu_check.SHAPES]
     streamed = gpu_check.Case("se", (1, 2048, 150, 150), "bfloat16")
     assert [gpu_check._kept_on_chip(case, torch.device("cpu")) for case in [*kept, streamed]] == [True] * 3 + [False]
 
 
-def test_cut_short_leaves_what_was_found(tmp_path, monkeypatch):
-    """Whatever ends the run, be it in the middle of a case."""
+def test_run_cut_short_keeps_its_results(tmp_path, monkeypatch):
+    """Even in the middle of a case."""
     measure, calls = gpu_check.measure, []
 
     def third_ends(*args):
@@ -91,8 +89,8 @@ def test_cut_short_leaves_what_was_found(tmp_path, monkeypatch):
     assert "Cut short" in ledger.result_section(result)
 
 
-def test_no_time_and_no_memory(tmp_path, monkeypatch):
-    """Cases that fail, and those for which no time is left, are named."""
+def test_cases_left_out_are_named(tmp_path, monkeypatch):
+    """Cases that fail, and cases without time left."""
 
     def fails(*args):
         raise torch.OutOfMemoryError("too little")
@@ -105,8 +103,8 @@ def test_no_time_and_no_memory(tmp_path, monkeypatch):
     assert written(tmp_path / "none")["left_out"][1:] == list(map(str, gpu_check.rehearsal(()).cases()))
 
 
-def test_a_step_has_a_limit(monkeypatch):
-    """A process past it is interrupted, and killed where that is of no use; what it said is kept."""
+def test_process_past_its_limit_is_stopped(monkeypatch):
+    """It is interrupted, then killed; its output is kept."""
     monkeypatch.setattr(gpu_check, "GRACE", 1.0)
     deaf = (
         "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); print('here', flush=True); time.sleep(60)"
@@ -115,7 +113,7 @@ def test_a_step_has_a_limit(monkeypatch):
     monkeypatch.setattr(gpu_check, "GRACE", 20.0)
     hears = (
         "import signal, time\n"
-        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a job in the background begins without it
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a background job starts without it
         "try: time.sleep(60)\n"
         "except KeyboardInterrupt: print('heard')"
     )
@@ -123,7 +121,7 @@ def test_a_step_has_a_limit(monkeypatch):
     assert gpu_check.bounded([sys.executable, "-c", "raise SystemExit(3)"], 20.0) == (3, "")
 
 
-def test_status_is_that_of_the_tests(tmp_path, monkeypatch):
+def test_exit_status_is_that_of_the_tests(tmp_path, monkeypatch):
     outcomes = iter(
         [
             (0, "4 passed in 1.00s"),
@@ -144,7 +142,7 @@ def test_status_is_that_of_the_tests(tmp_path, monkeypatch):
     )
 
 
-def test_a_step_that_fails_leaves_the_others(tmp_path, monkeypatch):
+def test_failed_step_leaves_the_others(tmp_path, monkeypatch):
     def fails(*args):
         raise OSError("no such tool")
 
@@ -170,5 +168,5 @@ def test_a_step_that_fails_leaves_the_others(tmp_path, monkeypatch):
         (139, "ran a\nSegmentation fault", "1 small runs: exit status 139: ['Segmentation fault']"),
     ],
 )
-def test_what_the_sanitizer_says(status, text, said):
+def test_sanitizer_output_is_summed_up(status, text, said):
     assert gpu_check._sanitizer_says(status, text).startswith(said)

@@ -1,4 +1,4 @@
-"""docs/internals/evidence.md is in step with the package, and claims no GPU run that left no result."""
+"""The ledger docs/internals/evidence.md: in step with the package, and its GPU claims come from results."""
 
 from __future__ import annotations
 
@@ -8,17 +8,14 @@ from collections import Counter
 
 import pytest
 
-from cases import INTERPRETED
 from visattn_fast import catalogue
 from visattn_fast.backends import backends
 
 pytest.importorskip("triton")
 ledger = pytest.importorskip("tools.ledger", reason="not beside the repository's tools")
 
-pytestmark = pytest.mark.skipif(INTERPRETED, reason="reads a file")
 
-
-def test_every_module_and_target_is_listed():
+def test_ledger_lists_every_module_and_target():
     text = ledger.LEDGER.read_text(encoding="utf-8")
     for entry in filter(ledger.on_triton, catalogue.ENTRIES.values()):
         for row in (entry.name, f"{entry.name}_fwd", f"{entry.name}_bwd"):
@@ -27,8 +24,8 @@ def test_every_module_and_target_is_listed():
         assert f"| {target} |" in text
 
 
-def test_no_evidence_without_kernels():
-    """A module that PyTorch serves on GPUs passes the tests under the interpreter, which says nothing of Triton."""
+def test_ledger_leaves_out_modules_without_kernels():
+    """PyTorch serves them on GPUs, so their tests under the interpreter prove nothing about Triton."""
     text = ledger.LEDGER.read_text(encoding="utf-8")
     for entry in catalogue.ENTRIES.values():
         assert ledger.on_triton(entry) or not re.search(rf"\| {entry.name}(_fwd|_bwd)? \|", text), entry.name
@@ -38,7 +35,7 @@ def test_no_evidence_without_kernels():
     assert "| se | 3 | 0 | 0 |" in shown
     assert "| criss_cross |" not in shown
     assert "served by PyTorch: criss_cross." in shown
-    assert "of se and eca that keep an image on the chip" in ledger.resident_line(Counter(passed=3))
+    assert "of se and eca, which keep an image on the chip" in ledger.resident_line(Counter(passed=3))
 
 
 def test_gpu_claims_come_from_results():
@@ -52,8 +49,8 @@ def test_gpu_claims_come_from_results():
             assert re.search(r"not\s+(yet )?run on a GPU", (ledger.ROOT / page).read_text(encoding="utf-8")), page
 
 
-def test_a_result_is_shown(tmp_path, monkeypatch):
-    """A result file turns into a section with its card, its tests and its speeds."""
+def test_gpu_result_is_shown(tmp_path, monkeypatch):
+    """Its section has the card, the tests and the speeds."""
     case = {"op": "se", "shape": [2, 8, 4, 4], "dtype": "bfloat16", "layout": "nchw", "mode": "forward", "x_bytes": 512}
     rows = [
         case | {"contender": contender, "p50_ms": time, "x_of_copy": time}
@@ -81,7 +78,7 @@ def test_a_result_is_shown(tmp_path, monkeypatch):
 
 
 def test_native_kernels_are_listed(monkeypatch):
-    """What is emulated and what compiled, or why neither is."""
+    """Emulated and compiled ones, or why there are none."""
     objects = ledger.cuda_objects
     symbol = "_Z20channel_scale_kernelILb1ELi0ELb1EN14ChannelForwardIN3c108BFloat16E"
     kernels = [objects.Compiled(symbol, "sm_90", registers, 8 * (registers > 99), Counter()) for registers in (40, 100)]
@@ -93,4 +90,4 @@ def test_native_kernels_are_listed(monkeypatch):
     assert "| SE forward | nchw | sm_90 | 1 | cluster | 2 | 3 | 1 | 2.00 |" in ledger.emulation_section()
     for tool, section in ((ledger.emulation, ledger.emulation_section), (objects, ledger.native_section)):
         monkeypatch.setattr(tool, "why_not", lambda: "needs a compiler")
-        assert "where this was written: needs a compiler." in section()
+        assert "on the machine that wrote this: needs a compiler." in section()

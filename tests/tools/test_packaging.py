@@ -49,6 +49,7 @@ def test_wheel_holds_the_package_and_nothing_else(distributions):
     for path in (ROOT / "visattn_fast").rglob("*.py"):
         assert str(path.relative_to(ROOT)) in names
     assert any(n.endswith("licenses/LICENSE") for n in names)
+    assert "visattn_fast/py.typed" in names
 
 
 def test_source_distribution_holds_the_native_sources(distributions):

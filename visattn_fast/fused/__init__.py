@@ -1,1 +1,1 @@
-"""The public doors: one file per family with its function and its module, which inherits from the reference."""
+"""The public functions and modules: one file per family. Each module inherits its parameters from the reference."""

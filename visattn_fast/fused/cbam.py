@@ -1,4 +1,4 @@
-"""CBAM and its two halves."""
+"""CBAM and its two gates, fused."""
 
 from __future__ import annotations
 
@@ -28,11 +28,21 @@ def cbam(
 
     Args:
         x: ``[N, C, H, W]``, any floating dtype, NCHW or channels_last.
-        w1, w2: as in `channel_attention`.
-        wconv, bias: as in `spatial_attention`.
-        residual, activation: as in `se`.
+        w1, w2: layers of the channel gate, ``[R, C]`` and ``[C, R]`` (or, as 1x1 convolutions, ``[R, C, 1, 1]`` and
+            ``[C, R, 1, 1]``).
+        wconv: convolution of the spatial gate, ``[1, 2, k, k]`` with odd k, the mean's input first.
+        bias: ``[1]``, added to the convolution, or None.
+        residual: added before the activation; x's shape, or None.
+        activation: None, ``"relu"`` or ``"silu"``.
 
-    Returns, raises: as `se`.
+    Returns:
+        ``[N, C, H, W]`` in x's dtype and memory format; a residual of another dtype promotes the result. Sums are kept
+        in float32 (float64 for float64); weights may have another dtype than x.
+
+    Raises:
+        TypeError: a dtype that is not floating-point.
+        ValueError: shapes or devices that do not fit, an even k, an unknown activation.
+        RuntimeError: the backend asked for cannot serve this call.
 
     Source: Woo et al., "CBAM: Convolutional Block Attention Module", ECCV 2018.
     """
@@ -42,33 +52,43 @@ def cbam(
 
 
 def channel_attention(x: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
-    """CBAM's channel gate ``sigmoid(f(mean(x)) + f(max(x)))``, ``f(v) = w2 relu(w1 v)``; mean and max over H and W.
+    """CBAM's channel gate: ``sigmoid(f(mean(x)) + f(max(x)))`` with ``f(v) = w2 relu(w1 v)``.
+
+    Mean and maximum are over H and W.
 
     Args:
         x: ``[N, C, H, W]``, any floating dtype, NCHW or channels_last.
-        w1, w2: ``[R, C]`` and ``[C, R]``, or 1x1 convolutions' ``[R, C, 1, 1]`` and ``[C, R, 1, 1]``.
+        w1, w2: ``[R, C]`` and ``[C, R]`` (or, as 1x1 convolutions, ``[R, C, 1, 1]`` and ``[C, R, 1, 1]``).
 
     Returns:
-        ``[N, C, 1, 1]`` in x's dtype.
+        The gate, ``[N, C, 1, 1]`` in x's dtype.
 
-    Raises: as `se`.
+    Raises:
+        TypeError: a dtype that is not floating-point.
+        ValueError: shapes or devices that do not fit.
+        RuntimeError: the backend asked for cannot serve this call.
     """
     check_bottleneck(x, w1, None, w2, None)
     return serve(CHANNEL_ATTENTION, (x, w1, w2))
 
 
 def spatial_attention(x: Tensor, wconv: Tensor, *, bias: Tensor | None = None) -> Tensor:
-    """CBAM's spatial gate ``sigmoid(conv([mean(x), max(x)]) + bias)``; mean and max over C, zero padding.
+    """CBAM's spatial gate: ``sigmoid(conv([mean(x), max(x)]) + bias)``.
+
+    Mean and maximum are over C; the convolution pads with zeros.
 
     Args:
         x: ``[N, C, H, W]``, any floating dtype, NCHW or channels_last.
-        wconv: ``[1, 2, k, k]`` with odd k; its first input is the mean.
-        bias: ``[1]``, added to the convolution; None for none.
+        wconv: ``[1, 2, k, k]`` with odd k, the mean's input first.
+        bias: ``[1]``, added to the convolution, or None.
 
     Returns:
-        ``[N, 1, H, W]`` in x's dtype.
+        The gate, ``[N, 1, H, W]`` in x's dtype.
 
-    Raises: as `se`.
+    Raises:
+        TypeError: a dtype that is not floating-point.
+        ValueError: shapes or devices that do not fit, an even k.
+        RuntimeError: the backend asked for cannot serve this call.
     """
     check_feature_map(x)
     check_spatial_kernel(wconv, bias, x)
@@ -76,33 +96,36 @@ def spatial_attention(x: Tensor, wconv: Tensor, *, bias: Tensor | None = None) -
 
 
 class FastChannelAttention(reference.ChannelAttention):
-    """`reference.ChannelAttention`, fused: same constructor, same ``state_dict``, same result.
+    """Fused `reference.ChannelAttention`: same constructor, same ``state_dict``, same result.
 
-    Hooks on its inner layers do not run: the fused op reads their parameters alone.
+    The whole module is one op per direction. It reads the parameters of the inner layers directly, so hooks on these
+    layers do not run.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[N, C, H, W]`` -> gate ``[N, C, 1, 1]``; see `channel_attention`."""
+        """Returns the gate ``[N, C, 1, 1]``; see `channel_attention`."""
         return channel_attention(x, *self.weights())
 
 
 class FastSpatialAttention(reference.SpatialAttention):
-    """`reference.SpatialAttention`, fused: same constructor, same ``state_dict``, same result.
+    """Fused `reference.SpatialAttention`: same constructor, same ``state_dict``, same result.
 
-    Hooks on its inner layer do not run: the fused op reads its parameter alone.
+    The whole module is one op per direction. It reads the parameter of the inner layer directly, so hooks on this layer
+    do not run.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[N, C, H, W]`` -> gate ``[N, 1, H, W]``; see `spatial_attention`."""
+        """Returns the gate ``[N, 1, H, W]``; see `spatial_attention`."""
         return spatial_attention(x, *self.weights())
 
 
 class FastCBAM(reference.CBAM):
-    """`reference.CBAM`, fused: same constructor, same ``state_dict``, same result.
+    """Fused `reference.CBAM`: same constructor, same ``state_dict``, same result.
 
-    Hooks on its inner modules do not run: the fused op reads their parameters alone.
+    The whole module is one op per direction. It reads the parameters of the inner modules directly, so hooks on these
+    modules do not run.
     """
 
     def forward(self, x: Tensor, residual: Tensor | None = None, activation: str | None = None) -> Tensor:
-        """``act(cbam(x) + residual)``; see `cbam`."""
+        """Returns ``act(cbam(x) + residual)``; see `cbam`."""
         return cbam(x, *self.weights(), residual=residual, activation=activation)

@@ -1,4 +1,4 @@
-"""Coordinate attention."""
+"""Coordinate attention, fused."""
 
 from __future__ import annotations
 
@@ -39,22 +39,30 @@ def coord_att(
     residual: Tensor | None = None,
     activation: str | None = None,
 ) -> Tensor:
-    """Coordinate attention: ``act(x * sigmoid(w_w a_w + b_w) * sigmoid(w_h a_h + b_h) + residual)``,
+    """Coordinate attention: ``act(x * sigmoid(w_w a_w + b_w) * sigmoid(w_h a_h + b_h) + residual)``.
 
-    where ``[a_h, a_w] = hardswish(bn(w1 m + b1))`` and m is x's means over W, a value for each row, followed by its
-    means over H, a value for each column.
+    ``[a_h, a_w] = hardswish(bn(w1 m + b1))``. m holds x's means over W, one for each row, followed by its means over H,
+    one for each column.
 
     Args:
         x: ``[N, C, H, W]``, any floating dtype, NCHW or channels_last.
-        w1, b1: ``[M, C]`` (or a 1x1 convolution's ``[M, C, 1, 1]``) and ``[M]`` or None.
-        bn_weight, bn_bias, running_mean, running_var: the batch norm's, ``[M]`` or None.
+        w1, b1: ``[M, C]`` (or, as a 1x1 convolution, ``[M, C, 1, 1]``) and ``[M]`` or None.
+        bn_weight, bn_bias, running_mean, running_var: parameters and statistics of the batch norm, ``[M]`` or None.
         w_h, b_h, w_w, b_w: ``[C, M]`` (or ``[C, M, 1, 1]``) and ``[C]`` or None.
-        training: normalise with the batch's statistics, and update the running ones, where given, in place.
-        momentum: the weight of this batch in the running statistics; 0 leaves them alone.
+        training: normalise with the batch's statistics, and update the running ones, if given, in place.
+        momentum: weight of this batch in the running statistics; 0: they stay as they are.
         eps: added to the variance.
-        residual, activation: as in `se`.
+        residual: added before the activation; x's shape, or None.
+        activation: None, ``"relu"`` or ``"silu"``.
 
-    Returns, raises: as `se`.
+    Returns:
+        ``[N, C, H, W]`` in x's dtype and memory format; a residual of another dtype promotes the result. Sums are kept
+        in float32 (float64 for float64); weights may have another dtype than x.
+
+    Raises:
+        TypeError: a dtype that is not floating-point.
+        ValueError: shapes or devices that do not fit, an unknown activation, no running statistics outside training.
+        RuntimeError: the backend asked for cannot serve this call.
 
     Source: Hou et al., "Coordinate Attention for Efficient Mobile Network Design", CVPR 2021.
     """
@@ -63,7 +71,7 @@ def coord_att(
     check_coordinate_gates(x, *norm, *statistics, *gates, training)
 
     def plain() -> Tensor:
-        with _widened(statistics, (x, *norm, *gates)) as wide:  # updated in place, also where `mixed` would cast them
+        with _widened(statistics, (x, *norm, *gates)) as wide:  # `mixed` may cast, and then updates the copies
             return mixed(reference.coord_att, x, *norm, *wide, *gates, training, momentum, eps)
 
     tensors = (x, *norm, *((None, None) if training else statistics), *gates)
@@ -80,7 +88,7 @@ def coord_att(
 def _widened(
     statistics: tuple[Tensor | None, ...], others: tuple[Tensor | None, ...]
 ) -> Iterator[tuple[Tensor | None, ...]]:
-    """The statistics in the widest dtype of all; what is done to them is done to the given ones."""
+    """The statistics in the widest dtype of all arguments. Changes made to them are copied back to the given ones."""
     dtypes = (t.dtype for t in (*statistics, *others) if t is not None)
     dtype = functools.reduce(torch.promote_types, dtypes)
     wide = tuple(None if s is None else s.to(dtype) for s in statistics)
@@ -91,13 +99,14 @@ def _widened(
 
 
 class FastCoordAtt(reference.CoordAtt):
-    """`reference.CoordAtt`, fused: same constructor, same ``state_dict``, same result.
+    """Fused `reference.CoordAtt`: same constructor, same ``state_dict``, same result, same running statistics.
 
-    Hooks on its inner layers do not run: the fused op reads their parameters alone.
+    The module is fused passes over x and a small op between them. They read the parameters of the inner layers
+    directly, so hooks on these layers do not run.
     """
 
     def forward(self, x: Tensor, residual: Tensor | None = None, activation: str | None = None) -> Tensor:
-        """``act(coord_att(x) + residual)``; see `coord_att`."""
+        """Returns ``act(coord_att(x) + residual)``; see `coord_att`."""
         check_feature_map(x, self.channels)
         training, momentum = batch_norm_step(self.bn1)
         mode: dict[str, Any] = {"training": training, "momentum": momentum, "eps": self.bn1.eps}

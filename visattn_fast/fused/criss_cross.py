@@ -1,4 +1,4 @@
-"""Criss-cross attention."""
+"""Criss-cross attention in blocks of rows and columns."""
 
 from __future__ import annotations
 
@@ -15,17 +15,26 @@ __all__ = ["FastCrissCross", "criss_cross"]
 def criss_cross(
     x: Tensor, wq: Tensor, bq: Tensor, wk: Tensor, bk: Tensor, wv: Tensor, bv: Tensor, gamma: Tensor
 ) -> Tensor:
-    """Criss-cross attention: ``gamma * out + x``, out over the row and the column of every position.
+    """Criss-cross attention: ``gamma * out + x``; for out every position attends to its row and its column.
 
-    Works through an image in blocks of rows, forward and backward: no ``[N, H, W, H + W]`` map of weights is made.
+    Forward and backward work through an image in blocks of rows and columns and never store the weights
+    ``[N, H, W, H + W]``.
 
     Args:
         x: ``[N, C, H, W]``, any floating dtype, NCHW or channels_last.
-        wq, bq, wk, bk: of the queries and keys, ``[R, C]`` or ``[R, C, 1, 1]``, and ``[R]``.
-        wv, bv: of the values, ``[C, C]`` or ``[C, C, 1, 1]``, and ``[C]``.
+        wq, bq, wk, bk: layers that make queries and keys, ``[R, C]`` (or, as a 1x1 convolution, ``[R, C, 1, 1]``) and
+            ``[R]``.
+        wv, bv: the layer that makes values, ``[C, C]`` (or ``[C, C, 1, 1]``) and ``[C]``.
         gamma: ``[1]``.
 
-    Returns, raises: as `se`.
+    Returns:
+        ``[N, C, H, W]`` in x's dtype and memory format. Sums are kept in float32 (float64 for float64); weights may
+        have another dtype than x.
+
+    Raises:
+        TypeError: a dtype that is not floating-point.
+        ValueError: shapes or devices that do not fit.
+        RuntimeError: the backend asked for cannot serve this call.
 
     Source: Huang et al., "CCNet: Criss-cross attention for semantic segmentation", ICCV 2019.
     """
@@ -34,11 +43,12 @@ def criss_cross(
 
 
 class FastCrissCross(reference.CrissCross):
-    """`reference.CrissCross` in blocks of rows: same constructor, same ``state_dict``, same result.
+    """`reference.CrissCross` without its map of weights: same constructor, same ``state_dict``, same result.
 
-    Hooks on its inner layers do not run: the fused op reads their parameters alone.
+    The whole module is one op per direction, made of PyTorch's matrix products over blocks of rows and columns. It
+    reads the parameters of the inner layers directly, so hooks on these layers do not run.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[N, C, H, W]`` -> ``[N, C, H, W]``; see `criss_cross`."""
+        """Returns ``gamma * out + x``, ``[N, C, H, W]``; see `criss_cross`."""
         return criss_cross(x, *self.weights())

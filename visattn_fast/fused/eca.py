@@ -1,4 +1,4 @@
-"""Efficient channel attention."""
+"""Efficient channel attention, fused."""
 
 from __future__ import annotations
 
@@ -21,14 +21,26 @@ def eca(
     activation: str | None = None,
     norm: Norm | None = None,
 ) -> Tensor:
-    """Efficient channel attention: ``act(x * sigmoid(conv1d(mean(x))) + residual)``, the convolution along C.
+    """Efficient channel attention: ``act(x * sigmoid(conv1d(mean(x))) + residual)``.
+
+    The mean is over H and W; the convolution runs along C, with zero padding.
 
     Args:
         x: ``[N, C, H, W]``, any floating dtype, NCHW or channels_last.
-        weight: ``[1, 1, k]`` with odd k; zero padding.
-        residual, activation, norm: as in `se`.
+        weight: the convolution's, ``[1, 1, k]`` with odd k.
+        residual: added before the activation; x's shape, or None.
+        activation: None, ``"relu"`` or ``"silu"``.
+        norm: a batch norm in eval mode (a `Norm`) to apply to x first. On CPUs, without gradients, it is part of the
+            op.
 
-    Returns, raises: as `se`.
+    Returns:
+        ``[N, C, H, W]`` in x's dtype and memory format; a residual of another dtype promotes the result. Sums are kept
+        in float32 (float64 for float64); weights may have another dtype than x.
+
+    Raises:
+        TypeError: a dtype that is not floating-point.
+        ValueError: shapes or devices that do not fit, an even k, an unknown activation.
+        RuntimeError: the backend asked for cannot serve this call.
 
     Source: Wang et al., "ECA-Net", CVPR 2020.
     """
@@ -38,12 +50,13 @@ def eca(
 
 
 class FastECA(reference.ECA):
-    """`reference.ECA`, fused: same constructor, same ``state_dict``, same result.
+    """Fused `reference.ECA`: same constructor, same ``state_dict``, same result.
 
-    Hooks on its inner layer do not run: the fused op reads its parameter alone.
+    The whole module is one op per direction. It reads the parameter of the inner layer directly, so hooks on this layer
+    do not run.
     """
 
     def forward(self, x: Tensor, residual: Tensor | None = None, activation: str | None = None) -> Tensor:
-        """``act(eca(x) + residual)``; see `eca`."""
+        """Returns ``act(eca(x) + residual)``; see `eca`."""
         check_feature_map(x, self.channels)
         return eca(x, *self.weights(), residual=residual, activation=activation)

@@ -1,4 +1,4 @@
-"""The two gates of the global attention mechanism."""
+"""The two gates of the global attention mechanism (GAM), fused."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ __all__ = ["FastGAM", "channel_mlp", "norm_gate"]
 
 
 def channel_mlp(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None) -> Tensor:
-    """``x * (w2 relu(w1 x + b1) + b2)``, products of each pixel's channels; no sigmoid.
+    """GAM's first factor times x: ``x * (w2 relu(w1 x + b1) + b2)``, an MLP over each pixel's channels, no sigmoid.
 
     Args:
         x: ``[N, C, H, W]``, any floating dtype, NCHW or channels_last.
-        w1, b1: ``[R, C]`` (or a 1x1 convolution's ``[R, C, 1, 1]``) and ``[R]`` or None.
+        w1, b1: ``[R, C]`` (or, as a 1x1 convolution, ``[R, C, 1, 1]``) and ``[R]`` or None.
         w2, b2: ``[C, R]`` (or ``[C, R, 1, 1]``) and ``[C]`` or None.
 
     Returns:
         ``[N, C, H, W]`` in x's dtype and memory format.
 
     Raises:
-        TypeError: a tensor that is not floating.
+        TypeError: a dtype that is not floating-point.
         ValueError: shapes or devices that do not fit.
-        RuntimeError: the backend asked for cannot serve.
+        RuntimeError: the backend asked for cannot serve this call.
 
     Source: Liu et al., "Global Attention Mechanism", 2021.
     """
@@ -51,15 +51,23 @@ def norm_gate(
     residual: Tensor | None = None,
     activation: str | None = None,
 ) -> Tensor:
-    """``act(x * sigmoid(bn(m)) + residual)``: a map scaled by the sigmoid of another one's batch norm.
+    """Scales x by the sigmoid of another map's batch norm: ``act(x * sigmoid(bn(m)) + residual)``.
 
     Args:
         x, m: ``[N, C, H, W]``, any floating dtypes, NCHW or channels_last.
-        weight, bias, running_mean, running_var, training, momentum, eps: of the batch norm, as in `F.batch_norm`; in
-            training the running statistics are updated in place.
-        residual, activation: as in `se`.
+        weight, bias, running_mean, running_var, training, momentum, eps: the batch norm's arguments, as in
+            `torch.nn.functional.batch_norm`. Training updates the running statistics in place.
+        residual: added before the activation; x's shape, or None.
+        activation: None, ``"relu"`` or ``"silu"``.
 
-    Returns, raises: as `se`; ValueError for a single value per channel in training.
+    Returns:
+        ``[N, C, H, W]`` in x's dtype and memory format; a residual of another dtype promotes the result. Sums are kept
+        in float32 (float64 for float64); weights may have another dtype than x.
+
+    Raises:
+        TypeError: a dtype that is not floating-point.
+        ValueError: shapes or devices that do not fit, an unknown activation, a single value per channel in training.
+        RuntimeError: the backend asked for cannot serve this call.
     """
     check_norm_gate(x, m, weight, bias, running_mean, running_var, training, eps)
     return serve_batch_norm(
@@ -78,14 +86,14 @@ def norm_gate(
 
 
 class FastGAM(reference.GAM):
-    """`reference.GAM`, fused: same constructor, same ``state_dict``, same result, same running statistics.
+    """Fused `reference.GAM`: same constructor, same ``state_dict``, same result, same running statistics.
 
-    The convolutions and the first batch norm are PyTorch's, and hooks on them run; hooks on the other inner layers do
-    not: the fused ops read their parameters alone.
+    `channel_mlp` and `norm_gate` are fused; the convolutions and the first batch norm are PyTorch's, and hooks on them
+    run. Hooks on the other inner layers do not run: the ops read the parameters of these layers directly.
     """
 
     def forward(self, x: Tensor, residual: Tensor | None = None, activation: str | None = None) -> Tensor:
-        """``act(gam(x) + residual)``; see `channel_mlp` and `norm_gate`."""
+        """Returns ``act(gam(x) + residual)``; see `channel_mlp` and `norm_gate`."""
         self.check(x, residual, activation)
         x = channel_mlp(x, *self.channel_weights())
         m = self.convolved(x.to(self.conv1.weight.dtype))

@@ -1,4 +1,4 @@
-"""Gates whose mathematics the caller brings: fused passes over x around it."""
+"""Gates whose mathematics the caller brings, between fused passes over x."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import reference
 from ..backends import decide
 from ..ops.autograd import call_function
-from ..ops.gates import GATE_CHANNELS, GATE_TWICE, ChannelScale, Mean, PoolChannels, PoolPixels, TwofoldScale
+from ..ops.gates import GATE_CHANNELS, GATE_TWICE, ChannelScale, ChannelSpatialScale, Mean, PoolChannels, PoolPixels
 from ..ops.map_conv import MAP_CONV
 from ..reference.checks import ACTIVATIONS, TIES, check_choice, check_feature_map, check_spatial_kernel
 from ..reference.custom_gates import checked
@@ -26,16 +26,25 @@ def gate_channels(
     residual: Tensor | None = None,
     activation: str | None = None,
 ) -> Tensor:
-    """``act(x * gate(mean(x)) + residual)``, mean over H and W: any gate per channel, without its copies of x.
+    """Applies any gate per channel: ``act(x * gate(mean(x)) + residual)``, the mean over H and W.
 
-    What ``gate`` does is PyTorch's, forward and backward, with layers of any kind; the passes over x are fused.
+    ``gate`` may contain layers of any kind; PyTorch runs it and differentiates it. The passes over x are fused, and no
+    copy of x is made.
 
     Args:
         x: ``[N, C, H, W]``, any floating dtype, NCHW or channels_last.
         gate: ``[N, C, 1, 1]`` in x's dtype -> ``[N, C, 1, 1]``. It is called once.
-        residual, activation: as in `se`.
+        residual: added before the activation; x's shape, or None.
+        activation: None, ``"relu"`` or ``"silu"``.
 
-    Returns, raises: as `se`; ValueError, too, where ``gate`` returns another shape.
+    Returns:
+        ``[N, C, H, W]`` in x's dtype and memory format; a residual of another dtype promotes the result. Sums are kept
+        in float32 (float64 for float64).
+
+    Raises:
+        TypeError: a dtype that is not floating-point.
+        ValueError: shapes or devices that do not fit, an unknown activation, another shape returned by ``gate``.
+        RuntimeError: the backend asked for cannot serve this call.
     """
     check_feature_map(x)
     code = check_epilogue(x, residual, activation)
@@ -55,41 +64,52 @@ def gate_twice(
     residual: Tensor | None = None,
     activation: str | None = None,
 ) -> Tensor:
-    """``u = x * channel(mean(x), max(x))``, then ``act(u * spatial([mean(u), max(u)]) + residual)``: any kind of CBAM.
+    """Applies any kind of CBAM: a gate per channel, then a gate per pixel.
 
-    What ``channel`` and ``spatial`` do is PyTorch's, forward and backward, with layers of any kind, a batch norm for
-    one; the passes over x are fused, and u is never stored.
+    ``u = x * channel(mean(x), max(x))`` over H and W, then ``act(u * spatial([mean(u), max(u)]) + residual)`` over C.
+    ``channel`` and ``spatial`` may contain layers of any kind, such as a batch norm; PyTorch runs and differentiates
+    them. The passes over x are fused, and u is never stored.
 
     Args:
         x: ``[N, C, H, W]``, any floating dtype, NCHW or channels_last.
-        channel: mean and maximum over H and W, ``[N, C, 1, 1]`` in x's dtype -> ``[N, C, 1, 1]``. None: no such gate.
-        spatial: mean and maximum over C, ``[N, 2, H, W]`` in x's dtype -> ``[N, 1, H, W]``. Each is called once.
-        ties: which of equal maxima gets the gradient: the ``"first"``, as `torch.max` has it, or each an ``"even"``
-            share, as `torch.amax` has it.
-        residual, activation: as in `se`.
+        channel: mean and maximum of x over H and W, two ``[N, C, 1, 1]`` in x's dtype -> ``[N, C, 1, 1]``. It is called
+            once. None: no channel gate, u is x.
+        spatial: mean and maximum of u over C, ``[N, 2, H, W]`` in x's dtype -> ``[N, 1, H, W]``. It is called once.
+        ties: the gradient of equal maxima: ``"first"``: all of it to the first, as `torch.max`; ``"even"``: an even
+            share to each, as `torch.amax`.
+        residual: added before the activation; x's shape, or None.
+        activation: None, ``"relu"`` or ``"silu"``.
 
-    Returns, raises: as `se`; ValueError, too, for another ``ties``, and where a gate returns another shape.
+    Returns:
+        ``[N, C, H, W]`` in x's dtype and memory format; a residual of another dtype promotes the result. Sums are kept
+        in float32 (float64 for float64).
+
+    Raises:
+        TypeError: a dtype that is not floating-point.
+        ValueError: shapes or devices that do not fit, an unknown activation or ``ties``, another shape returned by a
+            gate.
+        RuntimeError: the backend asked for cannot serve this call.
 
     Source: Woo et al., "CBAM: Convolutional Block Attention Module", ECCV 2018.
     """
     check_feature_map(x)
-    code, even = check_epilogue(x, residual, activation), check_choice("ties", ties, TIES)
+    code, share_ties = check_epilogue(x, residual, activation), check_choice("ties", ties, TIES)
     if not decide(x, GATE_TWICE).fused:
         return reference.epilogue(reference.gate_twice(x, channel, spatial, ties).to(x.dtype), residual, activation)
-    (n, c, h, w), pooling = x.shape, -1 if channel is None else even
-    pooled, _, of_y, of_channel, of_pixel, *of_maps = call_function(PoolPixels, x, pooling)
+    (n, c, h, w), pooling = x.shape, -1 if channel is None else share_ties
+    pooled, _, for_grad, for_channel, for_pixel, *for_maps = call_function(PoolPixels, x, pooling)
     if channel is None:
         gate = pooled.new_ones((n, c))
     else:
         mean, maximum = pooled.to(x.dtype)[..., None, None].unbind(1)
         gate = checked(channel(mean, maximum), (n, c, 1, 1), "channel").flatten(1).to(pooled.dtype)
-    maps, _ = call_function(PoolChannels, x, gate, *of_maps, even)
+    maps, _ = call_function(PoolChannels, x, gate, *for_maps, share_ties)
     pixel = checked(spatial(maps.to(x.dtype)), (n, 1, h, w), "spatial").flatten(0, 1).to(pooled.dtype)
-    return _scaled(TwofoldScale, (x, gate, pixel), residual, (of_y, of_channel, of_pixel), code)
+    return _scaled(ChannelSpatialScale, (x, gate, pixel), residual, (for_grad, for_channel, for_pixel), code)
 
 
 def conv_maps(maps: Tensor, wconv: Tensor) -> Tensor:
-    """The convolution of mean and maximum to a gate's logit, as ``spatial`` of `gate_twice` wants it.
+    """Convolves the two maps of mean and maximum to one: for ``spatial`` of `gate_twice`, before its sigmoid.
 
     Args:
         maps: ``[N, 2, H, W]``, any floating dtype.
@@ -99,8 +119,9 @@ def conv_maps(maps: Tensor, wconv: Tensor) -> Tensor:
         ``[N, 1, H, W]`` in the dtype of ``maps``.
 
     Raises:
+        TypeError: a dtype that is not floating-point.
         ValueError: shapes or devices that do not fit, an even k.
-        TypeError: a dtype that is not floating.
+        RuntimeError: the backend asked for cannot serve this call.
     """
     check_feature_map(maps, 2)
     check_spatial_kernel(wconv, None, maps)
@@ -113,7 +134,7 @@ def conv_maps(maps: Tensor, wconv: Tensor) -> Tensor:
 def _scaled(
     function: type, tensors: tuple[Tensor, ...], residual: Tensor | None, carriers: Sequence[Tensor], code: int
 ) -> Tensor:
-    """The last pass: in one op where the residual has x's dtype, else in steps, whose sum is wider."""
+    """The last pass: one op, unless the residual has another dtype; the op would round the sum to x's dtype."""
     if residual is not None and residual.dtype != tensors[0].dtype:
         y = call_function(function, *tensors, None, *carriers, 0)[0]
         return reference.epilogue(y, residual, ACTIVATIONS[code])

@@ -1,4 +1,4 @@
-"""Linear layers of tokens."""
+"""The linear layer of token modules."""
 
 from __future__ import annotations
 
@@ -10,8 +10,16 @@ from ..ops import linear as op
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``x @ weight.T + bias`` of tokens ``[..., K]`` and a weight ``[M, K]``: `torch.nn.functional.linear`.
+    """`torch.nn.functional.linear`, ``x @ weight.T + bias``, faster for large float32 products on CPUs.
 
-    Large float32 products on CPUs are oneDNN's, outside of autocast; all others PyTorch's.
+    There, outside of autocast, oneDNN computes it; everywhere else PyTorch does.
+
+    Args:
+        x: tokens, ``[..., K]``.
+        weight: ``[M, K]``.
+        bias: ``[M]`` or None.
+
+    Returns:
+        ``[..., M]``.
     """
     return torch.nn.functional.linear(x, weight, bias) if reference_asked() else op.linear(x, weight, bias)

@@ -1,4 +1,4 @@
-"""Local attention."""
+"""Local attention, fused."""
 
 from __future__ import annotations
 
@@ -29,16 +29,25 @@ def local_attention(
     """Local attention: ``act(x * channel * spatial + residual)``.
 
     ``channel = sigmoid(w2 relu(w1 mean(x) + b1) + b2)``, the mean over H and W; ``spatial = sigmoid(p2 relu(p1 x + q1)
-    + q2)`` per pixel, whose hidden map is never stored.
+    + q2)`` per pixel. The hidden map of the spatial gate is never stored.
 
     Args:
         x: ``[N, C, H, W]``, any floating dtype, NCHW or channels_last.
-        w1, b1, w2, b2: as in `se`.
-        p1, q1: ``[S, C]`` (or a 1x1 convolution's ``[S, C, 1, 1]``) and ``[S]`` or None.
+        w1, b1: ``[R, C]`` (or, as a 1x1 convolution, ``[R, C, 1, 1]``) and ``[R]`` or None.
+        w2, b2: ``[C, R]`` (or ``[C, R, 1, 1]``) and ``[C]`` or None.
+        p1, q1: ``[S, C]`` (or ``[S, C, 1, 1]``) and ``[S]`` or None.
         p2, q2: ``[1, S]`` (or ``[1, S, 1, 1]``) and ``[1]`` or None.
-        residual, activation: as in `se`.
+        residual: added before the activation; x's shape, or None.
+        activation: None, ``"relu"`` or ``"silu"``.
 
-    Returns, raises: as `se`.
+    Returns:
+        ``[N, C, H, W]`` in x's dtype and memory format; a residual of another dtype promotes the result. Sums are kept
+        in float32 (float64 for float64); weights may have another dtype than x.
+
+    Raises:
+        TypeError: a dtype that is not floating-point.
+        ValueError: shapes or devices that do not fit, an unknown activation.
+        RuntimeError: the backend asked for cannot serve this call.
     """
     tensors = (x, w1, b1, w2, b2, p1, q1, p2, q2)
     check_local_attention(*tensors)
@@ -46,11 +55,12 @@ def local_attention(
 
 
 class FastLocalAttention(reference.LocalAttention):
-    """`reference.LocalAttention`, fused: same constructor, same ``state_dict``, same result.
+    """Fused `reference.LocalAttention`: same constructor, same ``state_dict``, same result.
 
-    Hooks on its inner layers do not run: the fused op reads their parameters alone.
+    The whole module is one op per direction. It reads the parameters of the inner layers directly, so hooks on these
+    layers do not run.
     """
 
     def forward(self, x: Tensor, residual: Tensor | None = None, activation: str | None = None) -> Tensor:
-        """``act(local_attention(x) + residual)``; see `local_attention`."""
+        """Returns ``act(local_attention(x) + residual)``; see `local_attention`."""
         return local_attention(x, *self.weights(), residual=residual, activation=activation)

@@ -1,4 +1,4 @@
-"""Normalization-based attention."""
+"""Normalization-based attention (NAM), fused."""
 
 from __future__ import annotations
 
@@ -26,15 +26,25 @@ def nam(
     residual: Tensor | None = None,
     activation: str | None = None,
 ) -> Tensor:
-    """``act(x * sigmoid(bn(x) * abs(weight) / sum(abs(weight))) + residual)``; no gradient through the quotient.
+    """Normalization-based attention: ``act(x * sigmoid(bn(x) * abs(weight) / sum(abs(weight))) + residual)``.
+
+    No gradient passes through the quotient.
 
     Args:
         x: ``[N, C, H, W]``, any floating dtype, NCHW or channels_last.
-        weight, bias, running_mean, running_var, training, momentum, eps: of the batch norm, as in `F.batch_norm`; in
-            training the running statistics are updated in place.
-        residual, activation: as in `se`.
+        weight, bias, running_mean, running_var, training, momentum, eps: the batch norm's arguments, as in
+            `torch.nn.functional.batch_norm`. Training updates the running statistics in place.
+        residual: added before the activation; x's shape, or None.
+        activation: None, ``"relu"`` or ``"silu"``.
 
-    Returns, raises: as `se`; ValueError for a single value per channel in training.
+    Returns:
+        ``[N, C, H, W]`` in x's dtype and memory format; a residual of another dtype promotes the result. Sums are kept
+        in float32 (float64 for float64); weights may have another dtype than x.
+
+    Raises:
+        TypeError: a dtype that is not floating-point.
+        ValueError: shapes or devices that do not fit, an unknown activation, a single value per channel in training.
+        RuntimeError: the backend asked for cannot serve this call.
 
     Source: Liu et al., "NAM: Normalization-based Attention Module", NeurIPS workshops 2021.
     """
@@ -55,13 +65,14 @@ def nam(
 
 
 class FastNAM(reference.NAM):
-    """`reference.NAM`, fused: same constructor, same ``state_dict``, same result, same running statistics.
+    """Fused `reference.NAM`: same constructor, same ``state_dict``, same result, same running statistics.
 
-    Hooks on its batch norm do not run: the fused op reads its parameters alone.
+    The whole module is one op per direction. It reads the parameters of the batch norm directly, so hooks on this layer
+    do not run.
     """
 
     def forward(self, x: Tensor, residual: Tensor | None = None, activation: str | None = None) -> Tensor:
-        """``act(nam(x) + residual)``; see `nam`."""
+        """Returns ``act(nam(x) + residual)``; see `nam`."""
         bn = self.bn2
         check_feature_map(x, bn.num_features)
         batch = bn.training or bn.running_mean is None

@@ -1,4 +1,4 @@
-"""A channel gate behind a batch norm, in a form that spares compilers and inference the map between them."""
+"""Batch norm followed by a channel gate, without materialising the normalised map."""
 
 from __future__ import annotations
 
@@ -31,35 +31,46 @@ def gate_normed_channels(
     residual: Tensor | None = None,
     activation: str | None = None,
 ) -> Tensor:
-    """``act(x * gate(mean(x)) + residual)`` for ``x = batch_norm(z)``, which is never stored.
+    """Applies a batch norm and a channel gate: ``act(x * gate(mean(x)) + residual)`` for ``x = batch_norm(z)``.
 
-    Norm and gate are affine in z: ``x * gate = (z - k) * scale + shift``, scale and shift per image and channel. Mean
-    and variance of every image give the batch's statistics and the pooled means at once, and backward needs two sums
-    per image and channel for both. So Inductor makes of it what it makes of the batch norm alone: a pass for sums and
-    one for values, in each direction. In eager mode it is fused where the norm is not in training and no gradient is
-    wanted, in two passes over z: its mean, and the affine form. Else it is slow there.
+    x is never stored, because norm and gate are affine in z: ``x * gate = (z - k) * scale + shift``, with scale and
+    shift per image and channel. Mean and variance of every image give both the batch's statistics and the pooled means;
+    backward needs two sums per image and channel for both.
+
+    Compiled, Inductor makes as many passes as for the batch norm alone: one for sums and one for values, in each
+    direction. In eager mode two fused passes over z serve (its mean, the affine form) if the norm is not in training
+    and nothing needs a gradient; otherwise this function is slow there.
 
     Args:
-        z: ``[N, C, H, W]``, any floating dtype: what the norm takes.
-        weight, bias, running_mean, running_var: of the norm, ``[C]``.
-        gate: as in `gate_channels`; what it is given and returns has z's dtype.
-        training: whether the batch's statistics are taken, and the running ones updated.
-        momentum, eps: of the norm; a momentum of 0 updates nothing.
-        residual, activation: as in `se`.
+        z: input of the norm, ``[N, C, H, W]``, any floating dtype.
+        weight, bias, running_mean, running_var: parameters and statistics of the norm, ``[C]``.
+        gate: ``[N, C, 1, 1]`` in z's dtype -> ``[N, C, 1, 1]`` in z's dtype, as in `gate_channels`.
+        training: normalise with the batch's statistics and update the running ones in place.
+        momentum: weight of this batch in the running statistics; 0: they stay as they are.
+        eps: added to the variance.
+        residual: added before the activation; z's shape, or None.
+        activation: None, ``"relu"`` or ``"silu"``.
 
-    Raises: as `gate_channels`; ValueError, too, in training with a single value per channel, and outside of it without
-        statistics.
+    Returns:
+        ``[N, C, H, W]`` in z's dtype; a residual of another dtype promotes the result.
+
+    Raises:
+        TypeError: a dtype that is not floating-point.
+        ValueError: shapes or devices that do not fit, an unknown activation, another shape returned by ``gate``, a
+            single value per channel in training, no running statistics outside training.
+        RuntimeError: the backend asked for cannot serve this call.
     """
     check_batch_norm(z, weight, bias, running_mean, running_var, training, eps)
     check_residual(residual, z)
     code = check_choice("activation", activation, ACTIVATIONS)
-    # Compiled, the plain form is Inductor's to fuse. A sum that is wider than z is PyTorch's.
+    # Compiled, Inductor fuses the plain form. A residual of another dtype is left to PyTorch, which promotes the sum.
     passes = not training and not torch.compiler.is_compiling() and (residual is None or residual.dtype == z.dtype)
     passes = passes and not recorded((z, weight, bias, residual)) and decide(z, GATE_CHANNELS).fused
     wide = torch.float64 if z.dtype == torch.float64 else torch.float32
     weight, bias = weight.to(wide), bias.to(wide)
     if training:
-        # A value of the image itself keeps its sums from cancelling: (k - mean)^2 is at most H W times the variance.
+        # Sums relative to a value k of the same image and channel do not cancel: (k - mean)^2 is at most H W times the
+        # variance.
         k = z[:, :, :1, :1].detach().to(wide)
         d = z.to(wide) - k
         offset = d.mean((2, 3))
@@ -81,9 +92,9 @@ def gate_normed_channels(
     if passes and not recorded((factor,)):
         factor = factor.flatten(1)
         scale = gain * factor
-        # Of the scale as it is rounded, so that a mean far from zero cancels.
+        # The shift uses the rounded scale, so that a mean far from zero cancels.
         return channel_affine(z, scale, torch.addcmul(bias * factor, mean, scale, value=-1), residual, code)
-    if passes:  # a gradient is wanted after all, of the gate's own parameters
+    if passes:  # the gate's own parameters need a gradient
         d = z.to(wide) - mean[:, None, None]
     y = d * (gain[:, None, None] * factor) + ((k - mean) * gain + bias)[..., None, None] * factor
     dtype = z.dtype if residual is None else torch.promote_types(z.dtype, residual.dtype)

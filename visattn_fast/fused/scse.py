@@ -1,4 +1,4 @@
-"""Concurrent spatial and channel squeeze-and-excitation."""
+"""Concurrent spatial and channel squeeze-and-excitation (scSE), fused."""
 
 from __future__ import annotations
 
@@ -31,11 +31,20 @@ def scse(
 
     Args:
         x: ``[N, C, H, W]``, any floating dtype, NCHW or channels_last.
-        w1, b1, w2, b2: as in `se`.
-        ws, bs: ``[1, C]`` (or a 1x1 convolution's ``[1, C, 1, 1]``) and ``[1]`` or None.
-        residual, activation: as in `se`.
+        w1, b1: ``[R, C]`` (or, as a 1x1 convolution, ``[R, C, 1, 1]``) and ``[R]`` or None.
+        w2, b2: ``[C, R]`` (or ``[C, R, 1, 1]``) and ``[C]`` or None.
+        ws, bs: ``[1, C]`` (or ``[1, C, 1, 1]``) and ``[1]`` or None.
+        residual: added before the activation; x's shape, or None.
+        activation: None, ``"relu"`` or ``"silu"``.
 
-    Returns, raises: as `se`.
+    Returns:
+        ``[N, C, H, W]`` in x's dtype and memory format; a residual of another dtype promotes the result. Sums are kept
+        in float32 (float64 for float64); weights may have another dtype than x.
+
+    Raises:
+        TypeError: a dtype that is not floating-point.
+        ValueError: shapes or devices that do not fit, an unknown activation.
+        RuntimeError: the backend asked for cannot serve this call.
 
     Source: Roy et al., "Concurrent Spatial and Channel 'Squeeze & Excitation' in Fully Convolutional Networks",
     MICCAI 2018.
@@ -45,11 +54,12 @@ def scse(
 
 
 class FastscSE(reference.scSE):
-    """`reference.scSE`, fused: same constructor, same ``state_dict``, same result.
+    """Fused `reference.scSE`: same constructor, same ``state_dict``, same result.
 
-    Hooks on its inner layers do not run: the fused op reads their parameters alone.
+    The whole module is one op per direction. It reads the parameters of the inner layers directly, so hooks on these
+    layers do not run.
     """
 
     def forward(self, x: Tensor, residual: Tensor | None = None, activation: str | None = None) -> Tensor:
-        """``act(scse(x) + residual)``; see `scse`."""
+        """Returns ``act(scse(x) + residual)``; see `scse`."""
         return scse(x, *self.weights(), residual=residual, activation=activation)

@@ -1,4 +1,4 @@
-"""Squeeze-and-excitation."""
+"""Squeeze-and-excitation, fused."""
 
 from __future__ import annotations
 
@@ -28,25 +28,27 @@ def se(
 ) -> Tensor:
     """Squeeze-and-excitation: ``act(x * sigmoid(w2 relu(w1 mean(x) + b1) + b2) + residual)``.
 
+    The mean is over H and W.
+
     Args:
         x: ``[N, C, H, W]``, any floating dtype, NCHW or channels_last.
-        w1, b1: squeeze, ``[R, C]`` (or a 1x1 convolution's ``[R, C, 1, 1]``) and ``[R]`` or None.
+        w1, b1: squeeze, ``[R, C]`` (or, as a 1x1 convolution, ``[R, C, 1, 1]``) and ``[R]`` or None.
         w2, b2: excitation, ``[C, R]`` (or ``[C, R, 1, 1]``) and ``[C]`` or None.
-        residual: x's shape, or None.
+        residual: added before the activation; x's shape, or None.
         activation: None, ``"relu"`` or ``"silu"``.
         hidden_activation: ``"relu"`` or ``"silu"`` (EfficientNet).
         gate_activation: ``"sigmoid"`` or ``"hard_sigmoid"``, ``relu6(v + 3) / 6`` (MobileNetV3).
-        norm: a batch norm in eval mode, a `Norm`, that x goes through first. On CPUs, without gradients, it is part of
-            the op.
+        norm: a batch norm in eval mode (a `Norm`) to apply to x first. On CPUs, without gradients, it is part of the
+            op.
 
     Returns:
-        ``[N, C, H, W]`` in x's dtype and memory format. Sums are kept in float32 (float64 for float64); weights may
-        have another dtype than x.
+        ``[N, C, H, W]`` in x's dtype and memory format; a residual of another dtype promotes the result. Sums are kept
+        in float32 (float64 for float64); weights may have another dtype than x.
 
     Raises:
-        TypeError: a tensor that is not floating.
+        TypeError: a dtype that is not floating-point.
         ValueError: shapes or devices that do not fit, an unknown activation.
-        RuntimeError: the backend asked for cannot serve.
+        RuntimeError: the backend asked for cannot serve this call.
 
     Source: Hu et al., "Squeeze-and-Excitation Networks", CVPR 2018.
     """
@@ -57,11 +59,12 @@ def se(
 
 
 class FastSE(reference.SE):
-    """`reference.SE`, fused: same constructor, same ``state_dict``, same result.
+    """Fused `reference.SE`: same constructor, same ``state_dict``, same result.
 
-    Hooks on its inner layers do not run: the fused op reads their parameters alone.
+    The whole module is one op per direction. It reads the parameters of the inner layers directly, so hooks on these
+    layers do not run.
     """
 
     def forward(self, x: Tensor, residual: Tensor | None = None, activation: str | None = None) -> Tensor:
-        """``act(se(x) + residual)``; see `se`."""
+        """Returns ``act(se(x) + residual)``; see `se`."""
         return se(x, *self.weights(), residual=residual, activation=activation)

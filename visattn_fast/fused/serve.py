@@ -1,4 +1,4 @@
-"""The one way from a public function to its op: decide who serves, call it, apply the epilogue."""
+"""The one way from a public function to its op: decide which backend serves, call it, apply the epilogue."""
 
 from __future__ import annotations
 
@@ -24,15 +24,23 @@ def serve(
     activation: str | None = None,
     norm: Norm | None = None,
 ) -> Tensor:
-    """``act(op(x, weights) + residual)`` by the backend that `decide` names, or by the op's plain form.
+    """Computes ``act(op(x, weights) + residual)`` with the backend that `decide` names, or with the op's plain form.
 
     Args:
-        op: what is called.
-        tensors: x, which is ``[N, C, H, W]`` for an op with an epilogue, and the weights; checked by the caller.
+        op: the op to call.
+        tensors: x and the weights, checked by the caller. For an op with an epilogue, x is ``[N, C, H, W]``.
         options: the op's numbers.
         residual: x's shape, or None; checked here.
         activation: None, ``"relu"`` or ``"silu"``; checked here.
-        norm: a batch norm in eval mode that x goes through first.
+        norm: a batch norm in eval mode to apply to x first.
+
+    Returns:
+        y; a residual of another dtype than x's promotes it.
+
+    Raises:
+        TypeError: a residual whose dtype is not floating-point.
+        ValueError: a residual that does not fit x, an unknown activation.
+        RuntimeError: the backend asked for cannot serve this call.
     """
     if norm is None:
         return serve_all(op, tensors, options=options, residual=residual, activation=activation)[0]
@@ -54,13 +62,15 @@ def serve_all(
     activation: str | None = None,
     plain: Callable[[], Tensor] | None = None,
 ) -> tuple[Tensor, ...]:
-    """As `serve`. Returns y and the small results behind it that callers keep, such as the batch's statistics.
+    """Computes what `serve` does, and returns the small results as well, such as the batch's statistics.
 
     Args:
-        plain: what serves in the place of ``op.plain``, and updates running statistics itself; without epilogue.
+        op, tensors, options, residual, activation: as in `serve`.
+        plain: takes the place of ``op.plain`` for an op that updates running statistics: it computes y without the
+            epilogue and updates them itself.
 
     Returns:
-        ``(y, *small)``; from plain PyTorch ``(y,)``.
+        ``(y, *small)``; only ``(y,)`` if plain PyTorch serves.
     """
     x = tensors[0]
     code = check_epilogue(x, residual, activation) if op.epilogue else 0
@@ -71,22 +81,25 @@ def serve_all(
         return op(*tensors, *options)
     if residual is None or residual.dtype == x.dtype:
         return op(*tensors, residual, code, *options)
-    y, *small = op(*tensors, None, 0, *options)  # the sum is wider than the op's result
+    y, *small = op(*tensors, None, 0, *options)  # the op would round the sum to x's dtype
     return reference.epilogue(y, residual, ACTIVATIONS[code]), *small
 
 
 def check_epilogue(x: Tensor, residual: Tensor | None, activation: str | None) -> int:
-    """Raises unless residual and activation fit x. Returns the activation's code."""
+    """Returns the activation's code. Raises unless residual and activation fit x."""
     code = check_choice("activation", activation, ACTIVATIONS)
     check_residual(residual, x)
     return code
 
 
 def norm_fuses_into_gate(op: FusedOp, z: Tensor, tensors: Iterable[Any], residual: Tensor | None) -> bool:
-    """True if a batch norm in eval mode and the gate behind it are one op: on CPUs, where no gradient can be asked for.
+    """True if one op computes a batch norm in eval mode and the gate after it: on CPUs, if nothing needs a gradient.
 
     Args:
-        tensors: everything that the result is made of.
+        op: the gate.
+        z: the input of the batch norm.
+        tensors: every tensor from which the result is computed.
+        residual: as in `serve`.
     """
     if torch.compiler.is_compiling() or (residual is not None and residual.dtype != z.dtype):
         return False
@@ -107,15 +120,18 @@ def serve_batch_norm(
     residual: Tensor | None,
     activation: str | None,
 ) -> Tensor:
-    """As `serve`, for a gate that is a batch norm of the last of ``maps``. Updates the statistics in training.
+    """Computes what `serve` does, for a gate that contains a batch norm. Updates the running statistics in training.
 
     Args:
-        op: ``(*maps, weight, bias, mean, var, ...) -> (y, mean, var)``; without a mean it takes the batch's statistics.
-        stateful: ``(*maps, weight, bias, *statistics, training, momentum, eps) -> y`` in plain PyTorch, which updates
-            them itself.
-        maps: x first.
-        weight, bias, statistics, training, momentum, eps: of the batch norm, as in `F.batch_norm`.
+        op: ``(*maps, weight, bias, mean, var, ...) -> (y, mean, var)``; without a mean it uses the batch's statistics.
+        stateful: ``(*maps, weight, bias, *statistics, training, momentum, eps) -> y`` in plain PyTorch. It updates the
+            statistics itself.
+        maps: the maps that the gate reads, x first; the batch norm is of the last.
+        weight, bias, statistics, training, momentum, eps: the batch norm's arguments, as in `F.batch_norm`.
         residual, activation: as in `serve`.
+
+    Returns:
+        y, as in `serve`.
     """
     x, last = maps[0], maps[-1]
 

@@ -1,4 +1,4 @@
-"""Shuffle attention."""
+"""Shuffle attention, fused."""
 
 from __future__ import annotations
 
@@ -26,14 +26,27 @@ def shuffle_attention(
     residual: Tensor | None = None,
     activation: str | None = None,
 ) -> Tensor:
-    """Shuffle attention: ``act(shuffle([x0 * channel gate, x1 * spatial gate]) + residual)`` in each group of channels.
+    """Shuffle attention: ``act(shuffle([x0 * channel gate, x1 * spatial gate]) + residual)``.
+
+    x0 and x1 are the halves of each group of channels. The channel gate is ``sigmoid(cweight mean(x0) + cbias)``, the
+    spatial gate ``sigmoid(sweight gn(x1) + sbias)``; mean and group norm (a group for each channel) are over H and W.
+    The shuffle moves channel ``h C / 2 + j`` to channel ``2 j + h``.
 
     Args:
         x: ``[N, C, H, W]``, any floating dtype, NCHW or channels_last.
-        cweight, cbias, sweight, sbias, gn_weight, gn_bias, eps: as in `reference.shuffle_attention`.
-        residual, activation: as in `se`; channels in the order of the result.
+        cweight, cbias, sweight, sbias, gn_weight, gn_bias: K elements each, shared by the ``G = C / 2K`` groups.
+        eps: added to the group norm's variance.
+        residual: added before the activation; x's shape, with channels in the order of the result, or None.
+        activation: None, ``"relu"`` or ``"silu"``.
 
-    Returns, raises: as `se`.
+    Returns:
+        ``[N, C, H, W]`` in x's dtype and memory format; a residual of another dtype promotes the result. Sums are kept
+        in float32 (float64 for float64); weights may have another dtype than x.
+
+    Raises:
+        TypeError: a dtype that is not floating-point.
+        ValueError: shapes or devices that do not fit, an unknown activation.
+        RuntimeError: the backend asked for cannot serve this call.
 
     Source: Zhang and Yang, "SA-Net: Shuffle Attention for Deep Convolutional Neural Networks", ICASSP 2021.
     """
@@ -44,12 +57,13 @@ def shuffle_attention(
 
 
 class FastShuffleAttention(reference.ShuffleAttention):
-    """`reference.ShuffleAttention`, fused: same constructor, same ``state_dict``, same result.
+    """Fused `reference.ShuffleAttention`: same constructor, same ``state_dict``, same result.
 
-    Hooks on its inner layer do not run: the fused op reads its parameters alone.
+    The whole module is one op per direction. It reads the parameters of the inner layer directly, so hooks on this
+    layer do not run.
     """
 
     def forward(self, x: Tensor, residual: Tensor | None = None, activation: str | None = None) -> Tensor:
-        """``act(shuffle_attention(x) + residual)``; see `shuffle_attention`."""
+        """Returns ``act(shuffle_attention(x) + residual)``; see `shuffle_attention`."""
         check_feature_map(x, self.channels)
         return shuffle_attention(x, *self.weights(), self.gn.eps, residual=residual, activation=activation)

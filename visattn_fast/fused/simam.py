@@ -1,4 +1,4 @@
-"""SimAM, parameter-free attention."""
+"""SimAM, parameter-free attention, fused."""
 
 from __future__ import annotations
 
@@ -21,10 +21,18 @@ def simam(
 
     Args:
         x: ``[N, C, H, W]``, any floating dtype, NCHW or channels_last.
-        e_lambda: what keeps the quotient finite, positive.
-        residual, activation: as in `se`.
+        e_lambda: positive number that keeps the quotient finite.
+        residual: added before the activation; x's shape, or None.
+        activation: None, ``"relu"`` or ``"silu"``.
 
-    Returns, raises: as `se`.
+    Returns:
+        ``[N, C, H, W]`` in x's dtype and memory format; a residual of another dtype promotes the result. Sums are kept
+        in float32 (float64 for float64).
+
+    Raises:
+        TypeError: a dtype that is not floating-point.
+        ValueError: a shape or device that does not fit, an unknown activation, a non-positive ``e_lambda``.
+        RuntimeError: the backend asked for cannot serve this call.
 
     Source: Yang et al., "SimAM: A Simple, Parameter-Free Attention Module", ICML 2021.
     """
@@ -34,8 +42,8 @@ def simam(
 
 
 class FastSimAM(reference.SimAM):
-    """`reference.SimAM`, fused: same constructor, same result."""
+    """Fused `reference.SimAM`, one op per direction: same constructor, same result."""
 
     def forward(self, x: Tensor, residual: Tensor | None = None, activation: str | None = None) -> Tensor:
-        """``act(simam(x) + residual)``; see `simam`."""
+        """Returns ``act(simam(x) + residual)``; see `simam`."""
         return simam(x, self.e_lambda, residual=residual, activation=activation)

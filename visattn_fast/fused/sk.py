@@ -1,4 +1,4 @@
-"""Selective kernels."""
+"""Selective kernels: fused selection between two branches."""
 
 from __future__ import annotations
 
@@ -34,26 +34,28 @@ def sk(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
-    """Selects between two branches: ``gate_1 relu(v1) + gate_2 relu(v2)``, gates that sum to one in each channel.
+    """Weighs two branches: ``gate_1 relu(v1) + gate_2 relu(v2)``; in each channel the gates sum to one.
 
     ``h = relu(batch_norm(w mean(relu(v1) + relu(v2))))``, the mean over H and W; ``gate = softmax([w1 h + b1, w2 h +
-    b2])`` over the two. The branches' ReLUs and their sum are never stored.
+    b2])`` over the two branches. The branches' ReLUs and their sum are never stored.
 
     Args:
         v1, v2: the branches before their ReLU, ``[N, C, H, W]``, any floating dtype, NCHW or channels_last.
-        w: ``[d, C]`` (or a 1x1 convolution's ``[d, C, 1, 1]``).
-        norm_weight, norm_bias, running_mean, running_var: of the batch norm, ``[d]``; without running statistics the
-            batch's are taken.
+        w: ``[d, C]`` (or, as a 1x1 convolution, ``[d, C, 1, 1]``).
+        norm_weight, norm_bias, running_mean, running_var: parameters and statistics of the batch norm, ``[d]``. Without
+            running statistics the batch's are used.
         w1, b1, w2, b2: ``[C, d]`` (or ``[C, d, 1, 1]``) and ``[C]``.
-        training: normalise with the batch's statistics and update the running ones by ``momentum``.
+        training: normalise with the batch's statistics and update the running ones in place.
+        momentum: weight of this batch in the running statistics.
+        eps: added to the variance.
 
     Returns:
         ``[N, C, H, W]`` in v1's dtype and memory format. Sums are kept in float32 (float64 for float64).
 
     Raises:
-        TypeError: a tensor that is not floating.
+        TypeError: a dtype that is not floating-point.
         ValueError: shapes or devices that do not fit, a batch of fewer than two images in training.
-        RuntimeError: the backend asked for cannot serve.
+        RuntimeError: the backend asked for cannot serve this call.
 
     Source: Li et al., "Selective Kernel Networks", CVPR 2019.
     """
@@ -61,7 +63,7 @@ def sk(
     check_branches(v1, v2, w, *norm, running_mean, running_var, w1, b1, w2, b2, training=training)
 
     def plain() -> Tensor:
-        # The running statistics are updated in place, so `mixed` may not pass on copies of them in another dtype.
+        # The running statistics are updated in place: `mixed` must not replace them by copies in another dtype.
         def mathematics(*tensors: Any) -> Tensor:
             weights = *tensors[:5], running_mean, running_var, *tensors[5:]
             return reference.sk(*weights, training=training, momentum=momentum, eps=eps)
@@ -78,12 +80,12 @@ def sk(
 
 
 class FastSK(reference.SK):
-    """`reference.SK`, fused: same constructor, same ``state_dict``, same result.
+    """Fused `reference.SK`: same constructor, same ``state_dict``, same result, same running statistics.
 
-    The convolutions and their batch norms are PyTorch's, and hooks on them run; hooks on the other inner layers do
-    not: the fused op reads their parameters alone.
+    The selection (`sk`) is fused; the convolutions and their batch norms are PyTorch's, and hooks on them run. Hooks on
+    the other inner layers do not run: the op reads the parameters of these layers directly.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[N, C, H, W]`` -> ``[N, C, H, W]``; see `sk`."""
+        """Returns the weighed branches, ``[N, C, H, W]``; see `sk`."""
         return sk(*self.branches(x), *self.weights(), **self.norm_step()).to(x.dtype)

@@ -1,4 +1,4 @@
-"""Second-order channel attention."""
+"""Second-order channel attention (SOCA), fused."""
 
 from __future__ import annotations
 
@@ -24,14 +24,24 @@ def soca(
 ) -> Tensor:
     """Second-order channel attention: ``act(x * sigmoid(w2 relu(w1 s + b1) + b2) + residual)``.
 
-    s is the mean over rows of the square root of the channels' covariance; see `reference.SOCA`. Memory for it is
-    ``[N, C, C]``; no copy of x is made.
+    s is the mean over rows of the square root of the channels' covariance; see `reference.SOCA`. The covariance takes
+    ``[N, C, C]``; x is never copied.
 
     Args:
         x: ``[N, C, H, W]``, any floating dtype, NCHW or channels_last.
-        w1, b1, w2, b2, residual, activation: as in `se`.
+        w1, b1: ``[R, C]`` (or, as a 1x1 convolution, ``[R, C, 1, 1]``) and ``[R]`` or None.
+        w2, b2: ``[C, R]`` (or ``[C, R, 1, 1]``) and ``[C]`` or None.
+        residual: added before the activation; x's shape, or None.
+        activation: None, ``"relu"`` or ``"silu"``.
 
-    Returns, raises: as `se`.
+    Returns:
+        ``[N, C, H, W]`` in x's dtype and memory format; a residual of another dtype promotes the result. Sums are kept
+        in float32 (float64 for float64); weights may have another dtype than x.
+
+    Raises:
+        TypeError: a dtype that is not floating-point.
+        ValueError: shapes or devices that do not fit, an unknown activation.
+        RuntimeError: the backend asked for cannot serve this call.
 
     Source: Dai et al., "Second-order attention network for single image super-resolution", CVPR 2019.
     """
@@ -40,11 +50,12 @@ def soca(
 
 
 class FastSOCA(reference.SOCA):
-    """`reference.SOCA`, fused: same constructor, same ``state_dict``, same result.
+    """Fused `reference.SOCA`: same constructor, same ``state_dict``, same result.
 
-    Hooks on its inner layers do not run: the fused ops read their parameters alone.
+    Fused passes pool and scale x; covariance and gate are ops made of PyTorch's matrix products. They read the
+    parameters of the inner layers directly, so hooks on these layers do not run.
     """
 
     def forward(self, x: Tensor, residual: Tensor | None = None, activation: str | None = None) -> Tensor:
-        """``act(soca(x) + residual)``; see `soca`."""
+        """Returns ``act(soca(x) + residual)``; see `soca`."""
         return soca(x, *self.weights(), residual=residual, activation=activation)

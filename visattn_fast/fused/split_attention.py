@@ -1,4 +1,4 @@
-"""S2-MLPv2's split attention."""
+"""S2-MLPv2's split attention, fused."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ __all__ = ["FastS2MLPv2", "split_attention"]
 
 
 def split_attention(u: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
-    """Shifts the thirds of u's channels and adds them, weighed by gates that sum to one in each channel.
+    """Shifts the thirds of u's channels and adds them, weighted by gates that sum to one in each channel.
 
-    ``sum_k gate_k b_k``, ``gate = softmax(w2 gelu(w1 sum(b)))``; the sum over branches and pixels. Branch 1 is shifted
-    by one pixel along H in its first half of the channels (a quarter each way) and along W in the other, branch 2 the
-    other way round, branch 3 not at all. At the border a pixel keeps its own value. Shifted maps are never stored.
+    ``sum_k gate_k b_k`` with ``gate = softmax(w2 gelu(w1 sum(b)))``, the sum over branches and pixels. Branch 1 moves
+    by one pixel: the first half of its channels along H (a quarter each way), the other half along W. Branch 2 swaps H
+    and W; branch 3 does not move. At the border a pixel keeps its own value. Shifted maps are never stored.
 
     Args:
         u: the three branches, ``[N, 3C, H, W]``, any floating dtype, NCHW or channels_last.
@@ -28,9 +28,9 @@ def split_attention(u: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
         ``[N, C, H, W]`` in u's dtype and memory format. Sums are kept in float32 (float64 for float64).
 
     Raises:
-        TypeError: a tensor that is not floating.
+        TypeError: a dtype that is not floating-point.
         ValueError: shapes or devices that do not fit.
-        RuntimeError: the backend asked for cannot serve.
+        RuntimeError: the backend asked for cannot serve this call.
 
     Source: Yu et al., "S2-MLPv2: Improved Spatial-Shift MLP Architecture for Vision", 2021.
     """
@@ -39,21 +39,21 @@ def split_attention(u: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
 
 
 class FastS2MLPv2(reference.S2MLPv2):
-    """`reference.S2MLPv2`, fused: same constructor, same ``state_dict``, same result.
+    """Fused `reference.S2MLPv2`: same constructor, same ``state_dict``, same result.
 
-    Hooks on its inner layers do not run: in NCHW, mlp1 and mlp2 are batched products, which need no permuted copy of a
-    map.
+    `split_attention` is fused; mlp1 and mlp2 are PyTorch's products, in NCHW batched ones that need no permuted copy of
+    a map. Hooks on the inner layers do not run.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[N, C, H, W]`` -> ``[N, C, H, W]``, in x's memory format; see `split_attention`."""
+        """Returns ``mlp2(split_attention(mlp1(x)))``, ``[N, C, H, W]`` in x's memory format; see `split_attention`."""
         self._check(x)
         y = split_attention(_at_each_pixel(self.mlp1, x), *self.gate_weights())
         return _at_each_pixel(self.mlp2, y).to(x.dtype)
 
 
 def _at_each_pixel(layer: nn.Linear, x: Tensor) -> Tensor:
-    """``[N, C, H, W]`` -> ``[N, C', H, W]``, in x's memory format."""
+    """Applies the layer to each pixel's channels: ``[N, C, H, W]`` -> ``[N, C', H, W]``, in x's memory format."""
     if not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
         return layer(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
     weight = layer.weight.expand(x.shape[0], -1, -1)

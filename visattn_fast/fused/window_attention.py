@@ -1,4 +1,4 @@
-"""Attention inside windows."""
+"""Attention inside (shifted) windows, fused."""
 
 from __future__ import annotations
 
@@ -25,32 +25,32 @@ def window_attention(
     scale: float | None = None,
     pad_first: bool = True,
 ) -> Tensor:
-    """``softmax(scale q k^T + B) v`` inside every window of a map, for each head: B from a table of positions.
+    """``softmax(scale q k^T + B) v`` for each head inside every window of a map; B is a relative position bias.
 
-    Windows are read where they lie and written where they belong: shift, partition, biases, seams and padding are
-    addresses, and nothing but qkv is kept for the backward pass. Seams and padding are as in
+    Tokens are read where they lie, and results are written where they belong: shift, partition, seam, padding and bias
+    cost no copies, and only qkv is kept for the backward pass. Seam and padding are those of
     `reference.window_attention`.
 
     Args:
-        qkv: queries, keys and values of every token less their bias, ``[N, H, W, 3C]``, any floating dtype; channels in
-            the order (3, heads, d).
-        bias: of queries, keys and values, ``[3C]``, added to every token as it is read, and all that padding has; None:
-            zeros. So the layer that makes qkv needs none, and its gradient no pass of its own.
-        table: of B, ``[(2 window_h - 1) (2 window_w - 1), heads]``.
-        heads: of d channels each.
-        window: its height and width, or both in one.
+        qkv: queries, keys and values of every token without their bias, ``[N, H, W, 3C]``, any floating dtype; channels
+            in the order (3, heads, d).
+        bias: bias of queries, keys and values, ``[3C]``, added to every token as it is read, and the value of padding;
+            None: zeros. The layer that makes qkv then needs no bias, and the bias gradient no pass of its own.
+        table: the values of B, ``[(2 window_h - 1) (2 window_w - 1), heads]``, a row for each offset.
+        heads: number of heads, d channels each.
+        window: height and width, or one int for both.
         shift: along H and W, less than the window.
-        scale: of the logits; None: ``d**-0.5``.
-        pad_first: whether a map is padded and then shifted, as in torchvision, or the other way round, as in timm.
+        scale: factor of the logits; None: ``d**-0.5``.
+        pad_first: True: the map is padded, then shifted, as in torchvision. False: the other way round, as in timm.
 
     Returns:
         ``[N, H, W, C]``, dense, in qkv's dtype. Sums are kept in float32 (float64 for float64); bias and table may have
         another dtype than qkv.
 
     Raises:
-        TypeError: a tensor that is not floating.
-        ValueError: shapes or devices that do not fit, a shift that is no part of the window.
-        RuntimeError: the backend asked for cannot serve.
+        TypeError: a dtype that is not floating-point.
+        ValueError: shapes or devices that do not fit, a shift that is not less than the window.
+        RuntimeError: the backend asked for cannot serve this call.
 
     Source: Liu et al., "Swin Transformer: Hierarchical vision transformer using shifted windows", ICCV 2021.
     """
@@ -61,10 +61,10 @@ def window_attention(
 
 
 class FastWindowAttention2d(reference.WindowAttention2d):
-    """`reference.WindowAttention2d`, fused: same constructor, same ``state_dict``, same result.
+    """Fused `reference.WindowAttention2d`: same constructor, same ``state_dict``, same result.
 
-    Its linear layers' products are PyTorch's, or oneDNN's (`linear`); hooks on these layers do not run.
-    Weights, where they are asked for, are plain PyTorch.
+    The attention is one op per direction. The products of the linear layers are PyTorch's or oneDNN's (see ``linear``),
+    and hooks on these layers do not run. Attention weights, if asked for, are computed in plain PyTorch.
     """
 
     def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

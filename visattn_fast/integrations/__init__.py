@@ -1,6 +1,6 @@
-"""Outside models made fast: which class of which library is which op."""
+"""Makes models of other libraries fast: which class of which library becomes which op."""
 
 from .accelerate import accelerate, restore
-from .report import Acceleration
+from .outcome import Acceleration
 
 __all__ = ["Acceleration", "accelerate", "restore"]

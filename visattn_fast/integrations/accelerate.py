@@ -1,4 +1,4 @@
-"""Makes an existing model's attention fast, in place, and undoes it."""
+"""Makes the attention of an existing model fast, in place, and undoes it."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any
 from torch import nn
 
 from ..backends import select
-from .recipe import Recipe, is_fused, is_swapped, put_back, swap
-from .report import Acceleration, Skipped, Swapped
+from .outcome import Acceleration, Skipped, Swapped
+from .recipe import Recipe, first_match, is_fused, is_swapped, put_back, swap
 
-# Of each library, by the name of our file, the module that must have been imported.
+# Our file for a library -> the module of the library that must have been imported.
 _LIBRARIES = {
     "timm": "timm",
     "torchvision": "torchvision",
@@ -31,30 +31,30 @@ def accelerate(
     except_: Collection[str] = (),
     blocks: bool = True,
 ) -> Acceleration:
-    """Gives every attention module that is known the fused forward; all else about it stays as it is.
+    """Gives every known attention module the fused forward; everything else about the module stays as it is.
 
-    A module that is swapped keeps its parameters, buffers, names, hooks, mode and device: it is the same object, with a
-    subclass of its class that overrides forward alone. So ``isinstance``, ``state_dict``, ``deepcopy``, ``pickle``,
+    A swapped module is the same object with a subclass of its class that overrides forward alone. It keeps its
+    parameters, buffers, names, hooks, mode and device. So ``isinstance``, ``state_dict``, ``deepcopy``, ``pickle``,
     optimizers, DDP and ``torch.compile`` go on working.
 
-    Known are the reference modules of this package and the modules of timm, torchvision, MONAI, Ultralytics and
-    segmentation-models-pytorch that `visattn_fast.integrations` names; a library is looked at only if it is imported
-    already. Classes are matched exactly.
+    Known classes are the reference modules of this package, and the modules of timm, torchvision, MONAI, Ultralytics
+    and segmentation-models-pytorch that have a recipe in `visattn_fast.integrations`. A library is looked at only if it
+    is already imported. Classes are matched exactly.
 
     Args:
         model: changed in place.
-        example: an input of the model, or a tuple of its arguments. With it every swapped module is run beside its
-            original on what the model gives it: where results or gradients differ, a warning names it and it is put
-            back; where it is slower on this device, it is put back, too.
-        only: qualified names of modules, or prefixes of such, to consider; None for all.
-        except_: those to leave alone.
-        blocks: also let a residual block's gate take over the block's addition and activation.
+        example: an input of the model, or a tuple of its arguments. With an example, every swapped module runs beside
+            its original on the input that the model gives it. A module is put back if its result or a gradient
+            differs, with a warning that names it, or if it is slower on this device.
+        only: qualified names of modules to consider, or prefixes of such names; None for all.
+        except_: qualified names of modules to leave alone, or prefixes.
+        blocks: also let the gate of a residual block take over the block's addition and activation.
 
     Returns:
-        What was swapped, and what was left alone and why.
+        The modules that were swapped, and those that were left alone, with the reason.
 
     Raises:
-        TypeError: ``model`` is no module.
+        TypeError: ``model`` is not a module.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -62,38 +62,36 @@ def accelerate(
     recipes = known()
     originals = tuple(recipes)
     whole = [name for name, module in model.named_modules() if is_fused(module)]  # their parts do not run
-    # Gates first: a block asks whether its gate was swapped.
-    for patterns in (False, True) if blocks else (False,):
+    # Gates first: the recipe of a block asks if its gate was swapped.
+    for block in (False, True) if blocks else (False,):
         for name, module in model.named_modules():
             if not _chosen(name, only, except_) or any(_inside(name, outer) for outer in whole):
                 continue
-            mine = recipes.get(type(module), [])
-            if not mine and not patterns and isinstance(module, originals) and not is_fused(module):
-                found.skipped.append(
-                    Skipped(name, type(module).__name__, "is a subclass, whose forward may be its own")
-                )
-            fitting = [(recipe, recipe.reason_against(module)) for recipe in mine if recipe.pattern is patterns]
-            if not fitting:
-                continue
-            recipe, reason = next((pair for pair in fitting if not pair[1]), fitting[-1])
-            if reason:
-                found.skipped.append(Skipped(name, type(module).__name__, reason))
+            fitting = [recipe for recipe in recipes.get(type(module), ()) if recipe.block is block]
+            if fitting:
+                recipe, reason = first_match(fitting, module)
+                if not reason:
+                    found.swapped.append(Swapped(name, module, recipe))
+                    swap(module, recipe)
+                    whole.append(name)
+                    continue
+            elif not block and type(module) not in recipes and isinstance(module, originals) and not is_fused(module):
+                reason = "is a subclass, whose forward may be its own"
             else:
-                found.swapped.append(Swapped(name, module, recipe))
-                swap(module, recipe)
-                whole.append(name)
+                continue
+            found.skipped.append(Skipped(name, type(module).__name__, reason))
     parameter = next((p for p in model.parameters() if p.is_floating_point()), None)
     if parameter is not None:
         found.backend = select(parameter.device.type, parameter.dtype, "auto")
     if example is not None:
-        from .verify import verify  # it measures, which the package itself does not
+        from .verify import verify  # measures, and needs more of torch than the package itself does
 
         verify(model, example, found)
     return found
 
 
 def restore(model: nn.Module) -> int:
-    """Undoes `accelerate`: every swapped module gets its own class back. Returns how many did."""
+    """Undoes `accelerate`: gives every swapped module its own class back. Returns their number."""
     swapped = [module for module in model.modules() if is_swapped(module)]
     for module in swapped:
         put_back(module)
@@ -101,9 +99,9 @@ def restore(model: nn.Module) -> int:
 
 
 def known() -> dict[type[nn.Module], list[Recipe]]:
-    """The recipes of this package's reference modules and of every library that is imported, by original class.
+    """Returns the recipes by original class, for this package's reference modules and for every imported library.
 
-    The first whose reason is empty is taken: those that keep a module's own layers come after those that replace them.
+    The recipes of a class are in the order in which `first_match` tries them.
     """
     there = ["own", *(name for name, needed in _LIBRARIES.items() if needed in sys.modules)]
     recipes: dict[type[nn.Module], list[Recipe]] = {}
@@ -114,7 +112,7 @@ def known() -> dict[type[nn.Module], list[Recipe]]:
 
 
 def _inside(name: str, outer: str) -> bool:
-    """Whether ``outer``, a qualified name, holds the module of that name; the model's own is empty."""
+    """True if module ``name`` is inside module ``outer``. The model itself has an empty name."""
     return name != outer and name.startswith(f"{outer}." if outer else "")
 
 

@@ -1,4 +1,4 @@
-"""What a swapped module will keep less for the backward pass, without an example and without computing anything."""
+"""Predicts how much less memory a swapped module keeps for the backward pass, without an example or computing."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ _found: dict[tuple[Recipe, str, str], float | None] = {}  # models repeat their 
 
 
 def expected_saving(module: nn.Module, recipe: Recipe) -> float | None:
-    """Bytes that it no longer keeps from forward to backward, in multiples of its input; None where that is unknown.
+    """Returns the bytes that the module will no longer keep from forward to backward, in multiples of its input.
 
-    Both its forwards run on tensors without data, of 32 x 32 pixels and a number of channels that it accepts.
+    Runs both forwards on tensors without data, of 32 x 32 pixels and a number of channels that the module accepts.
+    Returns None if it accepts none.
     """
     key = recipe, repr(module), str([p.shape for p in module.parameters()])
     if key not in _found:
@@ -43,11 +44,11 @@ def _expected(module: nn.Module, recipe: Recipe) -> float | None:
             try:
                 before, after = (saved_bytes(functools.partial(m, x), (*m.parameters(), *m.buffers())) for m in pair)
             except (RuntimeError, TypeError, ValueError):
-                continue  # not its channels, or not its kind of input
+                continue  # other channels, or another kind of input
             return (before - after) / x.nbytes
     return None
 
 
 def _widths(module: nn.Module) -> Iterator[int]:
-    """The numbers that may be its input's channels: those that its first parameter has, then the others'."""
+    """Yields candidates for the number of input channels: sizes of the first parameter, then of the others."""
     yield from dict.fromkeys([*(size for p in module.parameters() for size in p.shape[1::-1]), _SIDE])

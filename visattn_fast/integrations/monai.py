@@ -1,6 +1,6 @@
-"""MONAI's channel squeeze-and-excitation, in two dimensions, and the blocks of its SE nets. Source: MONAI 1.6
+"""MONAI's channel squeeze-and-excitation in two dimensions, and the blocks of its SENets.
 
-(Apache-2.0).
+Source: MONAI 1.6 (Apache-2.0).
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from torch import Tensor, nn
 from .. import functional
 from ..reference.batch_norm import Norm
 from .normed import normed_gate
-from .recipe import ACTIVATIONS, Recipe, has_hooks, is_swapped, layers
+from .recipe import ACTIVATIONS, Recipe, all_of, has_hooks, is_swapped, require_layers
 from .se_like import se_layers, se_like
 
 
 class FastAnyChannelSELayer(ChannelSELayer):
-    """MONAI's ChannelSELayer with any activations, which run as they are; with the block's epilogue, if asked."""
+    """MONAI's ChannelSELayer with any activations, which run as they are; takes the epilogue of the block around it."""
 
     def channel_gate(self, mean: Tensor) -> Tensor:
         return _gate(self, mean)
@@ -38,9 +38,9 @@ class FastAnyChannelSELayer(ChannelSELayer):
 
 
 class FastChannelSELayer(FastAnyChannelSELayer):
-    """MONAI's ChannelSELayer, fused; with the epilogue of the block around it, and the norm before it, if asked."""
+    """MONAI's ChannelSELayer, fused; takes the epilogue of the block around it, and the norm before it."""
 
-    takes_norm = True  # by blocks, whose layers do not add their input
+    takes_norm = True  # in blocks, whose layers do not add their input
 
     def forward(
         self, x: Tensor, residual: Tensor | None = None, activation: str | None = None, norm: Norm | None = None
@@ -76,19 +76,19 @@ class _FastBlock(SEBlock):
 
 
 class FastSEBlock(_FastBlock):
-    """MONAI's SEBlock, whose gate adds the projection and activates; the last norm is part of it, where it may be."""
+    """MONAI's SEBlock; its gate also adds the projection and activates, and includes the last norm if it can."""
 
 
 class FastSEBottleneck(_FastBlock, SEBottleneck):
-    """MONAI's SEBottleneck, likewise."""
+    """MONAI's SEBottleneck, fused as `FastSEBlock` is."""
 
 
 class FastSEResNetBottleneck(_FastBlock, SEResNetBottleneck):
-    """MONAI's SEResNetBottleneck, likewise."""
+    """MONAI's SEResNetBottleneck, fused as `FastSEBlock` is."""
 
 
 class FastSEResNeXtBottleneck(_FastBlock, SEResNeXtBottleneck):
-    """MONAI's SEResNeXtBottleneck, likewise."""
+    """MONAI's SEResNeXtBottleneck, fused as `FastSEBlock` is."""
 
 
 _EPILOGUES = {**ACTIVATIONS, nn.Identity: None}
@@ -99,22 +99,22 @@ def _gate(module: ChannelSELayer, mean: Tensor) -> Tensor:
 
 
 def _norm_alone(block: Any) -> nn.Module | None:
-    """What follows the convolution in MONAI's ``Convolution``, where it is a norm and nothing else."""
+    """Returns the norm of MONAI's ``Convolution`` if it is the only layer after the convolution; else None."""
     adn = block._modules.get("adn")
     if type(block) is not Convolution or type(adn) is not ADN or has_hooks(block) or has_hooks(adn):
         return None
     return adn._modules["N"] if list(adn._modules) == ["N"] else None
 
 
-def _against_block(block: Any) -> str:
+def _why_not_block(block: Any) -> str:
     gate = block.se_layer
     if not (is_swapped(gate) and isinstance(gate, FastAnyChannelSELayer)):
         return "its gate was not swapped"
-    return "its gate adds its own input" if gate.add_residual else layers({"act": tuple(_EPILOGUES)})(block)
+    return "its gate adds its own input" if gate.add_residual else require_layers({"act": tuple(_EPILOGUES)})(block)
 
 
-_TWO_DIMENSIONS = layers({"avg_pool": (nn.AdaptiveAvgPool2d,)})
-_LAYERS = se_layers("fc.0", "fc.1", "fc.2", "fc.3", more=_TWO_DIMENSIONS)
+_TWO_DIMENSIONS = require_layers({"avg_pool": (nn.AdaptiveAvgPool2d,)})
+_LAYERS = all_of(se_layers("fc.0", "fc.1", "fc.2", "fc.3"), _TWO_DIMENSIONS)
 _BLOCKS = {
     SEBlock: FastSEBlock,
     SEBottleneck: FastSEBottleneck,
@@ -127,5 +127,5 @@ RECIPES = [
     Recipe(ChannelSELayer, FastAnyChannelSELayer, "gate_channels", _TWO_DIMENSIONS),
     Recipe(ResidualSELayer, FastResidualSELayer, "se", _LAYERS),
     Recipe(ResidualSELayer, FastAnyResidualSELayer, "gate_channels", _TWO_DIMENSIONS),
-    *(Recipe(block, fast, "epilogue", _against_block, pattern=True) for block, fast in _BLOCKS.items()),
+    *(Recipe(block, fast, "epilogue", _why_not_block, block=True) for block, fast in _BLOCKS.items()),
 ]

@@ -1,4 +1,4 @@
-"""Blocks that end in a batch norm and a gate of the channels' means, as one affine form of what the norm takes."""
+"""Blocks that end in a batch norm and a gate on channel means, computed without storing the normalised map."""
 
 from __future__ import annotations
 
@@ -16,34 +16,34 @@ from ..ops.gates import GATE_CHANNELS
 from ..reference.batch_norm import Norm, batch_norm_step
 from .recipe import has_hooks
 
-# Elements of z from which on the folded form is taken in eager mode: its dozen calls for scales and shifts take longer
-# than the pass that it spares a smaller map. Elsewhere than on CPUs it is a guess, from launches and bytes.
+# Elements of z from which on eager mode folds the norm: its dozen calls for scales and shifts take longer than the pass
+# that they save on a smaller map. The number for other devices than CPUs is a guess, from launches and bytes.
 _WORTH_FOLDING = {"cpu": 1 << 19}
 _ELSEWHERE = 1 << 24
 
 
 def is_evaluated(norm: Any) -> bool:
-    """Whether the norm goes by its running statistics, and so is affine, and changes none."""
+    """True if the norm uses its running statistics, so that it is affine and updates nothing."""
     return not norm.training and norm.running_mean is not None
 
 
 def is_folded(z: Tensor, norm: Any, gate: nn.Module, residual: Tensor) -> bool:
-    """Whether `gate_of_norm` takes the place of ``gate(norm(z), residual, ...)``.
+    """True if `gate_of_norm` takes the place of ``gate(norm(z), residual, ...)``. There are two cases.
 
-    - Under `torch.compile`, where no backend was chosen: an op would keep Inductor from fusing the norm into what
-      follows it, and so cost a map that it would not store.
-    - In eager mode where the norm is evaluated and no gradient is wanted: the norm is then part of the gate's passes
+    - Under `torch.compile`, if no backend was chosen: an op would keep Inductor from fusing the norm into its
+      consumers, and so cost a map that Inductor would not store.
+    - In eager mode, if the norm is evaluated and no gradient is wanted: the norm is then part of the gate's passes
       over z, unless z is small.
     """
     if not (torch.compiler.is_compiling() or is_evaluated(norm)) or not _is_known(norm, gate):
         return False
     if torch.compiler.is_compiling():
-        return compiles_freely() and norm.momentum is not None  # a cumulative average's momentum is no constant
+        return compiles_freely() and norm.momentum is not None  # the momentum of a cumulative average changes
     if z.numel() < _WORTH_FOLDING.get(z.device.type, _ELSEWHERE) or residual.dtype != z.dtype:
         return False
     if recorded(chain((z, residual), norm.parameters(), gate.parameters())):
         return False
-    return decide(z, GATE_CHANNELS).backend in ("triton", "cpp")  # native CUDA has whole gates alone
+    return decide(z, GATE_CHANNELS).backend in ("triton", "cpp")  # the native CUDA kernels are whole gates
 
 
 def _is_known(norm: nn.Module, gate: nn.Module) -> bool:
@@ -52,7 +52,7 @@ def _is_known(norm: nn.Module, gate: nn.Module) -> bool:
 
 
 def normed_gate(z: Tensor, norm: Any, gate: Any, residual: Tensor, activation: str | None) -> Tensor:
-    """``gate(norm(z), residual, activation)``: in one op, in an affine form, or one after the other."""
+    """Computes ``gate(norm(z), residual, activation)``: in one op, with the norm folded, or one after the other."""
     if is_one_op(z, norm, gate, residual):
         values = Norm(norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.eps)
         return gate(z, residual=residual, activation=activation, norm=values)
@@ -62,7 +62,7 @@ def normed_gate(z: Tensor, norm: Any, gate: Any, residual: Tensor, activation: s
 
 
 def is_one_op(z: Tensor, norm: Any, gate: nn.Module, residual: Tensor) -> bool:
-    """Whether the gate takes the norm into its own op: where the norm is evaluated and no gradient is wanted."""
+    """True if the gate's own op includes the norm: the norm is evaluated, and no gradient is wanted."""
     if not getattr(gate, "takes_norm", False) or torch.compiler.is_compiling():
         return False
     if not (is_evaluated(norm) and _is_known(norm, gate)):
@@ -71,7 +71,7 @@ def is_one_op(z: Tensor, norm: Any, gate: nn.Module, residual: Tensor) -> bool:
 
 
 def gate_of_norm(z: Tensor, norm: Any, gate: Any, residual: Tensor, activation: str | None) -> Tensor:
-    """``gate(norm(z), residual, activation)``, for a gate whose ``channel_gate`` is its part on pooled values."""
+    """Computes ``gate(norm(z), residual, activation)`` with the norm folded. ``gate.channel_gate`` gates the means."""
     training, momentum = batch_norm_step(norm)
     return gate_normed_channels(
         z, norm.weight, norm.bias, norm.running_mean, norm.running_var, gate.channel_gate,

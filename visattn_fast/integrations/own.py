@@ -1,4 +1,4 @@
-"""The reference modules of this package, and the residual block of its models."""
+"""Recipes for the reference modules of this package, and for the residual block of its models."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .recipe import Recipe, is_fused
 
 
 class FastAttentionBlock(AttentionBlock):
-    """AttentionBlock, whose gate adds the shortcut and activates."""
+    """AttentionBlock; its gate also adds the shortcut and activates."""
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
@@ -22,11 +22,11 @@ _GATES = [Recipe(entry.reference, entry.fast, entry.name) for entry in ENTRIES.v
 _WITH_EPILOGUE = tuple(entry.fast for entry in ENTRIES.values() if entry.epilogue)
 
 
-def _against_block(block: nn.Module) -> str:
+def _why_not_block(block: nn.Module) -> str:
     gate = block.get_submodule("gate")
     if block.epilogue:
         return "its gate has the epilogue already"
     return "" if is_fused(gate) and isinstance(gate, _WITH_EPILOGUE) else "its gate was not swapped, or has no epilogue"
 
 
-RECIPES = [*_GATES, Recipe(AttentionBlock, FastAttentionBlock, "epilogue", _against_block, pattern=True)]
+RECIPES = [*_GATES, Recipe(AttentionBlock, FastAttentionBlock, "epilogue", _why_not_block, block=True)]

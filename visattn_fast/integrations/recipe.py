@@ -1,67 +1,87 @@
-"""What an integration says of a class: which fused class takes its place, and when it cannot."""
+"""Recipes: which fused class takes the place of a class, and when it cannot."""
 
 from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-ACTIVATIONS = {nn.ReLU: "relu", nn.SiLU: "silu"}  # modules -> what our functions call them
+from .. import modules
+
+ACTIVATIONS = {nn.ReLU: "relu", nn.SiLU: "silu"}  # layer -> its name in our functions
+_OURS = frozenset(getattr(modules, name) for name in modules.__all__)
+
+Check = Callable[[nn.Module], str]  # returns why a module cannot be served; an empty string if it can
 
 
-def accept(module: nn.Module) -> str:
-    """No reason against any module."""
+def always(module: nn.Module) -> str:
+    """Finds no reason against any module."""
     return ""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How modules of one class are made fast: by giving them a class that overrides forward alone.
+    """Makes modules of one class fast: gives them a subclass that overrides forward alone.
+
+    A class may have several recipes. Their order matters, see `first_match`.
 
     Attributes:
         original: the class, matched exactly.
-        fused: its subclass.
-        op: the name of the catalogue that forward becomes.
-        against: a reason why this module cannot be served, or an empty string.
-        pattern: whether it is a block around a gate, whose epilogue the gate then takes over.
+        fused: the subclass.
+        op: the name of the function in `functional` that forward becomes; ``"epilogue"`` for a block.
+        why_not: the reason why a module cannot be served; an empty string if it can.
+        block: True if the module is a block around a gate, and the gate takes over the block's epilogue.
     """
 
     original: type[nn.Module]
     fused: type[nn.Module]
     op: str
-    against: Callable[[nn.Module], str] = accept
-    pattern: bool = False
+    why_not: Check = always
+    block: bool = False
 
     @property
     def gate(self) -> bool:
-        """Whether the module does nothing but scale its input; attention over positions is part of more."""
-        return not self.pattern and self.op not in ("window_attention", "self_attention")
+        """True if the module only scales its input. Attention over positions does more."""
+        return not self.block and self.op not in ("window_attention", "self_attention")
 
     def reason_against(self, module: nn.Module) -> str:
-        """Why the module is left alone; empty if it is not. The fused forward runs no inner module's hooks."""
-        for name, inner in () if self.pattern else module.named_modules():
+        """Returns why the module is left alone; an empty string if it is not."""
+        for name, inner in () if self.block else module.named_modules():
             if inner is not module and has_hooks(inner):
                 return f"{name} has hooks, which the fused forward would not run"
-        return self.against(module)
+        return self.why_not(module)
+
+
+def first_match(recipes: Sequence[Recipe], module: nn.Module) -> tuple[Recipe, str]:
+    """Tries the recipes, at least one, in order: the first without a reason against the module wins.
+
+    So a recipe that replaces a module's inner layers stands before the one that runs them as they are. If none wins,
+    returns the last recipe with its reason.
+    """
+    for recipe in recipes:
+        reason = recipe.reason_against(module)
+        if not reason:
+            break
+    return recipe, reason
 
 
 def swap(module: nn.Module, recipe: Recipe) -> None:
-    """Gives the module the fused class, and notes its own, by which copies and pickles of it can be put back, too."""
+    """Gives the module the fused class. Notes its own class in it, so that copies and pickles can be put back, too."""
     module._accelerated_from = type(module)  # type: ignore[assignment]
     module.__class__ = recipe.fused
 
 
 def is_swapped(module: nn.Module) -> bool:
-    """Whether `swap` gave the module its class."""
+    """True if `swap` gave the module its class."""
     return "_accelerated_from" in module.__dict__
 
 
 def own_class(module: nn.Module) -> type[nn.Module]:
-    """The module's class, or the one that it had before `swap`."""
+    """Returns the module's class, or the class that it had before `swap`."""
     return module.__dict__.get("_accelerated_from", type(module))
 
 
@@ -71,20 +91,20 @@ def put_back(module: nn.Module) -> None:
 
 
 def is_fused(module: nn.Module) -> bool:
-    """Whether the module's forward is the package's own."""
-    return is_swapped(module) or type(module).__module__.startswith("visattn_fast.fused")
+    """True if the module is swapped, or of a fused class of this package."""
+    return is_swapped(module) or type(module) in _OURS
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether anything waits for the module's forward or backward pass."""
+    """True if the module has a hook on its forward or backward pass."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     return any(hooks)
 
 
-def layers(expected: dict[str, tuple[type[nn.Module], ...]]) -> Callable[[nn.Module], str]:
-    """A check that the inner layers of these names have exactly one of these classes each."""
+def require_layers(expected: Mapping[str, tuple[type[nn.Module], ...]]) -> Check:
+    """Requires that each inner layer of these names has exactly one of these classes."""
 
-    def against(module: nn.Module) -> str:
+    def why_not(module: nn.Module) -> str:
         for name, allowed in expected.items():
             inner = module.get_submodule(name)
             if type(inner) not in allowed:
@@ -92,14 +112,14 @@ def layers(expected: dict[str, tuple[type[nn.Module], ...]]) -> Callable[[nn.Mod
                 return f"{name} is {type(inner).__name__}, not {' or '.join(names)}"
         return ""
 
-    return against
+    return why_not
 
 
-def all_of(*checks: Callable[[nn.Module], str]) -> Callable[[nn.Module], str]:
-    """The first reason that one of the checks finds."""
+def all_of(*checks: Check) -> Check:
+    """Joins checks: the first reason found counts."""
     return lambda module: next(filter(None, (check(module) for check in checks)), "")
 
 
 def fingerprint(*functions: Callable[..., Any]) -> str:
-    """Of the source of functions that a fused forward repeats: another version's may do something else."""
+    """Hashes the source of functions that a fused forward repeats, to tell other versions, which may differ."""
     return hashlib.sha256("".join(map(inspect.getsource, functions)).encode()).hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""segmentation-models-pytorch's scSE, as its decoders have it. Source: segmentation-models-pytorch 0.6 (MIT)."""
+"""The scSE of segmentation-models-pytorch's decoders. Source: segmentation-models-pytorch 0.6 (MIT)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from segmentation_models_pytorch.base.modules import SCSEModule
 from torch import Tensor, nn
 
 from .. import functional
-from .recipe import Recipe, layers
+from .recipe import Recipe, require_layers
 
 
 class FastSCSEModule(SCSEModule):
@@ -22,17 +22,14 @@ class FastSCSEModule(SCSEModule):
         return functional.scse(x, *weights)
 
 
-_CHANNELS = {
-    "cSE.0": nn.AdaptiveAvgPool2d,
-    "cSE.1": nn.Conv2d,
-    "cSE.2": nn.ReLU,
-    "cSE.3": nn.Conv2d,
-    "cSE.4": nn.Sigmoid,
+_LAYERS = {
+    "cSE.0": (nn.AdaptiveAvgPool2d,),
+    "cSE.1": (nn.Conv2d,),
+    "cSE.2": (nn.ReLU,),
+    "cSE.3": (nn.Conv2d,),
+    "cSE.4": (nn.Sigmoid,),
+    "sSE.0": (nn.Conv2d,),
+    "sSE.1": (nn.Sigmoid,),
 }
-_PIXELS = {"sSE.0": nn.Conv2d, "sSE.1": nn.Sigmoid}
 
-RECIPES = [
-    Recipe(
-        SCSEModule, FastSCSEModule, "scse", layers({name: (kind,) for name, kind in {**_CHANNELS, **_PIXELS}.items()})
-    ),
-]
+RECIPES = [Recipe(SCSEModule, FastSCSEModule, "scse", require_layers(_LAYERS))]

@@ -1,7 +1,7 @@
 """timm's attention modules. Source: timm 1.0 (Apache-2.0).
 
-Those that are one of our gates become its function. The others keep their own layers, and get fused passes over x
-around them.
+A module that equals one of our gates becomes that gate's function. The others keep their own layers, between fused
+passes over x.
 """
 
 from __future__ import annotations
@@ -20,12 +20,15 @@ from .. import functional
 from ..reference.batch_norm import Norm, batch_norm_step
 from . import timm_blocks, timm_cbam, timm_swin
 from .pooled import pointwise
-from .recipe import Recipe, layers
-from .se_like import se_layers, se_like
+from .recipe import Recipe, all_of, require_layers
+from .se_like import GATES, se_layers, se_like
+
+_GATES = {**GATES, Sigmoid: "sigmoid"}  # timm has a sigmoid of its own
+_SIGMOIDS = (nn.Sigmoid, Sigmoid)
 
 
 class FastAnySEModule(SEModule):
-    """timm's SEModule with any norm layer and activations, run as they are; with the block's epilogue, if asked."""
+    """timm's SEModule with any layers, which run as they are; takes the epilogue of the block around it."""
 
     def channel_gate(self, mean: Tensor) -> Tensor:
         return self.gate(pointwise(self.fc2, self.act(self.bn(pointwise(self.fc1, mean)))))
@@ -35,25 +38,25 @@ class FastAnySEModule(SEModule):
 
 
 class FastSEModule(FastAnySEModule):
-    """timm's SEModule, fused; with the epilogue of the block around it, and the norm before it, if asked."""
+    """timm's SEModule, fused; takes the epilogue of the block around it, and the norm before it."""
 
     takes_norm = True
 
     def forward(
         self, x: Tensor, residual: Tensor | None = None, activation: str | None = None, norm: Norm | None = None
     ) -> Tensor:
-        return se_like(x, self.fc1, self.act, self.fc2, self.gate, residual, activation, norm)
+        return se_like(x, self.fc1, self.act, self.fc2, self.gate, residual, activation, norm, _GATES)
 
 
 class FastSqueezeExcite(SqueezeExcite):
     """The SqueezeExcite of timm's EfficientNets and MobileNets, fused."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return se_like(x, self.conv_reduce, self.act1, self.conv_expand, self.gate)
+        return se_like(x, self.conv_reduce, self.act1, self.conv_expand, self.gate, gates=_GATES)
 
 
 class FastAnySqueezeExcite(SqueezeExcite):
-    """The same with any activations, which run as they are."""
+    """SqueezeExcite with any activations, which run as they are."""
 
     def forward(self, x: Tensor) -> Tensor:
         return functional.gate_channels(
@@ -62,7 +65,7 @@ class FastAnySqueezeExcite(SqueezeExcite):
 
 
 class FastEffectiveSEModule(EffectiveSEModule):
-    """timm's EffectiveSEModule, whose layers run as they are; with the block's epilogue, if asked."""
+    """timm's EffectiveSEModule; its layers run as they are. Takes the epilogue of the block around it."""
 
     def channel_gate(self, mean: Tensor) -> Tensor:
         return self.gate(pointwise(self.fc, mean))
@@ -72,7 +75,7 @@ class FastEffectiveSEModule(EffectiveSEModule):
 
 
 class FastAnyEcaModule(EcaModule):
-    """timm's EcaModule with an MLP or any gate, which run as they are; with the block's epilogue, if asked."""
+    """timm's EcaModule with an MLP or any gate, which run as they are; takes the epilogue of the block around it."""
 
     def channel_gate(self, mean: Tensor) -> Tensor:
         y = self.conv(mean.view(mean.shape[0], 1, -1))
@@ -85,14 +88,14 @@ class FastAnyEcaModule(EcaModule):
 
 
 class FastEcaModule(FastAnyEcaModule):
-    """timm's EcaModule, fused; with the epilogue of the block around it, and the norm before it, if asked."""
+    """timm's EcaModule, fused; takes the epilogue of the block around it, and the norm before it."""
 
     takes_norm = True
 
     def channel_gate(self, mean: Tensor) -> Tensor:
         if not torch.compiler.is_compiling():
             return super().channel_gate(mean)
-        # Shifted sums, which Inductor fuses; a convolution it calls, and its backward, too.
+        # Shifted sums, which Inductor fuses. A convolution and its backward would be calls of their own.
         weights, channels = self.conv.weight.flatten().unbind(), mean.shape[1]
         padded = F.pad(mean.flatten(1), (len(weights) // 2, len(weights) // 2))
         logits = sum(w * padded[:, i : i + channels] for i, w in enumerate(weights))
@@ -105,7 +108,7 @@ class FastEcaModule(FastAnyEcaModule):
 
 
 class FastCecaModule(CecaModule):
-    """timm's CecaModule, whose layers run as they are; with the block's epilogue, if asked."""
+    """timm's CecaModule; its layers run as they are. Takes the epilogue of the block around it."""
 
     def channel_gate(self, mean: Tensor) -> Tensor:
         y = F.pad(mean.view(mean.shape[0], 1, -1), (self.padding, self.padding), mode="circular")
@@ -116,7 +119,7 @@ class FastCecaModule(CecaModule):
 
 
 class FastGatherExcite(GatherExcite):
-    """timm's GatherExcite over whole maps, whose layers run as they are; with the block's epilogue, if asked."""
+    """timm's GatherExcite over whole maps; its layers run as they are. Takes the epilogue of the block around it."""
 
     def channel_gate(self, mean: Tensor) -> Tensor:
         return self.gate(self.mlp(mean))
@@ -126,7 +129,7 @@ class FastGatherExcite(GatherExcite):
 
 
 class FastGlobalContext(GlobalContext):
-    """timm's GlobalContext of the mean, whose layers run as they are; with the block's epilogue, if asked."""
+    """timm's GlobalContext of the mean; its layers run as they are. Takes the epilogue of the block around it."""
 
     def channel_gate(self, mean: Tensor) -> Tensor:
         mlp: Any = self.mlp_scale
@@ -150,52 +153,52 @@ class FastCoordAttn(CoordAttn):
         )  # fmt: skip
 
 
-def _against_maximum(module: Any) -> str:
+def _why_not_maximum(module: Any) -> str:
     return "add_maxpool: it pools the maximum, too" if module.add_maxpool else ""
 
 
-def _against_se(module: Any) -> str:
-    return _against_maximum(module) or ("" if type(module.bn) is nn.Identity else "a norm layer stands inside")
+def _why_not_se(module: Any) -> str:
+    return _why_not_maximum(module) or ("" if type(module.bn) is nn.Identity else "it has a norm layer inside")
 
 
-def _against_eca(module: Any) -> str:
+def _why_not_eca(module: Any) -> str:
     if module.conv2 is not None:
         return "use_mlp: it has two convolutions"
-    return layers({"gate": _SIGMOIDS})(module)
+    return require_layers({"gate": _SIGMOIDS})(module)
 
 
-def _against_gather(module: Any) -> str:
+def _why_not_gather(module: Any) -> str:
     if module.gather is not None or module.extent != 0:
         return "it gathers by windows or convolutions, not by the mean of the map"
-    return _against_maximum(module)
+    return _why_not_maximum(module)
 
 
-def _against_context(module: Any) -> str:
+def _why_not_context(module: Any) -> str:
     if module.conv_attn is not None:
         return "use_attn: it pools by attention, not by the mean"
     return "" if module.mlp_add is None and module.mlp_scale is not None else "fuse_add: it adds, instead of scaling"
 
 
-_SIGMOIDS = (nn.Sigmoid, Sigmoid)
-_COORDINATES = layers({"bn1": (nn.BatchNorm2d,), "act": (nn.Hardswish, HardSwish), "gate": _SIGMOIDS})
-_EXPAND = se_layers("conv_reduce", "act1", "conv_expand", "gate", Sigmoid)
+_COORDINATES = require_layers({"bn1": (nn.BatchNorm2d,), "act": (nn.Hardswish, HardSwish), "gate": _SIGMOIDS})
+_SE = all_of(se_layers("fc1", "act", "fc2", "gate", _GATES), _why_not_se)
+_EXCITE = se_layers("conv_reduce", "act1", "conv_expand", "gate", _GATES)
 
-_GATES = [
-    Recipe(SEModule, FastSEModule, "se", se_layers("fc1", "act", "fc2", "gate", Sigmoid, more=_against_se)),
-    Recipe(SEModule, FastAnySEModule, "gate_channels", _against_maximum),
-    Recipe(EffectiveSEModule, FastEffectiveSEModule, "gate_channels", _against_maximum),
-    Recipe(EcaModule, FastEcaModule, "eca", _against_eca),
+_WITH_EPILOGUE = [
+    Recipe(SEModule, FastSEModule, "se", _SE),
+    Recipe(SEModule, FastAnySEModule, "gate_channels", _why_not_maximum),
+    Recipe(EffectiveSEModule, FastEffectiveSEModule, "gate_channels", _why_not_maximum),
+    Recipe(EcaModule, FastEcaModule, "eca", _why_not_eca),
     Recipe(EcaModule, FastAnyEcaModule, "gate_channels"),
     Recipe(CecaModule, FastCecaModule, "gate_channels"),
-    Recipe(GatherExcite, FastGatherExcite, "gate_channels", _against_gather),
-    Recipe(GlobalContext, FastGlobalContext, "gate_channels", _against_context),
+    Recipe(GatherExcite, FastGatherExcite, "gate_channels", _why_not_gather),
+    Recipe(GlobalContext, FastGlobalContext, "gate_channels", _why_not_context),
     *timm_cbam.RECIPES,
 ]
 RECIPES = [
-    *_GATES,
-    Recipe(SqueezeExcite, FastSqueezeExcite, "se", _EXPAND),
+    *_WITH_EPILOGUE,
+    Recipe(SqueezeExcite, FastSqueezeExcite, "se", _EXCITE),
     Recipe(SqueezeExcite, FastAnySqueezeExcite, "gate_channels"),
     Recipe(CoordAttn, FastCoordAttn, "coord_att", _COORDINATES),
     *timm_swin.RECIPES,
-    *timm_blocks.recipes(tuple(recipe.fused for recipe in _GATES)),
+    *timm_blocks.recipes(tuple(recipe.fused for recipe in _WITH_EPILOGUE)),
 ]

@@ -12,7 +12,7 @@ from .recipe import ACTIVATIONS, Recipe, fingerprint, is_swapped, own_class
 
 
 class FastBasicBlock(resnet.BasicBlock):
-    """timm's BasicBlock, whose gate adds the shortcut and activates; the last norm is part of it, where it may be."""
+    """timm's BasicBlock; its gate also adds the shortcut and activates, and includes the last norm if it can."""
 
     def forward(self, x: Tensor) -> Tensor:
         block: Any = self
@@ -21,7 +21,7 @@ class FastBasicBlock(resnet.BasicBlock):
 
 
 class FastBottleneck(resnet.Bottleneck):
-    """timm's Bottleneck, likewise."""
+    """timm's Bottleneck, fused as `FastBasicBlock` is."""
 
     def forward(self, x: Tensor) -> Tensor:
         block: Any = self
@@ -30,7 +30,7 @@ class FastBottleneck(resnet.Bottleneck):
         return _finish(block, block.conv3(out), block.bn3, x, block.act3)
 
 
-# The forward passes that the two classes above repeat; another version's is left alone.
+# Hashes of the forward passes that the two classes above repeat; other versions are left alone.
 _KNOWN_FORWARDS = {"BasicBlock": "71ec36ab9b7237a2", "Bottleneck": "6d62f9e26235e2c6"}
 
 
@@ -42,9 +42,9 @@ def _finish(block: Any, out: Tensor, norm: nn.Module, shortcut: Tensor, activati
 
 
 def recipes(gates: tuple[type[nn.Module], ...]) -> list[Recipe]:
-    """Of the blocks around one of these fused gates, each of which has the epilogue."""
+    """Returns the recipes of blocks around one of these fused gates, all of which take an epilogue."""
 
-    def against(block: Any) -> str:
+    def why_not(block: Any) -> str:
         kind, last = own_class(block), block.act3 if isinstance(block, resnet.Bottleneck) else block.act2
         if not (block.se is not None and is_swapped(block.se) and isinstance(block.se, gates)):
             return "its gate was not swapped, or has no epilogue"
@@ -53,9 +53,9 @@ def recipes(gates: tuple[type[nn.Module], ...]) -> list[Recipe]:
         if type(last) not in ACTIVATIONS:
             return f"its last activation is {type(last).__name__}, not ReLU or SiLU"
         known = fingerprint(kind.forward) == _KNOWN_FORWARDS[kind.__name__]
-        return "" if known else f"this version's {kind.__name__}.forward is not the one that is known"
+        return "" if known else f"unknown version of {kind.__name__}.forward"
 
     return [
-        Recipe(resnet.BasicBlock, FastBasicBlock, "epilogue", against, pattern=True),
-        Recipe(resnet.Bottleneck, FastBottleneck, "epilogue", against, pattern=True),
+        Recipe(resnet.BasicBlock, FastBasicBlock, "epilogue", why_not, block=True),
+        Recipe(resnet.Bottleneck, FastBottleneck, "epilogue", why_not, block=True),
     ]

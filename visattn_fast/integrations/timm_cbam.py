@@ -1,6 +1,6 @@
-"""timm's two CBAMs. Source: timm 1.0 (Apache-2.0). Their own layers run on pooled values and maps, as they are,
+"""timm's two CBAMs. Source: timm 1.0 (Apache-2.0).
 
-but where all of a CbamModule is one op.
+Their own layers run as they are, on pooled values and maps; in inference a CbamModule may be a single op.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .recipe import Recipe, has_hooks
 
 
 class FastCbamModule(CbamModule):
-    """timm's CbamModule: mean and maximum each through the layers, a batch norm in the spatial gate, ties shared.
+    """timm's CbamModule: mean and maximum each pass the layers, the spatial gate has a batch norm, ties are shared.
 
     In inference it is one op, if its layers are the paper's.
     """
@@ -49,7 +49,7 @@ class FastCbamModule(CbamModule):
 
 
 class FastLightCbamModule(LightCbamModule):
-    """timm's LightCbamModule: half the mean plus half the maximum, channels' gate a sigmoid always."""
+    """timm's LightCbamModule: half the mean plus half the maximum; the channel gate is always a sigmoid."""
 
     def forward(self, x: Tensor, residual: Tensor | None = None, activation: str | None = None) -> Tensor:
         c, s = self.channel, self.spatial
@@ -64,15 +64,15 @@ class FastLightCbamModule(LightCbamModule):
 
 
 def _norm(block: ConvNormAct, logit: Tensor) -> Tensor:
-    """What follows the convolution in timm's ``ConvNormAct``."""
+    """Applies the layers that follow the convolution in timm's ``ConvNormAct``."""
     logit = block.bn(logit)
     return logit if block.aa is None else block.aa(logit)
 
 
 def _is_one_op(module: Any, x: Tensor, residual: Tensor | None) -> bool:
-    """Whether `functional.cbam` is all of the module: the norm is evaluated, and its other layers are the paper's.
+    """True if `functional.cbam` equals the whole module: the norm is evaluated, the other layers are the paper's.
 
-    Where a gradient is wanted it is not, for the op gives it to the first of equal maxima.
+    False if a gradient is wanted: the op sends it to the first of equal maxima, where timm shares it.
     """
     channel, spatial = module.channel, module.spatial
     conv, norm = spatial.conv.conv, spatial.conv.bn
@@ -96,7 +96,7 @@ def _exactly(layer: nn.Module, *kinds: type[nn.Module]) -> bool:
 
 
 def _normed_kernel(block: Any) -> tuple[Tensor, Tensor]:
-    """Weights ``[1, 2, k, k]`` and bias ``[1]`` of the convolution and the evaluated norm behind it, in one."""
+    """Folds the evaluated norm into the convolution before it: returns weights ``[1, 2, k, k]`` and bias ``[1]``."""
     conv, norm = block.conv, block.bn
     wide = torch.promote_types(conv.weight.dtype, torch.float32)
     scale = torch.rsqrt(norm.running_var.to(wide) + norm.eps)
@@ -105,12 +105,12 @@ def _normed_kernel(block: Any) -> tuple[Tensor, Tensor]:
     return conv.weight * scale, bias * scale if norm.bias is None else bias * scale + norm.bias
 
 
-def _against(module: Any) -> str:
+def _why_not(module: Any) -> str:
     conv = module.spatial.conv
     return "" if type(conv) is ConvNormAct else f"spatial.conv is {type(conv).__name__}, not ConvNormAct"
 
 
 RECIPES = [
-    Recipe(CbamModule, FastCbamModule, "gate_twice", _against),
+    Recipe(CbamModule, FastCbamModule, "gate_twice", _why_not),
     Recipe(LightCbamModule, FastLightCbamModule, "gate_twice"),
 ]

@@ -11,7 +11,7 @@ from torchvision.ops import SqueezeExcitation
 from .. import functional
 from ..fused.linear import linear
 from .pooled import pointwise
-from .recipe import Recipe, all_of, fingerprint, layers
+from .recipe import Recipe, all_of, fingerprint, require_layers
 from .se_like import se_layers, se_like
 
 
@@ -23,7 +23,7 @@ class FastSqueezeExcitation(SqueezeExcitation):
 
 
 class FastAnySqueezeExcitation(SqueezeExcitation):
-    """The same with any activations, which run as they are."""
+    """torchvision's SqueezeExcitation with any activations, which run as they are."""
 
     def forward(self, input: Tensor) -> Tensor:
         def gate(mean: Tensor) -> Tensor:
@@ -33,7 +33,7 @@ class FastAnySqueezeExcitation(SqueezeExcitation):
 
 
 class FastShiftedWindowAttention(swin_transformer.ShiftedWindowAttention):
-    """torchvision's ShiftedWindowAttention, whose windows are read where they lie."""
+    """torchvision's ShiftedWindowAttention, fused: no copy of the map rolls it or splits it into windows."""
 
     def forward(self, x: Tensor) -> Tensor:
         module: Any = self
@@ -46,16 +46,16 @@ class FastShiftedWindowAttention(swin_transformer.ShiftedWindowAttention):
         return linear(out, module.proj.weight, module.proj.bias)
 
 
-_KNOWN_ATTENTION = "63c3dbd3bd5ee1a1"  # what the class above repeats; another version's is left alone
+_KNOWN_ATTENTION = "63c3dbd3bd5ee1a1"  # hash of the code that the class above repeats; other versions are left alone
 
 
-def _against_attention(module: Any) -> str:
+def _why_not_attention(module: Any) -> str:
     if module.attention_dropout or module.dropout:
-        return "attention_dropout or dropout: which values are dropped would change"
+        return "attention_dropout or dropout: other values would be dropped"
     kind = swin_transformer.ShiftedWindowAttention
     sources = swin_transformer.shifted_window_attention, kind.forward, kind.define_relative_position_index
     found = fingerprint(*sources, kind.get_relative_position_bias, swin_transformer._get_relative_position_bias)
-    return "" if found == _KNOWN_ATTENTION else "this version's window attention is not the one that is known"
+    return "" if found == _KNOWN_ATTENTION else "unknown version of window attention"
 
 
 RECIPES = [
@@ -65,6 +65,6 @@ RECIPES = [
         swin_transformer.ShiftedWindowAttention,
         FastShiftedWindowAttention,
         "window_attention",
-        all_of(layers({"qkv": (nn.Linear,), "proj": (nn.Linear,)}), _against_attention),
+        all_of(require_layers({"qkv": (nn.Linear,), "proj": (nn.Linear,)}), _why_not_attention),
     ),
 ]

@@ -1,4 +1,4 @@
-"""Ultralytics' CBAM and its halves, whose own layers run on pooled values and maps. Known of ultralytics 8."""
+"""Ultralytics' CBAM and its halves, whose own layers run on pooled values and maps. Source: ultralytics 8."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from .recipe import Recipe
 
 
 class FastChannelAttention(ChannelAttention):
-    """Ultralytics' ChannelAttention: one layer on the mean, and the map scaled."""
+    """Ultralytics' ChannelAttention: scales x by one layer of its mean."""
 
     def forward(self, x: Tensor) -> Tensor:
         return functional.gate_channels(x, lambda mean: self.act(pointwise(self.fc, mean)))
 
 
 class FastSpatialAttention(SpatialAttention):
-    """Ultralytics' SpatialAttention: a convolution of mean and maximum, and the map scaled."""
+    """Ultralytics' SpatialAttention: scales x by a convolution of its mean and maximum over channels."""
 
     def forward(self, x: Tensor) -> Tensor:
         return functional.gate_twice(x, None, lambda maps: self.act(map_logit(self.cv1, maps)))
 
 
 class FastCBAM(CBAM):
-    """Ultralytics' CBAM: the one, then the other."""
+    """Ultralytics' CBAM: channel attention, then spatial attention."""
 
     def forward(self, x: Tensor) -> Tensor:
         c, s = self.channel_attention, self.spatial_attention

@@ -1,4 +1,4 @@
-"""Holds swapped modules against their originals, on what the model gives them: results, gradients, memory, time."""
+"""Compares swapped modules with their originals on the model's own data: results, gradients, memory, time."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ..backends import select
+from ..measure.accuracy import DIFFERENCE, largest
 from ..measure.memory import saved_bytes
 from ..measure.timing import Effort, Run, interleaved, quantiles
+from .outcome import Acceleration, Skipped, Swapped
 from .recipe import put_back, swap
-from .report import Acceleration, Skipped, Swapped
 
 _EFFORT = Effort(seconds=0.2, fewest=7, most=100)
-_NOISE = 1.03  # slower by less than this may be noise
-_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
+_NOISE = 1.03  # a module slower by less than this factor stays: it may be noise
 
 
 def verify(model: nn.Module, example: Any, found: Acceleration) -> None:
-    """Puts back every module of ``found`` that differs from its original, or is slower; the rest gets its figures."""
+    """Puts back every swapped module that differs from its original or is slower; fills in the others' figures."""
     arguments = example if isinstance(example, tuple) else (example,)
     calls = _calls(model, arguments, found.swapped)
     kept = []
     for swapped in found.swapped:
-        # A block asks again: its gate comes before it, and may have been put back.
+        # A block is asked again: its gate comes before it, and may have been put back.
         reason = swapped.recipe.reason_against(swapped.module)
         reason = reason or _judge(swapped, calls.get(swapped.name), model.training)
         if reason:
@@ -45,9 +45,9 @@ def verify(model: nn.Module, example: Any, found: Acceleration) -> None:
 
 
 def _calls(model: nn.Module, arguments: tuple[Any, ...], swapped: list[Swapped]) -> dict[str, Any]:
-    """What the model gives each module, (args, kwargs) by name; the model's state is left as it was.
+    """Records the (args, kwargs) that the model gives each module, by name. Leaves the model's state as it was.
 
-    Blocks run as they were: what they ask of a gate is what its original takes.
+    Blocks run their original forward, which calls a gate with the arguments that its original takes.
     """
     calls: dict[str, Any] = {}
 
@@ -58,7 +58,7 @@ def _calls(model: nn.Module, arguments: tuple[Any, ...], swapped: list[Swapped])
         return hook
 
     handles = [s.module.register_forward_pre_hook(record(s.name), with_kwargs=True) for s in swapped]
-    blocks = [s for s in swapped if s.recipe.pattern]
+    blocks = [s for s in swapped if s.recipe.block]
     for block in blocks:
         put_back(block.module)
     try:
@@ -74,7 +74,7 @@ def _calls(model: nn.Module, arguments: tuple[Any, ...], swapped: list[Swapped])
 
 @contextmanager
 def _state_kept(model: nn.Module) -> Iterator[None]:
-    """Within the context buffers and random numbers may change; after it they are as before."""
+    """Restores buffers and random generators when the context ends."""
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     devices = {p.device for p in model.parameters() if p.is_cuda}
     try:
@@ -87,9 +87,9 @@ def _state_kept(model: nn.Module) -> Iterator[None]:
 
 
 def _judge(swapped: Swapped, call: Any, training: bool) -> str:
-    """Why the module must be put back; empty if it may stay. Fills in its figures."""
+    """Returns why the module must be put back; an empty string if it may stay. Fills in its figures."""
     if call is None:
-        return ""  # the example does not reach it
+        return ""  # the example does not reach the module
     fused = copy.deepcopy(swapped.module)
     original = copy.deepcopy(swapped.module)
     put_back(original)
@@ -97,21 +97,20 @@ def _judge(swapped: Swapped, call: Any, training: bool) -> str:
     if differs:
         warnings.warn(f"{swapped.name} ({swapped.kind}) is put back: its fused forward {differs}", stacklevel=4)
         return differs
-    pair = (original, fused)
-    before, after = (saved_bytes(functools.partial(_run, m, call), m.parameters()) for m in pair)
+    pair = {"original": original, "fused": fused}
+    before, after = (saved_bytes(functools.partial(_run, m, call), m.parameters()) for m in pair.values())
     swapped.saved_bytes = before - after
-    runs: dict[str, Run] = {
-        str(i): functools.partial(_run if training else _forward, m, call) for i, m in enumerate(pair)
-    }
+    timed = _run if training else _forward
+    runs: dict[str, Run] = {name: functools.partial(timed, m, call) for name, m in pair.items()}
     device = next((a.device for a in tree_leaves(call) if isinstance(a, Tensor)), torch.device("cpu"))
     seconds = interleaved(runs, device, _EFFORT)
-    eager, ours = (quantiles(s)[1] for s in seconds.values())
-    swapped.speedup = eager / ours
-    return f"slower on this device: {swapped.speedup:.2f} x" if ours > eager * _NOISE else ""
+    original_s, fused_s = (quantiles(seconds[name])[1] for name in pair)
+    swapped.speedup = original_s / fused_s
+    return f"slower on this device: {swapped.speedup:.2f} x" if fused_s > original_s * _NOISE else ""
 
 
 def _run(module: nn.Module, call: Any) -> dict[str, Tensor]:
-    """y, and the gradients of the inputs and of every parameter."""
+    """Returns y and the gradients of the inputs and of every parameter, each under its name in words."""
     args, kwargs = tree_map(_leaf, call)
     inputs = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor) and a.requires_grad]
     parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
@@ -137,7 +136,7 @@ def _leaf(a: Any) -> Any:
 
 
 def _difference(original: dict[str, Tensor], fused: dict[str, Tensor]) -> str:
-    """What differs by more than rounding, in words; the tolerance is relative to each tensor's largest value."""
+    """Says in words which tensor differs by more than `DIFFERENCE` allows; returns an empty string if none does."""
     if original.keys() != fused.keys():
         return f"gives {sorted(fused)}, not {sorted(original)}"
     for name, want in original.items():
@@ -145,14 +144,10 @@ def _difference(original: dict[str, Tensor], fused: dict[str, Tensor]) -> str:
         if got.shape != want.shape or got.dtype != want.dtype:
             return f"gives {name} as {tuple(got.shape)} {got.dtype}, not {tuple(want.shape)} {want.dtype}"
         if not torch.equal(got.isfinite(), want.isfinite()):
-            return f"differs in {name}: elsewhere not finite"
+            return f"differs in {name}: other elements are not finite"
         got, want = (torch.where(t.isfinite(), t, 0).double() for t in (got, want))
-        allowed = _TOLERANCE[original[name].dtype] * _largest(want)
-        error = _largest(got - want)
+        allowed = DIFFERENCE[original[name].dtype] * largest(want)
+        error = largest(got - want)
         if error > allowed:
-            return f"differs in {name}: by {error:.2g}, of which {allowed:.2g} may be rounding"
+            return f"differs in {name}: by {error:.2g}, where rounding explains {allowed:.2g}"
     return ""
-
-
-def _largest(t: Tensor) -> float:
-    return t.abs().max().item() if t.numel() else 0.0

@@ -1,1 +1,1 @@
-"""Time, memory and accuracy of a run: what report, benchmarks and the checks of `accelerate` share."""
+"""Time, memory and accuracy of a run, for the report, the benchmarks, the tests and the checks of `accelerate`."""

@@ -1,4 +1,4 @@
-"""What a run allocates, and what it keeps for the backward pass."""
+"""The memory of a run: its peak, and the bytes that it keeps for the backward pass."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ from torch import Tensor
 
 
 def saved_bytes(run: Callable[[], object], parameters: Iterable[Tensor]) -> int:
-    """Bytes that a training run keeps for its backward pass, each storage once, ``parameters`` aside."""
+    """Returns the bytes that a training run keeps for its backward pass.
+
+    Each storage counts once; those of ``parameters`` do not count.
+    """
     own = {p.untyped_storage()._cdata for p in parameters}
     kept: dict[int, int] = {}
 
@@ -31,7 +34,7 @@ def saved_bytes(run: Callable[[], object], parameters: Iterable[Tensor]) -> int:
 
 
 def peak_bytes(run: Callable[[], object], device: torch.device) -> int | None:
-    """The most that a run allocates at a time, beside what was there before; None where it cannot be known."""
+    """Returns the peak of what a run allocates, above what was allocated before it; None if the device cannot tell."""
     if device.type == "cpu":
         return _traced_peak(run)
     module = torch.get_device_module(device)
@@ -42,7 +45,7 @@ def peak_bytes(run: Callable[[], object], device: torch.device) -> int | None:
     before = module.memory_allocated()
     run()
     module.synchronize()
-    return module.max_memory_allocated() - before
+    return int(module.max_memory_allocated() - before)
 
 
 def _traced_peak(run: Callable[[], object]) -> int:
@@ -63,7 +66,7 @@ def _traced_peak(run: Callable[[], object]) -> int:
 
 @contextlib.contextmanager
 def _silent_stderr() -> Iterator[None]:
-    """The profiler's library announces itself on file descriptor 2 and has no option against it."""
+    """Silences file descriptor 2, on which the profiler's library announces itself and has no option against it."""
     sys.stderr.flush()
     before = os.dup(2)
     with open(os.devnull, "w") as nowhere:

@@ -1,4 +1,4 @@
-"""One step of a module as a run for the clock: forward, backward or both; of the report and of the benchmarks."""
+"""One step of a module as a run for the clock: forward, backward, both, or inference."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from .timing import Prepared
 
 Results = tuple[Tensor, ...]
 
-# What each mode times.
+# Mode -> what is timed.
 MODES = {
-    "forward": "forward as in training, under no_grad",
+    "forward": "forward in training mode, under no_grad",
     "backward": "backward alone, after a forward that is not timed",
     "both": "a training step: forward and backward",
     "inference": "forward in eval mode, under inference_mode",
@@ -25,11 +25,11 @@ TRAINING = ("backward", "both")
 def step(
     mode: str, function: Callable[..., Tensor], inputs: Sequence[Tensor], wanted: Sequence[Tensor], grad: Tensor
 ) -> Callable[[], Results]:
-    """A run of ``y = function(*inputs)`` in one of `MODES`.
+    """Returns a run of ``y = function(*inputs)`` in one of `MODES`.
 
-    It returns ``(y,)`` without gradients; in mode ``"backward"`` those of ``wanted`` for the gradient ``grad`` of y; in
-    mode ``"both"`` y and those. Gradients are handed out, not added to ``.grad``. Whether a module is in eval mode is
-    its owner's affair.
+    The run returns ``(y,)`` in the modes without gradients; in mode ``"backward"`` the gradients of ``wanted``, where
+    ``grad`` is the gradient of y; in mode ``"both"`` y and these gradients. It leaves ``.grad`` alone. The caller
+    puts the module in training or eval mode.
     """
 
     def forward() -> Results:

@@ -1,4 +1,4 @@
-"""The one timing core: contenders interleaved in one process, on the clock of their device."""
+"""Timing: runs interleaved in one process, on the clock of their device."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _MOST_FLUSHES = 50
 
 @dataclass(frozen=True)
 class Prepared:
-    """A run of two halves: ``prepare`` stays off the clock and returns what is timed."""
+    """A run in two halves: ``prepare`` runs off the clock and returns the half that is timed."""
 
     prepare: Callable[[], Run]
 
@@ -29,13 +29,13 @@ class Prepared:
 
 
 def ready(run: Run) -> Run:
-    """What of ``run`` is timed, all before it done."""
+    """Runs the half that is off the clock, if there is one; returns the half that is timed."""
     return run.prepare() if isinstance(run, Prepared) else run
 
 
 @dataclass(frozen=True)
 class Effort:
-    """How long to measure: until ``seconds`` have passed, but for at least and at most so many rounds."""
+    """How long to measure: ``seconds``, but at least ``fewest`` rounds and at most ``most``."""
 
     seconds: float = 2.0
     fewest: int = 15
@@ -43,9 +43,9 @@ class Effort:
 
 
 def interleaved(runs: dict[str, Run], device: torch.device, effort: Effort) -> dict[str, list[float]]:
-    """Times every run once per round, in an order that is shuffled from round to round; returns seconds, by name.
+    """Times every run once per round, in an order shuffled each round. Returns the seconds of each run, by name.
 
-    What a run returns is freed after the clock has stopped; what it frees itself is on the clock.
+    The results of a run are freed after the clock has stopped; what the run itself frees is on the clock.
     """
     clock = WallClock() if device.type == "cpu" else EventClock(device)
     seconds: dict[str, list[float]] = {name: [] for name in runs}
@@ -71,7 +71,7 @@ def interleaved(runs: dict[str, Run], device: torch.device, effort: Effort) -> d
 
 
 def quantiles(seconds: list[float]) -> tuple[float, float, float]:
-    """The 20th, 50th and 80th percentile."""
+    """Returns the 20th, 50th and 80th percentiles."""
     fifths = statistics.quantiles(seconds, n=5, method="inclusive")
     return fifths[0], statistics.median(seconds), fifths[3]
 
@@ -89,16 +89,16 @@ class WallClock:
 
 
 class EventClock:
-    """Times a run by device events, from a cold L2.
+    """Times a run by device events, from a cold L2 cache.
 
-    Before the run a buffer larger than any L2 is written, as often as it takes to keep the device busy while the host
-    launches the run: the events then enclose the device's work, not the host's launching.
+    Before the run it writes a buffer larger than any L2, often enough to keep the device busy while the host launches
+    the run: the events then enclose the work of the device, not the launches of the host.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.module = torch.get_device_module(device)
         self.buffer = torch.empty(_LARGEST_CACHE, dtype=torch.int8, device=device)
-        self.launch_seconds: dict[Run, float] = {}  # the host's share of each run, as last seen
+        self.launch_seconds: dict[Run, float] = {}  # the host's time to launch each run, the last one
         self.buffer.zero_()
         self.flush_seconds = self._between_events(self.buffer.zero_)[0]
 
@@ -111,7 +111,7 @@ class EventClock:
         return seconds
 
     def _between_events(self, run: Run) -> tuple[float, float]:
-        """Seconds on the device, and on the host until all was launched."""
+        """Returns the seconds on the device, and on the host until everything was launched."""
         start, end = (self.module.Event(enable_timing=True) for _ in range(2))
         start.record()
         began = time.perf_counter()

@@ -1,1 +1,1 @@
-"""The ops: one file per family, each a declaration from which schemas, fakes and autograd follow."""
+"""The ops: one file per family. Each declares its gate once; schemas, fakes and autograd follow (see `declare`)."""

@@ -1,4 +1,7 @@
-"""Bahdanau's additive score without its hidden layer in memory: ops and autograd."""
+"""Bahdanau's additive score, ``v^T tanh(q_i + k_j)``, in blocks of its hidden layer.
+
+Only q, k and v are saved for backward, which computes the blocks again.
+"""
 
 from __future__ import annotations
 
@@ -13,18 +16,18 @@ from .declare import composed_op
 from .layout import accumulation_dtype
 from .library import define
 
-# Elements of a hidden layer's block: what stays in cache, or is worth a launch.
+# Elements of a block of the hidden layer: on a CPU what stays in cache, elsewhere what is worth a launch.
 _LIMITS = {"cpu": 1 << 18}
 _LIMIT = 1 << 26
 
 
 def fits_a_block(q: Tensor, k: Tensor) -> bool:
-    """Whether the hidden layer is so small that there is nothing to save."""
+    """True if the hidden layer is a single block, so that blocks would save no memory."""
     return q.numel() * k.shape[1] <= _LIMITS.get(q.device.type, _LIMIT)
 
 
 def _blocks(q: Tensor, k: Tensor) -> Iterator[tuple[slice, slice]]:
-    """Blocks of the batch and of the queries, for a hidden layer ``[N, Q, K, h]``, by the sizes alone."""
+    """Yields slices of the batch and of the queries: the blocks of the hidden layer. They depend on the sizes alone."""
     (batch, queries, hidden), keys = q.shape, k.shape[1]
     limit = _LIMITS.get(q.device.type, _LIMIT)
     rows = min(max(limit // (keys * hidden), 1), queries)

@@ -1,4 +1,4 @@
-"""A fused function: its autograd node, what the node saves, and how it is differentiated once and twice."""
+"""Fused functions: the autograd node, the tensors it saves, and its first and second derivatives."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .layout import converted
 
-# Looked up once: looking them up at each call takes as long as calling them.
+# Looked up once: a look-up at each call takes as long as the call itself.
 _overridden, _call_boxed = torch._C._has_torch_function, torch._C._dispatch_call_boxed
 
 Gradients = Callable[..., tuple[Tensor | None, ...]]
@@ -20,21 +20,21 @@ Gradients = Callable[..., tuple[Tensor | None, ...]]
 
 @dataclass(frozen=True, eq=False)
 class FusedOp:
-    """A function of the package: its ops, its autograd node, and the same mathematics in plain PyTorch.
+    """A public function's ops and autograd node, beside the same mathematics in plain PyTorch.
 
     `visattn_fast.backends.decide` says whether the ops serve a call; `visattn_fast.fused.serve` makes the call.
 
     Attributes:
-        name: the stem of its family, as in the names of its ops.
+        name: the stem of the family, as in the names of the ops.
         function: the autograd.Function, ``(*tensors, *options) -> (y, *small)``; options are numbers.
         plain: ``(*tensors, *options) -> y`` in plain PyTorch and in x's dtype, without residual and activation.
         epilogue: True if the tensors end in a residual, and the options begin with an activation's code.
         infer: the op that returns y alone, for CPU calls that keep nothing for a backward pass.
         normed: the op ``(z, *batch norm, *weights, residual, activation, *options) -> y``, for inference on CPUs.
-        tiny: the most pixels of a map that `torch.compile` leaves to ``plain``: Inductor's code is faster there.
+        tiny: maps of at most so many pixels are left to ``plain`` by `torch.compile`: Inductor's code is faster there.
         pixels: the dimensions of x that are its height and width.
         compiled_plain: True if `torch.compile` always takes ``plain``.
-        in_torch: ``"cpu"`` or ``"all"``: devices where the op needs no kernel, being made of PyTorch's operations.
+        in_torch: ``"cpu"`` or ``"all"``: devices on which the op is made of PyTorch's operations and needs no kernel.
     """
 
     name: str
@@ -49,38 +49,38 @@ class FusedOp:
     in_torch: str = ""
 
     def __call__(self, *args: Any) -> tuple[Tensor, ...]:
-        """Every result of the fused function; only y if no gradient is wanted and there is an op for inference."""
+        """Calls the fused function. Returns all its results, or only y if an op for inference serves."""
         if recorded(args):
             return record(self.function, *args)
-        # Dynamo traces the forward op: Inductor drops what is not used.
+        # Under Dynamo the forward op serves: Inductor drops the results that are not used.
         if self.infer is not None and args[0].is_cpu and not torch.compiler.is_compiling():
             return (_call_op(self.infer, args),)
         return self.function.forward(*args)
 
 
 def recorded(arguments: Iterable[Any]) -> bool:
-    """True if a gradient can be asked for of a result of these arguments."""
+    """True if autograd would record a function of these arguments."""
     return torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in arguments)
 
 
 def call_function(function: type[torch.autograd.Function], *args: Any) -> tuple[Tensor, ...]:
-    """The results of ``function``. Makes an autograd node only if a gradient can be asked for."""
+    """Calls ``function``. Makes an autograd node only if one of the arguments needs a gradient."""
     return record(function, *args) if recorded(args) else function.forward(*args)
 
 
 def record(function: type[torch.autograd.Function], *args: Any) -> tuple[Tensor, ...]:
-    """``function.apply(*args)``, by the shortest way."""
+    """Calls ``function.apply(*args)`` with the least overhead."""
     if torch.compiler.is_compiling():
-        # Dynamo refuses one tensor in two places, such as x that is the residual, too.
+        # Dynamo refuses the same tensor in two places, such as x that is also the residual: a view takes its place.
         return function.apply(*(_view(a) if any(a is b for b in args[:i]) else a for i, a in enumerate(args)))
     if torch._C._are_functorch_transforms_active():
         return function.apply(*args)
-    # Function.apply first inspects forward's signature for defaults, of which there are none: 28 of 50 us a call.
+    # Function.apply first inspects forward's signature for defaults: 28 of 50 us a call, and there are none.
     return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
 
 
 def mixed(mathematics: Callable[..., Tensor], x: Tensor, *arguments: Any) -> Tensor:
-    """``mathematics(x, *arguments)`` in x's dtype. Outside of autocast, too, weights may have another dtype than x."""
+    """``mathematics(x, *arguments)`` in x's dtype. If dtypes differ outside autocast, all tensors are widened first."""
     tensors = [t for t in (x, *arguments) if isinstance(t, Tensor)]
     dtypes = {t.dtype for t in tensors}
     if len(dtypes) == 1 or torch.is_autocast_enabled(x.device.type):
@@ -90,7 +90,7 @@ def mixed(mathematics: Callable[..., Tensor], x: Tensor, *arguments: Any) -> Ten
 
 
 def in_dtype_of_x(mathematics: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """``mathematics`` by way of `mixed`: weights of any dtype, a result in x's."""
+    """Wraps ``mathematics`` in `mixed`: it then takes weights of any dtype and returns x's."""
 
     def widened(x: Tensor, *arguments: Any) -> Tensor:  # Dynamo cannot trace a functools.partial here
         return mixed(mathematics, x, *arguments)
@@ -99,7 +99,10 @@ def in_dtype_of_x(mathematics: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``function``, whose first argument is a tensor, with autocast off: sums and gates stay in the wide dtype."""
+    """Switches autocast off in ``function``, so that sums and gates stay in the accumulation dtype.
+
+    The first argument of ``function`` is a tensor; autocast is switched off for its device.
+    """
 
     @functools.wraps(function)
     def exact(x: Tensor, *args: Any) -> Any:
@@ -118,19 +121,19 @@ def fused_function(
     mathematics: Callable[..., Tensor],
     saves_result: bool = False,
 ) -> type[torch.autograd.Function]:
-    """Makes an autograd.Function of a forward op and a backward op.
+    """Makes an autograd.Function from a forward op and a backward op.
 
-    It saves its tensor arguments and the op's small results, never another copy of x. A backward pass that is itself
-    recorded (``create_graph=True``) differentiates ``mathematics`` instead of calling the backward op.
+    It saves its tensor arguments and the forward op's small results, never a second copy of x. A backward pass that is
+    itself recorded (``create_graph=True``) differentiates ``mathematics`` instead of calling the backward op.
 
     Args:
         name: the stem of the family; the class is named after it.
-        forward: ``(*tensors, *options) -> (y, *small)``; options are numbers. A function of several ops is made
-            `without_autocast`, and so are its gradients.
-        gradients: ``(grad, tensors, small, options)`` -> a gradient for each of ``tensors``, in any dtype, or None; a
-            vector for a map stands for ``grad`` itself.
+        forward: ``(*tensors, *options) -> (y, *small)``; options are numbers. If it calls several ops, decorate it with
+            `without_autocast`, and ``gradients`` too.
+        gradients: ``(grad, tensors, small, options)`` -> for each of ``tensors`` its gradient, in any dtype, or None. A
+            gradient with fewer dimensions than its tensor means ``grad`` itself.
         mathematics: ``(*tensors, *options) -> y`` in differentiable PyTorch.
-        saves_result: True if y is small and needed as well: ``small`` then starts with it.
+        saves_result: True if backward reads y (a small one): ``small`` then starts with it.
     """
 
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -142,7 +145,7 @@ def fused_function(
 
     def backward(ctx: Any, grad: Tensor | None, *_: None) -> Any:
         unneeded = (None,) * len(ctx.options)
-        saved = ctx.saved_tensors  # read once: activation checkpointing recomputes it at every access
+        saved = ctx.saved_tensors  # read once: activation checkpointing recomputes them at every access
         tensors, small = saved[: ctx.arity], saved[ctx.arity :]
         if grad is None:
             return (None,) * ctx.arity + unneeded
@@ -160,18 +163,18 @@ def fused_function(
 
 
 def is_recorded_backward() -> bool:
-    """True if this backward pass may itself be differentiated. A compiled one never is, though it records."""
+    """True if this backward pass may itself be differentiated. A compiled one never is, although it records."""
     return torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
 def differentiate(
     ctx: Any, mathematics: Callable[..., Tensor], tensors: Iterable[Any], grad: Tensor
 ) -> tuple[Tensor | None, ...]:
-    """Differentiable gradients of ``mathematics(*tensors, *ctx.options)``, None for tensors that need none."""
+    """Differentiable gradients of ``mathematics(*tensors, *ctx.options)``; None for tensors that need none."""
     tensors = list(tensors)
     needs = ctx.needs_input_grad[: len(tensors)]
     with torch.enable_grad():
-        # One tensor may have been made of another. No gradient may arrive here by that way: views cut it off.
+        # One tensor may have been computed from another: as views, each gets only the gradient of its own place.
         tensors = [t.view_as(t) if needed else t for t, needed in zip(tensors, needs, strict=True)]
         y = mathematics(*tensors, *ctx.options)
         wanted = [t for t, needed in zip(tensors, needs, strict=True) if needed]
@@ -180,7 +183,7 @@ def differentiate(
 
 
 def _call_op(op: Any, args: tuple[Any, ...]) -> Any:
-    """``op(*args)``, straight to the dispatcher if nothing overrides it: small maps notice the difference."""
+    """Calls ``op``, directly in the dispatcher unless an argument overrides it: on small maps the difference shows."""
     return op(*args) if _overridden(args) else _call_boxed(op._handle, *args)
 
 

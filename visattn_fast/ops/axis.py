@@ -1,7 +1,7 @@
-"""Passes over x along its two axes: means over W and over H together, and gates for rows and columns.
+"""Means over W and over H, and gates per row and per column: four ops, each one pass over x.
 
-Lines are ``[N, C, H + W]`` in the accumulation dtype: a value for each row of a channel, then one for each column.
-Their memory follows x's: dense along H + W in nchw, along C in channels_last.
+Lines ``[N, C, H + W]``, in the accumulation dtype, hold a value for each row of a channel, then one for each column.
+They are dense along H + W if x is in NCHW, and along C if it is in channels_last.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def _to_lines(rows: Tensor, columns: Tensor, x: Tensor) -> Tensor:
 
 
 def _rows_and_columns(lines: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """``[N, C, H, 1]`` and ``[N, C, 1, W]``."""
+    """Splits lines into ``[N, C, H, 1]`` and ``[N, C, 1, W]``, which broadcast to x."""
     rows, columns = lines.split([x.shape[2], x.shape[3]], 2)
     return rows[:, :, :, None], columns[:, :, None]
 
@@ -59,7 +59,7 @@ def _axis_input_grad_reference(grad: Tensor, x: Tensor, gates: Tensor, dmeans: T
 
 
 def _lines(given: Arguments) -> Tensor:
-    """The declared shape of lines."""
+    """Allocates lines, from the op's arguments by name: their declared shape."""
     return _empty_lines(given["x"])
 
 
@@ -77,7 +77,7 @@ axis_scale_bwd = define(
     _axis_scale_bwd_reference,
     (_lines, residual_gradient_shape),
 )
-axis_input_grad = define(  # the values of x are not read, only its layout
+axis_input_grad = define(  # reads the layout of x, not its values
     "axis_input_grad(Tensor grad, Tensor x, Tensor gates, Tensor dmeans) -> Tensor",
     "axis",
     _axis_input_grad_reference,

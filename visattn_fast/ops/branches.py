@@ -1,4 +1,4 @@
-"""The passes over two branches that a module weighs against each other; each branch is taken after a ReLU."""
+"""Passes over two branches that a module weighs against each other. ReLU is applied to each as it is read."""
 
 from __future__ import annotations
 

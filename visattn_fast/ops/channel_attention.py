@@ -1,4 +1,7 @@
-"""CBAM's channel gate."""
+"""CBAM's channel gate, ``sigmoid(f(mean) + f(max))`` of the pixels: the gate itself is the result.
+
+Pooled values and the positions of the maxima are saved for backward, which does not read x again.
+"""
 
 from __future__ import annotations
 

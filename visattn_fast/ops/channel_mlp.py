@@ -1,8 +1,8 @@
-"""The factor that a perceptron of each pixel's channels makes, and x times it: ops and autograd.
+"""An MLP over each pixel's channels, times x: ``y = x * (w2 relu(w1 x + b1) + b2)``.
 
-``y = x * (w2 relu(w1 x + b1) + b2)``. The products are PyTorch's on every device, in x's dtype, over x in its own
-layout; sums over images are in the accumulation dtype. For a backward pass the hidden map and the factor are kept, as
-autograd keeps them: to make the factor anew is one product more than eager has, and was up to a tenth slower.
+On every device the products are PyTorch's, in x's dtype and layout; sums over images are in the accumulation dtype. The
+hidden map and the factor of x are saved for backward, as autograd would save them: computing the factor again costs one
+product more than eager mode has, and was up to a tenth slower.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from .library import define
 
 
 def _rows(x: Tensor) -> tuple[Tensor, bool]:
-    """``[N, H W, C]``, a view of x's own format, and whether channels are the inner axis there."""
+    """Returns x as ``[N, H W, C]``, a view of its memory format, and True if channels are the inner axis there."""
     form = memory_format(x)
     return x.contiguous(memory_format=form).flatten(2).mT, form == torch.channels_last
 
 
 def _product(rows: Tensor, weight: Tensor, bias: Tensor | None, inner: bool) -> Tensor:
-    """``rows weight^T + bias``, ``[N, P, K]``, dense with K or P as inner axis."""
+    """Computes ``rows weight^T + bias``, ``[N, P, K]``, with K (``inner``) or P as the inner axis in memory."""
     weight, bias = weight.flatten(1).to(rows.dtype), None if bias is None else bias.to(rows.dtype)
     if inner:
         return torch.nn.functional.linear(rows, weight, bias)
@@ -36,7 +36,7 @@ def _product(rows: Tensor, weight: Tensor, bias: Tensor | None, inner: bool) -> 
 
 
 def _weight_gradient(left: Tensor, right: Tensor) -> Tensor:
-    """``sum over images and pixels of left^T right``, ``[K, C]``."""
+    """Sums ``left^T right`` over images and pixels: ``[K, C]``."""
     wide = accumulation_dtype(left)
     if left.shape[0] == 0:
         return left.new_zeros(left.shape[2], right.shape[2], dtype=wide)
@@ -55,7 +55,7 @@ def _channel_mlp_fwd_reference(
     factor = _product(hidden, w2, b2, inner)
     if not keep:
         return _as_map(factor.mul_(rows), x), x.new_empty(0), x.new_empty(0)
-    y = torch.mul(factor, rows, out=torch.empty_like(factor))  # in the factor's strides, also where there is one pixel
+    y = torch.mul(factor, rows, out=torch.empty_like(factor))  # with the factor's strides, even for a single pixel
     return _as_map(y, x), _as_map(hidden, x), _as_map(factor, x)
 
 

@@ -1,4 +1,4 @@
-"""The passes over x of any channel gate: what a gate of its own mathematics is made of."""
+"""Passes over x for any channel gate: pool, scale, and their gradients. The gate itself is computed elsewhere."""
 
 from __future__ import annotations
 
@@ -54,14 +54,16 @@ channel_scale_fwd = define(
     _channel_scale_fwd_reference,
     ("like x",),
 )
-# y = act(x * scale + shift + residual); scale and shift [N, C] in the accumulation dtype. For inference: no gradient.
+# y = act(x * scale + shift + residual); scale and shift [N, C] in the accumulation dtype. For inference: it has no
+# gradient.
 channel_affine = define(
     "channel_affine(Tensor x, Tensor scale, Tensor shift, Tensor? residual, int activation) -> Tensor y",
     "channel_scale",
     _channel_affine_reference,
     ("like x",),
 )
-# dgate = sum over the pixels of g' x, g' = grad * act'(x * gate + residual); dresidual = g', empty if it is grad.
+# dgate = sum over the pixels of g' x with g' = grad * act'(x * gate + residual); dresidual = g', empty without an
+# activation, when it equals grad.
 channel_scale_bwd = define(
     "channel_scale_bwd(Tensor grad, Tensor x, Tensor gate, Tensor? residual, int activation)"
     " -> (Tensor dgate, Tensor dresidual)",
@@ -69,7 +71,7 @@ channel_scale_bwd = define(
     _channel_scale_bwd_reference,
     ("N C", residual_gradient_shape),
 )
-# dx = grad * gate + dmean / HW, in x's memory format; x's values are not read.
+# dx = grad * gate + dmean / HW, in x's memory format. Reads the layout of x, not its values.
 channel_input_grad = define(
     "channel_input_grad(Tensor grad, Tensor x, Tensor gate, Tensor? dmean) -> Tensor dx",
     "channel_scale",

@@ -1,4 +1,8 @@
-"""Coordinate attention: the passes of `axis`, the gates of `line_gates` between them, and autograd."""
+"""Coordinate attention: the passes over x of `axis`, and between them the gates of `line_gates`.
+
+Forward reads x twice and writes y; backward reads grad and x, then grad, and writes dx. Means, hidden layer and gates
+are saved for backward.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +35,7 @@ def _forward(
     activation: int,
     eps: float,
 ) -> tuple[Tensor, ...]:
-    """mean and var are the statistics to normalise with, or None for the batch's, which are then the last results."""
+    """Normalises with mean and var or, if they are None, with the batch's statistics, then the last two results."""
     means = axis_mean(x)
     weights = (w1, b1, bn_weight, bn_bias, mean, var, w_h, b_h, w_w, b_w)
     gates, z, *statistics = line_gates_fwd(means, x.shape[2], *weights, eps)

@@ -1,9 +1,9 @@
-"""Criss-cross attention in blocks: ops and autograd.
+"""Criss-cross attention in blocks of rows and columns, by PyTorch's matrix products.
 
-Queries, keys and values lie side by side as ``[N, H, W, 2 R + C]``, in which rows, and columns of the transposed view,
-are matrices with dense channels. A row's queries meet that row's keys alone, so that a block of rows is done when it
-is left, and then a block of columns is; the softmax of the two is joined as in flash attention. Small images go
-in groups.
+Queries, keys and values lie side by side as ``[N, H, W, 2 R + C]``: each row, and each column, is a matrix with dense
+channels. Queries of a row meet only keys of that row, so blocks of rows are independent; blocks of columns follow, and
+the two softmaxes are joined as in flash attention. Small images are processed in groups. The packed map, the attended
+values and the logarithms of the softmax sums are saved for backward.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from .declare import composed_op
 from .layout import accumulation_dtype, empty_map, empty_small, to_map
 from .library import define
 
-_BLOCK = 1 << 16  # weights that are computed at a time
-_PIXELS = 1 << 10  # of each image, that are summed at a time: rounding grows with the length of a sum
+_BLOCK = 1 << 16  # weights computed at a time
+_PIXELS = 1 << 10  # pixels of each image summed at a time: rounding grows with the length of a sum
 
 
 class _Lines(NamedTuple):
-    """Tensors of some images: ``[images, lines, length, channels]``, lines being rows or columns."""
+    """Tensors of some images as ``[images, lines, length, channels]``; lines are rows, or columns if ``columns``."""
 
     columns: bool
     tensors: tuple[Tensor, ...]
@@ -36,7 +36,7 @@ class _Lines(NamedTuple):
             yield [t[:, start : start + step] for t in self.tensors]
 
     def energies(self, q: Tensor, k: Tensor) -> Tensor:
-        """``[G, B, L, R]`` -> ``[G, B, L, L]``; a column leaves the position itself to its row."""
+        """Logits ``[G, B, L, L]`` of q and k ``[G, B, L, R]``. Columns leave out the position itself: rows have it."""
         found = q @ k.mT
         if self.columns:
             found.diagonal(0, 2, 3).fill_(-torch.inf)
@@ -48,7 +48,7 @@ def _rows_and_columns(*tensors: Tensor) -> tuple[_Lines, _Lines]:
 
 
 def _groups(images: int, height: int, width: int) -> Iterator[slice]:
-    """Images that are worked through together: several small ones, or a single one."""
+    """Yields slices of the batch: several small images, or a single one."""
     step = max(_BLOCK // max(height * width * max(height, width), 1), 1)
     return (slice(start, start + step) for start in range(0, images, step))
 
@@ -64,7 +64,7 @@ def _criss_cross_fwd_reference(x: Tensor, weight: Tensor, bias: Tensor, gamma: T
     weight, bias, gamma = weight.to(a), bias.to(a), gamma.to(a)
     packed = x.permute(0, 2, 3, 1).flatten(1, 2).to(a) @ weight.t()
     packed = packed.add_(bias).unflatten(1, (height, width))
-    # What all keys have in common moves all energies of a query alike: without it, gradients cancel less.
+    # The keys' mean moves all logits of a query alike, so the softmax ignores it. Without it, gradients cancel less.
     keys = _split(packed, c)[1]
     keys -= keys.nan_to_num(0.0, 0.0, 0.0).mean((1, 2), keepdim=True)  # NaN stays where it is
     out, lse = empty_small(x, n, height, width, c), empty_small(x, n, height, width)
@@ -81,7 +81,7 @@ def _criss_cross_fwd_reference(x: Tensor, weight: Tensor, bias: Tensor, gamma: T
             p = columns.energies(q, k)
             new_top = torch.maximum(top, p.amax(3))
             p.sub_(new_top[..., None]).exp_()
-            shrunk = top.sub_(new_top).exp_()  # of what the rows have summed
+            shrunk = top.sub_(new_top).exp_()  # factor of the rows' sums
             count.mul_(shrunk).add_(p.sum(3))
             o.mul_(shrunk[..., None]).add_(p @ v).div_(count[..., None])
             top.copy_(new_top.add_(count.log()))
@@ -110,19 +110,20 @@ def _criss_cross_bwd_reference(
                     d.copy_((g * o).sum(3))
                 p = lines.energies(q, k).sub_(norm[..., None]).exp_()
                 dv += p.mT @ g
-                p *= (g @ v.mT).sub_(d[..., None])  # the energies' gradient
+                p *= (g @ v.mT).sub_(d[..., None])  # gradient of the logits
                 dq += p @ k
                 dk += p.mT @ q
         dgamma += dot.sum()
     hidden = (weight.shape[0] - c) // 2
-    if height * width == 1:  # the softmax of one energy
+    if height * width == 1:  # the softmax of a single logit is constant
         dpacked[..., : 2 * hidden] = 0.0
     dpacked = dpacked.mul_(gamma).flatten(1, 2)  # [N, H W, 2 R + C]
     dweight = torch.zeros_like(weight)
     pixels = x.permute(0, 2, 3, 1).flatten(1, 2)
     for d, v in zip(dpacked.split(_PIXELS, 1), pixels.split(_PIXELS, 1), strict=True):
         dweight += (d.mT @ v.to(a)).sum(0)
-    dbias = dpacked.sum(1)  # [N, 2 R + C]; of the keys' zero, but for rounding, of which their weights are freed, too
+    # The keys' part is zero but for rounding: it is set to zero, and removed from the gradient of their weights.
+    dbias = dpacked.sum(1)  # [N, 2 R + C]
     dweight[hidden : 2 * hidden] -= dbias[:, hidden : 2 * hidden].t() @ pixels.mean(1, dtype=a)
     dbias = dbias.sum(0)
     dbias[hidden : 2 * hidden] = 0.0
@@ -155,7 +156,7 @@ criss_cross_bwd = define(
 
 
 def _pack(*tensors: Tensor) -> Tensor:
-    """Weights, or biases, of queries, keys and values as one."""
+    """Concatenates the weights (or biases) of queries, keys and values."""
     return torch.cat([t.flatten(1) if t.dim() > 1 else t for t in tensors])
 
 

@@ -1,15 +1,30 @@
-"""Declares a gate once: schemas, fakes, autograd node and the forms for inference follow from one statement.
+"""Declares a gate once. Schemas, fakes, the autograd node and the forms for inference follow from the declaration.
 
 A gate is ``y = act(f(x, weights) + residual)``. Its declaration names the weights, the options and the small results
-that forward saves, each with its shape (`shapes`), and gives forward, backward and the mathematics in plain PyTorch.
-From it come
+that forward saves for backward, each with its shape, and brings forward, backward and mathematics in plain PyTorch::
+
+    ECA = gate_op(
+        "eca",
+        weights={"weight": "1 1 K"},
+        saves={"mean": "N C", "gate": "N C"},
+        forward=_forward,  # (x, weight, residual, activation) -> (y, mean, gate)
+        backward=_backward,  # (grad, x, weight, residual, mean, gate, activation) -> (dx, dresidual, dweight)
+        mathematics=reference.eca,  # (x, weight) -> y, differentiable, without the epilogue
+    )
+
+In general this declares
 
 - ``<name>_fwd(x, *weights, residual, activation, *options) -> (y, *saves)``,
-- ``<name>_bwd(grad, x, *weights, residual, *saves, activation, *options) -> (dx, dresidual, *dweights)``,
-- if asked for, ``<name>_infer``, y alone, and ``<name>_normed``, y behind a batch norm in eval mode,
-- the fakes of all of them, and the `FusedOp` with its autograd node and double backward.
+- ``<name>_bwd(grad, x, *weights, residual, *saves, activation, *options) -> (dx, *dmaps, dresidual, *dweights)``,
+  where dmaps are the gradients of weights that are maps, and dresidual is empty if it equals grad,
+- on request ``<name>_infer``, which returns y alone, and ``<name>_normed``, which applies a batch norm to x first,
+- the fakes of these ops, and the `FusedOp` with its autograd node and double backward.
 
-A gate that is itself the result, as CBAM's halves are, has no residual and no activation, and saves y.
+A gate that is itself the result, such as CBAM's two halves, has neither residual nor activation. Its forward returns
+``(gate, *saves)``, and its backward takes ``(grad, x, *weights, gate, *saves, *options)``.
+
+Kernels are optional; they have the arguments of the schemas. Functions named ``<name>_fwd`` and ``<name>_bwd`` in
+``kernels/ops/<name>.py`` are the Triton launchers. C++ registers the same names under the key ``CPU``.
 """
 
 from __future__ import annotations
@@ -46,23 +61,29 @@ def gate_op(
     normed: bool = False,
     tiny: int = 0,
 ) -> FusedOp:
-    """Declares the ops of a gate and returns it.
+    """Declares the ops of a gate. Returns its `FusedOp`, which the public function hands to `serve`.
+
+    Shapes are written as in `shapes`.
 
     Args:
-        name: the stem of the family.
-        weights: name -> shape, in the order of the arguments; ``"R or None"``: optional. ``"like x"``: a map.
-        saves: name -> shape of what forward returns behind y.
-        forward, backward: the ops in plain PyTorch, with the schemas' arguments.
+        name: the stem of the family, as in the file names of all layers.
+        weights: name -> shape, in the order of the arguments. ``"R or None"``: the weight is optional. ``"like x"``: it
+            is a map.
+        saves: name -> shape of the small results that forward returns after y and backward takes.
+        forward, backward: the ops in plain PyTorch, with the arguments of the schemas, by position.
         mathematics: ``(x, *weights, *options) -> y`` in differentiable PyTorch, without the epilogue.
-        options: numbers behind the activation, as in a schema: ``"float eps"``.
+        options: numbers after the activation, as in a schema: ``"float eps"``.
         kernels: the module of ``visattn_fast.kernels.ops`` with the launchers, if not named after the family.
-        unread: weights that backward does not take.
-        statistics: arguments without gradient, which backward does not take either.
-        empty_if_absent: optional weights whose gradient is empty if they are None; the others' are made all the same.
-        backward_options: the options of backward, if they are not those of forward.
-        derived: option of backward -> its value, from forward's arguments by name.
-        result, epilogue: the shape of y, and False for a gate that is itself the result.
-        infer, normed: True declares these forms.
+        unread: weights that backward does not take, such as biases; it returns their gradients all the same.
+        statistics: weights that have no gradient, such as running means; backward does not take them either.
+        empty_if_absent: optional weights whose gradient is empty if they are None. The gradients of other optional
+            weights are always computed.
+        backward_options: the options of backward, if they differ from forward's.
+        derived: option of backward -> function of forward's arguments by name, for options that forward does not have.
+        result: the shape of y.
+        epilogue: False for a gate that is itself the result.
+        infer: True declares ``<name>_infer``.
+        normed: True declares ``<name>_normed``.
         tiny: as in `FusedOp`.
     """
     shapes = {key: shape.removesuffix(" or None") for key, shape in weights.items()}
@@ -87,7 +108,7 @@ def gate_op(
     )
 
     def gradient(key: str) -> Shape:
-        """The result of backward for a weight; sized by its declaration where backward is not given it."""
+        """The declared gradient of a weight: shaped like the weight, or as declared if backward does not get it."""
 
         def made(given: Arguments) -> Tensor:
             weight = given.get(key)
@@ -152,14 +173,14 @@ def composed_op(
     widens: bool = True,
     **facts: Any,
 ) -> FusedOp:
-    """A `FusedOp` whose two directions are made of ops that exist, one or several.
+    """Makes a `FusedOp` from functions that call one or several declared ops.
 
     Args:
         name: the stem of the family.
         forward, gradients: as in `fused_function`.
         mathematics: ``(*tensors, *options) -> y`` in differentiable PyTorch, without the epilogue.
-        epilogue: True: residual and activation stand between ``tensors`` and ``options``.
-        options: how many numbers there are, the activation aside.
+        epilogue: True if the arguments end in residual, activation and ``options``.
+        options: the number of options, without the activation.
         saves_result: as in `fused_function`.
         widens: False if ``mathematics`` takes tensors of several dtypes as they are.
         facts: the other attributes of `FusedOp`.
@@ -175,7 +196,7 @@ def _listed(options: str) -> list[str]:
 
 
 def _owner(key: str, weights: Mapping[str, str]) -> str:
-    """The weight whose dtype the gradient of ``key`` has: its own, or for a bias that of the weight before it."""
+    """The weight that gives the gradient of ``key`` its dtype: itself, or the one before it if ``key`` may be None."""
     names = list(weights)
     while weights[key].endswith(" or None"):
         key = names[names.index(key) - 1]

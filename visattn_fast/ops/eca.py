@@ -1,4 +1,8 @@
-"""Efficient channel attention."""
+"""Efficient channel attention: ``x * sigmoid(conv1d(mean(x)))``, the convolution along C.
+
+Mean and gate are saved for backward. The Triton kernels move the bytes of x 3 times forward (read to pool, read to
+scale, write y) and 4 times backward (read grad and x, read grad, write dx).
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The epilogue ``act(gated + residual)`` and its derivative, for reference implementations and double backward.
 
-``activation`` is an index into ACTIVATIONS throughout the ops.
+In all ops ``activation`` is a code, an index into ACTIVATIONS.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from .layout import accumulation_dtype, empty_map, to_map
 
 
 def finish(x: Tensor, gate: Tensor, residual: Tensor | None, activation: int) -> Tensor:
-    """``act(x * gate + residual)`` for a gate that broadcasts to x, in x's dtype and memory format."""
+    """Returns ``act(x * gate + residual)`` in x's dtype and memory format. The gate broadcasts to x."""
     return to_map(epilogue(x * gate.to(accumulation_dtype(x)), residual, ACTIVATIONS[activation]), x)
 
 
 def start_backward(grad: Tensor, x: Tensor, gate: Tensor, residual: Tensor | None, activation: int) -> Tensor:
-    """Gradient of ``x * gate + residual``, in accumulation precision, from that of ``act(x * gate + residual)``."""
+    """Returns the gradient before the activation, in the accumulation dtype, from the gradient of the result."""
     grad = grad.to(accumulation_dtype(x))
     if activation == 0:
         return grad
@@ -31,7 +31,7 @@ def start_backward(grad: Tensor, x: Tensor, gate: Tensor, residual: Tensor | Non
 
 
 def activation_gradient(grad: Tensor, pre: Tensor, activation: int) -> Tensor:
-    """``grad * act'(pre)``, for ReLU and SiLU."""
+    """Returns ``grad * act'(pre)`` for ReLU and SiLU."""
     if activation == 1:
         return torch.where(pre <= 0, 0.0, grad)
     s = torch.sigmoid(pre)
@@ -39,20 +39,24 @@ def activation_gradient(grad: Tensor, pre: Tensor, activation: int) -> Tensor:
 
 
 def residual_gradient(grad: Tensor, x: Tensor, activation: int) -> Tensor:
-    """`start_backward`'s gradient as ops return it: empty where no activation has changed it."""
+    """Converts `start_backward`'s gradient to the result of an op: empty without an activation, when it equals grad."""
     return x.new_empty(0) if activation == 0 else to_map(grad, x)
 
 
 def residual_gradient_shape(given: Mapping[str, Any]) -> Tensor:
-    """The declared shape of `residual_gradient`, from an op's arguments by name."""
+    """Allocates the result of `residual_gradient`, from the op's arguments by name: its declared shape."""
     return given["x"].new_empty(0) if given["activation"] == 0 else empty_map(given["x"])
 
 
 def with_epilogue(mathematics: Callable[..., Tensor], options: int = 0) -> Callable[..., Tensor]:
-    """The mathematics of a gate, ``(x, *weights, *options) -> y``, followed by the epilogue.
+    """Adds the epilogue to the mathematics of a gate.
+
+    Args:
+        mathematics: ``(x, *weights, *options) -> y``.
+        options: the number of options.
 
     Returns:
-        ``(x, *weights, residual, activation, *options) -> y``, as the ops order their arguments.
+        ``(x, *weights, residual, activation, *options) -> y``, in the ops' order of arguments.
     """
 
     def gated(*args: Any) -> Tensor:

@@ -1,11 +1,15 @@
-"""Gates whose mathematics the caller brings: PyTorch's autograd goes through it, and meets our passes on either side.
+"""Gates whose mathematics the caller brings: autograd nodes for the passes over x before and after the caller's code.
 
-A gate is made of pooled values by the caller's functions, and the passes over x stand before and after them as nodes of
-the graph. So that the gradient of x is written once, by the first node's backward pass, which is the last to run, the
-later nodes' backward passes send it what it needs: the gradient that they would give a *carrier*, an output of the
-first node that has no values and goes nowhere else. What a carrier gets is no derivative, but a message.
+dx is written once, by the first node (last to run backward). Later nodes send it their data as the "gradient" of extra
+zero-memory outputs, the carriers::
 
-A recorded backward pass (``create_graph=True``) sends none: every node then differentiates its own mathematics.
+    forward    x -> [first node] --means--> caller's gate --gate--> [last node] -> y
+                          |                                              ^
+                          +----------- carriers (no memory) -------------+
+    backward  dx <- [first node] <--dmeans-- autograd <----dgate--- [last node] <- dy
+                          ^------------ dy and gate, by the carriers ----+
+
+A recorded backward pass (``create_graph=True``) sends nothing: every node then differentiates its own mathematics.
 """
 
 from __future__ import annotations
@@ -33,13 +37,13 @@ from .twofold import (
 
 
 def _carriers(x: Tensor, *shapes: tuple[int, ...]) -> tuple[Tensor, ...]:
-    """One like x, and one of each shape in the accumulation dtype; none takes memory."""
+    """Makes a carrier like x, and one of each shape in the accumulation dtype. They take no memory."""
     small = x.new_empty((), dtype=accumulation_dtype(x))
     return x.new_empty(()).expand(x.shape), *(small.expand(shape) for shape in shapes)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], tensors: int, small: tuple[Tensor, ...] = ()) -> None:
-    """Keeps the first of the inputs, the small results, and the last input, a number."""
+    """Saves the first ``tensors`` inputs, the small results, and the last input, a number."""
     ctx.options = inputs[-1:]
     ctx.mark_non_differentiable(*(t for t in small if not t.is_floating_point()))
     ctx.set_materialize_grads(False)
@@ -47,7 +51,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], tensors: int, small: tuple[Tensor, 
 
 
 class Mean(torch.autograd.Function):
-    """x -> mean over the pixels ``[N, C]``, and carriers of the gradient of y and of the gate."""
+    """Mean over the pixels ``[N, C]``, and carriers for the gradient of y and the gate, sent by `ChannelScale`."""
 
     @staticmethod
     def forward(x: Tensor, _: int) -> tuple[Tensor, ...]:
@@ -66,7 +70,7 @@ class Mean(torch.autograd.Function):
 
 
 class ChannelScale(torch.autograd.Function):
-    """``act(x * gate + residual)``."""
+    """``act(x * gate + residual)``. Backward sends the gradient of y and the gate to `Mean`."""
 
     @staticmethod
     def forward(x: Tensor, gate: Tensor, residual: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
@@ -89,21 +93,19 @@ class ChannelScale(torch.autograd.Function):
 
 
 class PoolPixels(torch.autograd.Function):
-    """x -> mean and maximum over the pixels ``[N, 2, C]``, where the maxima came from, and carriers of
+    """Mean and maximum over the pixels ``[N, 2, C]``, their argmax ``[N, C]``, and carriers.
 
-    - the gradient of y, and both gates, which `TwofoldScale` sends;
-    - the gate per channel, the maps, their gradient and `at`, which `PoolChannels` sends.
-
-    With a negative number, nothing is pooled.
+    `ChannelSpatialScale` sends the gradient of y and both gates; `PoolChannels` sends the gate per channel, the maps,
+    their gradient and their argmax. A negative ``share_ties`` pools nothing: there is no gate per channel.
     """
 
     @staticmethod
-    def forward(x: Tensor, even: int) -> tuple[Tensor, ...]:
+    def forward(x: Tensor, share_ties: int) -> tuple[Tensor, ...]:
         n, c, h, w = x.shape
         carriers = _carriers(x, (n, c), (n, h, w), (n, c), (n, 2, h, w), (n, 2, h, w), (n, h, w))
-        if even < 0:
+        if share_ties < 0:
             return x.new_zeros((n, 2, c), dtype=carriers[1].dtype), x.new_zeros((n, c), dtype=torch.int32), *carriers
-        return *pool_pixels(x, bool(even)), *carriers
+        return *pool_pixels(x, bool(share_ties)), *carriers
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -111,22 +113,22 @@ class PoolPixels(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dpooled: Tensor | None, _: None, *messages: Tensor | None) -> Any:
-        x, pooled, at = ctx.saved_tensors
-        grad, channel, spatial, gate, maps, dmaps, at_c = cast("tuple[Any, ...]", messages)
+        x, pooled, argmax_hw = ctx.saved_tensors
+        grad, channel, spatial, gate, maps, dmaps, argmax_c = cast("tuple[Any, ...]", messages)
         if grad is None and gate is None:
             return None if dpooled is None else differentiate(ctx, _pooled_pixels, (x,), dpooled)[0], None
-        if grad is None:  # y's own part is zero: the second of two derivatives
+        if grad is None:  # y itself gets no gradient: the second of two derivatives
             grad, channel, spatial = torch.zeros_like(x), gate, maps[:, 0]
         if gate is None:  # the gate per pixel does not depend on the maps
             maps = dmaps = pooled.new_zeros((x.shape[0], 2, *x.shape[2:]))
-            at_c = maps[:, 0]
+            argmax_c = maps[:, 0]
         dpooled = torch.zeros_like(pooled) if dpooled is None else dpooled
-        small = (channel, spatial, maps, dmaps, at_c.to(at.dtype), pooled, dpooled, at)
+        small = (channel, spatial, maps, dmaps, argmax_c.to(argmax_hw.dtype), pooled, dpooled, argmax_hw)
         return twofold_input_grad(grad, x, *small), None
 
 
 class PoolChannels(torch.autograd.Function):
-    """Of ``u = x * gate``, mean and maximum over the channels ``[N, 2, H, W]``, and where the maxima came from."""
+    """Mean and maximum of ``u = x * gate`` over the channels ``[N, 2, H, W]``, and their argmax ``[N, H, W]``."""
 
     @staticmethod
     def forward(x: Tensor, gate: Tensor, *rest: Any) -> tuple[Tensor, ...]:
@@ -138,17 +140,17 @@ class PoolChannels(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dmaps: Tensor | None, _: None) -> Any:
-        x, gate, maps, at = ctx.saved_tensors
+        x, gate, maps, argmax = ctx.saved_tensors
         if dmaps is None:
             return (None,) * 7
         if is_recorded_backward():
             return *differentiate(ctx, _pooled_channels, (x, gate), dmaps), None, None, None, None, None
-        dgate = pool_channels_bwd(x, gate, maps, dmaps, at)
-        return None, dgate, gate, maps, dmaps, at.to(maps.dtype), None  # whole numbers that a float holds
+        dgate = pool_channels_bwd(x, gate, maps, dmaps, argmax)
+        return None, dgate, gate, maps, dmaps, argmax.to(maps.dtype), None  # a float holds these whole numbers exactly
 
 
-class TwofoldScale(torch.autograd.Function):
-    """``act(x * channel * spatial + residual)``."""
+class ChannelSpatialScale(torch.autograd.Function):
+    """``act(x * channel * spatial + residual)``. Backward sends the gradient of y and both gates to `PoolPixels`."""
 
     @staticmethod
     def forward(x: Tensor, channel: Tensor, spatial: Tensor, residual: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
@@ -186,17 +188,17 @@ def _mean(x: Tensor, _: int) -> Tensor:
     return x.mean((2, 3), dtype=accumulation_dtype(x))
 
 
-def _pooled_pixels(x: Tensor, even: int) -> Tensor:
+def _pooled_pixels(x: Tensor, share_ties: int) -> Tensor:
     x = x.to(accumulation_dtype(x))
-    maximum = x.amax((2, 3)) if even else x.flatten(2).max(dim=2).values
+    maximum = x.amax((2, 3)) if share_ties else x.flatten(2).max(dim=2).values
     return torch.stack([x.mean((2, 3)), maximum], 1)
 
 
-def _pooled_channels(x: Tensor, gate: Tensor, even: int) -> Tensor:
+def _pooled_channels(x: Tensor, gate: Tensor, share_ties: int) -> Tensor:
     u = x * gate[:, :, None, None]
-    return torch.stack([u.mean(1), u.amax(1)], 1) if even else first_of_channels(u, u.dtype)[0]
+    return torch.stack([u.mean(1), u.amax(1)], 1) if share_ties else first_of_channels(u, u.dtype)[0]
 
 
-# The callers' functions stand between these nodes; `visattn_fast.fused.gates` joins them.
+# `visattn_fast.fused.gates` connects the nodes and the caller's functions between them.
 GATE_CHANNELS = FusedOp("gate_channels", Mean, reference.gate_channels)
 GATE_TWICE = FusedOp("gate_twice", PoolPixels, reference.gate_twice)

@@ -1,6 +1,6 @@
-"""The two memory layouts, accumulation, and allocation of results, for fakes and reference implementations.
+"""Memory layouts, accumulation dtypes and allocation of results, for fakes and reference implementations.
 
-C++ and Triton launchers follow the same rules; the strides they return are held against the fakes by opcheck.
+C++ and Triton launchers follow the same rules; opcheck compares the strides of their results with the fakes'.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_FEW = 1 << 16  # elements that are worth less than a launch
+_FEW = 1 << 16  # elements; converting fewer takes less time than launching a kernel for it
 
 
 def memory_format(x: Tensor) -> torch.memory_format:
-    """The dense format in which results for x come: channels_last if x's channels are dense and its planes are not."""
+    """The memory format of results for x: channels_last if x's channels are dense and its planes are not, else NCHW."""
     if x.is_contiguous():
         return torch.contiguous_format
     if x.is_contiguous(memory_format=torch.channels_last):
@@ -27,32 +27,32 @@ def memory_format(x: Tensor) -> torch.memory_format:
 
 
 def empty_map(x: Tensor) -> Tensor:
-    """An uninitialised map of x's shape, dtype and memory format."""
+    """Allocates a map with x's shape, dtype and memory format."""
     return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
 
 
 def accumulation_dtype(x: Tensor) -> torch.dtype:
-    """The dtype in which sums over x are kept: float64 for float64, else float32."""
+    """The dtype of sums over x: float64 for float64, else float32."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def empty_small(x: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-    """An uninitialised contiguous tensor on x's device, in the accumulation dtype unless another is given."""
+    """Allocates a contiguous tensor on x's device, in the accumulation dtype unless ``dtype`` is given."""
     return torch.empty(shape, dtype=dtype or accumulation_dtype(x), device=x.device)
 
 
 def as_matrices(dtype: torch.dtype, *weights: Tensor | None) -> list[Any]:
-    """Weights in ``dtype``, 1x1 convolutions' as ``[R, C]``; vectors and None stay."""
+    """Converts weights to ``dtype``, and those of 1x1 convolutions to ``[R, C]``. None stays None."""
     return [None if t is None else (t.flatten(1) if t.dim() > 1 else t).to(dtype) for t in weights]
 
 
 def to_map(value: Tensor, x: Tensor) -> Tensor:
-    """``value`` in x's dtype and memory format, as a tensor of its own."""
+    """Copies ``value`` to a new tensor with x's dtype and memory format."""
     return empty_map(x).copy_(value)
 
 
 def converted(tensors: Iterable[Tensor | None], dtypes: Iterable[torch.dtype | None]) -> list[Any]:
-    """Each tensor in its dtype. Several small ones change theirs together: on a GPU launches are what that costs."""
+    """Converts each tensor to its dtype; several small ones together, because on a GPU each launch costs the most."""
     found: list[Any] = list(tensors)
     groups: dict[Any, list[int]] = {}
     for i, (t, dtype) in enumerate(zip(found, dtypes, strict=True)):

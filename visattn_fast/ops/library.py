@@ -1,9 +1,9 @@
-"""The operator library: how an op is declared, and who owns which dispatch key.
+"""The operator library: declares ops, and assigns their dispatch keys to kernels.
 
-Every op is declared with its schema, its implementation in plain PyTorch (``CompositeExplicitAutograd``, so that it
-runs everywhere) and its fake. The kernels register themselves over it when a device is first used: the native library
-under ``CPU`` as it is loaded, the Triton launchers through `register_triton`. Where the native CUDA library is there,
-too, `register_cuda` gives ``CUDA`` to a choice between the two.
+An op is declared with its schema, its implementation in plain PyTorch (``CompositeExplicitAutograd``, so that it runs
+everywhere) and its fake. Kernels are registered on top when a device is first used: the native library takes ``CPU`` as
+it is loaded, and `register_triton` gives the other keys to the Triton launchers. `register_cuda` lets the native CUDA
+library share ``CUDA`` with Triton.
 """
 
 from __future__ import annotations
@@ -22,9 +22,14 @@ LIBRARY = torch.library.Library("visattn_fast", "DEF")
 
 
 class Op(NamedTuple):
-    """A declared op: its implementation in plain PyTorch, and the kernels' module with the launcher of its name.
+    """A declared op.
 
-    ``gradients_of`` are the positions of the arguments whose gradients are the last results, and have their dtypes.
+    Attributes:
+        reference: the implementation in plain PyTorch.
+        launcher: the module of ``visattn_fast.kernels.ops`` with the Triton launcher of the op's name. None: the op is
+            made of PyTorch's operations on every device.
+        schema: ``name(arguments) -> results``.
+        gradients_of: positions of the arguments whose gradients are the last results, in these arguments' dtypes.
     """
 
     reference: Callable[..., Any]
@@ -36,7 +41,7 @@ class Op(NamedTuple):
 OPS: dict[str, Op] = {}
 NATIVE_LIBRARY = torch.library.Library("visattn_fast_cuda", "DEF")  # the same schemas, of the native kernels
 
-# What has kernels for CUDA, by the op's name, and which of them are reached.
+# The kernels for CUDA by the op's name, and whether the native ones are chosen.
 _TRITON: dict[str, Callable[..., Any]] = {}
 _NATIVE: dict[str, Callable[..., Any]] = {}
 _native_chosen: Callable[[], bool] = bool
@@ -59,10 +64,10 @@ def define(
         launcher: the module of ``visattn_fast.kernels.ops`` whose function ``name`` is the Triton implementation.
             None: PyTorch's own operations serve every device.
         reference: the implementation in plain PyTorch.
-        fake: shapes, dtypes and strides of the results: a function, or each result's shape as in `shapes`.
-        gradients_of: the arguments whose gradients are the last results. Kernels round each sum once, to its weight's
-            dtype; reference and fake may return sums as they are, and they are rounded for them.
-        weights: the declared shapes of arguments, which bind the letters of ``fake``.
+        fake: allocates the results: a function of the arguments, or the shape of each result as in `shapes`.
+        gradients_of: the arguments whose gradients are the last results. Kernels round each of these sums once, to the
+            dtype of its weight. ``reference`` and ``fake`` need not: their results are converted here.
+        weights: the declared shapes of arguments, which give the letters in ``fake`` their sizes.
     """
     name = schema[: schema.index("(")]
     arguments = [a.split()[-1] for a in schema[len(name) + 1 : schema.index(")")].split(",")]
@@ -70,7 +75,7 @@ def define(
     if not callable(fake):
         fake = fake_of(arguments, fake, weights or {})
     reference, fake = _rounded(reference, positions), _rounded(fake, positions)
-    # Kernels read any strides. Without the tag Inductor would copy maps back to the layout of eager mode.
+    # Kernels read any strides. Without this tag Inductor would copy maps to the layout that eager mode gives them.
     LIBRARY.define(schema, tags=(torch.Tag.flexible_layout,))
     LIBRARY.impl(name, without_autocast(reference), "CompositeExplicitAutograd")
     torch.library.register_fake(f"visattn_fast::{name}", fake, lib=LIBRARY)
@@ -79,7 +84,7 @@ def define(
 
 
 def _rounded(function: Callable[..., Any], gradients_of: Sequence[int]) -> Callable[..., Any]:
-    """``function`` with its last results in the dtypes of the arguments whose gradients they are."""
+    """Wraps ``function``: converts its last results, gradients of arguments, to the dtypes of these arguments."""
 
     def rounded(*args: Any) -> Any:
         results = function(*args)
@@ -91,10 +96,10 @@ def _rounded(function: Callable[..., Any], gradients_of: Sequence[int]) -> Calla
 
 
 def define_infer(name: str) -> Any:
-    """Declares ``<name>_infer``, the first result of ``<name>_fwd`` alone, and returns its overload.
+    """Declares ``<name>_infer``, which returns only y of ``<name>_fwd``, and returns its overload.
 
-    For calls that keep nothing for a backward pass: on small maps every result is a good part of a call. A native
-    library may implement it; else it calls the forward op.
+    It serves calls without a backward pass: on small maps, each further result takes a good part of a call. The native
+    library may implement it; otherwise it calls the forward op.
     """
     forward = getattr(torch.ops.visattn_fast, f"{name}_fwd").default
     arguments = OPS[f"{name}_fwd"].schema.removeprefix(f"{name}_fwd").partition(" ->")[0]
@@ -103,9 +108,10 @@ def define_infer(name: str) -> Any:
 
 
 def define_normed(name: str) -> Any:
-    """Declares ``<name>_normed``, y of ``<name>_fwd`` behind a batch norm that goes by its statistics.
+    """Declares ``<name>_normed``, ``<name>_fwd`` of a batch norm in eval mode, and returns its overload.
 
-    For inference: what the norm makes of z is never stored. Returns its overload.
+    It serves inference. A native implementation never stores the normalised map; without one, plain PyTorch normalises
+    and the forward op follows.
     """
     forward = getattr(torch.ops.visattn_fast, f"{name}_fwd").default
     arguments = OPS[f"{name}_fwd"].schema.partition("(Tensor x, ")[2].partition(") ->")[0]
@@ -123,7 +129,11 @@ def define_normed(name: str) -> Any:
 
 
 def register_triton(dispatch_key: str) -> None:
-    """Gives ``dispatch_key`` of every op to its Triton launcher. Raises ImportError without triton."""
+    """Gives ``dispatch_key`` of every op to its Triton launcher; ``CUDA`` by way of `cuda_kernel`.
+
+    Raises:
+        ImportError: triton is not installed.
+    """
     for name, op in OPS.items():
         if op.launcher is None:
             continue
@@ -137,14 +147,15 @@ def register_triton(dispatch_key: str) -> None:
 
 
 def register_cuda(load: Callable[[], str | None], chosen: Callable[[], bool]) -> str | None:
-    """Lets the native kernels serve their ops on ``CUDA`` whenever ``chosen()``, and Triton's the rest of the time.
+    """Lets the native kernels serve their ops on ``CUDA`` while ``chosen()`` is True; otherwise Triton's serve.
 
     Args:
-        load: loads the native library, which implements ops of the namespace ``visattn_fast_cuda``; returns None or
+        load: loads the native library, which implements ops of the namespace ``visattn_fast_cuda``. Returns None, or
             the reason why it cannot.
+        chosen: asked at every call.
 
     Returns:
-        That reason, or None.
+        The result of ``load``.
     """
     global _native_chosen
     for name in OPS.keys() - _declared:
@@ -165,18 +176,18 @@ def cuda_kernel(name: str, native_chosen: bool) -> Callable[..., Any]:
     """The kernel that serves op ``name`` on CUDA devices.
 
     Raises:
-        RuntimeError: the native kernels were asked for, and there is none for this op.
+        RuntimeError: the native kernels were asked for, and this op has none.
     """
     native, triton = _NATIVE.get(name), _TRITON.get(name)
-    # The backward of a native forward may be Triton's, and the other way round: both read what either keeps.
+    # A native forward may have Triton's backward, and the other way round: both save and read the same tensors.
     if native_chosen and native is None and name.replace("_bwd", "_fwd") not in _NATIVE:
-        there = ", ".join(sorted(_NATIVE)) or "none"
-        raise RuntimeError(f"backend 'cuda' has no kernel for {name}; it has {there}")
+        served = ", ".join(sorted(_NATIVE)) or "none"
+        raise RuntimeError(f"backend 'cuda' has no kernel for {name}; it has {served}")
     return native if native_chosen and native else triton or native or OPS[name].reference
 
 
 def _share_cuda() -> None:
-    """Gives ``CUDA`` of every op with kernels to `cuda_kernel`."""
+    """Gives ``CUDA`` of every op with a Triton launcher to `cuda_kernel`, once."""
     for name in {name for name, op in OPS.items() if op.launcher} - _shared:
         LIBRARY.impl(name, _chooser(name), "CUDA")
         _shared.add(name)

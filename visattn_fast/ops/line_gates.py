@@ -1,8 +1,8 @@
-"""A gate for every row and column of a channel, from the means of all of them: ops.
+"""Gates for every row and column of a channel, from the means of all rows and columns. x itself is not read.
 
-Lines ``[N, C, L]``, ``L = H + W``, become rows ``[N, L, M]`` of M hidden channels, are normed and activated, and become
-lines again: ``gates = sigmoid(w hardswish(bn(w1 means + b1)) + b)``, w and b those of rows or of columns. Given
-statistics are the norm's, else the batch's, which are results. Results are dense as the means are.
+``gates = sigmoid(w hardswish(bn(w1 means + b1)) + b)``; w and b differ for rows and columns of x. Lines ``[N, C, L]``,
+``L = H + W``, are multiplied to ``[N, L, M]``, M hidden channels, normalised, activated, and multiplied to lines again.
+The norm uses given statistics, or the batch's, which are then results. Results are dense as the means are.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .shapes import Arguments
 def _normed(
     z: Tensor, bn_weight: Tensor | None, bn_bias: Tensor | None, mean: Any, var: Any, eps: float
 ) -> tuple[Tensor, ...]:
-    """The batch norm without and with its weight and bias, and the factor of z in it."""
+    """Returns z normalised, the same with weight and bias applied, and the factor of z in it."""
     inverse = torch.rsqrt(var.to(z.dtype) + eps)
     normal = (z - mean.to(z.dtype)) * inverse
     affine = normal if bn_weight is None else normal * bn_weight
@@ -30,7 +30,7 @@ def _normed(
 
 
 def _to_rows(lines: Tensor, weight: Tensor, bias: Tensor | None, channels_inside: bool) -> Tensor:
-    """``[N, C, L]`` -> ``[N, L, M]``, dense."""
+    """Multiplies lines ``[N, C, L]`` by the weight: ``[N, L, M]``, dense."""
     if channels_inside:
         return F.linear(lines.mT, weight, bias)
     product = torch.bmm(lines.mT, weight.t().expand(lines.shape[0], -1, -1))
@@ -38,7 +38,7 @@ def _to_rows(lines: Tensor, weight: Tensor, bias: Tensor | None, channels_inside
 
 
 def _to_lines(rows: Tensor, weight: Tensor, bias: Tensor | None, channels_inside: bool) -> Tensor:
-    """``[N, L, M]`` -> ``[N, C, L]``, dense as lines are."""
+    """Multiplies ``[N, L, M]`` by the weight: lines ``[N, C, L]``, dense as lines are."""
     if channels_inside:
         return F.linear(rows, weight, bias).mT
     product = torch.bmm(weight.expand(rows.shape[0], -1, -1), rows.mT)
@@ -66,7 +66,7 @@ def _line_gates_fwd_reference(
     z = _to_rows(means, w1, b1, inside)
     statistics = means.new_empty(0), means.new_empty(0)
     if mean is None:
-        # Of equal values var_mean finds exactly their value, and zero. It warns of an empty batch.
+        # For equal values var_mean returns exactly this value, and zero. It would warn about an empty batch.
         units = z.flatten(0, 1)
         var, mean = torch.var_mean(units, 0, correction=0) if len(units) else (units.sum(0), units.sum(0))
         statistics = mean, var
@@ -102,7 +102,7 @@ def _line_gates_bwd_reference(
     drows, dcolumns = dlines[:, :, :height], dlines[:, :, height:]
     dw_h = torch.bmm(drows, hidden[:, :height]).sum(0).view(w_h.shape)
     dw_w = torch.bmm(dcolumns, hidden[:, height:]).sum(0).view(w_w.shape)
-    # [C, L] first: the images lie behind each other, whereas the lines of a channel have gaps between them.
+    # Sum over images first, to [C, L]: images follow each other in memory, whereas a slice of lines has gaps.
     images = dlines.sum(0)
     db_h, db_w = images[:, :height].sum(1), images[:, height:].sum(1)
     daffine = torch.ops.aten.hardswish_backward(torch.cat([drows.mT @ w_h_, dcolumns.mT @ w_w_], 1), affine)
@@ -110,7 +110,7 @@ def _line_gates_bwd_reference(
     if not fixed:
         count = max(normal.shape[0] * normal.shape[1], 1)
         daffine = torch.addcmul(torch.sub(daffine, dbias, alpha=1 / count), normal, dweight, value=-1 / count)
-    db1 = dbias * gain if fixed else torch.zeros_like(dbias)  # the batch's mean takes it out
+    db1 = dbias * gain if fixed else torch.zeros_like(dbias)  # the batch's mean cancels b1
     dz = daffine * gain
     dw1 = torch.bmm(dz.mT, means.mT).sum(0).view(w1.shape)
     return _to_lines(dz, w1_.t(), None, inside), torch.stack([dbias, dweight, db1]), db_h, db_w, dw1, dw_h, dw_w
@@ -121,7 +121,7 @@ def _like_means(given: Arguments) -> Tensor:
 
 
 def _batch_statistic(given: Arguments) -> Tensor:
-    """Empty where statistics are given."""
+    """Allocates a statistic of the batch; empty if statistics are given."""
     return empty_small(given["means"], 0 if given["mean"] is not None else given["w1"].shape[0])
 
 
@@ -135,7 +135,7 @@ line_gates_fwd = define(
     (_like_means, "N L M", _batch_statistic, _batch_statistic),
     weights=_SHAPES,
 )
-# sums are the gradients of the norm's bias and weight, and of b1.
+# sums [3, M]: gradients of the norm's bias, the norm's weight, and b1.
 line_gates_bwd = define(
     "line_gates_bwd(Tensor dgates, Tensor gates, Tensor means, Tensor z, SymInt height, Tensor w1, Tensor? bn_weight,"
     " Tensor? bn_bias, Tensor mean, Tensor var, Tensor w_h, Tensor w_w, float eps, bool fixed)"

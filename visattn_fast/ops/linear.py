@@ -1,7 +1,7 @@
-"""Linear layers of tokens: oneDNN's products, where they are faster than the ones PyTorch takes.
+"""The linear layer of tokens, by oneDNN where it is faster than PyTorch's own choice.
 
-PyTorch multiplies float32 matrices by MKL, which takes longer than oneDNN on AMD's processors where a product of tokens
-and a weight is large. Products of tokens and gradients, which make the weight's, gain nothing.
+PyTorch multiplies float32 matrices with MKL. On AMD's processors oneDNN is faster for large products of tokens and a
+weight, but not for products of tokens and gradients, which give the weight's gradient.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from .autograd import call_function
 from .layout import empty_small
 from .library import define
 
-_SMALL = 1 << 24  # products of numbers: below, preparing one costs more than it saves
+_SMALL = 1 << 24  # multiplications; below, preparing oneDNN's product costs more than it saves
 
 
 def _onednn_serves(*tensors: Tensor | None) -> bool:
@@ -40,7 +40,7 @@ linear_fwd = define(
 
 
 class LinearFunction(torch.autograd.Function):
-    """Its backward pass is made of differentiable operations: any order of derivatives is PyTorch's."""
+    """Autograd node of `linear`. Its backward is made of differentiable operations: PyTorch derives higher orders."""
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor]:
@@ -62,9 +62,9 @@ class LinearFunction(torch.autograd.Function):
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``x @ weight.T + bias`` of tokens ``[..., K]`` and a weight ``[M, K]``: as `torch.nn.functional.linear`.
+    """Computes ``x @ weight.T + bias`` for tokens ``[..., K]`` and a weight ``[M, K]``.
 
-    oneDNN serves large float32 products on CPUs, outside of autocast; PyTorch all others.
+    oneDNN serves large float32 products on CPUs, outside of autocast; `torch.nn.functional.linear` all others.
     """
     if not _worthwhile(x, weight) or not _onednn_serves(x, weight, bias) or torch.is_autocast_enabled("cpu"):
         return functional.linear(x, weight, bias)

@@ -1,4 +1,8 @@
-"""LocalAttention."""
+"""Local attention: x times a gate per channel, from the means, times a gate per pixel, from an MLP over its channels.
+
+Means, gates and the signs of the hidden map (a bit each) are saved for backward; the hidden map is never stored. The
+Triton kernels move the bytes of x 3 times forward and 4 times backward (5 if a program cannot hold all channels).
+"""
 
 from __future__ import annotations
 
@@ -63,7 +67,7 @@ def _backward(
     dmean, *dweights = mean_gate_backward((product * gate_s).sum((2, 3)), w1, w2, mean, hidden, channel_gate)
     p1_, p2_ = p1.flatten(1).to(a), p2.flatten().to(a)
     masked = torch.where(_unpack(signs, p1.shape[0]), dz_s[:, None], 0.0)
-    # With S = sum masked x and t = sum masked, the second layer's gradient sum dz relu(p1 x + q1) is p1 . S + q1 t.
+    # With S = sum(masked x) and t = sum(masked), p2's gradient, sum(dz relu(p1 x + q1)), is p1 . S + q1 t.
     sums, count = torch.einsum("nrhw,nchw->rc", masked, x.to(a)), masked.sum((0, 2, 3))
     dp2 = (p1_ * sums).sum(1) + (0 if q1 is None else q1.to(a) * count)
     through_spatial = torch.einsum("nrhw,rc->nchw", masked, p2_[:, None] * p1_)
@@ -73,7 +77,7 @@ def _backward(
 
 
 def _pack(positive: Tensor) -> Tensor:
-    """``[N, S, H, W]`` -> int32 ``[N, ceil(S / 32), H, W]``, unit r in bit r % 32."""
+    """Packs ``[N, S, H, W]`` into int32 ``[N, ceil(S / 32), H, W]``, unit r in bit r % 32."""
     bits = positive.int() << (torch.arange(positive.shape[1], device=positive.device) % _WORD).int()[:, None, None]
     return torch.stack([part.sum(1, dtype=torch.int32) for part in bits.split(_WORD, 1)], 1)
 
@@ -84,7 +88,7 @@ def _unpack(signs: Tensor, units: int) -> Tensor:
 
 
 def _empty_signs(given: Arguments) -> Tensor:
-    """A bit for each hidden unit of each pixel: ``[N, words, H, W]``."""
+    """Allocates the packed signs, ``[N, words, H, W]``, from the op's arguments by name."""
     (n, _, h, w), units = given["x"].shape, given["p1"].shape[0]
     return empty_small(given["x"], n, (units + _WORD - 1) // _WORD, h, w, dtype=torch.int32)
 

@@ -1,6 +1,6 @@
-"""The convolution of an image's two maps, ``[N, 2, H, W]``, to one: ops and autograd.
+"""Convolution of an image's two maps, ``[N, 2, H, W]``, to one.
 
-PyTorch's own takes as long on a CPU as all passes over x together.
+It is an op of its own because PyTorch's convolution takes as long on a CPU as all passes over x together.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def _map_conv_bwd_reference(grad: Tensor, maps: Tensor, w: Tensor) -> tuple[Tens
     return dmaps.contiguous(), dw
 
 
-# maps are in an accumulation dtype, and so are the results.
+# Maps and results are in an accumulation dtype.
 map_conv = define(
     "map_conv(Tensor maps, Tensor w) -> Tensor",
     None,

@@ -1,4 +1,8 @@
-"""Normalization-based attention. Statistics that are given are arguments; the batch's own are results alone."""
+"""Normalization-based attention: ``x * sigmoid(bn(x) * share)`` with ``share = abs(weight) / sum(abs(weight))``.
+
+Given statistics are arguments; the batch's own are only results. Both are saved for backward. The Triton kernels move
+the bytes of x 3 times forward and 5 times backward (2 and 3 with given statistics).
+"""
 
 from __future__ import annotations
 
@@ -13,7 +17,7 @@ from .self_gate import Coefficients, deviation_and_gate, fixed_or_batch_statisti
 
 
 def share_of(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """``abs(weight) / sum(abs(weight))``."""
+    """Returns ``abs(weight) / sum(abs(weight))``, without its gradient."""
     share = weight.detach().to(dtype).abs()
     return share / share.sum()
 

@@ -1,6 +1,7 @@
-"""A map scaled by the sigmoid of another map's batch norm.
+"""A map scaled by the sigmoid of another map's batch norm: ``x * sigmoid(bn(m))``.
 
-Statistics that are given are arguments; the batch's own are results alone.
+Given statistics are arguments; the batch's own are only results. Both are saved for backward. The Triton kernels move
+the bytes of x 4 times forward and 8 times backward (3 and 5 with given statistics).
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ def _mathematics(
     return reference.norm_gate(x, m, weight, bias, mean, var, training=mean is None, momentum=0.0, eps=eps)
 
 
-# m has x's shape and dtype; results come in x's memory format.
+# m has x's shape and dtype; maps that are results have x's memory format.
 NORM_GATE = gate_op(
     "norm_gate",
     weights={"m": "like x", "weight": "C", "bias": "C", "mean": "C or None", "var": "C or None"},

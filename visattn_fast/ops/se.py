@@ -1,4 +1,8 @@
-"""Squeeze-and-excitation."""
+"""Squeeze-and-excitation: ``x * sigmoid(w2 relu(w1 mean(x) + b1) + b2)``.
+
+Mean, hidden layer and gate are saved for backward. The Triton kernels move the bytes of x 3 times forward (read to
+pool, read to scale, write y) and 4 times backward (read grad and x, read grad, write dx).
+"""
 
 from __future__ import annotations
 
@@ -12,7 +16,7 @@ from .declare import gate_op
 from .epilogue import activation_gradient, finish, residual_gradient, start_backward
 from .layout import accumulation_dtype, as_matrices, to_map
 
-# ``hidden`` is what the derivative of its activation is told from: ReLU's result, but the argument of SiLU.
+# ``hidden`` is the tensor from which the activation's derivative follows: the result of ReLU, the argument of SiLU.
 _RELU = ACTIVATIONS.index("relu")
 
 

@@ -1,7 +1,8 @@
-"""Attention over the positions of a map without its map of weights: ops and autograd.
+"""Attention over the positions of a map without its map of weights.
 
-PyTorch's fused attention for CPUs does it for rows of queries, whose bias is a small part of all queries' one; where
-the bias wants a gradient, the weights of those rows are computed again from the logarithms of their sums.
+On CPUs PyTorch's fused attention serves, for a few rows of queries at a time: their bias is a small part of the whole.
+The result and the logarithms of the softmax sums (lse) are saved for backward. With a bias, backward computes the
+weights of these rows again, from lse.
 """
 
 from __future__ import annotations
@@ -19,23 +20,23 @@ from .layout import accumulation_dtype, empty_small
 from .library import define
 from .shapes import Arguments
 
-_FLASH = 16  # keys; of fewer, which are no vector, PyTorch's kernel for CPUs makes zeros where a query is NaN
-_BLOCK = 1 << 18  # weights, or biases, that are computed at a time
+_FLASH = 16  # keys; with fewer, less than a vector, PyTorch's CPU kernel returns zeros for a query that is NaN
+_BLOCK = 1 << 18  # weights, or biases, computed at a time
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
 
 def _blocks(size: int, weights: int) -> Iterator[slice]:
-    """Blocks of so many rows of a map, or images, where one of them has so many weights."""
+    """Yields slices of ``size`` rows (or images), each with about ``_BLOCK`` weights if one row has ``weights``."""
     step = max(_BLOCK // max(weights, 1), 1)
     return (slice(start, min(start + step, size)) for start in range(0, size, step))
 
 
 class _Bias:
-    """What is added to the scores of some rows of queries: relative bias, and -inf where the mask shuts keys out.
+    """The terms added to the scores of some rows of queries: the relative bias, and -inf for masked keys.
 
-    In an image whose mask leaves no key none is shut out: its results are blanked afterwards.
+    In an image whose keys are all masked, none counts as masked: its results are set to zero afterwards.
     """
 
     def __init__(self, qkv: Tensor, table: Tensor | None, key_mask: Tensor | None) -> None:
@@ -43,7 +44,8 @@ class _Bias:
         self.windows = self.shut = None
         dtype = accumulation_dtype(qkv)
         if table is not None:
-            flipped = table.to(dtype).permute(2, 0, 1).flip(1, 2)  # of a query the window is at (H - 1 - y, W - 1 - x)
+            flipped = table.to(dtype).permute(2, 0, 1).flip(1, 2)
+            # Query (y, x) takes the window at (H - 1 - y, W - 1 - x).
             windows = flipped.unfold(1, self.height, 1).unfold(2, self.width, 1)  # [heads, .., .., h, w]
             y, x = table.shape[0] // 2 + 1, table.shape[1] // 2 + 1
             self.windows = windows[:, y - self.height : y, x - self.width : x]
@@ -54,19 +56,19 @@ class _Bias:
             self.shut = shut[:, None, None]  # [N, 1, 1, L]
 
     def relative(self, rows: slice) -> Tensor | None:
-        """``[heads, queries, L]``."""
+        """The relative bias of some rows, ``[heads, queries, L]``."""
         if self.windows is None:
             return None
         windows = self.windows[:, self.height - rows.stop : self.height - rows.start]
         return windows.flip(1, 2).flatten(3).flatten(1, 2)
 
-    def blocks(self, a_row: int) -> Iterator[tuple[slice, Tensor | None]]:
-        """Blocks of queries, and their relative bias, where a row of the map is so many weights."""
-        for rows in _blocks(self.height, a_row):
+    def blocks(self, row_weights: int) -> Iterator[tuple[slice, Tensor | None]]:
+        """Yields slices of queries and their relative bias, if a row of the map has ``row_weights`` weights."""
+        for rows in _blocks(self.height, row_weights):
             yield slice(rows.start * self.width, rows.stop * self.width), self.relative(rows)
 
     def whole_blocks(self) -> Iterator[tuple[slice, Tensor | None]]:
-        """Blocks of queries of all images, and all that is added to them, ``[1 or N, 1 or heads, 1 or queries, L]``."""
+        """Yields slices of queries and all terms of their scores, ``[1 or N, 1 or heads, 1 or queries, L]`` or None."""
         images = 1 if self.shut is None else self.shut.shape[0]
         for queries, bias in self.blocks(0 if self.windows is None else images * self.windows[:, 0].numel()):
             if bias is None:
@@ -76,7 +78,7 @@ class _Bias:
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
-    """Results ``[N, heads, queries, d]`` and the logarithms of the sums, ``[N, heads, queries]``."""
+    """Returns the attended values ``[N, heads, queries, d]`` and lse ``[N, heads, queries]``."""
     if q.is_cpu and k.shape[2] >= _FLASH:
         return _flash(q, k, v, attn_mask=bias, scale=scale)
     q, k, v = (t.to(accumulation_dtype(t)) for t in (q, k, v))
@@ -95,7 +97,7 @@ def _attention_fwd_reference(
         q, k, v = split_heads(qkv, key_mask)
         for i, bias in _Bias(qkv, table, key_mask).whole_blocks():
             o, norm = _attend(q[:, :, i], k, v, bias, scale)
-            if o.shape[2] == height * width:  # one block: as it is
+            if o.shape[2] == height * width:  # a single block is the whole result
                 out, lse = o.transpose(1, 2).to(qkv.dtype).contiguous(), norm.contiguous()
             else:
                 out[:, i], lse[:, :, i] = o.transpose(1, 2), norm
@@ -107,18 +109,18 @@ def _attention_fwd_reference(
 
 
 class _Products:
-    """Weights in blocks: of some rows' queries, and of as many images as are few weights."""
+    """Attention weights in blocks: some rows of queries of some images at a time."""
 
     def __init__(self, qkv: Tensor, table: Tensor | None, key_mask: Tensor | None, lse: Tensor, scale: float) -> None:
         _, height, width, _, self.heads, _ = qkv.shape
         a = accumulation_dtype(qkv)
         self.q, self.k, self.v = (t.to(a).contiguous() for t in split_heads(qkv, key_mask))
         self.lse, self.scale, self.bias = lse[..., None], scale, _Bias(qkv, table, key_mask)
-        self.a_row = self.heads * height * width**2
+        self.row_weights = self.heads * height * width**2
 
     def blocks(self) -> Iterator[tuple[slice, slice, Tensor]]:
-        """Images, queries, and their weights ``[images heads, queries, L]``."""
-        for queries, relative in self.bias.blocks(self.a_row):
+        """Yields slices of images and of queries, and their weights ``[images heads, queries, L]``."""
+        for queries, relative in self.bias.blocks(self.row_weights):
             count = queries.stop - queries.start
             for images in _blocks(self.q.shape[0], self.heads * count * self.q.shape[2]):
                 yield images, queries, self._weights(images, queries, relative)
@@ -136,18 +138,21 @@ class _Products:
 
 
 def _sum_images(dscores: Tensor, heads: int) -> Tensor:
-    """``[images heads, queries, L]`` -> ``[heads, queries, L]``."""
+    """Sums over images: ``[images heads, queries, L]`` -> ``[heads, queries, L]``."""
     return dscores if dscores.shape[0] == heads else dscores.unflatten(0, (-1, heads)).sum(0)
 
 
 def _add_offsets(dtable: Tensor, dscores: Tensor, first: int, width: int) -> None:
-    """Adds gradients of scores ``[heads, queries, L]``, from the row ``first`` on, to those of their offsets.
+    """Adds the gradients of scores to the gradients of the offsets between their query and key.
 
     Args:
-        dtable: ``[heads, 2H - 1, 2W - 1]``.
+        dtable: gradients of the offsets, ``[heads, 2H - 1, 2W - 1]``; changed in place.
+        dscores: gradients of the scores, ``[heads, queries, L]``; queries are whole rows of the map.
+        first: the first of these rows.
+        width: width of the map.
     """
     d = dscores.unflatten(2, (-1, width)).unflatten(1, (-1, width)).transpose(2, 3)  # [heads, rows, h, w, w]
-    # Laid out in rows of 2 w - 1 and read in rows of 2 w, an offset x' - x is a column, of negative ones the last.
+    # Written in rows of 2 w - 1 and read in rows of 2 w, each offset x' - x is a column, negative ones the last.
     skewed = d.new_zeros(*d.shape[:3], 2 * width**2)
     skewed[..., : width * (2 * width - 1)].unflatten(3, (width, -1))[..., :width].copy_(d)
     sums = skewed.unflatten(3, (width, 2 * width)).sum(3).roll(width - 1, 3)[..., : 2 * width - 1].flip(2, 3)
@@ -165,7 +170,7 @@ def _attention_bwd_reference(
     a = accumulation_dtype(qkv)
     dqkv = torch.zeros(qkv.shape, dtype=a, device=qkv.device)
     dtable = empty_small(qkv, *(table.permute(2, 0, 1).shape if table is not None else (0,))).zero_()
-    lse = lse.masked_fill(lse == -torch.inf, 0.0)  # images without keys: these are zero, too
+    lse = lse.masked_fill(lse == -torch.inf, 0.0)  # images without keys: -inf would make NaN
     if key_mask is not None:
         grad = grad.masked_fill(~key_mask.flatten(1).any(1)[:, None, None, None, None], 0.0)
     tensors = (*split_heads(qkv, key_mask), *(t.flatten(1, 2).transpose(1, 2) for t in (grad, out)))

@@ -1,12 +1,12 @@
-"""Results of ops as declared: a small language of shapes, and the fakes that follow from it.
+"""Shapes of results as text, and the fakes that follow from them.
 
-- ``"N 2 C"``: sizes. N, C, H and W are those of the map x; other letters are bound by the declared shapes of arguments,
-  ``{"w1": "R C"}``. The dtype is the accumulation dtype;
-- ``"N C : int32"``, ``"N C 1 1 : x"``: sizes, and a dtype, or the argument whose dtype it is;
-- ``"like x"``: a map of that argument's shape, dtype and memory format;
-- ``"shape of w"``: that argument's shape, in the accumulation dtype.
+- ``"N 2 C"``: sizes, in the accumulation dtype. N, C, H and W are the sizes of the map x. Other letters get their sizes
+  from the declared shapes of arguments: ``{"w1": "R C"}`` makes R the first size of w1.
+- ``"N C : int32"``, ``"N C 1 1 : x"``: sizes, then the dtype, or the argument that has this dtype.
+- ``"like x"``: a map with the shape, dtype and memory format of that argument.
+- ``"shape of w"``: the shape of that argument, in the accumulation dtype.
 
-Instead of a string there may be a function of the arguments by name.
+A function of the arguments by name, which returns the uninitialised result, may take the place of a text.
 """
 
 from __future__ import annotations
@@ -24,7 +24,13 @@ Shape = str | Callable[[Arguments], Tensor]
 
 
 def fake_of(names: Sequence[str], results: Sequence[Shape], weights: Mapping[str, str]) -> Callable[..., Any]:
-    """The fake of an op with arguments ``names``: makes uninitialised ``results``."""
+    """Makes the fake of an op.
+
+    Args:
+        names: the op's arguments.
+        results: the shape of each result.
+        weights: argument -> declared shape.
+    """
 
     def fake(*args: Any) -> Any:
         given = dict(zip(names, args, strict=True))
@@ -35,7 +41,7 @@ def fake_of(names: Sequence[str], results: Sequence[Shape], weights: Mapping[str
 
 
 def allocated(result: Shape, given: Arguments, weights: Mapping[str, str]) -> Tensor:
-    """One uninitialised result."""
+    """Allocates one result, uninitialised, from the op's arguments by name and the declared shapes of arguments."""
     if callable(result):
         return result(given)
     x = _leading(given, weights)
@@ -51,7 +57,7 @@ def allocated(result: Shape, given: Arguments, weights: Mapping[str, str]) -> Te
 
 
 def _leading(given: Arguments, weights: Mapping[str, str]) -> Tensor:
-    """The argument that gives results their device and dtype: x, else the first declared one, else the first map."""
+    """The argument that gives results their device and dtype: x, the first with a declared shape, or the first map."""
     if "x" in given or weights:
         return given["x" if "x" in given else next(iter(weights))]
     tensors = [t for t in given.values() if isinstance(t, Tensor)]
@@ -59,11 +65,11 @@ def _leading(given: Arguments, weights: Mapping[str, str]) -> Tensor:
 
 
 def _sizes(x: Tensor, given: Arguments, weights: Mapping[str, str]) -> dict[str, int]:
-    """Letters -> sizes: of the map, if there is one, and of the arguments whose shapes are declared."""
+    """Letter -> size: N, C, H and W from the map, if there is one, the others from the declared shapes."""
     sizes = dict(zip("NCHW", x.shape, strict=True)) if x.dim() == 4 else {}
     for name, shape in weights.items():
         weight = given.get(name)
         if weight is not None:
-            bound = zip(shape.split(), weight.shape, strict=False)  # a 1x1 convolution's weight has two more
+            bound = zip(shape.split(), weight.shape, strict=False)  # a 1x1 convolution's weight has two more dimensions
             sizes.update((letter, size) for letter, size in bound if letter.isalpha() and letter not in sizes)
     return sizes

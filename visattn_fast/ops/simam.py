@@ -1,4 +1,8 @@
-"""SimAM."""
+"""SimAM: ``x * sigmoid(scale d^2 + 0.5)`` with ``d = x - mean`` and a scale per channel, from its variance.
+
+Mean and scale are saved for backward. The Triton kernels move the bytes of x twice forward and 3 times backward if
+planes fit in a tile, else 3 and 5 times.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Selective kernels: passes over the branches, and between them the algebra of pooled values in PyTorch."""
+"""Selective kernels: the passes over the branches of `branches`, and between them the gate's algebra in PyTorch.
+
+Forward reads both branches twice and writes y. Pooled values, hidden layer, gate and statistics are saved for backward.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,7 @@ def _forward(
     b2: Tensor | None,
     eps: float,
 ) -> tuple[Tensor, ...]:
-    # In float64: the batch norm of few pooled values magnifies rounding.
+    # float64, because the batch norm of few pooled values magnifies rounding.
     w, norm_weight, norm_bias, w1, b1, w2, b2 = as_matrices(torch.float64, w, norm_weight, norm_bias, w1, b1, w2, b2)
     mean = branch_mean(v1, v2)
     z = F.linear(mean.double(), w)
@@ -69,5 +72,5 @@ def _mathematics(*tensors_and_eps: Any) -> Tensor:
     return reference.sk(*tensors, eps=eps)
 
 
-# Compiled, Inductor fuses the branches' own norms with what follows them. An op would have the normed maps stored.
+# Compiled, Inductor fuses the branches' own norms with the selection. An op would need the normalised maps in memory.
 SK = composed_op("sk", _forward, _gradients, _mathematics, compiled_plain=True)

@@ -1,8 +1,9 @@
-"""Second-order channel attention: ops and autograd.
+"""Second-order channel attention: a channel gate from the square root of the channels' covariance.
 
-The gate needs the square root of the covariance only times a vector, and the Newton-Schulz steps are a polynomial in
-the matrix: 122 products of the matrix with vectors take the place of 12 products of matrices, and as many again give
-the gradient. All steps commute, and each is its own transpose. Small matrices are multiplied: calls are what they cost.
+The gate needs the square root only times a vector, and the Newton-Schulz steps are a polynomial in the matrix: 122
+products of the matrix with vectors replace 12 products of matrices, and as many again give the gradient. All steps
+commute, and each is its own transpose. Small matrices are multiplied instead: there the number of calls is the cost.
+Means, covariance, pooled values, hidden layer and gate are saved for backward.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ from .declare import composed_op
 from .layout import as_matrices, empty_small, memory_format
 from .library import define
 
-_BLOCK = 1 << 18  # elements of x that are centred at a time; on a GPU, where calls are what smaller ones cost, 32 times
+_BLOCK = 1 << 18  # elements of x centred at a time; on a GPU 32 times as many, because there launches cost the most
 
 
 def _covariance_reference(x: Tensor, mean: Tensor) -> Tensor:
-    """Centred some images at a time, or blocks of one: nothing cancels, and no centred copy of x is made."""
+    """Centres some images at a time, or blocks of one: sums do not cancel, and no centred copy of x is stored."""
     n, c, h, w = x.shape
     nhwc = memory_format(x) == torch.channels_last
     matrices = x.permute(0, 2, 3, 1).flatten(1, 2) if nhwc else x.flatten(2)
@@ -34,7 +35,7 @@ def _covariance_reference(x: Tensor, mean: Tensor) -> Tensor:
     limit = _BLOCK if x.is_cpu else 32 * _BLOCK
     if images := min(limit // (c * h * w), n):
         for several, mu, out in zip(matrices.split(images), mean.split(images), cov.split(images), strict=True):
-            centred = several - mu  # as wide as mu
+            centred = several - mu  # in mu's dtype
             out.baddbmm_(*((centred.mT, centred) if nhwc else (centred, centred.mT)), beta=0, alpha=1 / (h * w))
         return cov
     for image, mu, out in zip(matrices, mean, cov, strict=True):
@@ -55,21 +56,21 @@ covariance = define(
 
 
 class _Root(Protocol):
-    """p(a) of a symmetric matrix a ``[N, C, C]``: its square root by Newton-Schulz steps, applied to a row vector."""
+    """Applies p(a), the square root of symmetric matrices a ``[N, C, C]`` by Newton-Schulz steps, to row vectors."""
 
     def apply(self, v: Tensor) -> Tensor:
-        """v p(a), for v ``[N, 1, C]``."""
+        """Returns ``v p(a)`` for v ``[N, 1, C]``."""
 
     def gradient(self, v: Tensor, g: Tensor) -> Tensor:
-        """Gradient of a, as a symmetric matrix, from that of v p(a)."""
+        """Returns the gradient of a, symmetric matrices, from g, the gradient of ``v p(a)``."""
 
 
 class _Vectors:
     """The Newton-Schulz iterates of a symmetric matrix a ``[N, C, C]``, applied to row vectors ``[N, 1, C]``.
 
     ``Y_0 = a``, ``Z_0 = 1``; ``T_k = (3 - Z_{k-1} Y_{k-1}) / 2``, ``Y_k = Y_{k-1} T_k``, ``Z_k = T_k Z_{k-1}``; Y_k
-    tends to the square root of a. Remembers what a was multiplied by; the gradient takes it back in reverse, and the
-    factor -1/2 of every T around a product as a power.
+    tends to the square root of a. Every vector that a multiplies is recorded, and the gradient visits them in reverse.
+    Each T around a product brings a factor -1/2, counted as a power.
     """
 
     def __init__(self, a: Tensor) -> None:
@@ -90,7 +91,7 @@ class _Vectors:
         return self._half(v, self.y(k - 1, self.z(k - 1, v)))
 
     def _half(self, v: Tensor, product: Tensor) -> Tensor:
-        """``(3 v - product) / 2``, in one call; one `baddbmm` for the product, too, would lose two bits."""
+        """Returns ``(3 v - product) / 2`` in one call. A `baddbmm` that includes the product would lose two bits."""
         return torch.lerp(v, product, -0.5)
 
     def y_backward(self, k: int, g: Tensor, power: int) -> Tensor:
@@ -120,7 +121,7 @@ class _Vectors:
 
 
 class _Matrices:
-    """The same iterates as matrices, but for the last one; each is symmetric. `bmm` costs less than ``@``."""
+    """The same iterates as symmetric matrices, except the last one. `bmm` costs less than ``@``."""
 
     def __init__(self, a: Tensor) -> None:
         eye = torch.eye(a.shape[1], dtype=a.dtype, device=a.device).mul_(1.5)
@@ -138,7 +139,7 @@ class _Matrices:
         return torch.bmm(torch.bmm(v, self.y[-1]), self.t[-1])
 
     def gradient(self, v: Tensor, g: Tensor) -> Tensor:
-        # T_k+1 = (3 - Z_k Y_k) / 2; nothing goes through the last Z.
+        # T_k+1 = (3 - Z_k Y_k) / 2; the last Z has no gradient.
         dt = torch.bmm(v, self.y[-1]).mT * g
         dy = torch.baddbmm(v.mT * torch.bmm(g, self.t[-1]), self.z[-1], dt, alpha=-0.5)
         dz = -0.5 * torch.bmm(dt, self.y[-1])
@@ -157,7 +158,7 @@ def _symmetric(m: Tensor) -> Tensor:
 
 def _root(a: Tensor) -> _Root:
     n, c, _ = a.shape
-    # On a CPU where both take as long; elsewhere as long as the iterates are few megabytes.
+    # At the limit both take equally long on a CPU; elsewhere the iterates take a few megabytes.
     return _Matrices(a) if n * c**3 <= (1 << 22 if a.is_cpu else 1 << 27) else _Vectors(a)
 
 
@@ -183,7 +184,7 @@ def _soca_gate_bwd_reference(
     dpooled = (dz1 @ w1.flatten(1).to(cov.dtype))[:, None]
     total = trace(cov)
     da = _root(cov / total).gradient(_ones(cov), dpooled * total.sqrt())
-    # pooled = sqrt(total) p(cov / total): total's own gradient lies on the diagonal, but where it is not the trace.
+    # pooled = sqrt(total) p(cov / total): the gradient of total goes to the diagonal, unless total is not the trace.
     dtotal = (pooled[:, None] * dpooled).sum(2, keepdim=True) / (2 * total)
     dtotal = dtotal - (da * cov).sum((1, 2), keepdim=True) / total**2
     dtotal = torch.where(total == cov.diagonal(dim1=1, dim2=2).sum(1)[:, None, None], dtotal, 0.0)
@@ -213,7 +214,7 @@ soca_gate_bwd = define(
 def _forward(
     x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, residual: Tensor | None, activation: int
 ) -> tuple[Tensor, ...]:
-    # On a GPU PyTorch's own mean of channels_last maps takes scratch of many megabytes for the parts of its sums.
+    # On a GPU PyTorch's own mean of a channels_last map takes many megabytes of scratch for partial sums.
     mean = channel_mean(x)
     cov = covariance(x, mean)
     pooled, hidden, gate = soca_gate_fwd(cov, w1, b1, w2, b2)
@@ -224,7 +225,7 @@ def _gradients(grad: Tensor, tensors: Any, small: Any, options: Any) -> tuple[Te
     (x, w1, _, w2, _, residual), (mean, cov, pooled, hidden, gate) = tensors, small
     dgate, dresidual = channel_scale_bwd(grad, x, gate, residual, *options)
     dcov, dw1, db1, dw2, db2 = soca_gate_bwd(dgate, cov, w1, w2, pooled, hidden, gate)
-    # dx = g gate + 2 / HW dcov (x - mean); the mean's part is the same for every pixel of a channel.
+    # dx = g gate + 2 / HW dcov (x - mean); the part of the mean is the same for all pixels of a channel.
     dmean = torch.baddbmm(empty_small(x, 1, 1, 1), mean[:, None], dcov, beta=0, alpha=-2)[:, 0]
     dx = channel_input_grad(dresidual if options[0] else grad, x, gate, dmean)
     scaled = torch.mul(dcov, 2 / (x.shape[2] * x.shape[3]), out=torch.empty_like(dcov, dtype=x.dtype))
@@ -233,7 +234,7 @@ def _gradients(grad: Tensor, tensors: Any, small: Any, options: Any) -> tuple[Te
 
 
 def _add_product(dx: Tensor, dcov: Tensor, x: Tensor) -> None:
-    """dx += dcov x, as matrices of each image, in place."""
+    """Adds ``dcov x`` to dx in place, a product of matrices for each image."""
     if memory_format(dx) == torch.channels_last:
         dx.permute(0, 2, 3, 1).flatten(1, 2).baddbmm_(x.permute(0, 2, 3, 1).flatten(1, 2), dcov)
     else:

@@ -1,4 +1,7 @@
-"""CBAM's spatial gate."""
+"""CBAM's spatial gate, ``sigmoid(conv([mean, max]) + bias)`` of the channels: the gate itself is the result.
+
+The pooled maps and the positions of the maxima are saved for backward, which does not read x again.
+"""
 
 from __future__ import annotations
 

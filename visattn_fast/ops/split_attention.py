@@ -1,4 +1,8 @@
-"""S2-MLPv2's split attention: passes over shifted branches, and between them the algebra of pooled values."""
+"""S2-MLPv2's split attention: passes over the shifted branches, and between them the gate's algebra in PyTorch.
+
+Branches are shifted as they are read. Forward reads u twice and writes y. The sum, its first layer and the gate are
+saved for backward.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +35,7 @@ def _gate_shape(u: Tensor) -> tuple[int, int, int]:
 
 
 def _unshift(grad: Tensor, directions: Any) -> Tensor:
-    """The transpose of `reference.split_attention.shift`."""
+    """The transpose of `reference.split_attention.shift`: sends gradients back to the pixels that were moved."""
     quarter, channels = grad.shape[1] // 4, grad.shape[1]
     given = []
     for part, (dim, forwards) in zip(grad.split([quarter] * 3 + [channels - 3 * quarter], 1), directions, strict=True):
@@ -78,7 +82,7 @@ shift_grad = define(
 
 @without_autocast
 def _forward(u: Tensor, w1: Tensor, w2: Tensor) -> tuple[Tensor, ...]:
-    total = shift_total(u).double()  # a sum over all pixels: the logits are large, and the softmax magnifies rounding
+    total = shift_total(u).double()  # the sum over all pixels makes large logits, and the softmax magnifies rounding
     z = F.linear(total, w1.double())
     gate = torch.softmax(F.linear(F.gelu(z), w2.double()).view(_gate_shape(u)), 1).to(accumulation_dtype(u))
     return shift_sum(u, gate), total, z, gate

@@ -1,4 +1,4 @@
-"""A map as dense tokens, and gradients back in the map's memory format."""
+"""Maps as dense tokens. Gradients come back in the map's memory format."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ class _TokenGridFunction(torch.autograd.Function):
 
 
 def token_grid(x: Tensor) -> Tensor:
-    """``[N, C, H, W]`` -> ``[N, H, W, C]``, dense; no copy of a map in channels_last."""
+    """Converts ``[N, C, H, W]`` to dense tokens ``[N, H, W, C]``, without a copy if x is in channels_last."""
     return call_function(_TokenGridFunction, x)[0]
 
 
 def in_format_of(x: Tensor, y: Tensor) -> Tensor:
-    """The map y, dense in x's memory format."""
+    """Returns the map y, dense in x's memory format."""
     return y.contiguous(memory_format=memory_format(x))

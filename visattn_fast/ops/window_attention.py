@@ -1,4 +1,4 @@
-"""Attention inside (shifted) windows: ops and autograd. The backward pass computes the weights again."""
+"""Attention inside (shifted) windows. Only the arguments are saved: backward computes the weights again."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def _window_attention_bwd_reference(
     p = window_weights(q, k, table.to(a), windows, scale)
     g = grad.to(a).flatten(1, 2)
     tokens = windows.tokens(qkv.device)
-    g = torch.cat([g, torch.zeros_like(g[:, :1])], 1)[:, tokens]  # nothing comes back from padding
+    g = torch.cat([g, torch.zeros_like(g[:, :1])], 1)[:, tokens]  # padding sends back no gradient
     g = g.unflatten(3, (heads, -1)).transpose(2, 3)
     dp = g @ v.mT
     ds = p * (dp - (dp * p).sum(-1, keepdim=True))

@@ -1,8 +1,12 @@
-"""Bars: the times of a module, and the memory of all."""
+"""Bar charts: the times of one module, and the memory of all modules."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from operator import attrgetter
+
 from matplotlib.axes import Axes
+from matplotlib.patches import Patch
 
 from ..measure.step import MODES
 from .results import Comparison, Mean, Report
@@ -13,7 +17,7 @@ _BAR = 0.15  # inches
 
 
 def times(report: Report, op: str, mode: str) -> str:
-    """Times of a module in one mode, in multiples of a copy, with the 20th to 80th percentiles."""
+    """Draws the times of a module in one mode, in multiples of a copy, with their 20th to 80th percentiles."""
     comparisons = [c for c in report.of(op) if c.case.mode == mode]
     names = [name for name in report.contenders if any(name in c.rows for c in comparisons)]
 
@@ -23,27 +27,48 @@ def times(report: Report, op: str, mode: str) -> str:
                 _time(axes, comparison, name, place * (len(names) + 1) + index)
         dtypes = len({c.case.dtype for c in comparisons}) > 1
         labels = [f"{c.case.size}\n{c.case.layout}{f', {c.case.dtype}' * dtypes}" for c in comparisons]
-        _dress(axes, labels, len(names), "x copy (1 = the time of out.copy_(x))")
+        _dress(axes, labels, len(names), "time / copy (1 = the time of out.copy_(x))")
         axes.axvline(1, color=COLOURS["rule"], linewidth=1, linestyle="--", zorder=0)
 
-    label = f"{op}, {MODES[mode]}: time in multiples of a copy, of {', '.join(names)}"
+    label = f"{op}, {MODES[mode]}: times of {', '.join(names)} in multiples of a copy"
     return drawn(paint, _height(len(comparisons), len(names)), label)
 
 
 def memory(report: Report, mode: str) -> str:
-    """What each module allocates at a time in one mode, in multiples of x; empty where that is not known."""
-    means = [mean for mean in report.means if mean.mode == mode and any(mean.peak.values())]
-    names = [name for name in report.contenders if any(mean.peak.get(name) for mean in means)]
+    """Draws the peak memory of each module in one mode, in multiples of x; empty if no peak is known."""
+    return _means(report, mode, attrgetter("peak"), "peak, x (1 = the bytes of x)", "peak memory in multiples of x")
+
+
+def mean_times(report: Report, mode: str) -> str:
+    """Draws the time of each module in one mode, in multiples of a copy; empty if the mode was not measured."""
+    title = "time, in multiples of out.copy_(x)"
+    return _means(report, mode, attrgetter("x_of_copy"), title, "time in multiples of a copy", key=True)
+
+
+def _means(
+    report: Report,
+    mode: str,
+    values: Callable[[Mean], dict[str, float | None]],
+    title: str,
+    what: str,
+    key: bool = False,
+) -> str:
+    """Draws the mean ``values`` of each module in one mode, a bar per contender."""
+    means = [mean for mean in report.means if mean.mode == mode and any(values(mean).values())]
+    names = [name for name in report.contenders if any(values(mean).get(name) for mean in means)]
     if not names:
         return ""
 
     def paint(axes: Axes) -> None:
         for index, name in enumerate(names):
             for place, mean in enumerate(means):
-                _bar(axes, mean.peak.get(name), place * (len(names) + 1) + index, name)
-        _dress(axes, [_name(mean, report) for mean in means], len(names), "peak, x (1 = the bytes of x)")
+                _bar(axes, values(mean).get(name), place * (len(names) + 1) + index, name)
+        _dress(axes, [_name(mean, report) for mean in means], len(names), title)
+        if key:
+            patches = [Patch(color=COLOURS[name], label=name) for name in names]
+            axes.legend(handles=patches, frameon=False)
 
-    label = f"{MODES[mode]}: peak memory of each module in multiples of x, of {', '.join(names)}"
+    label = f"{MODES[mode]}: {what} of each module, of {', '.join(names)}"
     return drawn(paint, _height(len(means), len(names)), label)
 
 

@@ -1,4 +1,4 @@
-"""What is measured: a module at a size, in a layout and a dtype, in a mode, by contenders."""
+"""The cases of the report: modules at sizes, in layouts, dtypes and modes, and the contenders that run them."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ class Contender:
     """One way to run a module.
 
     Attributes:
-        about: what it is, in words.
-        fused: whether it is ours; else it is a rival.
+        about: a description for the reader.
+        fused: True if the module is ours; the others are its rivals.
         compiled: the mode of torch.compile; None without it.
-        asked: whether it runs only where it is asked for.
-        library: whose module it is, by `rivals`; it takes part where there is one.
+        asked: True if the contender runs only when asked for.
+        library: the library that the module comes from; empty for our own modules. The contender takes part in the
+            cases for which `rivals` has such a module.
     """
 
     about: str
@@ -29,7 +30,7 @@ class Contender:
     library: str = ""
 
 
-# On a GPU the clock is that of the device, where a CUDA graph shows as a copy of its inputs and as nothing else.
+# No CUDA graphs: on the device's clock they show only their extra copy of the inputs.
 CONTENDERS = {
     "eager": Contender("plain PyTorch"),
     "compile": Contender("torch.compile of it", compiled="default"),
@@ -50,12 +51,12 @@ Shape = tuple[int, int, int, int]
 
 @dataclass(frozen=True)
 class Case:
-    """One comparison: module ``op`` of the catalogue on a map of ``shape`` ``[N, C, H, W]``.
+    """One comparison: module ``op`` of the catalogue on a map ``[N, C, H, W]`` of ``shape``.
 
     Attributes:
-        dtype: the name of a floating dtype of torch.
+        dtype: the name of a floating-point dtype of torch.
         layout: ``"nchw"`` or ``"channels_last"``.
-        mode: of `steps.MODES`; gradients are those of x and of every parameter.
+        mode: one of `measure.step.MODES`; gradients are those of x and of every parameter.
     """
 
     op: str
@@ -66,7 +67,7 @@ class Case:
 
     @property
     def size(self) -> str:
-        """The shape as ``8x64x112x112``."""
+        """The shape in the form ``8x64x112x112``."""
         return "x".join(map(str, self.shape))
 
     def __str__(self) -> str:
@@ -80,13 +81,13 @@ def matrix(
     modes: Iterable[str] = DEFAULT_MODES,
     dtypes: Iterable[str] = ("float32",),
 ) -> list[Case]:
-    """Every combination, a whole shape after the other, so that a run cut short has finished its first shapes."""
+    """Returns every combination, shape by shape, so that a run cut short has finished its first shapes."""
     rest = tuple(itertools.product(ops, dtypes, layouts, modes))
     return [Case(op, shape, dtype, layout, mode) for shape in shapes for op, dtype, layout, mode in rest]
 
 
 def parse_shape(text: str) -> Shape:
-    """``8x64x112x112`` -> ``(8, 64, 112, 112)``. Raises ValueError on anything else."""
+    """Parses ``8x64x112x112`` into ``(8, 64, 112, 112)``. Raises ValueError for any other form."""
     sizes = tuple(int(size) for size in text.split("x"))
     if len(sizes) != 4 or min(sizes) < 1:
         raise ValueError(f"a shape is four positive sizes, such as 8x64x112x112, got {text!r}")
@@ -94,7 +95,7 @@ def parse_shape(text: str) -> Shape:
 
 
 def choose(text: str, known: Sequence[str]) -> list[str]:
-    """``"se,cbam"`` -> ``["se", "cbam"]``, ``"all"`` -> all. Raises ValueError on a name that is not ``known``."""
+    """Splits ``"se,cbam"`` into names; ``"all"`` means all. Raises ValueError for a name that is not in ``known``."""
     names = list(known) if text == "all" else text.split(",")
     for name in names:
         if name not in known:

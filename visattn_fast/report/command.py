@@ -1,4 +1,4 @@
-"""``visattn-fast report``: measures modules or a whole model, renders again what was measured, compares two reports."""
+"""``visattn-fast report``: measures modules or a whole model, renders a saved report again, or compares two reports."""
 
 from __future__ import annotations
 
@@ -11,63 +11,66 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 
 from ..backends import NAMES, select
 from ..catalogue import ENTRIES, LAYOUTS, SHAPES, feature_map
 from ..measure.step import DEFAULT_MODES, MODES
 from ..measure.timing import Effort
-from . import markdown, page, terminal
+from . import bars, html, markdown, page, terminal
 from .cases import CONTENDERS, DEFAULT_CONTENDERS, DTYPES, MODULES, QUICK_MODULES, Case, choose, matrix, parse_shape
 from .compare import compare
 from .machine import describe
-from .measure import Row, measure
 from .results import Report, read
+from .rows import Row, measure
 from .whole_model import WAYS, ModelReport, build, measure_model
 
 _FULL = Effort()
 _QUICK = Effort(seconds=0.2, fewest=5, most=60)
-_QUICK_BUDGET = 90.0  # seconds, after which no further case begins
+_QUICK_BUDGET = 90.0  # seconds after which no further case begins
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Its options."""
+    """Declares the options of the command."""
     every = ",".join
 
-    def listed(name: str, known: tuple[str, ...], chosen: tuple[str, ...], *aliases: str) -> None:
+    def listed(name: str, about: str, known: tuple[str, ...], chosen: tuple[str, ...], *aliases: str) -> None:
         rest = [n for n in known if n not in chosen]
         also = f"; also {every(rest)}, or all" if rest else ""
-        parser.add_argument(name, *aliases, default=every(chosen), help=f"default: %(default)s{also}")
+        parser.add_argument(name, *aliases, default=every(chosen), help=f"{about} (default: %(default)s{also})")
 
-    parser.add_argument("--quick", action="store_true", help="few modules and repetitions, what fits into two minutes")
-    parser.add_argument("--out", metavar="DIR", help="where to write (default: report)")
+    parser.add_argument("--quick", action="store_true", help="few modules and rounds, to fit into two minutes")
+    parser.add_argument("--out", metavar="DIR", help="folder to write into (default: report)")
     parser.add_argument(
-        "--modules", help=f"of {every(ENTRIES)} (default: {every(MODULES)}; quick: {every(QUICK_MODULES)})"
+        "--modules", help=f"some of {every(ENTRIES)} (default: {every(MODULES)}; quick: {every(QUICK_MODULES)})"
     )
-    parser.add_argument("--shapes", metavar="NxCxHxW,...", help="sizes (default: the catalogue's)")
-    listed("--layouts", tuple(LAYOUTS), tuple(LAYOUTS))
-    listed("--modes", tuple(MODES), DEFAULT_MODES)
-    listed("--contenders", tuple(CONTENDERS), DEFAULT_CONTENDERS)
-    listed("--dtypes", DTYPES, DTYPES[:1], "--dtype")
-    parser.add_argument("--cold", action="store_true", help="compile each time anew, without torch's caches on disk")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
-    parser.add_argument("--backend", default="auto", choices=("auto", *NAMES), help="of fused (default: auto)")
-    parser.add_argument("--threads", type=int, metavar="N", help="that torch may use (default: torch's choice)")
-    parser.add_argument("--seconds", type=float, metavar="S", help="to time each case for")
-    whole = parser.add_argument_group("a whole model, before and after accelerate", "instead of single modules")
+    parser.add_argument("--shapes", metavar="NxCxHxW,...", help="sizes of x (default: the catalogue's)")
+    listed("--layouts", "memory formats of x", tuple(LAYOUTS), tuple(LAYOUTS))
+    listed("--modes", "modes to time", tuple(MODES), DEFAULT_MODES)
+    listed("--contenders", "ways to run a module", tuple(CONTENDERS), DEFAULT_CONTENDERS)
+    listed("--dtypes", "dtypes of x and parameters", DTYPES, DTYPES[:1], "--dtype")
+    parser.add_argument("--cold", action="store_true", help="compile without torch's caches on disk")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=device, help="device to measure on (default: %(default)s)")
+    parser.add_argument("--backend", default="auto", choices=("auto", *NAMES), help="backend of fused (default: auto)")
+    parser.add_argument("--threads", type=int, metavar="N", help="threads that torch may use (default: torch's choice)")
+    parser.add_argument("--seconds", type=float, metavar="S", help="seconds to time each case for")
+    parser.add_argument("--figure", metavar="SVG", help="also draw the mean times of training steps (mode both)")
+    whole = parser.add_argument_group("a whole model before and after accelerate, instead of single modules")
     whole.add_argument("--model", metavar="SPEC", help="timm:NAME, torchvision:NAME or MODULE:FUNCTION")
-    whole.add_argument("--options", default="{}", metavar="JSON", help="keywords of the function that builds it")
-    whole.add_argument("--train", action="store_true", help="forward and backward; else inference")
-    whole.add_argument("--batch", type=int, default=8, metavar="N", help="images (default: %(default)s)")
-    whole.add_argument("--size", type=int, default=224, metavar="N", help="of their sides (default: %(default)s)")
-    done = parser.add_argument_group("what was measured before", "instead of measuring")
-    done.add_argument("--render", metavar="JSON", help="Markdown and page again, beside the file or in --out")
-    done.add_argument("--compare", nargs=2, metavar=("OLD", "NEW"), help="two report.json: what of fused changed")
-    done.add_argument("--threshold", type=float, default=1.1, metavar="X", help="regression from here (default: 1.1)")
-    done.add_argument("--in-copies", action="store_true", help="times in multiples of each report's own copy")
+    whole.add_argument("--options", default="{}", metavar="JSON", help="keyword arguments to build the model with")
+    whole.add_argument("--train", action="store_true", help="time forward and backward (default: inference)")
+    whole.add_argument("--batch", type=int, default=8, metavar="N", help="images per batch (default: %(default)s)")
+    whole.add_argument("--size", type=int, default=224, metavar="N", help="pixels of a side (default: %(default)s)")
+    done = parser.add_argument_group("saved reports, instead of measuring")
+    done.add_argument("--render", metavar="JSON", help="write Markdown and HTML again, beside the file or into --out")
+    done.add_argument("--compare", nargs=2, metavar=("OLD", "NEW"), help="list the changes of fused in two report.json")
+    done.add_argument("--threshold", type=float, default=1.1, metavar="X", help="growth allowed (default: %(default)s)")
+    done.add_argument("--in-copies", action="store_true", help="compare times in multiples of each report's own copy")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs it. Returns 0; 1 where fused failed, was wrong or has become worse; 2 for bad options and files."""
+    """Runs the command. Returns 0; 1 if fused failed, was wrong or became worse; 2 for bad options and files."""
     action = _compare if args.compare else _render if args.render else _run_model if args.model else _run_modules
     try:
         return action(args)
@@ -89,7 +92,7 @@ def _run_modules(args: argparse.Namespace) -> int:
     settings |= {"cold": args.cold}
     report = Report(describe(device), settings, left_out, rows, time.perf_counter() - start)
     terminal.show(report, out)
-    written = write(report, _folder(args))
+    written = write(report, _folder(args)) + _draw(report, args)
     out.print(f"wrote {', '.join(map(str, written))} in {report.seconds:.0f} s", highlight=False, soft_wrap=True)
     return int(any(CONTENDERS[row.contender].fused for row in report.failures))
 
@@ -99,7 +102,7 @@ def _folder(args: argparse.Namespace) -> Path:
 
 
 def write(report: Report | ModelReport, folder: Path, name: str = "report") -> list[Path]:
-    """Writes ``report.json``, ``report.md`` and ``report.html`` into the folder, and returns their paths."""
+    """Writes ``report.json``, ``report.md`` and ``report.html`` into the folder. Returns their paths."""
     return _write(folder, name, {".json": report.to_json()} | _rendered(report))
 
 
@@ -107,6 +110,18 @@ def _rendered(report: Report | ModelReport) -> dict[str, str]:
     if isinstance(report, ModelReport):
         return {".md": markdown.render_model(report), ".html": page.render_model(report)}
     return {".md": markdown.render(report), ".html": page.render(report)}
+
+
+def _draw(report: Report | ModelReport, args: argparse.Namespace) -> list[Path]:
+    """Draws the figure that was asked for. Returns its path. Raises ValueError if no training steps were measured."""
+    if not args.figure:
+        return []
+    svg = bars.mean_times(report, "both") if isinstance(report, Report) else ""
+    if not svg:
+        raise ValueError("--figure needs a report of modules in mode both")
+    path = Path(args.figure)
+    path.write_text(html.drawing(svg), encoding="utf-8")
+    return [path]
 
 
 def _write(folder: Path, name: str, texts: dict[str, str]) -> list[Path]:
@@ -118,17 +133,17 @@ def _write(folder: Path, name: str, texts: dict[str, str]) -> list[Path]:
 
 
 def _render(args: argparse.Namespace) -> int:
-    """Markdown and page, from the JSON of a report."""
+    """Renders Markdown and HTML again from the JSON of a report."""
     path = Path(args.render)
     data = read(path)
     report = ModelReport.parse(data, path) if "accelerated" in data else Report.parse(data, path)
-    written = _write(Path(args.out) if args.out else path.parent, path.stem, _rendered(report))
+    written = _write(Path(args.out) if args.out else path.parent, path.stem, _rendered(report)) + _draw(report, args)
     terminal.console().print(f"wrote {', '.join(map(str, written))}", highlight=False, soft_wrap=True)
     return 0
 
 
 def _compare(args: argparse.Namespace) -> int:
-    """Shows what changed. Returns 1 where something of fused grew past the threshold."""
+    """Shows what changed. Returns 1 if a figure of fused grew past the threshold."""
     if not args.threshold >= 1:
         raise ValueError(f"--threshold must be at least 1, got {args.threshold:g}")
     old, new = map(Report.load, args.compare)
@@ -138,7 +153,7 @@ def _compare(args: argparse.Namespace) -> int:
 
 
 def _run_model(args: argparse.Namespace) -> int:
-    """Measures a whole model."""
+    """Measures a whole model and writes its report."""
     effort, out, start = _prepare(args), terminal.console(), time.perf_counter()
     settings = {name: getattr(args, name) for name in ("model", "options", "train", "batch", "size")}
     name, *more = choose(args.dtypes, DTYPES)
@@ -152,7 +167,7 @@ def _run_model(args: argparse.Namespace) -> int:
         raise ValueError(f"--batch and --size must be positive, got {args.batch} and {args.size}")
     for layout in choose(args.layouts, tuple(LAYOUTS)):
         x = feature_map(shape, layout, dtype, device)
-        # torch's stubs know no memory_format
+        # torch's stubs lack memory_format
         model = model.to(x).to(memory_format=LAYOUTS[layout])  # type: ignore[call-overload]
         found, rows = measure_model(model, x, args.train, effort, ways, args.backend)
         seconds = time.perf_counter() - start
@@ -164,7 +179,7 @@ def _run_model(args: argparse.Namespace) -> int:
 
 
 def _keywords(text: str) -> dict[str, Any]:
-    """A JSON object. Raises ValueError on anything else."""
+    """Parses a JSON object. Raises ValueError for anything else."""
     found = json.loads(text)
     if not isinstance(found, dict):
         raise ValueError(f"--options must be a JSON object, got {text}")
@@ -172,7 +187,7 @@ def _keywords(text: str) -> dict[str, Any]:
 
 
 def _prepare(args: argparse.Namespace) -> Effort:
-    """Sets the threads, and returns how long to measure."""
+    """Sets the number of threads. Returns how long to measure."""
     if args.threads:
         torch.set_num_threads(args.threads)
     effort = _QUICK if args.quick else _FULL
@@ -180,7 +195,7 @@ def _prepare(args: argparse.Namespace) -> Effort:
 
 
 def _plan(args: argparse.Namespace, dtypes: list[str]) -> list[Case]:
-    """What is to be measured; of a quick run the largest sizes last, for which time may not be left."""
+    """Lists the cases to measure; a quick run has the largest sizes last, because its time may run out."""
     given = tuple(parse_shape(text) for text in args.shapes.split(",")) if args.shapes else ()
     layouts, modes = choose(args.layouts, tuple(LAYOUTS)), choose(args.modes, tuple(MODES))
     modules = choose(args.modules, tuple(ENTRIES)) if args.modules else QUICK_MODULES if args.quick else MODULES
@@ -198,9 +213,9 @@ def _measure(
     effort: Effort,
     contenders: list[str],
     args: argparse.Namespace,
-    out: terminal.Console,
+    out: Console,
 ) -> tuple[list[Row], list[str]]:
-    """The rows, and what was left out, in words."""
+    """Measures the cases. Returns the rows, and sentences on the cases left out."""
     end = time.perf_counter() + (_QUICK_BUDGET if args.quick else float("inf"))
     rows: list[Row] = []
     late: list[str] = []

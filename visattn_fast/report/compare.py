@@ -1,11 +1,11 @@
-"""Two reports, case by case: what became slower or hungrier, what better, and what cannot be compared."""
+"""Compares two reports case by case: regressions and improvements in time and memory, and cases of one report alone."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
-from .measure import Row
 from .results import OURS, Report, geometric_mean, overlap
+from .rows import Row
 from .tables import Cell, Table, number
 
 _BYTES = {"peak memory": "peak_bytes", "saved memory": "saved_bytes"}
@@ -13,10 +13,12 @@ _BYTES = {"peak memory": "peak_bytes", "saved memory": "saved_bytes"}
 
 @dataclass(frozen=True)
 class Change:
-    """One figure of one of ours in one case: ``what`` was ``old`` and is ``new``; None where it failed.
+    """A figure that both reports have for one of our contenders in one case.
 
     Attributes:
-        doubt: the times of the two overlap between their 20th and 80th percentiles.
+        what: the name of the figure.
+        old, new: its values; None for a failure.
+        doubt: True if the two times overlap between their 20th and 80th percentiles.
     """
 
     row: Row
@@ -27,7 +29,7 @@ class Change:
 
     @property
     def ratio(self) -> float:
-        """New over old; infinite where it fails now, 0 where it no longer does."""
+        """New over old; infinite if the contender fails now, 0 if it no longer fails."""
         if self.new is None or self.old is None:
             return float("inf") if self.new is None else 0.0
         return self.new / self.old
@@ -35,12 +37,14 @@ class Change:
 
 @dataclass(frozen=True)
 class Changes:
-    """Attributes:
-    threshold: up to this factor a figure counts as unchanged.
-    changes: every figure that both reports have.
-    only_old, only_new: rows of ours that the other has not.
-    drift: new over old time of the copy and the rivals, geometric means: the machine's part.
-    differing: of machine, versions and settings, in words.
+    """The comparison of two reports.
+
+    Attributes:
+        threshold: a figure that changed by at most this factor counts as unchanged.
+        changes: every figure that both reports have for our contenders.
+        only_old, only_new: rows of our contenders that only one report has.
+        drift: new over old time of the copy and of each rival, geometric means: how much the machine changed.
+        differing: differences between machines, versions and settings, in words.
     """
 
     threshold: float
@@ -52,29 +56,29 @@ class Changes:
 
     @property
     def regressions(self) -> list[Change]:
-        """Past the threshold, the worst first."""
+        """Changes for the worse past the threshold, the worst first."""
         return sorted((c for c in self.changes if c.ratio > self.threshold), key=lambda c: -c.ratio)
 
     @property
     def improvements(self) -> list[Change]:
-        """Past the threshold, the best first."""
+        """Changes for the better past the threshold, the best first."""
         return sorted((c for c in self.changes if c.ratio < 1 / self.threshold), key=lambda c: c.ratio)
 
     @property
     def verdict(self) -> str:
-        """One sentence."""
+        """Sums up the comparison in one sentence."""
         times = geometric_mean([c.ratio for c in self.changes if c.what.startswith("time")])
-        mean = f"; its times are {times:.2f}x the old ones in the geometric mean" if times else ""
+        mean = f"; geometric mean of new / old time: {times:.2f}x" if times else ""
         found = f"{len(self.regressions)} regressions and {len(self.improvements)} improvements"
         return f"Fused: {found} past {self.threshold:g}x among {len(self.changes)} figures{mean}."
 
 
 def compare(old: Report, new: Report, threshold: float = 1.1, in_copies: bool = False) -> Changes:
-    """What changed from ``old`` to ``new`` in the contenders that are ours.
+    """Compares our contenders in two reports.
 
     Args:
-        threshold: at least 1; a time or an amount of memory that grew by more is a regression.
-        in_copies: compare times in multiples of each report's own copy: for machines that are not equally fast.
+        threshold: at least 1; a time or an amount of memory that grew by a larger factor is a regression.
+        in_copies: compare times in multiples of each report's own copy, for machines that are not equally fast.
     """
     before, after = ({(r.case, r.contender): r for r in report.rows} for report in (old, new))
     shared = [key for key in before if key in after]
@@ -94,8 +98,8 @@ def compare(old: Report, new: Report, threshold: float = 1.1, in_copies: bool = 
 
 
 def table(title: str, changes: list[Change]) -> Table:
-    """A row for each change."""
-    columns = ("module", "size", "layout", "dtype", "mode", "ours", "what", "old", "new", "new / old")
+    """Returns a table with a row for each change."""
+    columns = ("module", "size", "layout", "dtype", "mode", "ours", "figure", "old", "new", "new / old")
     return Table(f"{title}: {len(changes)}", columns, [_cells(change) for change in changes], 7)
 
 
@@ -103,7 +107,7 @@ def _changes(old: Row, new: Row, in_copies: bool) -> list[Change]:
     if old.failure or new.failure:
         both = bool(old.failure and new.failure)
         return [] if both else [Change(new, "failure", None if old.failure else 1.0, None if new.failure else 1.0)]
-    what, attribute = ("time, x copy", "x_of_copy") if in_copies else ("time", "p50_ms")
+    what, attribute = ("time / copy", "x_of_copy") if in_copies else ("time", "p50_ms")
     figures = {what: attribute} | _BYTES
     found = []
     for name, attribute in figures.items():

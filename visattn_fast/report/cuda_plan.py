@@ -1,4 +1,4 @@
-"""Which native CUDA kernel a shape takes, and why: csrc/cuda/plan.h, asked through the native library of the CPU."""
+"""Asks csrc/cuda/plan.h, through the native library of the CPU, which native CUDA kernel a shape takes, and why."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _ACCESSES = ("16 bytes at a time", "16 bytes at a time, sums one by one", "one e
 
 
 class Device(NamedTuple):
-    """What a plan asks of a device."""
+    """The properties of a device that plans depend on."""
 
     name: str
     sm: int
@@ -24,7 +24,7 @@ class Device(NamedTuple):
     l2_bytes: int
 
 
-# Capacities from NVIDIA's data sheets and the CUDA programming guide; a device that is here is asked itself.
+# Capacities from NVIDIA's data sheets and the CUDA programming guide; a device of this machine is asked itself.
 DEVICES = (
     Device("A100", 80, 108, 163 << 10, 40 << 20),
     Device("H200", 90, 132, 227 << 10, 50 << 20),
@@ -33,7 +33,7 @@ DEVICES = (
 
 
 class Plan(NamedTuple):
-    """A planned call; the fields are those of csrc/cuda/plan.h."""
+    """A planned call; csrc/cuda/plan.h explains the fields."""
 
     variant: str
     access: str
@@ -61,7 +61,7 @@ class _Answer(ctypes.Structure):
 
 
 class Kernel(NamedTuple):
-    """A kernel, as far as its plan depends on it; ``window`` is CBAM's, 0 without one."""
+    """The properties of a kernel that plans depend on; ``window`` is the side of CBAM's convolution, else 0."""
 
     name: str
     reduction: int
@@ -78,7 +78,7 @@ KERNELS = (
 
 
 def plan(shape: tuple[int, ...], kernel: Kernel, dtype: torch.dtype, channels_last: bool, device: Device) -> Plan:
-    """The plan of a dense map ``[N, C, H, W]``.
+    """Returns the plan for a dense map ``[N, C, H, W]``.
 
     Raises:
         RuntimeError: the native library is absent.
@@ -96,7 +96,7 @@ def plan(shape: tuple[int, ...], kernel: Kernel, dtype: torch.dtype, channels_la
 
 
 def devices() -> tuple[Device, ...]:
-    """The CUDA devices here, else a few that are common."""
+    """Returns the CUDA devices of this machine, or a few common ones if it has none."""
     if torch.version.cuda is None or not torch.cuda.is_available():
         return DEVICES
     found = (torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count()))
@@ -108,7 +108,7 @@ def _capacities(properties: Any) -> tuple[int, int]:
 
 
 def lines(shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[str]:
-    """What SE (and ECA) and CBAM take on each device, in both layouts: their modules' own sizes."""
+    """Describes the plans of SE (ECA's are the same) and CBAM on each device, in both layouts, with default options."""
     size, kind = "x".join(map(str, shape)), str(dtype).removeprefix("torch.")
     yield f"native CUDA kernels of SE (ECA takes the same) and CBAM for {size} in {kind}"
     for device in devices():

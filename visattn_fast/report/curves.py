@@ -1,4 +1,4 @@
-"""Against size: the speed-up, and the rate of each contender beneath that of a copy."""
+"""Plots against size: the speed-up over each rival, and the rate of each contender beneath that of a copy."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ _MB = 1e6
 
 
 def speedups(report: Report, comparisons: Sequence[Comparison], about: str) -> str:
-    """Speed-up over each rival against the bytes of x: cases as dots, a line through their geometric means.
+    """Draws the speed-up over each rival against the bytes of x: cases as dots, a line through their geometric means.
 
-    Empty where nothing was compared.
+    Returns an empty string if nothing was compared.
     """
     modes = [mode for mode in report.modes if any(c.case.mode == mode for c in comparisons)]
     groups = {
@@ -53,7 +53,7 @@ def speedups(report: Report, comparisons: Sequence[Comparison], about: str) -> s
 
 
 def roofline(report: Report, mode: str) -> str:
-    """GB/s against the bytes that a streaming kernel must move, in one mode, beneath the measured copy."""
+    """Draws GB/s against the bytes that a streaming kernel must move, in one mode, beneath the measured copy."""
     rows = [row for row in report.rows if row.mode == mode and row.gb_per_s and row.moved]
     names = [name for name in report.contenders if any(row.contender == name for row in rows)]
     if not names:
@@ -73,7 +73,7 @@ def roofline(report: Report, mode: str) -> str:
         axes.yaxis.set_major_locator(LogLocator(10, subs=(1.0, 2.0, 5.0)))
         _legend(axes)
 
-    label = f"{MODES[mode]}: GB/s against bytes, of {', '.join(names)}, beneath a copy"
+    label = f"{MODES[mode]}: GB/s of {', '.join(names)} against bytes, beneath a copy"
     return drawn(paint, _HEIGHT, label)
 
 
@@ -86,7 +86,7 @@ def _speedups(comparisons: Iterable[Comparison], mode: str, ours: str, rival: st
 
 
 def _means(points: Iterable[tuple[float, float | None]]) -> list[tuple[float, float]]:
-    """The geometric mean of y at each x, in the order of x."""
+    """Returns the geometric mean of y at each x, in the order of x."""
     at: dict[float, list[float | None]] = {}
     for x, y in points:
         at.setdefault(x, []).append(y)

@@ -22,36 +22,38 @@ _WIDTH = 16  # channels of the network's first stage
 _STEPS, _STEPS_OF_MANY = 200, 100
 _TURNS = 4  # classes of its pretext task
 _LEGEND = (
-    "A block's gates act on its features, at the size that its title names. The colours of a map span its values, the"
-    " lowest and the highest hundredth aside, and at least a tenth of the largest: compare the numbers, not the shades."
-    " Modules that have no map show how much of a pixel's features they let through. There is a bar for every channel."
+    "A block's gates act on its features, at the size in its title. The colours of a map run from its 1st to its 99th"
+    " percentile, and span at least a tenth of its largest value: compare the numbers, not the shades."
+    " Modules without a map show how much of a pixel's features they let through. Each bar is one channel."
 )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Its options."""
+    """Declares the options of the command."""
     parser.add_argument("image", metavar="IMAGE", help="a photograph")
-    parser.add_argument("--out", metavar="FILE", help="the picture to write (default: IMAGE's name + -attention.png)")
+    parser.add_argument("--out", metavar="FILE", help="picture to write (default: IMAGE's name + -attention.png)")
     parser.add_argument(
         "--attention",
         default="cbam",
         metavar="NAME[,NAME...]",
-        help=f"the gate, or several, or all of them: {', '.join(GATES)} (default: %(default)s)",
+        help=f"one gate, several, or all: {', '.join(GATES)} (default: %(default)s)",
     )
     parser.add_argument("--size", type=int, default=224, help="pixels of the shorter side (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the network and its training (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of network and training (default: %(default)s)")
     parser.add_argument(
         "--steps",
         type=int,
-        help=f"of training on the photograph (default: {_STEPS} for one gate, {_STEPS_OF_MANY} for each of several)",
+        help=f"training steps on the photograph (default: {_STEPS} for one gate, {_STEPS_OF_MANY} for each of several)",
     )
     parser.add_argument(
-        "--weights", metavar="FILE", help=f"state_dict of an AttentionResNet of width {_WIDTH}, instead of training"
+        "--weights",
+        metavar="FILE",
+        help=f"state_dict of an AttentionResNet of width {_WIDTH}: load it, do not train",
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Writes the picture. Returns 0, or 2 where a file or an option does not fit."""
+    """Writes the picture. Returns 0, or 2 for a bad file or option."""
     out = Path(args.out or f"{Path(args.image).stem}-attention.png")
     try:
         names = _names(args.attention)
@@ -60,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
         if args.size < _CROP or args.steps < 0:
             raise ValueError(f"--size must be at least {_CROP} and --steps at least 0, got {args.size}, {args.steps}")
         if args.weights and len(names) > 1:
-            raise ValueError(f"--weights are those of one network, got --attention {args.attention}")
+            raise ValueError(f"--weights needs a single gate, got --attention {args.attention}")
         photograph = _read(args.image, args.size)
         if out.suffix[1:].lower() not in file_types():
             raise ValueError(f"--out must end in .png, .svg, .pdf or the like, got {out}")
@@ -82,9 +84,9 @@ def run(args: argparse.Namespace) -> int:
 
 @torch.no_grad()
 def views(model: AttentionResNet, x: Tensor) -> list[View]:
-    """What every gate of ``model`` makes of the first image of x, in the order in which they run.
+    """Shows every gate of ``model`` at work on the first image of x, in the order in which the gates run.
 
-    The model is run in eval mode, and left as it was.
+    Runs the model in eval mode, and leaves it as it was.
     """
     found = []
 
@@ -108,16 +110,16 @@ def views(model: AttentionResNet, x: Tensor) -> list[View]:
 
 
 def _names(attention: str) -> tuple[str, ...]:
-    """The gates that ``--attention`` names. Raises ValueError for an unknown one."""
+    """Parses ``--attention`` into names of gates. Raises ValueError for an unknown name."""
     names = GATES if attention == "all" else tuple(attention.split(","))
     for name in names:
         if name not in GATES:
-            raise ValueError(f"--attention must be all or among {', '.join(GATES)}, got {name!r}")
+            raise ValueError(f"--attention must be all, or names among {', '.join(GATES)}, got {name!r}")
     return names
 
 
 def _read(path: str, size: int) -> Tensor:
-    """A picture as bytes ``[H, W, 3]``, upright, its shorter side ``size``. Raises OSError if it is none."""
+    """Reads a picture as bytes ``[H, W, 3]``, upright, its shorter side ``size``. Raises OSError if it cannot."""
     try:
         with Image.open(path) as image:
             upright = ImageOps.exif_transpose(image).convert("RGB")
@@ -129,7 +131,7 @@ def _read(path: str, size: int) -> Tensor:
 
 
 def _caption(args: argparse.Namespace, count: int) -> str:
-    """What the weights of the networks are, in words."""
+    """Says in words where the weights of the networks come from."""
     if args.weights:
         return f"weights from {Path(args.weights).name}."
     if not args.steps:
@@ -137,12 +139,12 @@ def _caption(args: argparse.Namespace, count: int) -> str:
     networks = "a small network, trained" if count == 1 else "small networks, each trained"
     return (
         f"no pre-trained weights: {networks} on this photograph alone ({args.steps} steps, seed {args.seed})"
-        f" to tell by how many quarter turns a {_CROP} x {_CROP} crop of it was turned; chance is 25%."
+        f" to tell by how many quarter turns a {_CROP} x {_CROP} crop of it is rotated; chance is 25%."
     )
 
 
 def _network(name: str, args: argparse.Namespace, image: Tensor) -> tuple[AttentionResNet, str]:
-    """The network, and what can be said of it. Raises OSError or ValueError for weights that do not fit."""
+    """Builds the network, with a note on its accuracy. Raises OSError or ValueError for weights that do not fit."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(args.seed)
         model = AttentionResNet(name, num_classes=_TURNS, width=_WIDTH)
@@ -151,7 +153,7 @@ def _network(name: str, args: argparse.Namespace, image: Tensor) -> tuple[Attent
             model.load_state_dict(torch.load(args.weights, map_location="cpu", weights_only=True))
         except (RuntimeError, TypeError, EOFError, pickle.UnpicklingError) as error:
             reason = str(error).partition("\n")[0]
-            raise ValueError(f"{args.weights} is no state_dict of this network: {reason}") from error
+            raise ValueError(f"{args.weights} is not a state_dict of this network: {reason}") from error
     if args.weights or not args.steps:
         return model, ""
     train_rotation(model, image, args.steps, _CROP, args.seed)

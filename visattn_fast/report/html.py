@@ -1,4 +1,4 @@
-"""What pages are made of: the frame and its style, tables, lists and facts."""
+"""The parts of an HTML page: the frame and its style, tables, figures, lists and facts."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from html import escape
 
 from .tables import Table
 
-_STYLE = """
+# Colours in light and dark, and what drawings need beside them.
+_DRAWING_STYLE = """
 :root { color-scheme: light dark; --font: system-ui, -apple-system, "Segoe UI", Roboto, sans-serif;
   --paper: #fcfcfb; --card: #f1f2f0; --ink: #1d2126; --quiet: #5d646d; --rule: #c9cdd1; --spread: #1d2126;
   --eager: #858e98; --compile: #3f7cc9; --compile-max-autotune: #8a5fc4;
@@ -18,6 +19,11 @@ _STYLE = """
   --eager: #8b949e; --compile: #5f97dc; --compile-max-autotune: #a987e0;
   --timm: #62b586; --timm-compile: #45b6bd; --fused: #f0923c; --fused-compile: #e0709c;
   --win: #6fd394; --loss: #ff8a80; --even: #e3c35a; --link: #8ab8f0; } }
+svg text { fill: var(--ink); font-family: var(--font); }
+"""
+_STYLE = (
+    _DRAWING_STYLE
+    + """
 * { box-sizing: border-box; }
 body { margin: 0 auto; max-width: 76rem; padding: 1.5rem 1rem 4rem; background: var(--paper); color: var(--ink);
   font: 1rem/1.5 var(--font); }
@@ -36,7 +42,6 @@ a { color: var(--link); } nav { display: flex; flex-wrap: wrap; gap: .2rem .9rem
 .card dd.large { font-size: 1.35rem; line-height: 1.4; }
 .plots { display: grid; gap: 1rem 2rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)); }
 figure { margin: 0; max-width: 34rem; } figure svg { width: 100%; height: auto; display: block; }
-svg text { fill: var(--ink); font-family: var(--font); }
 .key span { display: inline-block; margin-right: 1rem; }
 .key i { display: inline-block; width: .8em; height: .8em; border-radius: .15em; margin-right: .35em; }
 .scroll { overflow: auto; max-height: 34rem; }
@@ -49,10 +54,11 @@ pre { overflow-x: auto; background: var(--card); border-radius: .6rem; padding: 
 dl.facts { display: grid; grid-template-columns: max-content 1fr; gap: .15rem 1rem; font-size: .9rem; }
 dl.facts dt { color: var(--quiet); } dl.facts dd { margin: 0; overflow-wrap: anywhere; }
 """
+)
 
 
 def document(title: str, body: Iterable[str]) -> str:
-    """A whole page, which needs no other file."""
+    """Builds a whole page that needs no other file."""
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -62,8 +68,15 @@ def document(title: str, body: Iterable[str]) -> str:
     )
 
 
+def drawing(svg: str) -> str:
+    """An SVG file of its own, 480 pixels wide, with the colours of a page."""
+    head, tag, rest = svg.partition(">")
+    head = head.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" width="480" ', 1)
+    return f"{head}{tag}<style>{_DRAWING_STYLE}</style>{rest}"
+
+
 def table(found: Table) -> str:
-    """A table in a box that scrolls where it is too wide; its title above."""
+    """Builds a table in a box that scrolls if the table is too wide, with its title above."""
 
     def kind(index: int, tone: str = "") -> str:
         return f' class="{tone or "label"}"' if tone or index < found.labels else ""
@@ -78,24 +91,24 @@ def table(found: Table) -> str:
 
 
 def figures(found: Mapping[str, str]) -> str:
-    """Pictures by caption, side by side where there is room; an empty one is left out."""
+    """Puts pictures, given by caption, side by side as far as there is room; leaves empty ones out."""
     shown = (f"<figure>{svg}<figcaption>{escape(text)}</figcaption></figure>" for text, svg in found.items() if svg)
     return f'<div class="plots">{"".join(shown)}</div>'
 
 
 def facts(found: Mapping[str, object]) -> str:
-    """Names and values."""
+    """Lists names and values."""
     lines = (f"<dt>{escape(name)}</dt><dd>{escape(str(value))}</dd>" for name, value in found.items())
     return f'<dl class="facts">{"".join(lines)}</dl>'
 
 
 def items(found: Iterable[object]) -> str:
-    """A list; empty where there is nothing."""
+    """Builds a list; empty if there are no items."""
     lines = "".join(f"<li>{escape(str(item))}</li>" for item in found)
     return f"<ul>{lines}</ul>" if lines else ""
 
 
 def titled(title: str, found: Iterable[object]) -> list[str]:
-    """A list under its heading; nothing where there is nothing."""
+    """Builds a list under a heading; nothing if there are no items."""
     lines = items(found)
     return [f"<h2>{escape(title)}</h2>", lines] if lines else []

@@ -1,4 +1,4 @@
-"""``visattn-fast info``: versions, devices, and each backend: whether it is there, when it is chosen, and why not."""
+"""``visattn-fast info``: versions, devices, and each backend: if it is available, when it is chosen, and why not."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ _DEVICES = ("cpu", "cuda", "xpu")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """A shape is optional."""
-    parser.add_argument("--shape", metavar="NxCxHxW", help="which native CUDA kernel a map takes, and why")
-    parser.add_argument("--dtype", default="bfloat16", choices=("float32", "float16", "bfloat16"), help="of that map")
+    """Declares the options of the command."""
+    parser.add_argument("--shape", metavar="NxCxHxW", help="say which native CUDA kernel this shape takes, and why")
+    dtypes = ("float32", "float16", "bfloat16")
+    parser.add_argument("--dtype", default="bfloat16", choices=dtypes, help="with --shape (default: %(default)s)")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints it all, or what a shape takes."""
+    """Prints everything, or the kernels that a shape takes. Returns the exit status."""
     if args.shape is None:
         print("\n".join(lines()))
         return 0
@@ -40,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def lines() -> Iterator[str]:
-    """The lines of it."""
+    """Yields the lines that `info` prints."""
     machine = describe(torch.device("cpu"))
     commit = f" ({machine.commit})" if machine.commit else ""
     yield f"visattn_fast {machine.package}{commit}"
@@ -71,7 +72,7 @@ def _device_lines(device_type: str) -> Iterator[str]:
 
 
 def _names(device_type: str) -> list[str]:
-    """The devices of this type."""
+    """Returns the names of the devices of this type."""
     if device_type == "cpu":
         return [describe(torch.device("cpu")).device_name]
     module = torch.get_device_module(device_type)

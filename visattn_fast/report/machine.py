@@ -1,4 +1,4 @@
-"""The machine and the versions: what `info` prints and every report carries."""
+"""The machine and the versions, as `info` prints them and every report holds them."""
 
 from __future__ import annotations
 
@@ -18,10 +18,14 @@ import visattn_fast
 
 @dataclass(frozen=True)
 class Machine:
-    """Attributes:
-    package, commit: version of visattn_fast, and its commit where it runs from a checkout ("-dirty" if edited).
-    cores: those that this process may use. threads: those that torch uses.
-    compiler: what torch.compile would find for the CPU; None if nothing.
+    """A machine and the versions on it.
+
+    Attributes:
+        package: version of visattn_fast.
+        commit: commit of visattn_fast if it runs from a checkout, with "-dirty" if files were edited; else None.
+        cores: number of cores that this process may use.
+        threads: number of threads that torch uses.
+        compiler: C++ compiler that torch.compile would find for the CPU; None if there is none.
     """
 
     package: str
@@ -39,7 +43,7 @@ class Machine:
 
 
 def describe(device: torch.device) -> Machine:
-    """This machine, as seen from ``device``."""
+    """Describes this machine and ``device``."""
     return Machine(
         package=visattn_fast.__version__,
         commit=_commit(),
@@ -57,7 +61,7 @@ def describe(device: torch.device) -> Machine:
 
 
 def version_of(package: str) -> str | None:
-    """The version of an installed package, without importing it; None if it cannot be imported."""
+    """Returns the version of an installed package without importing it; None if it is not installed."""
     if importlib.util.find_spec(package) is None:
         return None
     try:

@@ -1,4 +1,4 @@
-"""The report as Markdown."""
+"""Renders the report as Markdown."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .whole_model import ModelReport
 
 
 def render(report: Report) -> str:
-    """The whole of it."""
+    """Renders a report of modules."""
     losses = report.losses
     parts = [
         f"# {tables.TITLE}",
@@ -28,7 +28,7 @@ def render(report: Report) -> str:
 
 
 def render_model(report: ModelReport) -> str:
-    """A model's report."""
+    """Renders the report of a whole model."""
     facts = (f"{name}: {value}" for name, value in report.facts.items())
     parts = [
         _table(report.table()),
@@ -51,6 +51,6 @@ def _cell(cell: tables.Cell) -> str:
 
 
 def _listed(title: str, items: Iterable[object]) -> list[str]:
-    """A list under its title; nothing where there are no items."""
+    """Builds a list under a heading; nothing if there are no items."""
     lines = "\n".join(f"- {item}" for item in items)
     return [f"## {title}"] * bool(lines and title) + [lines] * bool(lines)

@@ -1,4 +1,4 @@
-"""Draws what attention modules show of a photograph: maps over it, gates of channels as bars."""
+"""Draws the gates of attention modules for a photograph: maps over it, channel gates as bars."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from torch import Tensor
 
 _LABELS, _MARGIN, _GAP, _COLOURS = 2.2, 0.25, 0.34, 0.66  # inches: left column, borders, between lines, a colour bar
 _BARS = 0.55  # inches: height of bars
-_SPAN = 0.1  # from one end of the colours to the other, at least, of a map's largest value: a constant is to look flat
-_SHOWN = (1, 99)  # percentiles at the ends of the colours: one bright pixel shall not leave the rest dark
+_SPAN = 0.1  # least range of the colours, as a share of a map's largest value: a constant map looks flat
+_SHOWN = (1, 99)  # percentiles at the ends of the colours: one bright pixel must not leave the rest dark
 _SHADES = ("#4c6a92", "#d8973c", "#7a9e7e", "#a05a6b")
 
 
 @dataclass(frozen=True)
 class View:
-    """What a module makes of one image.
+    """The effect of one attention module on one image.
 
     Attributes:
-        gates: by name, as the module's ``attention`` returns them.
-        gain: ``[H, W]``, the length of a pixel's features behind the module over that before it.
+        gates: the gates by name, as the module's ``attention`` returns them.
+        gain: ``[H, W]``, the norm of a pixel's features after the module over the norm before it.
     """
 
     gates: dict[str, Tensor]
@@ -32,7 +32,7 @@ class View:
 
 @dataclass(frozen=True)
 class Network:
-    """A network's name, a line about it, and what the modules of its blocks show."""
+    """A network: its name, a note about it, and a view for each of its blocks."""
 
     name: str
     note: str
@@ -41,7 +41,7 @@ class Network:
 
 @dataclass(frozen=True)
 class Line:
-    """Panels that belong together, one per block: maps ``[H, W]``, or the bars of M branches ``[M, C]``."""
+    """A row of panels, one per block: maps ``[H, W]``, or the bars of M branches ``[M, C]``."""
 
     label: str
     is_map: bool
@@ -49,14 +49,14 @@ class Line:
 
 
 def file_types() -> dict[str, str]:
-    """The endings of files that a figure can be written to."""
+    """Returns the file types that a figure can be written as, by suffix."""
     return Figure().canvas.get_supported_filetypes()
 
 
 def lines(views: list[View]) -> list[Line]:
-    """What is drawn of a network's modules: their maps, then what they have one value a channel of.
+    """Returns the lines to draw for a network: first its maps, then its gates with one value per channel.
 
-    Modules without maps show their gain instead: what gates of channels do at each pixel depends on its features.
+    A network without maps shows its gain instead: what a channel gate does at a pixel depends on the features there.
     """
     found: dict[str, Line] = {}
 
@@ -81,7 +81,7 @@ def lines(views: list[View]) -> list[Line]:
 
 
 def draw(photograph: Tensor, networks: list[Network], caption: str) -> Figure:
-    """The photograph ``[H, W, 3]`` beside the caption; below, for each network, a line of panels for each gate."""
+    """Draws the photograph ``[H, W, 3]`` beside the caption, and below it, for each network, a line for each gate."""
     cell = 3.6 if len(networks) == 1 else 2.8
     tall = cell * photograph.shape[0] / photograph.shape[1]
     groups = [(network, lines(network.views)) for network in networks]
@@ -118,7 +118,7 @@ def draw(photograph: Tensor, networks: list[Network], caption: str) -> Figure:
 
 
 class _Page:
-    """A figure whose places are inches from its upper left corner."""
+    """A figure with positions in inches from its upper left corner."""
 
     def __init__(self, width: float, height: float) -> None:
         self.width, self.height = width, height

@@ -1,4 +1,4 @@
-"""A report as one self-contained HTML page."""
+"""Renders the report as one self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from .cases import CONTENDERS
 from .results import Mean, Report
 from .whole_model import ModelReport
 
-_LINES = 6  # that one plot shows well
+_LINES = 6  # the most that one plot shows well
 
 
 def render(report: Report) -> str:
-    """The page of modules."""
+    """Renders a report of modules."""
     losses = report.losses
     found = tables.module_tables(report)
     body = [
@@ -24,7 +24,7 @@ def render(report: Report) -> str:
         _contents(report),
         '<div class="cards">' + "".join(_card(mean, report) for mean in report.means) + "</div>",
         '<h2 id="losses">Where we lose</h2>',
-        html.table(tables.loss_table(losses)) if losses else "<p>Nowhere in what was measured.</p>",
+        html.table(tables.loss_table(losses)) if losses else "<p>In no case that was measured.</p>",
         *html.titled("Failed", report.failures),
         *html.titled("Left out", report.left_out),
         '<h2 id="overview">All modules</h2>',
@@ -43,13 +43,13 @@ def render(report: Report) -> str:
 
 
 def render_model(report: ModelReport) -> str:
-    """The page of a whole model."""
+    """Renders the report of a whole model."""
     table = report.table()
     body = [
         f"<h1>{escape(table.title)}</h1>",
         html.table(tables.Table("", table.columns, table.rows, table.labels)),
         html.items(report.verdicts()),
-        f'<h2>What accelerate did</h2><pre tabindex="0">{escape(report.accelerated)}</pre>',
+        f'<h2>Modules that accelerate swapped</h2><pre tabindex="0">{escape(report.accelerated)}</pre>',
         "<h2>Machine and settings</h2>",
         html.facts(report.facts),
     ]
@@ -68,7 +68,7 @@ def _card(mean: Mean, report: Report) -> str:
         for label in report.pairs
         if (speedup := mean.speedup[label]) is not None
     ]
-    figures = {"fused: time, x copy": mean.x_of_copy, "saved, x": mean.saved, "peak, x": mean.peak}
+    figures = {"fused: time / copy": mean.x_of_copy, "saved / x": mean.saved, "peak / x": mean.peak}
     for label, found in figures.items():
         if "fused" in found and found["fused"] is not None:
             lines.append(f"<dt>{label}</dt><dd>{tables.number(found['fused'])}</dd>")
@@ -84,8 +84,10 @@ def _key(report: Report) -> str:
 def _overview(report: Report, mode: str) -> str:
     comparisons = [c for c in report.comparisons if c.case.mode == mode]
     found = {
-        "Speed-up against size: cases, and their geometric means": curves.speedups(report, comparisons, MODES[mode]),
-        "Roofline: what a streaming kernel must move, over the time": curves.roofline(report, mode),
+        "Speed-up against size: dots are cases, lines geometric means": curves.speedups(
+            report, comparisons, MODES[mode]
+        ),
+        "Roofline: bytes that a streaming kernel must move, over the time": curves.roofline(report, mode),
     }
     return f"<h3>{mode}: {MODES[mode]}</h3>{html.figures(found)}"
 

@@ -1,4 +1,4 @@
-"""What a run of the report found: rows, comparisons, losses and means. Every output is made of it."""
+"""The results of a report: rows, comparisons, losses and means. Every output is made from them."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Any
 from ..measure.step import MODES
 from .cases import CONTENDERS, Case
 from .machine import Machine
-from .measure import Row
+from .rows import Row
 
-FORMAT = 2  # of the JSON; the first had none
+FORMAT = 2  # version of the JSON; the first did not name its version
 
-# What is held against what: the heading, ours and the rival.
+# Heading -> the two contenders that it compares, ours and the rival.
 PAIRS = {
     "vs eager": ("fused", "eager"),
     "vs compile": ("fused", "compile"),
@@ -26,7 +26,7 @@ PAIRS = {
     "compiled, vs max-autotune": ("fused-compile", "compile-max-autotune"),
 }
 OURS = tuple(name for name, contender in CONTENDERS.items() if contender.fused)
-EVEN = 1.02  # up to here memory counts as equal: small maps and weights
+EVEN = 1.02  # memory up to this factor counts as equal: small maps and weights
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Comparison:
     rows: dict[str, Row]
 
     def speedup(self, rival: str, ours: str = "fused") -> float | None:
-        """The rival's median time over that of ours; None where either has none."""
+        """Returns the rival's median time over ours; None if either has no time."""
         mine, other = self._median(ours), self._median(rival)
         return other / mine if mine and other else None
 
@@ -46,12 +46,12 @@ class Comparison:
         return row.p50_ms if row else None
 
     def within_spread(self, rival: str, ours: str = "fused") -> bool:
-        """Whether the times of ours and of the rival overlap between their 20th and 80th percentiles."""
+        """True if the times of ours and of the rival overlap between their 20th and 80th percentiles."""
         return overlap(self.rows[ours], self.rows[rival])
 
 
 def overlap(a: Row, b: Row) -> bool:
-    """Whether the times of two rows overlap between their 20th and 80th percentiles; not where one has none."""
+    """True if the times of two rows overlap between their 20th and 80th percentiles; False if a row has no times."""
     if a.p20_ms is None or a.p80_ms is None or b.p20_ms is None or b.p80_ms is None:
         return False
     return a.p20_ms <= b.p80_ms and b.p20_ms <= a.p80_ms
@@ -59,13 +59,13 @@ def overlap(a: Row, b: Row) -> bool:
 
 @dataclass(frozen=True)
 class Loss:
-    """A case in which ours is slower than a rival, allocates more at a time, or failed.
+    """A case in which ours is slower than a rival, has a higher memory peak, or failed.
 
     Attributes:
         what: ``"time"``, ``"peak memory"`` or ``"failure"``.
-        ratio: what ours takes over what the rival takes; infinite where ours failed.
-        within_spread: the two times overlap: it may be noise.
-        failure: why it failed.
+        ratio: ours over the rival's; infinite for a failure.
+        within_spread: True if the two times overlap, so that the loss may be noise.
+        failure: why ours failed.
     """
 
     case: Case
@@ -86,14 +86,14 @@ class Loss:
 
 @dataclass(frozen=True)
 class Mean:
-    """Geometric means over the cases of a module in one mode and dtype; None where there is nothing to average."""
+    """Geometric means over the cases of a module in one mode and dtype; None if there is nothing to average."""
 
     op: str
     mode: str
     dtype: str
     cases: int
-    speedup: dict[str, float | None]  # of each of `PAIRS` that was measured
-    x_of_copy: dict[str, float | None]  # of each contender
+    speedup: dict[str, float | None]  # for each of `PAIRS` that was measured
+    x_of_copy: dict[str, float | None]  # for each contender
     percent_of_copy: dict[str, float | None]
     saved: dict[str, float | None]  # in multiples of x
     peak: dict[str, float | None]
@@ -102,18 +102,20 @@ class Mean:
 
     @property
     def title(self) -> str:
-        """``se, both, float32``."""
+        """Module, mode and dtype, as ``se, both, float32``."""
         return f"{self.op}, {self.mode}, {self.dtype}"
 
 
 @dataclass(frozen=True)
 class Report:
-    """Attributes:
-    machine: where it was measured.
-    settings: the options of the run.
-    left_out: what was not measured, and why, in words.
-    rows: one per case and contender.
-    seconds: how long it took.
+    """A report of modules.
+
+    Attributes:
+        machine: the machine that it was measured on.
+        settings: the options of the run.
+        left_out: sentences that name cases not measured, and say why.
+        rows: one row for each case and contender.
+        seconds: how long the run took.
     """
 
     machine: Machine
@@ -141,18 +143,18 @@ class Report:
 
     @property
     def serving(self) -> list[str]:
-        """The backends that served fused."""
+        """The backends that served the fused modules."""
         return list(dict.fromkeys(row.backend for row in self.rows if row.backend))
 
     @property
     def contenders(self) -> list[str]:
-        """Those that were measured, beside the copy."""
+        """The contenders that were measured, without the copy."""
         measured = {row.contender for row in self.rows}
         return [name for name in CONTENDERS if name in measured]
 
     @property
     def pairs(self) -> dict[str, tuple[str, str]]:
-        """Those of `PAIRS` whose two contenders were measured."""
+        """The entries of `PAIRS` whose two contenders were both measured."""
         return {label: pair for label, pair in PAIRS.items() if set(pair) <= set(self.contenders)}
 
     @property
@@ -163,17 +165,17 @@ class Report:
 
     @property
     def compared(self) -> int:
-        """How many times ours was held against a rival."""
+        """The number of comparisons of ours with a rival."""
         return sum(c.speedup(rival, ours) is not None for c in self.comparisons for ours, rival in self.pairs.values())
 
     @property
     def failures(self) -> list[Row]:
-        """The rows without figures."""
+        """The rows of contenders that failed."""
         return [row for row in self.rows if row.failure]
 
     @property
     def losses(self) -> list[Loss]:
-        """Where ours failed, is slower than a rival, or allocates more; the worst of each first."""
+        """The losses of ours: failures, then times, then memory peaks, each with the worst first."""
         found = [
             Loss(row.case, row.contender, "", "failure", math.inf, failure=row.failure)
             for row in self.failures
@@ -186,7 +188,7 @@ class Report:
 
     @property
     def means(self) -> list[Mean]:
-        """By module, mode and dtype."""
+        """The geometric means, by module, mode and dtype."""
         groups: dict[tuple[str, str, str], list[Comparison]] = {}
         for comparison in self.comparisons:
             case = comparison.case
@@ -221,23 +223,23 @@ class Report:
         return asdict(self.machine) | self.settings | {"seconds": round(self.seconds)}
 
     def to_json(self) -> str:
-        """The whole of it, means and losses included."""
+        """Writes the report as JSON, with means and losses."""
         losses = [asdict(loss) | {"ratio": None if loss.failure else loss.ratio} for loss in self.losses]
         derived = {"means": [asdict(mean) for mean in self.means], "losses": losses}
         return json.dumps({"format": FORMAT} | asdict(self) | derived, indent=1, allow_nan=False) + "\n"
 
     @classmethod
     def load(cls, path: str | Path) -> Report:
-        """Reads what `to_json` wrote, in this format or the first, or what ``make gpu-check`` wrote.
+        """Reads a file written by `to_json`, in this format or the first, or by ``make gpu-check``.
 
         Raises:
-            ReportError: no such file, or it is none of these.
+            ReportError: there is no such file, or it holds no report.
         """
         return cls.parse(read(path), path)
 
     @classmethod
     def parse(cls, data: dict[str, Any], path: str | Path) -> Report:
-        """The report in the JSON that ``path`` holds. Raises ReportError where there is none."""
+        """Reads the report from the JSON that ``path`` holds. Raises ReportError if there is no report in it."""
         try:
             rows = [Row(**row | {"shape": tuple(row["shape"])}) for row in data["rows"]]
             return cls(Machine(**data["machine"]), data.get("settings", {}), data["left_out"], rows, data["seconds"])
@@ -246,11 +248,11 @@ class Report:
 
 
 class ReportError(ValueError):
-    """A file that is no report."""
+    """A file that holds no report."""
 
 
 def read(path: str | Path) -> dict[str, Any]:
-    """The JSON object in a file. Raises ReportError where it cannot be read, or comes from a later version."""
+    """Reads the JSON object in a file. Raises ReportError if it cannot be read, or comes from a later version."""
     try:
         data = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -263,7 +265,7 @@ def read(path: str | Path) -> dict[str, Any]:
 
 
 def _losses(comparison: Comparison, ours: str, rivals: list[str]) -> list[Loss]:
-    """Against every rival that is faster, and against the rival that allocates least if that is less."""
+    """Lists the losses of ours in time to every faster rival, and in memory to the rival with the lowest peak."""
     case, rows = comparison.case, comparison.rows
     speedups = {rival: comparison.speedup(rival, ours) for rival in rivals}
     found = [
@@ -274,12 +276,12 @@ def _losses(comparison: Comparison, ours: str, rivals: list[str]) -> list[Loss]:
     peaks = {name: peak for name in rivals if name in rows and (peak := rows[name].peak_bytes)}
     mine = rows[ours].peak_bytes if ours in rows else None
     if mine and peaks and mine > EVEN * min(peaks.values()):
-        thriftiest = min(peaks, key=lambda name: peaks[name])
-        found.append(Loss(case, ours, thriftiest, "peak memory", mine / peaks[thriftiest]))
+        lowest = min(peaks, key=lambda name: peaks[name])
+        found.append(Loss(case, ours, lowest, "peak memory", mine / peaks[lowest]))
     return found
 
 
 def geometric_mean(values: list[float | None]) -> float | None:
-    """Of those that are there and positive."""
+    """Returns the geometric mean of the positive values, without None; None if there are none."""
     logarithms = [math.log(value) for value in values if value]
     return math.exp(sum(logarithms) / len(logarithms)) if logarithms else None

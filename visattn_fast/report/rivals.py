@@ -1,4 +1,4 @@
-"""Modules of other libraries with parameters of ours, on the same maps: rivals in the report and the benchmarks."""
+"""Other libraries' modules with our parameters, on the same maps: rivals in the report and the benchmarks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .cases import Shape
 
 
 class _Tokens(nn.Module):
-    """``function`` of token grids ``[N, H, W, C]``, a part of ``whole``, on maps ``[N, C, H, W]``."""
+    """Runs a function of token grids ``[N, H, W, C]`` on maps ``[N, C, H, W]``; ``owner`` has its parameters."""
 
     def __init__(self, whole: nn.Module, owner: nn.Module, function: Any) -> None:
         super().__init__()
@@ -24,9 +24,9 @@ class _Tokens(nn.Module):
 
 
 def of_timm(plain: nn.Module, shape: Shape) -> _Tokens | None:
-    """timm's module for ``plain``, or None where there is none for it, or no timm.
+    """Builds timm's module with the parameters of ``plain``; None if timm has none like it, or is not installed.
 
-    Its parameters are those of ``.owner``, by the names that they have in ``plain``.
+    The ``.owner`` of the result holds the parameters, under the names that they have in ``plain``.
     """
     _, C, H, W = shape
     try:
@@ -34,7 +34,7 @@ def of_timm(plain: nn.Module, shape: Shape) -> _Tokens | None:
             swin = importlib.import_module("timm.models.swin_transformer")
             sizes = {"window_size": plain.window[0], "shift_size": plain.shift[0]}
             block = swin.SwinTransformerBlock(C, (H, W), plain.heads, **sizes)
-            made = _Tokens(block, block.attn, block._attn)  # with roll, partition and the way back
+            made = _Tokens(block, block.attn, block._attn)  # includes roll, partition and their inverses
         elif isinstance(plain, reference.SelfAttention2d):
             layers = importlib.import_module("timm.layers")
             attention = layers.Attention(C, plain.heads, qkv_bias=plain.qkv.bias is not None)
@@ -49,6 +49,6 @@ def of_timm(plain: nn.Module, shape: Shape) -> _Tokens | None:
 
 
 def _same_in_timm(plain: reference.WindowAttention2d, H: int, W: int) -> bool:
-    """Square windows that a map is made of: padding differs."""
+    """True if windows are square and divide the map: timm pads in another way."""
     square = plain.window[0] == plain.window[1] and plain.shift[0] == plain.shift[1]
     return square and H % plain.window[0] == W % plain.window[1] == 0

@@ -1,4 +1,4 @@
-"""Matplotlib's figures as SVG whose colours and font are the page's own, so that light and dark hold for them too."""
+"""Turns matplotlib's figures into SVG with the colours and font of the page, so that light and dark mode apply."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ WIDTH = 4.2  # inches
 
 
 def drawn(paint: Callable[[Axes], None], height: float, label: str) -> str:
-    """The svg element of what ``paint`` draws; ``label`` says it in words."""
+    """Returns the drawing of ``paint`` as an svg element; ``label`` describes it in words."""
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": label, "font.size": 9}):
         figure = Figure(figsize=(WIDTH, height), layout="constrained")
         axes = figure.add_subplot()
@@ -34,13 +34,13 @@ def drawn(paint: Callable[[Axes], None], height: float, label: str) -> str:
 
 
 def grid(axes: Axes) -> None:
-    """Faint lines behind a plot."""
+    """Draws a faint grid behind a plot."""
     axes.grid(color=COLOURS["rule"], linewidth=0.6, alpha=0.6)
     axes.set_axisbelow(True)
 
 
 def _inline(svg: str, label: str) -> str:
-    """The svg element alone, as wide as its place; colours and font are left to the page."""
+    """Returns the svg element alone, as wide as its container, with colours and font left to the page."""
     for name, colour in COLOURS.items():
         svg = svg.replace(colour, f"var(--{name})")
     svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", svg, flags=re.DOTALL)

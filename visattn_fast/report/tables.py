@@ -1,4 +1,4 @@
-"""The tables of the report as plain cells: the terminal, Markdown and the page print the same ones."""
+"""The tables of the report as plain cells: terminal, Markdown and page print the same tables."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SLOWER = "▼"
 
 @dataclass(frozen=True)
 class Cell:
-    """A cell; ``tone`` is ``"win"``, ``"loss"``, ``"even"`` or empty."""
+    """A cell of a table; ``tone`` is ``"win"``, ``"loss"``, ``"even"`` or empty."""
 
     text: str
     tone: str = ""
@@ -23,10 +23,12 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of cells under ``columns``; the first ``labels`` columns are text, the rest numbers.
+    """A table.
 
     Attributes:
-        details: columns that a narrow terminal leaves out.
+        columns: the headings.
+        labels: how many of the first columns are text; the others are numbers.
+        details: headings of columns that a narrow terminal leaves out.
     """
 
     title: str
@@ -40,38 +42,38 @@ _DETAILS = ("GB/s", "kernels", "compile s", "error")
 
 
 def notes(report: Report) -> list[str]:
-    """How to read the figures."""
+    """Explains the columns, a sentence or two for each."""
+    about = "; ".join(f"{name} is {CONTENDERS[name].about}" for name in report.contenders)
     return [
         "Times are medians. vs eager, vs compile, vs max-autotune, vs timm: the rival's time over that of fused;"
-        f" compiled, vs ...: over that of fused-compile. Above 1 ours is faster; {SLOWER} marks where it is slower, ~"
-        " where the 20th to 80th percentiles of the two overlap.",
-        f"Figures with a slash are of {' / '.join(report.contenders)}: "
-        + "; ".join(f"{name} is {CONTENDERS[name].about}" for name in report.contenders)
-        + ".",
+        f" compiled, vs ...: over that of fused-compile. Above 1 ours is faster. {SLOWER} marks a loss; ~ marks times"
+        " that overlap between their 20th and 80th percentiles.",
+        f"Figures with a slash stand for {' / '.join(report.contenders)}: {about}.",
         *(f"{mode}: {MODES[mode]}." for mode in report.modes),
-        "time: in multiples of out.copy_(x) of the same tensor, timed between the others. GB/s: what a streaming kernel"
-        " must move for this module, over the time of fused; % of copy: the same in percent of the copy's.",
-        "saved: kept from forward to backward; peak: allocated at a time, results included. Both in multiples of the"
-        " bytes of x.",
-        "kernels: ops dispatched; of what is compiled, calls of kernels and ops in the generated code. compile s:"
-        " seconds of the first call of each that is compiled; with + a cache on disk had a part of it (--cold"
-        " takes it away).",
-        "error: the largest of any result against float64, relative to that result's largest value.",
+        "time / copy: the time in multiples of out.copy_(x) on the same tensor, timed between the others. GB/s: bytes"
+        " that a streaming kernel must move for this module, over the time of fused; % of copy: that rate in percent of"
+        " the copy's.",
+        "saved / x: bytes kept from forward to backward; peak / x: the peak of the bytes allocated, results included."
+        " Both are in multiples of the bytes of x.",
+        "kernels: ops dispatched; for a compiled contender, calls of kernels and ops in the generated code. compile s:"
+        " seconds of the first call of each compiled contender; + marks a call for which a cache on disk held a part"
+        " (--cold compiles without these caches).",
+        "error: the largest error of any result against float64, relative to that result's largest value.",
     ]
 
 
 def module_tables(report: Report) -> dict[tuple[str, str, str], Table]:
-    """By module, mode and dtype a table: a row for each size and layout."""
+    """Returns a table for each module, mode and dtype, with a row for each size and layout."""
     columns = (
         "size",
         "layout",
         "copy ms",
-        "time, x copy",
+        "time / copy",
         *report.pairs,
         "GB/s",
         "% of copy",
-        "saved, x",
-        "peak, x",
+        "saved / x",
+        "peak / x",
         "kernels",
         "compile s",
         "error",
@@ -85,17 +87,17 @@ def module_tables(report: Report) -> dict[tuple[str, str, str], Table]:
 
 
 def mean_table(report: Report) -> Table:
-    """Geometric means: a row for each module, mode and dtype."""
+    """Returns the geometric means, with a row for each module, mode and dtype."""
     columns = (
         "module",
         "mode",
         "dtype",
         "cases",
         *report.pairs,
-        "time, x copy",
+        "time / copy",
         "% of copy",
-        "saved, x",
-        "peak, x",
+        "saved / x",
+        "peak / x",
         "kernels",
         "compile s",
     )
@@ -103,8 +105,8 @@ def mean_table(report: Report) -> Table:
 
 
 def loss_table(losses: Iterable[Loss]) -> Table:
-    """Where ours loses, the worst first."""
-    columns = ("module", "size", "layout", "dtype", "mode", "ours", "rival", "what", "ours / rival")
+    """Returns a row for each loss, in the order given."""
+    columns = ("module", "size", "layout", "dtype", "mode", "ours", "rival", "figure", "ours / rival")
     return Table("", columns, [_loss_row(loss) for loss in losses], len(columns) - 1)
 
 
@@ -116,7 +118,7 @@ def _loss_row(loss: Loss) -> list[Cell]:
 
 
 def machine_line(report: Report) -> str:
-    """Where it was measured and what served."""
+    """Names the machine, the versions and the backends that served fused."""
     machine = report.machine
     commit = f" ({machine.commit})" if machine.commit else ""
     return (
@@ -126,14 +128,12 @@ def machine_line(report: Report) -> str:
 
 
 def verdict(report: Report) -> str:
-    """The losses in a few sentences."""
+    """Sums up the losses in a few sentences."""
     losses = report.losses
     failed = sum(loss.what == "failure" for loss in losses)
     failures = f" It failed in {failed} cases." if failed else ""
-    hungry = len({loss.case for loss in losses if loss.what == "peak memory"})
-    memory = (
-        f" It allocates more at a time than a rival in {hungry} of {len(report.comparisons)} cases." if hungry else ""
-    )
+    higher = len({loss.case for loss in losses if loss.what == "peak memory"})
+    memory = f" Its memory peak is above a rival's in {higher} of {len(report.comparisons)} cases." if higher else ""
     slower = [loss for loss in losses if loss.what == "time"]
     if not slower:
         return f"Fused is slower in none of {report.compared} comparisons.{memory}{failures}"
@@ -182,7 +182,7 @@ def _mean_row(mean: Mean, report: Report) -> list[Cell]:
 
 
 def compiled(report: Report) -> list[str]:
-    """The contenders that were compiled."""
+    """Returns the contenders that torch.compile compiles."""
     return [name for name in report.contenders if CONTENDERS[name].compiled]
 
 
@@ -196,7 +196,7 @@ def _speedup(comparison: Comparison, ours: str, rival: str) -> Cell:
 
 
 def _memory(values: dict[str, float | None]) -> Cell:
-    """Multiples of x, of each contender."""
+    """Returns the cell of each contender's memory, in multiples of x."""
     fused = values.get("fused")
     rivals = [value for name, value in values.items() if name not in OURS and value is not None]
     return Cell(joined(values.values(), 1), tone(min(rivals) / fused, EVEN - 1) if rivals and fused else "")
@@ -211,7 +211,7 @@ def _compile_time(comparison: Comparison, report: Report) -> Cell:
 def joined(
     values: Iterable[float | None], digits: int = 2, form: Callable[[float | None, int], str] | None = None
 ) -> str:
-    """Numbers with slashes between; a dash where there is none."""
+    """Joins numbers with slashes; a dash stands for a missing number."""
     values = list(values)
     return (
         "/".join((form or number)(value, digits) for value in values)
@@ -225,14 +225,14 @@ def _scientific(value: float | None, digits: int) -> str:
 
 
 def factor(speedup: float | None) -> str:
-    """``1.53x``, with a mark where it is a loss."""
+    """Formats a speed-up as ``1.53x``, with a mark if it is a loss."""
     if speedup is None:
         return "-"
     return f"{speedup:.2f}x" + (f" {SLOWER}" if speedup < 1 else "")
 
 
 def tone(ratio: float | None, tolerance: float = 0.0) -> str:
-    """Of a ratio that is better the larger it is; within the tolerance of one it is even."""
+    """Returns the tone of a ratio that is better the larger it is; within ``tolerance`` of 1 it is even."""
     if ratio is None:
         return ""
     if abs(ratio - 1) <= tolerance:
@@ -241,7 +241,7 @@ def tone(ratio: float | None, tolerance: float = 0.0) -> str:
 
 
 def number(value: float | None, digits: int = 2) -> str:
-    """A number of about three figures, or a dash."""
+    """Formats a number with about three digits; None as a dash."""
     if value is None:
         return "-"
     return f"{value:.0f}" if value >= 100 else f"{value:.{min(digits, 1) if value >= 10 else digits}f}"

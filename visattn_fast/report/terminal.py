@@ -1,4 +1,4 @@
-"""The report on a terminal, and the progress while it is measured."""
+"""Shows the report on a terminal, and the progress while it is measured."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from .results import Report
 from .whole_model import ModelReport
 
 _STYLES = {"win": "green", "loss": "bold red", "even": "yellow", "": ""}
-_WIDTH = 240  # where there is no terminal to ask
-_DETAILED = 150  # from this width on with details
+_WIDTH = 240  # columns without a terminal to ask
+_DETAILED = 150  # columns from which on the details fit
 
 
 def console() -> Console:
-    """A console that does not fold wide tables where it is not a terminal."""
+    """Returns a console that keeps wide tables whole if the output is not a terminal."""
     found = Console()
     return found if found.is_terminal else Console(width=_WIDTH)
 
 
 def tracked(cases: Iterable[Case], out: Console) -> Iterator[Case]:
-    """The cases, with a progress bar; where there is no terminal, a line for each."""
+    """Yields the cases and shows a progress bar; without a terminal, prints a line for each case."""
     cases = list(cases)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=out, transient=True, disable=not out.is_terminal) as progress:
@@ -43,7 +43,7 @@ def tracked(cases: Iterable[Case], out: Console) -> Iterator[Case]:
 
 
 def show(report: Report, out: Console) -> None:
-    """Prints the tables, what was left out, and the losses last, where they are seen."""
+    """Prints the tables, the cases left out, the failures, and the losses last, where they are seen."""
     for table in (*tables.module_tables(report).values(), tables.mean_table(report)):
         show_table(table, out)
     for note in tables.notes(report):
@@ -58,7 +58,7 @@ def show(report: Report, out: Console) -> None:
 
 
 def show_model(report: ModelReport, out: Console) -> None:
-    """Prints what was swapped, the figures, and what attention costs."""
+    """Prints what `accelerate` swapped, the figures, and what attention costs."""
     out.print(report.accelerated, highlight=False, markup=False)
     show_table(report.table(), out)
     for line in report.verdicts():
@@ -66,12 +66,12 @@ def show_model(report: ModelReport, out: Console) -> None:
 
 
 def show_comparison(found: Changes, out: Console) -> None:
-    """Prints what differs around the figures, then improvements, and regressions last, where they are seen."""
+    """Prints what differs beside the figures, then improvements, and regressions last, where they are seen."""
     for line in found.differing:
         out.print(f"differs: {line}", style="yellow", highlight=False, markup=False)
     if found.drift:
         drift = ", ".join(f"{name} {ratio:.2f}x" for name, ratio in found.drift.items())
-        out.print(f"the same cases of the rivals, new / old time: {drift}", highlight=False)
+        out.print(f"copy and rivals in the same cases, new / old time: {drift}", highlight=False)
     for name, rows in (("old", found.only_old), ("new", found.only_new)):
         for row in rows:
             out.print(f"only in {name}: {row}", style="yellow", highlight=False, markup=False)
@@ -82,7 +82,7 @@ def show_comparison(found: Changes, out: Console) -> None:
 
 
 def show_table(table: tables.Table, out: Console) -> None:
-    """Prints a table, on a narrow terminal without its details."""
+    """Prints a table; on a narrow terminal it leaves out the details."""
     kept = [i for i, column in enumerate(table.columns) if out.width >= _DETAILED or column not in table.details]
     title = table.title or None
     found = RichTable(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)

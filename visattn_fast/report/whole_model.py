@@ -1,4 +1,4 @@
-"""A whole model before and after `accelerate`, and without its attention: what attention costs, and how much less."""
+"""Measures a model as it is, accelerated and without attention: what attention costs, and what `accelerate` saves."""
 
 from __future__ import annotations
 
@@ -31,12 +31,14 @@ WAYS = ("eager", "compile")
 
 @dataclass(frozen=True)
 class ModelRow:
-    """Figures of one variant, run in one way.
+    """The figures of one variant, run in one way.
 
     Attributes:
-        variant: of `VARIANTS`. way: of `WAYS`.
-        p20_ms, p50_ms, p80_ms: percentiles of the times of a batch. peak_bytes: allocated at a time.
-        compile_s: seconds of its first call.
+        variant: a key of `VARIANTS`.
+        way: one of `WAYS`.
+        p20_ms, p50_ms, p80_ms: percentiles of the times of a batch.
+        peak_bytes: peak of the bytes allocated.
+        compile_s: seconds of the first call, if it is compiled.
     """
 
     variant: str
@@ -51,7 +53,14 @@ class ModelRow:
 
 @dataclass(frozen=True)
 class ModelReport:
-    """What was found of a model. ``accelerated`` is what `accelerate` printed; ``seconds`` how long it took."""
+    """A report of a whole model.
+
+    Attributes:
+        machine: the machine that it was measured on.
+        settings: the options of the run.
+        accelerated: the table that `accelerate` prints.
+        seconds: how long the run took.
+    """
 
     machine: Machine
     settings: dict[str, Any]
@@ -60,13 +69,13 @@ class ModelReport:
     seconds: float = 0.0
 
     def row(self, variant: str, way: str) -> ModelRow | None:
-        """The row of that name, if it was measured."""
+        """Returns the row of a variant and a way; None if it was not measured."""
         return next((r for r in self.rows if (r.variant, r.way) == (variant, way)), None)
 
     def tax(self, way: str) -> tuple[float, float] | None:
-        """What attention costs, as a share of the step as it is, and the share of that which accelerate removes.
+        """Returns the share of the original's time that attention costs, and the share of this cost that goes away.
 
-        None where a variant was not measured, or attention costs nothing.
+        Returns None if a variant was not measured, or attention costs nothing.
         """
         without, before, after = (self.row(variant, way) for variant in VARIANTS)
         if not (without and before and after) or before.p50_ms <= without.p50_ms:
@@ -75,15 +84,15 @@ class ModelReport:
         return cost / before.p50_ms, (before.p50_ms - after.p50_ms) / cost
 
     def table(self) -> Table:
-        """A row for each variant and way."""
+        """Returns a table with a row for each variant and way."""
         s = self.settings
         what = "training, forward and backward" if s["train"] else "inference"
         title = f"{s['model']}: {what}, {s['batch']} x 3 x {s['size']} x {s['size']} {s['dtype']} {s['layout']}"
-        columns = ("model", "way", "images/s", "ms", "20-80 %", "vs as it is", "peak MB")
+        columns = ("model", "way", "images/s", "ms", "20-80 %", "speed-up", "peak MB")
         return Table(title, columns, [self._cells(row) for row in self.rows], 2)
 
     def verdicts(self) -> list[str]:
-        """A sentence for each way, on the attention tax."""
+        """Returns a sentence for each way on the cost of attention."""
         taxes = {way: self.tax(way) for way in WAYS}
         return [
             f"{way}: attention costs {tax[0]:.1%} of the time; accelerate removes {tax[1]:.0%} of that"
@@ -97,12 +106,12 @@ class ModelReport:
         return asdict(self.machine) | self.settings | {"seconds": round(self.seconds)}
 
     def to_json(self) -> str:
-        """The whole of it."""
+        """Writes the report as JSON, with the verdicts."""
         return json.dumps({"format": FORMAT} | asdict(self) | {"verdicts": self.verdicts()}, indent=1) + "\n"
 
     @classmethod
     def parse(cls, data: dict[str, Any], path: str | Path) -> ModelReport:
-        """The report in the JSON that ``path`` holds. Raises ReportError where there is none."""
+        """Reads the report from the JSON that ``path`` holds. Raises ReportError if there is no report in it."""
         try:
             rows = [ModelRow(**row) for row in data["rows"]]
             return cls(Machine(**data["machine"]), data["settings"], data["accelerated"], rows, data["seconds"])
@@ -125,10 +134,14 @@ class ModelReport:
 
 
 def build(spec: str, options: dict[str, Any]) -> nn.Module:
-    """``"timm:seresnet50"``, ``"torchvision:mobilenet_v3_small"`` or ``"package.module:function"``; weights are random.
+    """Builds a model with random weights.
+
+    Args:
+        spec: ``"timm:seresnet50"``, ``"torchvision:mobilenet_v3_small"`` or ``"package.module:function"``.
+        options: keyword arguments of the function that builds it.
 
     Raises:
-        ValueError: no such model, or its library is missing.
+        ValueError: there is no such model, or its library is missing.
     """
     library, _, name = spec.partition(":")
     if not library or not name:
@@ -146,20 +159,23 @@ def build(spec: str, options: dict[str, Any]) -> nn.Module:
     except (ImportError, AttributeError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"{spec} cannot be built: {error}") from error
     if not isinstance(model, nn.Module):
-        raise ValueError(f"{spec} is no torch.nn.Module, but {type(model).__name__}")
+        raise ValueError(f"{spec} must be a torch.nn.Module, got {type(model).__name__}")
     return model
 
 
 def measure_model(
     model: nn.Module, x: Tensor, train: bool, effort: Effort, ways: tuple[str, ...] = WAYS, backend: str = "auto"
 ) -> tuple[str, list[ModelRow]]:
-    """What `accelerate` says of the model, and the figures of every variant; the model itself is left as it was.
+    """Measures every variant of a model; the model itself stays as it was.
+
+    Returns:
+        The table of `accelerate`, and the rows.
 
     Raises:
-        ValueError: the model has no attention that is known.
+        ValueError: the model has no attention module that `accelerate` knows.
     """
     if not any(type(m) in known() for m in model.modules()):
-        raise ValueError("the model has no attention module that is known")
+        raise ValueError("the model has no attention module that accelerate knows")
     model = copy.deepcopy(model).train(train)
     without, after = without_attention(model), copy.deepcopy(model)
     with use_backend(backend):
@@ -184,9 +200,9 @@ def measure_model(
 
 
 def without_attention(model: nn.Module) -> nn.Module | None:
-    """A copy of the model, with every gate that is known replaced by its input; None if it has none.
+    """Returns a copy of the model without its known gates, which return their input instead; None if it has none.
 
-    Attention over positions is part of a block that does more, and has no such copy.
+    Attention over positions stays: it is part of a block that does more than scale its input.
     """
     model = copy.deepcopy(model)
     recipes = known()

@@ -1,15 +1,28 @@
-// The emulation's entry point, called from tools/emulation.py: one call of SE, ECA or CBAM, forward or
-// backward.
+// The emulation's entry point for tools/emulation.py: one call of SE, ECA or CBAM, forward or backward.
+#include <algorithm>
+#include <cstdint>
 #include <cstdio>
+#include <memory>
+#include <string>
+#include <type_traits>
+#include <vector>
 
+#include "../../common/geometry.h"
+#include "../../common/plan.h"
+#include "../batch_sums.h"
 #include "../cbam_backward.h"
 #include "../cbam_forward.h"
+#include "../cbam_image.h"
+#include "../channel_gate.h"
+#include "../channel_scale.h"
+#include "../portable.h"
 #include "exec.h"
+#include "memory.h"
 
 namespace visattn::cuda::emulation {
 namespace {
 
-// What Python passes; the tensors are those of the ops, null where there is none.
+// The arguments from Python; the tensors are those of the ops, null if absent.
 struct Request {
   int64_t N, C, P, R, stride_n, dtype, nhwc, backward, window, activation, hidden_activation, gate_activation,
       sm, count, shared_bytes, l2_bytes, threads, seed, sabotage, W, maps_window;
@@ -179,7 +192,7 @@ class Run {
     snprintf(out.faults, sizeof(out.faults), "%s", all.c_str());
   }
 
-  // The sums over the batch, which come after all of the first launch.
+  // The sums over the batch, after the whole first launch.
   void second_launch(const Sums& sums, std::vector<std::string>& faults) {
     for (const auto& r : regions) {
       for (Cell& c : r->cells) c.writer = c.reader = {};
@@ -199,7 +212,7 @@ class Run {
     if (!at) return nullptr;
     return regions.emplace_back(new Region(name, at, bytes, input, !input)).get();
   }
-  // Of x's size, unless `elements` says otherwise.
+  // A map of x's size, unless `elements` gives another one.
   template <class T>
   Checked<T> map(const char* name, void* at, int64_t elements = 0) {
     const int64_t count = elements ? elements : q.N * q.C * q.P;

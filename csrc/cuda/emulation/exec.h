@@ -4,14 +4,21 @@
 
 #include <algorithm>
 #include <array>
-#include <map>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <vector>
 
+#include "../../common/geometry.h"
+#include "../../common/plan.h"
+#include "../portable.h"
 #include "../team.h"
+#include "fibers.h"
 #include "memory.h"
 
 namespace visattn::cuda::emulation {
 
-// What an Exec can leave out, so that tests see it found.
+// What an Exec can leave out, so that tests see the fault found.
 enum Sabotage : int {
   kNothing = 0,
   kNoTeamBarrier,
@@ -73,7 +80,7 @@ struct Grid {
     }
   }
 
-  // What is left behind, and whether it may be.
+  // Checks what the launch leaves behind.
   void check_end() {
     for (Team& t : teams) {
       if (t.semaphore != 0xdeadbeef && (t.semaphore & 0x7fffffffu))
@@ -257,7 +264,7 @@ struct EmulatedExec {
   }
 
   template <class T>
-  void prefetch(Checked<const T> from, int count) {  // no traffic: the copy that follows has it
+  void prefetch(Checked<const T> from, int count) {  // no traffic: the later copy counts it
     const int64_t bytes = int64_t{count} * static_cast<int64_t>(sizeof(T));
     if (from.offset < 0 || from.offset + bytes > from.region->bytes || bytes % 16 ||
         reinterpret_cast<uintptr_t>(from.region->data + from.offset) % 16)
@@ -275,7 +282,7 @@ struct EmulatedExec {
   }
 };
 
-// kernel(exec) in every thread of the grid.
+// Calls kernel(exec) in every thread of the grid.
 template <bool kInCluster, class Body>
 void launch(Grid& grid, const Body& kernel) {
   grid.scheduler.run([&](Fiber& f) {

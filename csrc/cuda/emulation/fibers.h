@@ -1,4 +1,4 @@
-// The threads of a launch as fibers on one CPU thread, of which a random one runs on at every barrier.
+// The threads of a launch as fibers on one CPU thread; at every barrier a random one continues.
 #pragma once
 
 #include <ucontext.h>
@@ -8,14 +8,15 @@
 #include <memory>
 #include <random>
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace visattn::cuda::emulation {
 
 constexpr int kStages = 4;
 
-// How many barriers a thread has passed, of each kind; those of a wider kind count for the narrower ones,
-// too.
+// The number of barriers of each kind that a thread has passed. A barrier of a wider kind also counts for the
+// narrower ones.
 struct Epochs {
   int32_t warp = 0, block = 0, team = 0, grid = 0;
 };
@@ -86,7 +87,7 @@ class Scheduler {
     yield();
   }
 
-  // Waits for all that the barrier expects.
+  // Waits for all fibers that the barrier expects.
   void meet(Barrier& b) {
     b.waiting.push_back(current);
     if (static_cast<int>(b.waiting.size()) == b.expected) {

@@ -1,6 +1,13 @@
-// Memory that knows who wrote and who read each two bytes of it, and pointers into it that check every
-// access: inside the bounds, of something written, with a barrier between two threads that meet there.
+// Memory that records who wrote and who read each two bytes, and pointers into it that check every access: it
+// lies inside the bounds, reads something written, and a barrier separates it from other threads' accesses.
 #pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <string>
+#include <type_traits>
+#include <utility>
+#include <vector>
 
 #include "../portable.h"
 #include "fibers.h"
@@ -23,9 +30,9 @@ struct Region {
   std::string name;
   char* data;
   int64_t bytes;
-  bool once = false;           // every element is to be written exactly once
+  bool once = false;           // every element must be written exactly once
   bool shared = false;         // memory of a block
-  const bool* gone = nullptr;  // whether that block has ended
+  const bool* gone = nullptr;  // true once that block has ended
   int64_t stage_begin = 0, stage_bytes = 0, stages = 0;
   std::vector<Cell> cells;
   int64_t read = 0, written = 0;
@@ -54,7 +61,7 @@ inline bool ordered(const Touch& before, const Fiber& now) {
   return now.epochs.warp > before.at.warp;
 }
 
-// Whether the access is inside of the region; notes it, and what is wrong with it.
+// Records an access and its faults. Returns true if it lies inside the region.
 inline bool touch(Region* r, int64_t offset, int64_t size, bool write, int copy_stage = -1,
                   int64_t copy = 0) {
   Scheduler& s = *Scheduler::active;
@@ -72,7 +79,7 @@ inline bool touch(Region* r, int64_t offset, int64_t size, bool write, int copy_
     if (c.copy && copy_stage < 0 && f.seen[c.stage] != c.copy) {
       s.fault("access to a copy that was not waited for" + where());
     }
-    // What a copy has written is ordered by the wait for it.
+    // The wait for a copy orders what it has written.
     if (!c.copy && !ordered(c.writer, f))
       s.fault(std::string(write ? "write" : "read") + " races with a write" + where());
     if (write) {

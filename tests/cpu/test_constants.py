@@ -1,0 +1,20 @@
+"""The codes of activations are the same in C++ and in Python."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from visattn_fast.reference import activations
+
+HEADER = (Path(__file__).parents[2] / "csrc" / "common" / "activations.h").read_text()
+ENUMERATIONS = dict(re.findall(r"enum (\w+) : int \{(.*?)\}", HEADER, re.S))
+
+
+@pytest.mark.parametrize("name", ["Activation", "GateActivation"])
+def test_cpp_enumeration_has_the_codes_of_python(name):
+    in_cpp = re.findall(r"k(\w+) = (\d+)", ENUMERATIONS[name])
+    in_python = [(member.name.title().replace("_", ""), str(member.value)) for member in getattr(activations, name)]
+    assert in_cpp == in_python

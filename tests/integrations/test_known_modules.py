@@ -1,0 +1,165 @@
+"""Known modules of every library: swapped, they give the original's numbers; what cannot be served is left alone."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import visattn_fast as vf
+from cases import run
+from outside import library, ultralytics_modules
+from visattn_fast import catalogue
+from visattn_fast.catalogue import ENTRIES, feature_map
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+C = 32
+
+
+def timm(name: str, *arguments: Any, module: str = "timm.layers", **options: Any) -> nn.Module:
+    return getattr(library(module), name)(*arguments, **options)
+
+
+def squeeze_excitation(*activations: type[nn.Module]) -> nn.Module:
+    return library("torchvision.ops").SqueezeExcitation(C, 8, *activations)
+
+
+def monai(name: str, *arguments: Any, dimensions: int = 2) -> nn.Module:
+    return getattr(library("monai.networks.blocks"), name)(dimensions, C, *arguments)
+
+
+def ultralytics(name: str, *arguments: Any) -> nn.Module:
+    return getattr(ultralytics_modules(), name)(*arguments)
+
+
+MODULES: dict[str, Callable[[], nn.Module]] = {
+    "timm SEModule": lambda: timm("SEModule", C),
+    "timm SEModule, no bias": lambda: timm("SEModule", C, bias=False),
+    "timm SEModule, SiLU": lambda: timm("SEModule", C, act_layer=nn.SiLU),
+    "timm SEModule, hard sigmoid": lambda: timm("SEModule", C, gate_layer=nn.Hardsigmoid),
+    "timm SqueezeExcite": lambda: timm("SqueezeExcite", C, module="timm.models._efficientnet_blocks"),
+    "timm EcaModule": lambda: timm("EcaModule", C),
+    "timm SEModule, GELU and batch norm": lambda: timm("SEModule", C, act_layer=nn.GELU, norm_layer=nn.BatchNorm2d),
+    "timm SqueezeExcite, tanh": lambda: timm(
+        "SqueezeExcite", C, gate_layer=nn.Tanh, module="timm.models._efficientnet_blocks"
+    ),
+    "timm EcaModule, MLP": lambda: timm("EcaModule", C, use_mlp=True),
+    "timm EcaModule, hard sigmoid": lambda: timm("EcaModule", C, gate_layer="hard_sigmoid"),
+    "timm CecaModule": lambda: timm("CecaModule", C),
+    "timm EffectiveSEModule": lambda: timm("EffectiveSEModule", C),
+    "timm GatherExcite": lambda: timm("GatherExcite", C, use_mlp=False),
+    "timm GlobalContext": lambda: timm("GlobalContext", C, use_attn=False),
+    "timm CbamModule": lambda: timm("CbamModule", C, module="timm.layers.cbam"),
+    "timm CbamModule, SiLU, bias, hard sigmoid, 3 x 3": lambda: timm(
+        "CbamModule",
+        C,
+        1 / 4,
+        spatial_kernel_size=3,
+        act_layer=nn.SiLU,
+        gate_layer="hard_sigmoid",
+        mlp_bias=True,
+        module="timm.layers.cbam",
+    ),
+    "timm LightCbamModule": lambda: timm("LightCbamModule", C, module="timm.layers.cbam"),
+    "timm CoordAttn": lambda: timm("CoordAttn", C, module="timm.layers.coord_attn"),
+    "timm CoordAttn, skip": lambda: timm("CoordAttn", C, has_skip=True, bias=True, module="timm.layers.coord_attn"),
+    "torchvision SqueezeExcitation": squeeze_excitation,
+    "torchvision SqueezeExcitation of MobileNetV3": lambda: squeeze_excitation(nn.ReLU, nn.Hardsigmoid),
+    "torchvision SqueezeExcitation of EfficientNet": lambda: squeeze_excitation(nn.SiLU, nn.Sigmoid),
+    "torchvision SqueezeExcitation, GELU": lambda: squeeze_excitation(nn.GELU),
+    "monai ChannelSELayer": lambda: monai("ChannelSELayer"),
+    "monai ResidualSELayer": lambda: monai("ResidualSELayer", 4, "relu", "sigmoid"),
+    "monai ResidualSELayer as it comes": lambda: monai("ResidualSELayer"),
+    "ultralytics CBAM": lambda: ultralytics("CBAM", C),
+    "ultralytics ChannelAttention": lambda: ultralytics("ChannelAttention", C),
+    "ultralytics SpatialAttention": lambda: ultralytics("SpatialAttention", 3),
+    "smp SCSEModule": lambda: library("segmentation_models_pytorch.base.modules").SCSEModule(C),
+    **{name: lambda e=e: e.reference(**e.arguments(C)) for name, e in ENTRIES.items() if e.training},
+}
+
+
+@pytest.mark.parametrize("layout", catalogue.LAYOUTS)
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("name", MODULES)
+def test_swapped_module_gives_the_originals_numbers(name, training, layout):
+    """Result, gradients and running statistics; restored, it has its own class."""
+    module = MODULES[name]().double().train(training)
+    kind, x = type(module), feature_map((2, C, 7, 6), layout, dtype=torch.float64)
+    if not training:
+        spread_statistics(module)
+    want = run(copy.deepcopy(module), x)
+    found = vf.accelerate(module)
+    assert [(s.name, s.kind) for s in found.swapped] == [("", kind.__name__)]
+    assert isinstance(module, kind)
+    assert type(module) is not kind
+    got = run(copy.deepcopy(module), x)
+    assert got.keys() == want.keys()
+    for key, tensor in want.items():
+        torch.testing.assert_close(got[key], tensor, rtol=1e-7, atol=1e-8, msg=lambda m, key=key: f"{key}: {m}")
+    assert vf.restore(module) == 1
+    assert type(module) is kind
+    assert all(torch.equal(run(module, x)[key], tensor) for key, tensor in want.items() if key in ("y", "x"))
+
+
+def spread_statistics(module: nn.Module) -> None:
+    """Moves running statistics away from zero and one."""
+    for name, buffer in module.named_buffers():
+        if "running" in name:
+            buffer += 0.5 * torch.rand_like(buffer)
+
+
+# A module that cannot be served -> how its reason begins.
+UNSERVED = {
+    "timm max pooling": (lambda: timm("SEModule", C, add_maxpool=True), "add_maxpool"),
+    "timm GatherExcite, windows": (
+        lambda: timm("GatherExcite", C, extent=2, use_mlp=False),
+        "it gathers by windows or convolutions",
+    ),
+    "timm Swin, dropout": (
+        lambda: timm("SwinTransformerBlock", C, (7, 7), 2, attn_drop=0.1, module="timm.models.swin_transformer"),
+        "attn_drop or proj_drop",
+    ),
+    "torchvision Swin, dropout": (
+        lambda: library("torchvision.models.swin_transformer").ShiftedWindowAttention(
+            C, [7, 7], [3, 3], 2, dropout=0.1
+        ),
+        "attention_dropout or dropout",
+    ),
+    "timm GlobalContext as it comes": (lambda: timm("GlobalContext", C), "use_attn: it pools by attention"),
+    "timm GlobalContext, added": (lambda: timm("GlobalContext", C, use_attn=False, fuse_add=True), "fuse_add"),
+    "timm CoordAttn, ReLU": (
+        lambda: timm("CoordAttn", C, act_layer=nn.ReLU, module="timm.layers.coord_attn"),
+        "act is ReLU",
+    ),
+    "monai in three dimensions": (lambda: monai("ChannelSELayer", dimensions=3), "avg_pool is AdaptiveAvgPool3d"),
+}
+
+
+@pytest.mark.parametrize("name", UNSERVED)
+def test_unserved_module_is_left_alone(name):
+    build, reason = UNSERVED[name]
+    module = build()
+    kind = type(module)
+    found = vf.accelerate(module)
+    assert type(module) is kind
+    assert not found.swapped
+    assert found.skipped[0].reason.startswith(reason), found.skipped[0].reason
+
+
+def test_swin_block_serves_the_size_of_its_mask():
+    """For a map of another size timm's own code serves, and complains."""
+    swin = library("timm.models.swin_transformer")
+    x = feature_map((1, 10, 12, C))
+    for dynamic, size in ((True, (7, 20)), (False, (12, 13))):
+        block = swin.SwinTransformerBlock(C, size, 2, window_size=7, shift_size=3, dynamic_mask=dynamic)
+        want = block(x)
+        assert vf.accelerate(block).swapped
+        torch.testing.assert_close(block(x), want, rtol=1e-4, atol=1e-5)
+    block = swin.SwinTransformerBlock(C, (7, 20), 2, window_size=7, shift_size=3)
+    vf.accelerate(block)
+    with pytest.raises(RuntimeError, match="invalid for input of size"):
+        block(x)
