@@ -1,4 +1,4 @@
-"""What a compiled kernel uses and how wide it reads: from the cubin and PTX of NVIDIA, the assembly and LLVM of AMD."""
+"""Reads resources and widths of access of a compiled kernel: from NVIDIA's cubin and PTX, AMD's assembly and LLVM."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import triton.backends
 
 @dataclass(frozen=True)
 class Resources:
-    """Of one thread: registers and bytes of memory for what does not fit in them; shared memory is the program's."""
+    """A thread's registers and the bytes that it spills, and the program's shared memory in bytes."""
 
     registers: int
     shared: int
@@ -24,7 +24,7 @@ class Resources:
 
 @dataclass(frozen=True)
 class Access:
-    """One load or store of global memory: the tensors that its address comes from, and its bytes per thread."""
+    """One load or store of global memory: the arguments that its address comes from, and its bytes per thread."""
 
     kind: str  # "load" or "store"
     arguments: tuple[int, ...]  # positions among the kernel's arguments
@@ -32,7 +32,7 @@ class Access:
 
 
 def resources(asm: dict, shared: int) -> Resources:
-    """Of a kernel whose program takes ``shared`` bytes, as Triton's metadata say."""
+    """Returns the resources of a kernel; ``shared`` bytes come from Triton's metadata."""
     if "cubin" in asm:
         usage = _cuobjdump(asm["cubin"])
         registers, stack, local = (int(re.search(rf"\b{key}:(\d+)", usage)[1]) for key in ("REG", "STACK", "LOCAL"))
@@ -43,7 +43,7 @@ def resources(asm: dict, shared: int) -> Resources:
 
 
 def accesses(asm: dict) -> list[Access]:
-    """The loads and stores of a kernel."""
+    """Returns the loads and stores of a kernel."""
     return list(_ptx_accesses(asm["ptx"]) if "ptx" in asm else _llvm_accesses(asm["llir"]))
 
 

@@ -1,7 +1,7 @@
 """Compiles every kernel ahead of time, without a GPU, and judges the result: `python -m tools.compiled`.
 
-What is compiled is what launchers launch: each launch on tensors without memory (device "meta") is specialised by
-Triton itself, at its meta-parameters and alignment, for targets that need not be there.
+It compiles what launchers launch: Triton itself specialises each launch on tensors without memory (device "meta"), with
+its meta-parameters and alignment, for targets that need not be there.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-EVERY = {**TARGETS, "sm_89": GPUTarget("cuda", 89, 32)}  # with the little shared memory of desktop cards: if asked for
+EVERY = {**TARGETS, "sm_89": GPUTarget("cuda", 89, 32)}  # desktop cards, with little shared memory: only if asked for
 # Bytes of shared memory that a program may have.
 SHARED = {"sm_80": 163 << 10, "sm_89": 99 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
 SHAPES = ((64, 256, 56, 56), (64, 64, 112, 112), (32, 512, 28, 28), (32, 2048, 7, 7), (1, 256, 56, 56))
 # More than 2^31 elements: in many images, in one image, and between the rows of a slice.
 HUGE = ((4096, 256, 56, 56), (1, 2048, 1100, 1100), (2, 3, 32000, 32000))
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-# Of window attention, beside the catalogue's; and all that the kernels are for, with `--attention`.
+# Window attention beside the catalogue's; with `--attention`, everything that its kernels are for.
 WINDOWS = (8, 9, 12, 16)
 WINDOW_DTYPES = (torch.bfloat16, torch.float32)
 EVERY_WINDOW = range(7, 17)
@@ -55,7 +55,7 @@ WIDE = 16  # bytes of the widest load of one thread that every target has
 
 @dataclass(frozen=True)
 class Use:
-    """A launch, what it belongs to, and the shape of the maps that it streams."""
+    """A launch, the call that it belongs to, and the shape of the maps that it streams."""
 
     launch: Launch
     origin: str
@@ -67,7 +67,7 @@ class Use:
 
     @property
     def geometry(self) -> tuple[Any, ...]:
-        """What decides on addresses: two launches of one variant that agree in it need one check."""
+        """Everything that addresses depend on: launches of one variant that agree in it need one check."""
         tensors = [(name, t.shape, t.stride()) for name, t in self.launch.tensors.items()]
         return self.shape, self.launch.grid, self.scalars, tensors
 
@@ -87,14 +87,14 @@ class Variant:
 
     @property
     def dtype(self) -> str:
-        """Of its first tensor."""
+        """The dtype of its first tensor."""
         return next((kind[1:] for kind in flat(self.source.signature).values() if kind.startswith("*")), "")
 
     @property
     def label(self) -> str:
         """The meta-parameters that tell it from the kernel's other variants."""
         constants = self.uses[0].launch.constants.items()
-        return " ".join(f"{name}={int(value)}" for name, value in constants if isinstance(value, int))
+        return " ".join(f"{name.split('.')[-1]}={int(value)}" for name, value in constants if isinstance(value, int))
 
     @property
     def parameters(self) -> list[str]:
@@ -124,7 +124,7 @@ class Compiled:
 
     @cached_property
     def faults(self) -> list[str]:
-        """Each message names kernel, meta-parameters, target and figure."""
+        """The faults; each message names kernel, meta-parameters, target and figure."""
         found = [f"spills {self.resources.spilled} bytes per thread"] if self.resources.spilled else []
         limit = SHARED[self.variant.target]
         found += [f"takes {self.shared} bytes of shared memory, {limit} are there"] if self.shared > limit else []
@@ -136,7 +136,7 @@ class Compiled:
         return [f"{self.variant.kernel} [{self.variant.label}] for {self.variant.target}: {fault}" for fault in found]
 
     def _narrow(self, use: Use) -> Iterator[str]:
-        """Accesses to streamed maps that are narrower than their alignment allows."""
+        """Finds accesses to streamed maps that are narrower than their alignment allows."""
         for name, tensor in use.launch.tensors.items():
             if tensor.shape != use.shape:
                 continue
@@ -151,7 +151,7 @@ class Compiled:
 
 
 def alignment(t: torch.Tensor) -> int:
-    """The power of two that divides the dense extent of a map ``[N, C, H, W]`` and the strides beyond it."""
+    """Returns the power of two that divides the dense extent of a map ``[N, C, H, W]`` and the strides beyond it."""
     N, C, H, W = t.shape
     dense = H * W if t.stride(3) == 1 and (C == 1 or t.stride(1) != 1) else C
     bits = dense
@@ -161,7 +161,7 @@ def alignment(t: torch.Tensor) -> int:
 
 
 def variants(calls: Iterable[Call], targets: Iterable[str]) -> list[Variant]:
-    """The different variants that the launches of the calls need."""
+    """Returns the different variants that the launches of the calls need."""
     calls, found = list(calls), []
     for amd, chosen in itertools.groupby(sorted(targets, key=_amd), _amd):
         uses: list[Use] = []
@@ -181,7 +181,7 @@ def _use(launch: Launch, call: Call) -> Use:
 
 
 def specialise(uses: Iterable[Use], targets: Iterable[str]) -> list[Variant]:
-    """What Triton compiles for the launches. These are the steps of its JITFunction.run, without a driver."""
+    """Returns what Triton compiles for the launches, by the steps of its JITFunction.run, without a driver."""
     found: dict[str, Variant] = {}
     for target, use in itertools.product(targets, uses):
         kernel, backend = use.launch.kernel, make_backend(EVERY[target])
@@ -200,7 +200,7 @@ def specialise(uses: Iterable[Use], targets: Iterable[str]) -> list[Variant]:
 
 
 class _Source(ASTSource):
-    """Python's parser, which Triton's front end calls, is not safe in threads everywhere (3.11.7); the rest is."""
+    """Guards Python's parser, which Triton's front end calls and which is not thread-safe everywhere (3.11.7)."""
 
     def make_ir(self, *args: Any, **kwargs: Any) -> Any:
         with _PARSER:
@@ -223,10 +223,12 @@ def compile_all(found: Iterable[Variant]) -> list[Compiled]:
 def calls(
     shapes: Sequence[Shape] = SHAPES, dtypes: Sequence[torch.dtype] = DTYPES, resident: bool = False
 ) -> list[Call]:
-    """Every module in both layouts, plain and with residual and relu: every shape in the first dtype, one in all.
+    """Returns calls of every module in both layouts, plain and with residual and relu.
+
+    Every shape is in the first dtype, the first shape in all dtypes.
 
     Args:
-        resident: those alone that have kernels which keep an image on the chip, by these.
+        resident: returns resident calls, of the modules that have such kernels.
     """
     return [
         Call(entry, shape, layout, dtype, activation is not None, activation, resident=resident)
@@ -242,7 +244,7 @@ def calls(
 def window_calls(
     windows: Iterable[int] = WINDOWS, heads: Iterable[int] = HEADS, dtypes: Iterable[torch.dtype] = WINDOW_DTYPES
 ) -> list[Call]:
-    """Window attention, shifted, with four heads of so many channels."""
+    """Returns calls of window attention, shifted, with four heads of so many channels."""
     entry = catalogue.ENTRIES["window_attention"]
     return [
         _attention_call(entry, (4 * window, 5 * window), head, dtype, window=window, shift=window // 2)
@@ -251,7 +253,7 @@ def window_calls(
 
 
 def attention_calls() -> list[Call]:
-    """All windows, heads and dtypes, and attention over maps of all sizes, with and without a bias of positions."""
+    """Returns calls of all windows, heads and dtypes, and of maps of all sizes with a bias and without."""
     entry = catalogue.ENTRIES["self_attention"]
     return window_calls(EVERY_WINDOW, EVERY_HEAD, DTYPES) + [
         _attention_call(entry, size, head, dtype, position_bias=bias)
@@ -271,7 +273,7 @@ def _attention_call(
 
 
 def every_call(shapes: Sequence[Shape] = SHAPES) -> list[Call]:
-    """All of them."""
+    """Returns every call, with resident ones and window attention."""
     return [*calls(shapes), *calls(shapes, resident=True), *window_calls()]
 
 

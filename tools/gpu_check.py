@@ -92,7 +92,7 @@ for backend, name, resident in runs:
     entry = catalogue.ENTRIES[name]
     try:
         for layout in catalogue.LAYOUTS:
-            with vf.use_backend(backend), teams.resident() if resident else contextlib.nullcontext():
+            with vf.use_backend(backend), teams.resident(device) if resident else contextlib.nullcontext():
                 fast = entry.pair(24)[0].to(device)
                 x = catalogue.feature_map((2, 24, 9, 7), layout, device=device).requires_grad_()
                 fast(x).sum().backward()
@@ -317,7 +317,7 @@ def run_rows(record: Record, plan: Plan, limit: float) -> None:
             if native.available and case.op in FIRST:
                 _measure(record, "native_cuda", case, plan, ("fused",), "cuda")
             if catalogue.ENTRIES[case.op].resident and (plan.rehearsal or _kept_on_chip(case, plan.device)):
-                with teams.resident():
+                with teams.resident(plan.device.type):
                     _measure(record, "triton_resident", case, plan, ("fused",), plan.backend)
             longest = max(longest, time.perf_counter() - start)
             record.write()
@@ -338,11 +338,11 @@ def _measure(record: Record, key: str, case: Case, plan: Plan, contenders: Itera
 
 def _kept_on_chip(case: Case, device: torch.device) -> bool:
     """True if a resident kernel takes the case; otherwise the streaming kernel would be measured twice."""
-    names = ("core.heuristics", "core.launch", "core.layout")
-    heuristics, launch, layout = (importlib.import_module(f"visattn_fast.kernels.{name}") for name in names)
+    names = ("experimental.team", "core.layout")
+    team, layout = (importlib.import_module(f"visattn_fast.kernels.{name}") for name in names)
     dtype, memory_format = getattr(torch, case.dtype), catalogue.LAYOUTS[case.layout]
     x = torch.empty(case.shape, dtype=dtype, device="meta", memory_format=memory_format)
-    return bool(heuristics.resident(layout.canonical(x)[1], x.element_size(), launch.multiprocessors(device)))
+    return bool(team.fitting_team(layout.canonical(x)[1], x.element_size(), team.multiprocessors(device)))
 
 
 @contextlib.contextmanager

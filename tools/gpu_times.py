@@ -1,9 +1,9 @@
-"""Where a GPU's time goes, kernel by kernel and pass by pass: what `tools.gpu_check` measures as a whole.
+"""Times a GPU kernel by kernel and pass by pass; `tools.gpu_check` measures whole calls.
 
 ``python -m tools.gpu_times kernels --modules se,cbam`` prints the device time of each kernel of a training step.
 ``python -m tools.gpu_times grains`` times the passes over x at the grains of `kernels.core.heuristics` and others.
 Both start from a cold L2, with [64, 256, 56, 56] in bfloat16 if no ``--shape`` is given. Kernels are compiled as they
-come, about a second each.
+are met, about a second each.
 """
 
 from __future__ import annotations
@@ -27,9 +27,16 @@ from visattn_fast.report.cases import Shape, parse_shape
 
 from .table import show
 
-conv, gate, heuristics, input_grad, layouts, pool = (
+gate, heuristics, input_grad, layouts, map_grads, pool = (
     importlib.import_module(f"visattn_fast.kernels.{name}")
-    for name in ("passes.conv", "passes.gate", "core.heuristics", "passes.input_grad", "core.layout", "passes.pool")
+    for name in (
+        "passes.gate",
+        "core.heuristics",
+        "passes.input_grad",
+        "core.layout",
+        "passes.map_grads",
+        "passes.pool",
+    )
 )
 STEPS = 5
 CACHE = 256 << 20  # bytes that are written between passes: more than any L2
@@ -51,7 +58,7 @@ def main() -> None:
 
 
 def kernels(name: str, shape: Shape, layout: str) -> list[tuple[str, float, float]]:
-    """(kernel, launches, us) of a forward and a backward pass, in the order of their first launch."""
+    """Returns (kernel, launches, us) of a forward and a backward pass, in the order of their first launch."""
     module = catalogue.ENTRIES[name].pair(shape[1], torch.bfloat16)[0].cuda()
     x = catalogue.feature_map(shape, layout, torch.bfloat16, "cuda").requires_grad_()
     cache = torch.empty(CACHE, dtype=torch.int8, device="cuda")
@@ -78,42 +85,42 @@ def kernels(name: str, shape: Shape, layout: str) -> list[tuple[str, float, floa
 
 
 def passes(shape: Shape, layout: str, device: str, dtype: torch.dtype = torch.bfloat16) -> dict[str, Callable[[], Any]]:
-    """The passes over x by the names of their grains."""
+    """Returns the passes over x by the names of their grains."""
     n, c, h, w = shape
     x, grad = (catalogue.feature_map(shape, layout, dtype, device, seed=seed) for seed in (0, 1))
     channel, spatial = torch.rand(n, c, device=device), torch.rand(n, h, w, device=device)
     dmaps, dpooled = torch.randn(n, 2, h, w, device=device), torch.randn(n, 2, c, device=device)
     at_c = torch.randint(c, (n, h, w), device=device, dtype=torch.int32)
     at_hw = torch.randint(h * w, (n, c), device=device, dtype=torch.int32)
-    x, lies = layouts.canonical(x)
+    x, layout_of_x = layouts.canonical(x)
 
     def map_gradients() -> None:
-        slots = gate.map_grads_reduction(lies).parts
-        gate.map_grads(x, lies, dmaps, at_c, channel.new_empty((n, slots, c)))
+        splits = map_grads.map_grads_reduction(layout_of_x).splits
+        map_grads.map_grads(x, layout_of_x, dmaps, at_c, channel.new_empty((n, splits, c)))
+
+    channel_terms = input_grad.Terms(grad, channel, dpooled=channel)
+    all_terms = input_grad.Terms(grad, channel, spatial, dpooled, at_hw, dmaps, at_c)
 
     return {
-        "mean": lambda: pool.mean_hw(x, lies),
-        "mean and maximum": lambda: pool.mean_max_hw(x, lies),
-        "maps": lambda: pool.mean_max_c(x, channel, lies),
-        "scale": lambda: gate.scale(x, lies, channel, None, None, 0),
-        "gate gradient": lambda: gate.gate_grads(grad, x, lies, channel, None, None, 0),
-        "gate gradients": lambda: gate.gate_grads(grad, x, lies, channel, spatial, None, 0),
+        "mean": lambda: pool.mean_hw(x, layout_of_x),
+        "mean and maximum": lambda: pool.mean_max_hw(x, layout_of_x),
+        "maps": lambda: pool.mean_max_c(x, channel, layout_of_x),
+        "scale": lambda: gate.apply_gates(x, layout_of_x, channel, None, None, 0),
+        "gate gradient": lambda: gate.gate_grads(grad, x, layout_of_x, channel, None, None, 0),
+        "gate gradients": lambda: gate.gate_grads(grad, x, layout_of_x, channel, spatial, None, 0),
         "map gradients": map_gradients,
-        "input gradient": lambda: input_grad.input_grad(x, lies, grad=grad, channel_gate=channel, dpooled=channel),
-        "input gradient, maps": lambda: input_grad.input_grad(
-            x, lies, grad=grad, channel_gate=channel, spatial_gate=spatial, dpooled=dpooled, argmax_hw=at_hw,
-            dmaps=dmaps, argmax_c=at_c,
-        ),
-    }  # fmt: skip
+        "input gradient": lambda: input_grad.input_grad(x, layout_of_x, channel_terms),
+        "input gradient, maps": lambda: input_grad.input_grad(x, layout_of_x, all_terms),
+    }
 
 
 def grains(shape: Shape, layout: str) -> Iterator[tuple[str, float, float, str]]:
-    """(pass, us now, us at best, that grain)."""
+    """Yields (pass, us now, us at best, that grain)."""
     for name, run in passes(shape, layout, "cuda").items():
         now = heuristics.GRAINS[name][layout == "channels_last"]
         tried = itertools.product((1024, 2048, 4096, 8192), (64, 128, 256, 512), (8, 16, 32))
         times = {}
-        few = (t for t in tried if t[0] <= 512 * t[2])  # threads, which narrow rows may double
+        few = (t for t in tried if t[0] <= 512 * t[2])  # at most 512 threads, which narrow rows may double
         for grain in [now, *(heuristics.Grain(*t) for t in few)]:
             with chosen(name, grain):
                 times[grain] = 1e3 * statistics.median(do_bench(run, warmup=3, rep=12, return_mode="all"))
@@ -123,7 +130,7 @@ def grains(shape: Shape, layout: str) -> Iterator[tuple[str, float, float, str]]
 
 @contextmanager
 def chosen(name: str, grain: Any) -> Iterator[None]:
-    """Within the context a pass has this grain in both layouts."""
+    """Within the context, a pass has this grain in both layouts."""
     before = heuristics.GRAINS[name]
     heuristics.GRAINS[name] = (grain, grain)
     try:

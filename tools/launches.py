@@ -10,7 +10,7 @@ import importlib
 import inspect
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -22,9 +22,8 @@ from torch.utils._pytree import tree_leaves
 from triton.runtime import interpreter, jit
 
 from visattn_fast import catalogue
+from visattn_fast.kernels.experimental.resident import LAUNCHERS as RESIDENT
 from visattn_fast.ops import library
-
-from . import teams
 
 Shape = tuple[int, int, int, int]
 EPILOGUES = ((False, None), (True, None), (False, "silu"), (True, "relu"))  # (residual, activation)
@@ -36,7 +35,7 @@ class Launch:
 
     Attributes:
         op: the module's direction that made it, ``se_fwd``, ``se_bwd``, ...
-        arguments: of the kernel, by name, constexprs included.
+        arguments: the kernel's arguments by name, constexprs included.
         options: num_warps and the like.
     """
 
@@ -52,41 +51,41 @@ class Launch:
 
     @property
     def tensors(self) -> dict[str, torch.Tensor]:
-        return {name: a for name, a in self.arguments.items() if isinstance(a, torch.Tensor)}
+        return {name: a for name, a in self.flat.items() if isinstance(a, torch.Tensor)}
 
     @property
     def flat(self) -> dict[str, Any]:
-        """The arguments, and instead of tuples what they hold, as ``name.field``."""
+        """The arguments; the fields of named tuples stand as ``name.field``."""
         return flat(self.arguments)
 
     @property
     def constants(self) -> dict[str, Any]:
-        """The constexprs, flat."""
+        """The constexprs, in the form of `flat`."""
         annotations = self.kernel.fn.__annotations__
         return flat({name: a for name, a in self.arguments.items() if "constexpr" in str(annotations.get(name, ""))})
 
 
 def flat(named: Mapping[str, Any]) -> dict[str, Any]:
-    """What is given by name, and instead of named tuples what they hold, as ``name.field``."""
+    """Replaces named tuples, also inside each other, by their fields as ``name.field``."""
     found = {}
     for name, value in named.items():
-        held = value._asdict() if hasattr(value, "_asdict") else None
-        found |= {name: value} if held is None else {f"{name}.{field}": v for field, v in held.items()}
+        fields = value._asdict() if hasattr(value, "_asdict") else None
+        found |= {name: value} if fields is None else {f"{name}.{key}": v for key, v in flat(fields).items()}
     return found
 
 
 def on_triton(entry: catalogue.Entry) -> bool:
-    """Whether there are kernels for the module, or PyTorch's operations serve it on GPUs too."""
+    """True if there are kernels for the module; otherwise PyTorch's operations serve it on GPUs, too."""
     ops = entry.ops or (f"{entry.name}_fwd", f"{entry.name}_bwd")
     return any(library.OPS[op].launcher for op in ops)
 
 
 @dataclass(frozen=True)
 class Call:
-    """A forward and a backward pass of a module of the catalogue, or of what infers, forward alone.
+    """A forward and a backward pass of a module of the catalogue; modules for inference run forward alone.
 
-    A sliced x is half the channels of a wider map. A resident call is served by the kernels that keep an image on the
-    chip, where they can.
+    A sliced x is half the channels of a wider map. A resident call runs the launchers of `kernels.experimental`, which
+    keep an image on the chip.
     """
 
     entry: catalogue.Entry
@@ -110,7 +109,10 @@ class Call:
         return f"{self.entry.name}-{size}-{self.layout}-{dtype}-{self.epilogue}{kind}"
 
     def passes(self) -> dict[str, int]:
-        """What its directions are declared to move, in multiples of x; the epilogue reads residual, writes g'."""
+        """Returns what its directions are declared to move, in multiples of x.
+
+        The epilogue reads a residual, and backward also writes g' with an activation.
+        """
         name, residual, activation = self.entry.name, self.residual, self.activation is not None
         forward, backward = self.entry.forward_passes - self.resident, self.entry.backward_passes - self.resident
         passes = {f"{name}_fwd": forward + residual}
@@ -119,21 +121,21 @@ class Call:
         return passes
 
     def run(self, device: str, observe: Observer, operation: Operation | None = None, between: bool = False) -> None:
-        """Its passes on ``device``, which may be ``"meta"``; see `routed`."""
+        """Runs its passes on ``device``, which may be ``"meta"``; see `routed`."""
         module = self.entry.fast(**self.entry.arguments(self.shape[1])).to(device, self.dtype)
         module.train(self.entry.training)
         x, residual = self._map(device, self.sliced).requires_grad_(), self._map(device).requires_grad_()
         extra = {"residual": residual if self.residual else None, "activation": self.activation}
         forward, *backward = self.passes()
-        with teams.resident() if self.resident else nullcontext():
-            with routed(forward, observe, operation, between), torch.set_grad_enabled(bool(backward)):
-                y = module(x, **(extra if self.entry.epilogue else {}))
-            if not backward:
-                return
-            inputs = [x, *module.parameters(), *([residual] if self.residual else [])]
-            grad = torch.ones_like(y)
-            with routed(*backward, observe, operation, between):
-                torch.autograd.grad(y, inputs, grad)
+        instead = RESIDENT if self.resident else {}
+        with routed(forward, observe, operation, between, instead), torch.set_grad_enabled(bool(backward)):
+            y = module(x, **(extra if self.entry.epilogue else {}))
+        if not backward:
+            return
+        inputs = [x, *module.parameters(), *([residual] if self.residual else [])]
+        grad = torch.ones_like(y)
+        with routed(*backward, observe, operation, between, instead):
+            torch.autograd.grad(y, inputs, grad)
 
     def _map(self, device: str, sliced: bool = False) -> torch.Tensor:
         N, C, H, W = self.shape
@@ -144,27 +146,36 @@ class Call:
 
 # Sees a launch, and runs it, or not, by calling its second argument.
 Observer = Callable[[Launch, Callable[[], None]], None]
-# Sees what a launcher asks of PyTorch: the direction, PyTorch's overload, its arguments, its results.
+# Sees an operation of PyTorch in a launcher: the direction, PyTorch's overload, its arguments, its results.
 Operation = Callable[[str, Any, Any, Any], None]
+Launcher = Callable[..., Any]
 
 
 @contextmanager
-def routed(op: str, observe: Observer, operation: Operation | None = None, between: bool = False) -> Iterator[None]:
+def routed(
+    op: str,
+    observe: Observer,
+    operation: Operation | None = None,
+    between: bool = False,
+    instead: Mapping[str, Launcher] | None = None,
+) -> Iterator[None]:
     """Within the context every op of the package is its Triton launcher, on tensors of any device.
 
     ``observe`` sees, and decides on, every launch; ``operation`` sees every other operation of a launcher.
 
     Args:
         op: the name that launches and operations are seen under.
-        between: sees, too, what PyTorch does between the package's ops, and in those that have no kernels.
+        between: also shows what PyTorch does between the package's ops, and in ops without kernels.
+        instead: launchers that serve ops instead of those of `kernels.ops`.
     """
     backends = importlib.import_module("visattn_fast.backends")  # the package has a function of that name
-    with mock.patch.object(backends, "select", return_value="triton"), _Router(op, observe, operation, between):
+    router = _Router(op, observe, operation, between, instead or {})
+    with mock.patch.object(backends, "select", return_value="triton"), router:
         yield
 
 
 def launches(call: Call) -> dict[str, Counter[str]]:
-    """What each direction of the call launches, without a GPU: kernels, and PyTorch's operations beside them."""
+    """Counts what each direction of the call launches, without a GPU: kernels, and PyTorch's operations beside them."""
     found: dict[str, Counter[str]] = {op: Counter() for op in call.passes()}
 
     def operation(op: str, func: Any, inputs: Any, outputs: Any) -> None:
@@ -176,9 +187,10 @@ def launches(call: Call) -> dict[str, Counter[str]]:
 
 
 def peak_bytes(call: Call) -> tuple[int, int]:
-    """The most bytes that tensors hold at once in both directions of a call, x and y's gradient among them, and y's.
+    """Returns the most bytes that tensors hold at once in both directions of a call, and the bytes of y.
 
-    Without a GPU: tensors have no memory. What one operation of PyTorch takes for itself is not seen.
+    x and y's gradient are among them. Needs no GPU: tensors have no memory. What an operation of PyTorch allocates for
+    itself is not seen.
     """
     module = call.entry.fast(**call.entry.arguments(call.shape[1])).to("meta", call.dtype)
     with _Live() as live, routed(call.entry.name, lambda launch, run: None):
@@ -188,7 +200,7 @@ def peak_bytes(call: Call) -> tuple[int, int]:
 
 
 class _Live(TorchDispatchMode):
-    """The bytes of all storages that an operation has made and something still holds."""
+    """Counts the bytes of all storages that an operation has made and something still holds."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -206,9 +218,9 @@ class _Live(TorchDispatchMode):
 
 
 def launches_something(func: Any, inputs: Any, outputs: Any) -> bool:
-    """Whether an operation of PyTorch does more than to allocate or to make a view.
+    """True if an operation of PyTorch does more than allocate or make a view.
 
-    `contiguous` and `to` do where they copy. What returns no tensor has read one, on the host.
+    `contiguous` and `to` do if they copy. An operation that returns no tensor has read one on the host.
     """
     if "empty" in str(func):
         return False
@@ -221,9 +233,16 @@ def _is_tensor(value: Any) -> bool:
 
 
 class _Router(TorchDispatchMode):
-    def __init__(self, op: str, observe: Observer, operation: Operation | None, between: bool) -> None:
+    def __init__(
+        self,
+        op: str,
+        observe: Observer,
+        operation: Operation | None,
+        between: bool,
+        instead: Mapping[str, Launcher],
+    ) -> None:
         super().__init__()
-        self.op, self.observe, self.operation, self.between = op, observe, operation, between
+        self.op, self.observe, self.operation, self.between, self.instead = op, observe, operation, between, instead
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace != "visattn_fast":
@@ -238,9 +257,9 @@ class _Router(TorchDispatchMode):
                 return func(*args, **(kwargs or {}))
             with _Operations(self.op, self.operation):
                 return library.OPS[op].reference(*args, **(kwargs or {}))
-        launchers = importlib.import_module(f"visattn_fast.kernels.ops.{launcher}")
+        launch = self.instead.get(op) or getattr(importlib.import_module(f"visattn_fast.kernels.ops.{launcher}"), op)
         with watched(self.op, self.observe, self.operation):
-            return getattr(launchers, op)(*args, **(kwargs or {}))
+            return launch(*args, **(kwargs or {}))
 
 
 @contextmanager

@@ -1,7 +1,7 @@
-"""Kernels whose programs wait for each other, under Triton's interpreter, which runs one program after the other.
+"""Runs kernels whose programs wait for each other under Triton's interpreter, which runs one program after the other.
 
-Within `together` the programs of such a kernel take turns: each runs until an atomic operation, and then any of those
-that are not done goes on, by chance. So an order of events that only a GPU's timing brings is met here, too.
+Within `together` the programs of such a kernel take turns: each runs until an atomic operation, and then a random one
+of the unfinished programs goes on. So orders of events that only a GPU's timing produces occur here, too.
 """
 
 from __future__ import annotations
@@ -16,22 +16,26 @@ from unittest import mock
 
 from triton.runtime import interpreter
 
-from visattn_fast.kernels.core import heuristics
+import visattn_fast as vf
+from visattn_fast.kernels.experimental import resident as switch
 
-WAITS_AT = "meet_ptr"  # the parameter by which a kernel is known that waits
+WAITS_AT = "meet_ptr"  # the parameter that tells that a kernel waits
 PATIENCE = 2000  # turns that a program may take; one that waits for what never comes takes more
 
 
 @contextmanager
-def resident() -> Iterator[None]:
-    """Within the context SE and ECA keep images on the chip where they can: `kernels.core.heuristics.resident`."""
-    with mock.patch.object(heuristics, "RESIDENT", True):
+def resident(device: str) -> Iterator[None]:
+    """Within the context, SE and ECA on this type of device keep images on the chip, if Triton serves the device."""
+    if not vf.backends(device)["triton"].available:  # registers Triton's kernels
+        yield
+        return
+    with switch.resident(device.upper()):
         yield
 
 
 @contextmanager
 def together(seed: int = 0) -> Iterator[None]:
-    """Within the context kernels that wait at ``meet_ptr`` run as teams, in an order that ``seed`` decides.
+    """Within the context, kernels that wait at ``meet_ptr`` run as teams, in an order that ``seed`` decides.
 
     Raises:
         RuntimeError: a program waits for what never comes.
@@ -49,20 +53,20 @@ def together(seed: int = 0) -> Iterator[None]:
 
 
 class _Program(threading.Thread):
-    """One program: it runs only between `go` and the next `pause`."""
+    """One program, which runs only between `go` and the next `pause`."""
 
-    def __init__(self, place: tuple[int, ...], run: Callable[[], None]) -> None:
+    def __init__(self, program: tuple[int, ...], run: Callable[[], None]) -> None:
         super().__init__(daemon=True)
-        self.place, self.work = place, run
+        self.program, self.work = program, run
         self.mine, self.others = threading.Semaphore(0), threading.Semaphore(0)
         self.turns, self.done, self.fault = 0, False, None
 
     def run(self) -> None:
         self.mine.acquire()
         try:
-            self._take_place()
+            self._select()
             self.work()
-        except BaseException as fault:  # shown by the thread that waits for this one
+        except BaseException as fault:  # raised by the thread that waits for this one
             self.fault = fault
         self.done = True
         self.others.release()
@@ -74,19 +78,19 @@ class _Program(threading.Thread):
         if self.fault:
             raise self.fault
         if self.turns > PATIENCE:
-            raise RuntimeError(f"program {self.place} waits for what never comes")
+            raise RuntimeError(f"program {self.program} waits for what never comes")
 
     def pause(self) -> None:
         self.others.release()
         self.mine.acquire()
-        self._take_place()
+        self._select()
 
-    def _take_place(self) -> None:
-        interpreter.interpreter_builder.set_grid_idx(*self.place)
+    def _select(self) -> None:
+        interpreter.interpreter_builder.set_grid_idx(*self.program)
 
 
 class _Turns:
-    """A kernel's function: the interpreter calls it for each program, and all of them run at the last call."""
+    """Stands for a kernel's function: the interpreter calls it for each program; all programs run at the last call."""
 
     def __init__(self, fn: Any, chance: random.Random) -> None:
         self.fn, self.chance = fn, chance

@@ -1,8 +1,9 @@
-"""The bytes that each op's Triton launcher moves, counted by `TRITON_INTERPRET=1 python -m tools.traffic`.
+"""Counts the bytes that each op's Triton launcher moves: `TRITON_INTERPRET=1 python -m tools.traffic`.
 
-Counted are the elements that each load and store of each program touches; masked lanes are not, and lanes of one access
-with the same address count once. Work that a launcher leaves to PyTorch, such as a copy, counts too. Tensors with a
-quarter of x's elements or more are held against the catalogue, in multiples of the bytes of x; the others are small.
+It counts the elements that each load and store of each program touches. Masked lanes do not count, and lanes of one
+access with the same address count once. Work that a launcher leaves to PyTorch, such as a copy, counts too. Tensors
+with a quarter of x's elements or more are held against the catalogue, in multiples of the bytes of x; the others are
+small.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ _ACCESSES = {
 
 @dataclass(frozen=True)
 class Moved:
-    """What one launch reads from, or writes to, one tensor."""
+    """The bytes that one launch reads from, or writes to, one tensor."""
 
     op: str
     launch: int
@@ -53,7 +54,7 @@ class Moved:
 
 @dataclass
 class Traffic:
-    """Everything that was moved. As an observer of launches, it runs and counts them."""
+    """Everything that was moved; as an observer of launches, it runs and counts them."""
 
     moved: list[Moved] = field(default_factory=list)
     launches: int = 0
@@ -92,7 +93,7 @@ class Account:
     declared: float
     moved: tuple[Moved, ...]
     x: torch.Tensor
-    rereads: bool = False  # a tensor counts once a launch: what is read again comes from a cache
+    rereads: bool = False  # a tensor counts once a launch, because it is read again from a cache
 
     @property
     def streamed(self) -> float:
@@ -112,7 +113,7 @@ class Account:
 
     @property
     def fault(self) -> str:
-        """What moves too much, the largest first; empty if nothing does."""
+        """The accesses that move too much, the largest first; empty if nothing does."""
         if self.verdict != "too much":
             return ""
         large = sorted((m for m in self.moved if self._large(m)), key=lambda m: -m.bytes)
@@ -127,7 +128,7 @@ class Account:
 
 
 def accounts(call: Call) -> list[Account]:
-    """Runs the call under the interpreter; the account of each of its directions."""
+    """Runs the call under the interpreter, and returns the account of each of its directions."""
     traffic = Traffic()
     with together():
         call.run("cpu", traffic, traffic.operation)
@@ -139,7 +140,10 @@ def accounts(call: Call) -> list[Account]:
 
 
 def calls(entry: catalogue.Entry, shape: Shape = SHAPE) -> Iterable[Call]:
-    """Both layouts, with and without epilogue; and a slice, which must not be copied. None where x is too large."""
+    """Yields calls in both layouts, with each epilogue, and of a slice, which must not be copied.
+
+    There are none if the module does not support the shape.
+    """
     if not entry.supports(shape):
         return
     if entry.rereads:  # its ops see tokens, whatever x's layout
@@ -154,7 +158,7 @@ def calls(entry: catalogue.Entry, shape: Shape = SHAPE) -> Iterable[Call]:
 
 @contextmanager
 def _counting(tensors: dict[str, torch.Tensor]) -> Iterator[dict[tuple[str, str], int]]:
-    """Within the context, bytes by tensor and kind; a tensor is known by its range of addresses.
+    """Within the context, counts bytes by tensor and kind; a tensor is known by its range of addresses.
 
     Two names of the same memory count once, under the first.
     """

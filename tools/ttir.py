@@ -1,4 +1,4 @@
-"""What Triton's first intermediate code (TTIR) says of a kernel: 32-bit addresses that overflow, NaN that is lost."""
+"""Finds faults in Triton's first intermediate code (TTIR): 32-bit addresses that overflow, NaN that is lost."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ class Value:
 
     @property
     def bits(self) -> int:
-        """The width of its integers; 32 where the text does not say."""
+        """The width of its integers; 32 if the text does not tell it."""
         widths = re.findall(r"i(\d+)\b", self.text.rpartition(" : ")[2])
         return int(widths[-1]) if widths else 32
 
     def before(self) -> Iterator[Value]:
-        """Itself and everything that it was computed from; not further than what was loaded from memory."""
+        """Yields itself and everything that it was computed from, back to loads from memory."""
         seen, todo = {self}, [self]
         while todo:
             value = todo.pop()
@@ -42,7 +42,7 @@ class Value:
 
 @functools.lru_cache(maxsize=16)
 def parse(text: str) -> list[Value]:
-    """The values of a TTIR module. A region may use another one's names again, so the latest definition counts."""
+    """Returns the values of a TTIR module. Regions may reuse names, so the latest definition counts."""
     values: list[Value] = []
     latest: dict[str, Value] = {}
     reduction: Value | None = None
@@ -81,7 +81,7 @@ def parse(text: str) -> list[Value]:
 
 
 def lost_nan(ttir: str) -> list[str]:
-    """Every maximum or minimum of floats that loses NaN, unless NaN is taken out before it and put back after it."""
+    """Finds every maximum or minimum of floats that loses NaN, unless NaN is removed before and put back after it."""
     faults = []
     for value in parse(ttir):
         if any(op in value.text for op in _LOSES_NAN):
@@ -94,7 +94,7 @@ def lost_nan(ttir: str) -> list[str]:
 
 
 def _without_nan(value: Value) -> bool:
-    """Whether it is ``select(v != v, constant, v)``, or a constant."""
+    """True if it is ``select(v != v, constant, v)``, or a constant."""
     if value.op != "arith.select":
         return value.op == "arith.constant"
     test, constant, kept = value.operands
@@ -107,7 +107,7 @@ def _without_nan(value: Value) -> bool:
 
 
 def _is_exponentiated(value: Value) -> bool:
-    """Whether it is the maximum along rows that a softmax subtracts: the exponentials keep what the maximum loses."""
+    """True if it is the maximum along rows that a softmax subtracts: the exponentials keep what the maximum loses."""
     if value.op != "tt.reduce":
         return False
     shifted = [use for use in value.operands[0].uses if use.op == "arith.subf" and use.operands[0] is value.operands[0]]
@@ -119,17 +119,17 @@ def _puts_nan_back(value: Value) -> bool:
 
 
 def _is_ordered_choice(value: Value) -> bool:
-    """``select(a > b, a, b)``: the comparison is false for a NaN in a, which is then dropped."""
+    """True if it is ``select(a > b, a, b)``: the comparison is false for a NaN in a, which is then dropped."""
     test, chosen, other = value.operands
     ordered = test.op == "arith.cmpf" and re.search(r" o[lg][te],", test.text)
     return bool(ordered) and {chosen, other} == set(test.operands) and chosen.op != "arith.constant"
 
 
 def overflows(ttir: str, arguments: Sequence[Any], grid: tuple[int, ...]) -> list[str]:
-    """Every 32-bit operation behind an address that leaves 32 bits when launched so.
+    """Finds every 32-bit operation behind an address that leaves 32 bits when launched so.
 
     Args:
-        arguments: the kernel's, in order, of which integers count.
+        arguments: the kernel's arguments in order; integers count.
         grid: programs along each axis.
     """
     values = parse(ttir)
@@ -152,7 +152,7 @@ _Range = tuple[int, int]
 
 
 def _ranges(scalars: dict[Value, Any], grid: tuple[int, ...]) -> Callable[[Value], _Range]:
-    """A function that bounds the integers of a value."""
+    """Returns a function that bounds the integers of a value."""
     axes = {"x": 0, "y": 1, "z": 2}
 
     @functools.cache

@@ -1,10 +1,10 @@
 """Pieces of the kernels of attention inside (shifted) windows: a program takes one head of several windows.
 
-Shift, partition, biases, seams and padding are addresses. Logits are in powers of two.
+Shift, partition, biases, seams and padding are addresses. Logits are exponents of two.
 
-A bias of all keys changes a query's logits alike, and so no weight. One of all values is added to the result, since
-weights sum to one, and changes no logit's gradient. So there is none to read but the queries', and in the forward
-kernel the values'.
+The keys' bias changes all logits of a query alike, and so no weight. The values' bias is added to the result, since
+weights sum to one, and changes no logit's gradient. So kernels only read the queries' bias, and the forward kernel the
+values' one.
 """
 
 from __future__ import annotations
@@ -14,39 +14,34 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .tiles import LOG2E, Rows, finite_or_zero, load_rows, pairs, place
+from .tiles import LOG2E, Rows, finite_or_zero, load_rows, pairs, table_index
 
-APART = tl.constexpr(-100 * 1.4426950408889634)  # as Swin adds it across a seam
+APART = tl.constexpr(-100 * 1.4426950408889634)  # Swin adds -100 across a seam
 
 
 class Window(NamedTuple):
-    """What kernels know of a window when they are compiled."""
+    """A window as kernels know it when they are compiled, as ``WINDOW``."""
 
     H: int
     W: int
     PAD_FIRST: bool
-    SEAM: bool  # whether any window has one
-
-    @property
-    def tokens(self) -> int:
-        return self.H * self.W
+    SEAM: bool  # True if any window has a seam
 
 
 class Grid(NamedTuple):
-    """What they know of the windows of a map when they run.
+    """The windows of a map as kernels get them when they run.
 
-    Windows of four kinds are counted each by themselves: those without a seam, in the last row, in the last column, and
-    in both.
+    Windows of four kinds are counted separately: those without a seam, in the last row, in the last column, in both.
     """
 
     steps: Any  # windows of a program
     heads: Any
     N: Any
-    down: Any  # windows along H and W in an image
+    down: Any  # windows of an image along H and W
     across: Any
-    inner_h: Any  # those without a seam
+    inner_h: Any  # windows without a seam along H and W
     inner_w: Any
-    start_1: Any  # the first group of programs of each kind but the first
+    start_1: Any  # the first group of programs of the second, third and fourth kind
     start_2: Any
     start_3: Any
     shift_h: Any
@@ -60,25 +55,22 @@ class Grid(NamedTuple):
 
 
 class Run(NamedTuple):
-    """A program's head, its first window and the one behind its last, and what these have in common.
-
-    That is, of their kind: windows along H and W in an image, the first of them, and where in a window the seams are.
-    """
+    """One program's work: a head and the windows [first, last), all of one kind, with that kind's geometry."""
 
     grid: Grid
     head: Any
     first: Any
     last: Any
-    rows: Any
+    rows: Any  # windows of this kind along H and W
     columns: Any
-    row: Any
+    row: Any  # the first of them
     column: Any
-    seam_h: Any
+    seam_h: Any  # where the seams are in a window
     seam_w: Any
 
 
 class Corner(NamedTuple):
-    """Of a window: the tokens of the images before its own (int64), and its first position along H and W."""
+    """A window of a run: the tokens of the images before its own (int64), and its first position along H and W."""
 
     run: Run
     n: Any
@@ -88,12 +80,11 @@ class Corner(NamedTuple):
 
 @triton.jit
 def this_run(grid, WINDOW: tl.constexpr):
-    """This program's."""
+    """Returns this program's run."""
     group = tl.program_id(0) // grid.heads
     kind = tl.where(group < grid.start_1, 0, tl.where(group < grid.start_2, 1, tl.where(group < grid.start_3, 2, 3)))
-    start = tl.where(
-        kind == 0, 0, tl.where(kind == 1, grid.start_1, tl.where(kind == 2, grid.start_2, grid.start_3))
-    )  # fmt: skip
+    start = tl.where(kind == 2, grid.start_2, grid.start_3)
+    start = tl.where(kind == 0, 0, tl.where(kind == 1, grid.start_1, start))
     last_h = (kind == 1) | (kind == 3)
     last_w = kind >= 2
     rows = tl.where(last_h, 1, grid.inner_h)
@@ -109,7 +100,7 @@ def this_run(grid, WINDOW: tl.constexpr):
 
 @triton.jit
 def corner(window, run, WINDOW: tl.constexpr):
-    """Of a window of this run."""
+    """Returns the corner of a window of the run."""
     at = window % (run.rows * run.columns)
     n = (window // (run.rows * run.columns)).to(tl.int64) * run.grid.H * run.grid.W
     return Corner(run, n, (run.row + at // run.columns) * WINDOW.H, (run.column + at % run.columns) * WINDOW.W)
@@ -117,7 +108,7 @@ def corner(window, run, WINDOW: tl.constexpr):
 
 @triton.jit
 def _source(p, size, cycle, roll, PAD_FIRST: tl.constexpr):
-    """The row, or column, that is at position p, and whether there is one."""
+    """Returns the row or column at position p, and whether it exists."""
     at = p + roll
     at -= tl.where(at >= cycle, cycle, 0)
     return at, (at if PAD_FIRST else p) < size
@@ -125,34 +116,30 @@ def _source(p, size, cycle, roll, PAD_FIRST: tl.constexpr):
 
 @triton.jit
 def places(i, at, WINDOW: tl.constexpr):
-    """Of places i of a window at a corner: their tokens, counted from the image's first, and whether there are such."""
+    """Returns the tokens, counted from the image's first, at places i of the window, and whether they exist."""
     grid = at.run.grid
-    h, there_h = _source(at.h + i // WINDOW.W, grid.H, grid.cycle_h, grid.roll_h, WINDOW.PAD_FIRST)
-    w, there_w = _source(at.w + i % WINDOW.W, grid.W, grid.cycle_w, grid.roll_w, WINDOW.PAD_FIRST)
-    return h.to(tl.int64) * grid.W + w, (i < WINDOW.H * WINDOW.W) & there_h & there_w
+    h, exists_h = _source(at.h + i // WINDOW.W, grid.H, grid.cycle_h, grid.roll_h, WINDOW.PAD_FIRST)
+    w, exists_w = _source(at.w + i % WINDOW.W, grid.W, grid.cycle_w, grid.roll_w, WINDOW.PAD_FIRST)
+    return h.to(tl.int64) * grid.W + w, (i < WINDOW.H * WINDOW.W) & exists_h & exists_w
 
 
 @triton.jit
-def part_rows(
-    ptr, token, there, at, HEAD: tl.constexpr, PART: tl.constexpr = 0, PARTS: tl.constexpr = 1
-):  # fmt: skip
-    """Places of a window in a map of parts side by side, as queries, keys and values are."""
+def part_rows(ptr, token, exists, at, HEAD: tl.constexpr, PART: tl.constexpr = 0, PARTS: tl.constexpr = 1):
+    """Returns the rows of tokens in a map of PARTS side by side, as queries, keys and values are."""
     C = at.run.grid.heads * HEAD.D
-    return Rows(ptr + at.run.head * HEAD.D + at.n * PARTS * C + PART * C, token, there, PARTS * C)
+    return Rows(ptr + at.run.head * HEAD.D + at.n * PARTS * C + PART * C, token, exists, PARTS * C)
 
 
 @triton.jit
-def load_part(
-    ptr, token, there, at, HEAD: tl.constexpr, PART: tl.constexpr = 0, PARTS: tl.constexpr = 1
-):  # fmt: skip
-    """The rows, and what is there, [places, BLOCK_D]."""
-    rows = part_rows(ptr, token, there, at, HEAD, PART, PARTS)
+def load_part(ptr, token, exists, at, HEAD: tl.constexpr, PART: tl.constexpr = 0, PARTS: tl.constexpr = 1):
+    """Returns `part_rows` and their values, [places, BLOCK_D]."""
+    rows = part_rows(ptr, token, exists, at, HEAD, PART, PARTS)
     return rows, load_rows(rows, HEAD)
 
 
 @triton.jit
 def load_bias(bias_ptr, run, HEAD: tl.constexpr, PART: tl.constexpr = 0):
-    """Of queries, or of values: [BLOCK_D], or None."""
+    """Returns the bias of queries or of values, [BLOCK_D], or None."""
     bias = None
     if bias_ptr is not None:
         d = tl.arange(0, HEAD.BLOCK_D)
@@ -163,20 +150,21 @@ def load_bias(bias_ptr, run, HEAD: tl.constexpr, PART: tl.constexpr = 0):
 
 @triton.jit
 def _side(i, run, WINDOW: tl.constexpr):
-    """A number for each of the four parts that seams cut a window into."""
+    """Returns a number for each of the four parts that seams cut a window into."""
     return (i // WINDOW.W >= run.seam_h).to(tl.int32) * 2 + (i % WINDOW.W >= run.seam_w).to(tl.int32)
 
 
 @triton.jit
 def positions(table_ptr, i, j, run, WINDOW: tl.constexpr):
-    """The bias of queries i and keys j, [queries, 1] and [1, keys] or the other way round.
+    """Returns the bias of queries i and keys j, which are [queries, 1] and [1, keys] or the other way round.
 
-    100 less where a seam lies between them; -inf where there is no key.
+    It is 100 less if a seam lies between them, and -inf if there is no key.
     """
     TOKENS: tl.constexpr = WINDOW.H * WINDOW.W
     COLUMNS: tl.constexpr = 2 * WINDOW.W - 1
     table_ptr += run.head * (2 * WINDOW.H - 1) * COLUMNS
-    offset = place(i, WINDOW.W, COLUMNS) + (WINDOW.H - 1) * COLUMNS + WINDOW.W - 1 - place(j, WINDOW.W, COLUMNS)
+    offset = table_index(i, WINDOW.W, COLUMNS) + (WINDOW.H - 1) * COLUMNS + WINDOW.W - 1
+    offset -= table_index(j, WINDOW.W, COLUMNS)
     bias = tl.load(table_ptr + offset, mask=(i < TOKENS) & (j < TOKENS), other=0.0)
     if WINDOW.SEAM:
         bias += tl.where(_side(i, run, WINDOW) != _side(j, run, WINDOW), APART, 0.0)
@@ -185,7 +173,7 @@ def positions(table_ptr, i, j, run, WINDOW: tl.constexpr):
 
 @triton.jit
 def bias_logits(k, bias_q, HEAD: tl.constexpr):
-    """What the queries' bias [BLOCK_D] adds to all logits of a key: [keys], or None."""
+    """Returns what the queries' bias [BLOCK_D] adds to all logits of a key: [keys], or None."""
     found = None
     if bias_q is not None:
         found = tl.sum(k.to(HEAD.ACC) * bias_q[None, :], 1) * (HEAD.SCALE * LOG2E)
@@ -194,7 +182,10 @@ def bias_logits(k, bias_q, HEAD: tl.constexpr):
 
 @triton.jit
 def logits(products, added, bias, HEAD: tl.constexpr, ALONG: tl.constexpr = 0):
-    """Of queries along axis ``ALONG``, and keys, for which ``added`` is what `bias_logits` found."""
+    """Returns the logits from products of queries and keys; ``added``, from `bias_logits`, is per key.
+
+    Queries are along axis ``ALONG``.
+    """
     found = products * (HEAD.SCALE * LOG2E) + bias
     if added is not None:
         found += tl.expand_dims(added, ALONG)
@@ -203,21 +194,30 @@ def logits(products, added, bias, HEAD: tl.constexpr, ALONG: tl.constexpr = 0):
 
 @triton.jit
 def meet_keys(
-    start, q_rows, q, i, bias_q, qkv_ptr, table_ptr, at, HEAD: tl.constexpr, WINDOW: tl.constexpr,
+    start,
+    q_rows,
+    q,
+    i,
+    bias_q,
+    qkv_ptr,
+    table_ptr,
+    at,
+    HEAD: tl.constexpr,
+    WINDOW: tl.constexpr,
     STEP: tl.constexpr,
-):  # fmt: skip
-    """STEP keys from start on; the rows of their values, and these; and the logits of queries i."""
+):
+    """Returns STEP keys from start on, the rows of their values, the values, and the logits of queries i."""
     j = start + tl.arange(0, STEP)
-    token, there = places(j, at, WINDOW)
-    k_rows, k = load_part(qkv_ptr, token, there, at, HEAD, 1, 3)
-    v_rows, v = load_part(qkv_ptr, token, there, at, HEAD, 2, 3)
+    token, exists = places(j, at, WINDOW)
+    k_rows, k = load_part(qkv_ptr, token, exists, at, HEAD, 1, 3)
+    v_rows, v = load_part(qkv_ptr, token, exists, at, HEAD, 2, 3)
     bias = positions(table_ptr, i[:, None], j[None, :], at.run, WINDOW)
     return k, v_rows, v, logits(pairs(q_rows, q, k_rows, k, HEAD), bias_logits(k, bias_q, HEAD), bias, HEAD)
 
 
 @triton.jit
 def more_keys(s, top):
-    """Exponentials of logits, with a maximum that grows: the new one, and what former sums are to be multiplied by."""
+    """Returns exponentials of logits, the grown maximum, and the factor for the sums so far."""
     new_top = tl.maximum(top, tl.max(s, 1), propagate_nan=tl.PropagateNan.ALL)
     shift = finite_or_zero(new_top)
     return tl.exp2(s - shift[:, None]), new_top, tl.exp2(top - shift)

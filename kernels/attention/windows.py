@@ -1,4 +1,4 @@
-"""What the launchers of attention inside (shifted) windows make of tensors and geometry."""
+"""Attention inside (shifted) windows: how launchers prepare tensors and geometry for its kernels."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from ..core.product import product
 from .tiles import LOG2E, Head, head
 from .window_tiles import Grid, Window
 
-WHOLE = 64  # tokens of a window, at most, whose rows of weights fit on the chip
-LARGEST = 256  # tokens of a window that the kernels hold
-PROGRAMS = 512  # at least, where there are so many windows
-MOST_WINDOWS = 8  # that a program takes one after the other
+WHOLE = 64  # most tokens of a window whose rows of weights fit on the chip
+LARGEST = 256  # most tokens of a window that the kernels hold
+PROGRAMS = 512  # the least number of programs, if there are so many windows
+MOST_WINDOWS = 8  # the most windows that a program takes one after the other
 
 
 class Windows(NamedTuple):
-    """The windows of qkv as the kernels see them."""
+    """The windows of qkv as the kernels take them."""
 
     qkv: torch.Tensor
-    bias: torch.Tensor | None
+    bias: torch.Tensor | None  # [3 C]
     table: torch.Tensor  # [heads, T], times log2(e)
     window: Window
     shift: tuple[int, int]
@@ -34,10 +34,10 @@ class Windows(NamedTuple):
         return self.qkv, self.bias, self.table
 
     def tiles(self, block: int, step: int, warps: int, **more: Any) -> tuple[dict[str, Any], int]:
-        """What a kernel takes for tiles of at most so many tokens, and how many of ``block`` are in a window.
+        """Returns a kernel's keywords for tiles of at most ``block`` tokens, and the number of such tiles in a window.
 
         Args:
-            step: tokens that are met at a time; 0 of a kernel that meets all at once.
+            step: tokens that are met at a time; 0 for a kernel that meets all at once.
         """
         tokens = max(next_power_of_2(self.tokens), 16)
         block, met = min(block, tokens), {"STEP": min(step, tokens)} if step else {}
@@ -51,16 +51,16 @@ class Windows(NamedTuple):
 
     @property
     def tokens(self) -> int:
-        """Of a window."""
+        """Tokens of a window."""
         return self.window.H * self.window.W
 
     @property
     def wide(self) -> bool:
-        """Whether a number has more than 16 bits."""
+        """True if a number has more than 16 bits."""
         return self.qkv.itemsize > 2
 
     def shared(self, tiles: int = 1) -> tuple[int, Grid]:
-        """Among how many groups of programs.
+        """Returns the number of groups that share the windows, and their geometry.
 
         Args:
             tiles: programs that share a group's windows and head; each may take more windows.
@@ -74,24 +74,52 @@ class Windows(NamedTuple):
         kinds = ((inner_h, inner_w), (last_h, inner_w), (inner_h, last_w), (last_h, last_w))
         start_1, start_2, start_3, groups = accumulate(cdiv(N * h * w, steps) for h, w in kinds)
         cycle_h, cycle_w = (down * window.H, across * window.W) if window.PAD_FIRST else (H, W)
-        return groups, Grid(
-            steps, self.heads, N, down, across, inner_h, inner_w, start_1, start_2, start_3,
-            shift_h, shift_w, H, W, cycle_h, cycle_w, shift_h % cycle_h, shift_w % cycle_w,
-        )  # fmt: skip
+        grid = Grid(
+            steps=steps,
+            heads=self.heads,
+            N=N,
+            down=down,
+            across=across,
+            inner_h=inner_h,
+            inner_w=inner_w,
+            start_1=start_1,
+            start_2=start_2,
+            start_3=start_3,
+            shift_h=shift_h,
+            shift_w=shift_w,
+            H=H,
+            W=W,
+            cycle_h=cycle_h,
+            cycle_w=cycle_w,
+            roll_h=shift_h % cycle_h,
+            roll_w=shift_w % cycle_w,
+        )
+        return groups, grid
 
 
-def prepare(qkv, bias, table, heads, window_h, window_w, shift_h, shift_w, scale, pad_first) -> Windows:
-    """Raises ValueError for windows of more than 256 tokens."""
+def prepare(
+    qkv: torch.Tensor,
+    bias: torch.Tensor | None,
+    table: torch.Tensor,
+    heads: int,
+    window_h: int,
+    window_w: int,
+    shift_h: int,
+    shift_w: int,
+    scale: float,
+    pad_first: int,
+) -> Windows:
+    """Prepares qkv `[N, H, W, 3 C]`; raises ValueError for windows of more than 256 tokens."""
     if window_h * window_w > LARGEST:
         raise ValueError(f"the Triton kernels are for windows of up to {LARGEST} tokens, got {window_h} x {window_w}")
-    D, options = qkv.shape[3] // 3 // heads, product(qkv, qkv)
+    D, options = qkv.shape[3] // 3 // heads, product(qkv, qkv)._asdict()
     if qkv.dtype == torch.float32:
-        options["PRECISION"] = "ieee"  # bfloat16 parts are more than registers hold
+        options["PRECISION"] = "ieee"  # registers do not hold the parts in bfloat16
     if qkv.itemsize > 2 and D > 32:
-        options["CHUNK"] = 32  # as all channels of two tiles are
+        options["CHUNK"] = 32  # registers do not hold all channels of two tiles
     return Windows(
         qkv.contiguous(),
-        None if bias is None else bias.to(qkv.dtype).contiguous(),  # wider it takes too many registers
+        None if bias is None else bias.to(qkv.dtype).contiguous(),  # a wider one takes too many registers
         (table.to(accumulation_dtype(qkv)) * LOG2E.value).t().contiguous(),
         Window(window_h, window_w, bool(pad_first), shift_h > 0 or shift_w > 0),
         (shift_h, shift_w),

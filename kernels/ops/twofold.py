@@ -1,4 +1,7 @@
-"""The passes over x of any gate per channel and gate per pixel whose mathematics stands elsewhere."""
+"""The passes over x of a gate per channel and a gate per pixel whose mathematics is done elsewhere.
+
+An argmax may be minus the number of equal maxima, which then share their gradient.
+"""
 
 from __future__ import annotations
 
@@ -6,20 +9,22 @@ import torch
 
 from ..core.launch import device_guard
 from ..core.layout import canonical
-from ..passes.gate import gate_grads, map_grads, map_grads_reduction, scale
-from ..passes.input_grad import input_grad
-from ..passes.pool import combine, mean_max_c, mean_max_hw
+from ..passes.gate import apply_gates, gate_grads
+from ..passes.input_grad import Terms, input_grad
+from ..passes.map_grads import map_grads, map_grads_reduction
+from ..passes.partials import combine
+from ..passes.pool import mean_max_c, mean_max_hw
 
 
 def pool_pixels(x: torch.Tensor, even: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and maximum over the pixels [N, 2, C], and where the maxima came from [N, C]. Reads x once."""
+    """Computes mean and maximum over the pixels [N, 2, C], and argmax [N, C]. Reads x once."""
     with device_guard(x):
         x, layout = canonical(x)
         return mean_max_hw(x, layout, even)
 
 
 def pool_channels(x: torch.Tensor, gate: torch.Tensor, even: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and maximum of x * gate [N, C] over the channels [N, 2, H, W], and where the maxima came from [N, H, W].
+    """Computes mean and maximum of x * gate [N, C] over the channels [N, 2, H, W], and argmax [N, H, W].
 
     Reads x once.
     """
@@ -31,53 +36,71 @@ def pool_channels(x: torch.Tensor, gate: torch.Tensor, even: bool) -> tuple[torc
 def pool_channels_bwd(
     x: torch.Tensor, gate: torch.Tensor, maps: torch.Tensor, dmaps: torch.Tensor, at: torch.Tensor
 ) -> torch.Tensor:
-    """dgate [N, C] = sum over the pixels of x (dmean_map / C + dmax_map at the maxima). Reads x once."""
+    """Computes dgate [N, C], the sum over the pixels of x (dmean_map / C + dmax_map at the maxima). Reads x once."""
     with device_guard(x):
         x, layout = canonical(x)
         gate, dmaps = gate.contiguous(), dmaps.contiguous()
-        parts = gate.new_empty((layout.N, map_grads_reduction(layout).parts, layout.C))
-        map_grads(x, layout, dmaps, at.contiguous(), parts, gate, maps.contiguous())
-        return combine(parts, None, torch.empty_like(gate))
+        partials = gate.new_empty((layout.N, map_grads_reduction(layout).splits, layout.C))
+        map_grads(x, layout, dmaps, at.contiguous(), partials, gate, maps.contiguous())
+        return combine(partials, None, torch.empty_like(gate))
 
 
 def twofold_scale(
     x: torch.Tensor, channel: torch.Tensor, spatial: torch.Tensor, residual: torch.Tensor | None, activation: int
 ) -> torch.Tensor:
-    """y = act(x * channel [N, C] * spatial [N, H, W] + residual). Moves 2 times the bytes of x."""
+    """Computes y = act(x * channel [N, C] * spatial [N, H, W] + residual). Moves 2 times the bytes of x."""
     with device_guard(x):
         x, layout = canonical(x)
-        return scale(x, layout, channel.contiguous(), spatial.contiguous(), residual, activation)
+        return apply_gates(x, layout, channel.contiguous(), spatial.contiguous(), residual, activation)
 
 
 def twofold_scale_bwd(
-    grad: torch.Tensor, x: torch.Tensor, channel: torch.Tensor, spatial: torch.Tensor, residual: torch.Tensor | None,
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    channel: torch.Tensor,
+    spatial: torch.Tensor,
+    residual: torch.Tensor | None,
     activation: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """(dchannel [N, C], dspatial [N, H, W], dresidual) from g' = grad * act'(x * channel * spatial + residual).
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Computes dchannel [N, C] and dspatial [N, H, W] from g' = grad * act'(x * channel * spatial + residual).
 
-    Reads x and grad once; with an activation g' is written, too, as dresidual (else empty: it is grad).
+    Returns dchannel, dspatial, dresidual. Reads x and grad once; with an activation g' is also written, as dresidual
+    (else empty: it is grad).
     """
     with device_guard(x):
         x, layout = canonical(x)
         channel, spatial = channel.contiguous(), spatial.contiguous()
-        _, dresidual, of_channel, of_pixel = gate_grads(grad, x, layout, channel, spatial, residual, activation)
-        assert of_pixel is not None
-        dchannel = combine(of_channel, None, torch.empty_like(channel))
-        return dchannel, combine(of_pixel, None, torch.empty_like(spatial)), dresidual
+        _, dresidual, dchannel, dspatial = gate_grads(grad, x, layout, channel, spatial, residual, activation)
+        assert dspatial is not None
+        dchannel = combine(dchannel, None, torch.empty_like(channel))
+        return dchannel, combine(dspatial, None, torch.empty_like(spatial)), dresidual
 
 
 def twofold_input_grad(
-    grad: torch.Tensor, x: torch.Tensor, channel: torch.Tensor, spatial: torch.Tensor, maps: torch.Tensor,
-    dmaps: torch.Tensor, at_c: torch.Tensor, pooled: torch.Tensor, dpooled: torch.Tensor, at_hw: torch.Tensor,
-) -> torch.Tensor:  # fmt: skip
-    """dx = (grad spatial + dmean_map / C + dmax_map at the maxima) channel + dmean / HW + dmax at the maxima.
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    channel: torch.Tensor,
+    spatial: torch.Tensor,
+    maps: torch.Tensor,
+    dmaps: torch.Tensor,
+    at_c: torch.Tensor,
+    pooled: torch.Tensor,
+    dpooled: torch.Tensor,
+    at_hw: torch.Tensor,
+) -> torch.Tensor:
+    """Computes dx = (grad spatial + dmean_map / C + dmax_map at at_c) channel + dmean / HW + dmax at at_hw.
 
-    Reads grad, writes dx, and reads the tiles of x that have a maximum with equals.
+    Reads grad, writes dx, and reads the tiles of x in which a maximum has ties.
     """
     with device_guard(x):
         x, layout = canonical(x)
-        return input_grad(
-            x, layout, grad=layout.dense(grad), channel_gate=channel.contiguous(), spatial_gate=spatial.contiguous(),
-            dpooled=dpooled.contiguous(), argmax_hw=at_hw.contiguous(), dmaps=dmaps.contiguous(),
-            argmax_c=at_c.contiguous(), pooled=pooled.contiguous(), maps=maps.contiguous(),
-        )  # fmt: skip
+        terms = Terms(
+            grad=layout.dense(grad),
+            channel_gate=channel.contiguous(),
+            spatial_gate=spatial.contiguous(),
+            dpooled=dpooled.contiguous(),
+            argmax_hw=at_hw.contiguous(),
+            dmaps=dmaps.contiguous(),
+            argmax_c=at_c.contiguous(),
+        )
+        return input_grad(x, layout, terms, pooled.contiguous(), maps.contiguous())

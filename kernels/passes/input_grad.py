@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -9,20 +11,47 @@ import triton.language as tl
 from ..core.heuristics import grain, tile, tiles
 from ..core.launch import launch
 from ..core.layout import Layout
-from ..core.tiles import program_tile, tile_mask, tile_offsets
-from .gate import PRODUCT, SUM, gated, map_grad_tile
-from .weight_grads import MLPGrads, RowSum, beside, weight_grads_first
+from ..core.tiles import dense_offsets, load_channels, load_pixels, program_tile, tile_full, tile_mask, x_offsets
+from .gate import ADDED, MULTIPLIED, gated
+from .map_grads import map_grad_tile
+from .weight_grads import MLPGrads, RowSum, mlp_grads_first, row_sum_first, row_sum_works
+
+
+class Terms(NamedTuple):
+    """The terms of dx, as kernels take them; terms that are None are left out.
+
+    dx = (grad spatial_gate + dmean_map / C + dmax_map at argmax_c) channel_gate + dmean / HW + dmax at argmax_hw. With
+    the sum of the gates, dx = grad (channel_gate + spatial_gate) + ws dlogits + dmean / HW.
+    """
+
+    grad: Any = None  # dense in x's layout
+    channel_gate: Any = None  # [N, C]
+    spatial_gate: Any = None  # [N, HW]
+    dpooled: Any = None  # dmean [N, C] or, with argmax_hw, dmean and dmax [N, 2, C]
+    argmax_hw: Any = None  # [N, C]
+    dmaps: Any = None  # dmean_map and dmax_map [N, 2, HW]
+    argmax_c: Any = None  # [N, HW]
+    ws: Any = None  # [C], of a linear spatial gate
+    dlogits: Any = None  # [N, HW], the gradient before that gate's sigmoid
+
+
+class Ties(NamedTuple):
+    """The tensors that tell which elements share a maximum, for argmaxima that may count ties."""
+
+    x: Any
+    pooled: Any  # [N, 2, C]
+    maps: Any  # [N, 2, HW]
 
 
 @triton.jit
-def _any_equals(argmax_ptr, k, size):
-    """Whether one of the maxima k counts equals, as a scalar."""
+def _any_ties(argmax_ptr, k, size):
+    """Returns True if any entry k of argmax is negative, that is, a count of ties instead of an index."""
     return tl.min(tl.load(argmax_ptr + k, mask=k < size, other=0), 0) < 0
 
 
 @triton.jit
 def _load_if(condition, pointers, mask, zeros):
-    """The values behind the pointers, in the dtype of zeros; zeros, and no memory is read, without the condition."""
+    """Loads values in the dtype of zeros; without the condition, returns zeros and reads no memory."""
     values = zeros
     if condition:
         values = tl.load(pointers, mask=mask, other=0.0).to(zeros.dtype)
@@ -30,106 +59,145 @@ def _load_if(condition, pointers, mask, zeros):
 
 
 @triton.jit
-def _dx_tile(
-    grad_ptr, channel_gate_ptr, spatial_gate_ptr, dpooled_ptr, argmax_hw_ptr, dmaps_ptr, argmax_c_ptr, ws_ptr, dz_ptr,
-    x_ptr, pooled_ptr, maps_ptr, dx_ptr, C, HW, stride_n, stride_o,
-    COMBINE: tl.constexpr, CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
-):  # fmt: skip
-    """dx = (grad spatial_gate + dmean_map / C + dmax_map at argmax_c) channel_gate + dmean / HW + dmax at argmax_hw.
+def _add_pooled_grad(d, terms, ties, x, n, c, p, size):
+    """Returns d + dmean / HW + dmax at argmax_hw."""
+    C = size.C
+    row = n * C if terms.argmax_hw is None else n * 2 * C
+    d += (tl.load(terms.dpooled + row + c, mask=c < C, other=0.0) / size.HW)[:, None]
+    if terms.argmax_hw is not None:
+        dmax = tl.load(terms.dpooled + row + C + c, mask=c < C, other=0.0)
+        argmax = tl.load(terms.argmax_hw + n * C + c, mask=c < C, other=-1)
+        hits = p[None, :] == argmax[:, None]
+        if ties is not None:
+            maximum = tl.load(ties.pooled + row + C + c, mask=c < C, other=0.0)
+            hits = tl.where(argmax[:, None] < 0, x == maximum[:, None], hits)
+            dmax /= tl.maximum(-argmax, 1)
+        d += tl.where(hits, dmax[:, None], 0.0)
+    return d
 
-    Terms whose pointer is None are left out; dpooled is [N, C] (the mean's) or, with argmax_hw, [N, 2, C]. With the sum
-    of the gates, dx = grad (channel_gate + spatial_gate) + ws dz + dmean / HW, for ws [C] and dz [N, HW].
-    With x_ptr, the argmaxima may count equals, which share; x is read where one does.
-    """
-    if channel_gate_ptr is not None:
-        acc_ty = channel_gate_ptr.dtype.element_ty
+
+@triton.jit
+def _dx_tile(terms, ties, dx_ptr, size, COMBINE: tl.constexpr, TILE: tl.constexpr):
+    """Writes this program's tile of dx, as `Terms` says. With ties, reads x where an argmax counts them."""
+    if terms.channel_gate is not None:
+        acc_ty = terms.channel_gate.dtype.element_ty
     else:
-        acc_ty = dpooled_ptr.dtype.element_ty if dpooled_ptr is not None else dmaps_ptr.dtype.element_ty
-    n, c, p = program_tile(C, HW, BLOCK_C, BLOCK_P)
-    mask = tile_mask(c, p, C, HW, CHANNELS_LAST, ALIGN)
-    offsets = tile_offsets(n * C * HW, c, p, C if CHANNELS_LAST else HW, CHANNELS_LAST, ALIGN)
-    d = tl.zeros([BLOCK_C, BLOCK_P], acc_ty)
+        acc_ty = terms.dpooled.dtype.element_ty if terms.dpooled is not None else terms.dmaps.dtype.element_ty
+    n, c, p = program_tile(size, TILE)
+    mask = tile_mask(c, p, size, TILE)
+    offsets = dense_offsets(n, c, p, size, TILE)
+    d = tile_full(0, TILE, acc_ty)
     x = d
-    if x_ptr is not None:
-        equals = _any_equals(argmax_c_ptr + n * HW, p, HW) | _any_equals(argmax_hw_ptr + n * C, c, C)
-        x_offsets = tile_offsets(n * stride_n, c, p, stride_o, CHANNELS_LAST, ALIGN)
-        x = _load_if(equals, x_ptr + x_offsets, mask, d)
-    if grad_ptr is not None:
-        d += tl.load(grad_ptr + offsets, mask=mask, other=0.0).to(acc_ty)
-    if COMBINE == SUM:
-        spatial_gate = tl.load(spatial_gate_ptr + n * HW + p, mask=p < HW, other=0.0)
-        d = gated(d, tl.load(channel_gate_ptr + n * C + c, mask=c < C, other=0.0), spatial_gate, SUM)
-        ws = tl.load(ws_ptr + c, mask=c < C, other=0.0).to(acc_ty)
-        d += ws[:, None] * tl.load(dz_ptr + n * HW + p, mask=p < HW, other=0.0)[None, :]
-    elif spatial_gate_ptr is not None:
-        d *= tl.load(spatial_gate_ptr + n * HW + p, mask=p < HW, other=0.0)[None, :]
-    if dmaps_ptr is not None:
-        u = x
-        if x_ptr is not None:
-            u *= tl.load(channel_gate_ptr + n * C + c, mask=c < C, other=0.0)[:, None]
-        d += map_grad_tile(dmaps_ptr, argmax_c_ptr, maps_ptr, u, n, c, p, C, HW)
-    if COMBINE == PRODUCT and channel_gate_ptr is not None:
-        d *= tl.load(channel_gate_ptr + n * C + c, mask=c < C, other=0.0)[:, None]
-    if dpooled_ptr is not None:
-        row = n * C if argmax_hw_ptr is None else n * 2 * C
-        d += (tl.load(dpooled_ptr + row + c, mask=c < C, other=0.0) / HW)[:, None]
-        if argmax_hw_ptr is not None:
-            dmax = tl.load(dpooled_ptr + row + C + c, mask=c < C, other=0.0)
-            argmax = tl.load(argmax_hw_ptr + n * C + c, mask=c < C, other=-1)
-            hits = p[None, :] == argmax[:, None]
-            if x_ptr is not None:
-                maximum = tl.load(pooled_ptr + row + C + c, mask=c < C, other=0.0)
-                hits = tl.where(argmax[:, None] < 0, x == maximum[:, None], hits)
-                dmax /= tl.maximum(-argmax, 1)
-            d += tl.where(hits, dmax[:, None], 0.0)
+    if ties is not None:
+        tied = _any_ties(terms.argmax_c + n * size.HW, p, size.HW) | _any_ties(terms.argmax_hw + n * size.C, c, size.C)
+        x = _load_if(tied, ties.x + x_offsets(n, c, p, size, TILE), mask, d)
+    if terms.grad is not None:
+        d += tl.load(terms.grad + offsets, mask=mask, other=0.0).to(acc_ty)
+    if COMBINE == ADDED:
+        spatial_gate = load_pixels(terms.spatial_gate, n, p, size)
+        d = gated(d, load_channels(terms.channel_gate, n, c, size), spatial_gate, ADDED)
+        ws = tl.load(terms.ws + c, mask=c < size.C, other=0.0).to(acc_ty)
+        d += ws[:, None] * load_pixels(terms.dlogits, n, p, size)[None, :]
+    elif terms.spatial_gate is not None:
+        d *= load_pixels(terms.spatial_gate, n, p, size)[None, :]
+    if terms.dmaps is not None:
+        if ties is not None:
+            u = x * load_channels(terms.channel_gate, n, c, size)[:, None]
+            d += map_grad_tile(terms.dmaps, terms.argmax_c, ties.maps, u, n, c, p, size)
+        else:
+            d += map_grad_tile(terms.dmaps, terms.argmax_c, None, None, n, c, p, size)
+    if COMBINE == MULTIPLIED and terms.channel_gate is not None:
+        d *= load_channels(terms.channel_gate, n, c, size)[:, None]
+    if terms.dpooled is not None:
+        d = _add_pooled_grad(d, terms, ties, x, n, c, p, size)
     tl.store(dx_ptr + offsets, d, mask=mask)
 
 
-@triton.jit(do_not_specialize=["N", "rows", "more_rows"])
+@triton.jit(do_not_specialize=["rows_1", "rows_2"])
 def _dx_kernel(
-    grad_ptr, channel_gate_ptr, spatial_gate_ptr, dpooled_ptr, argmax_hw_ptr, dmaps_ptr, argmax_c_ptr, ws_ptr, dz_ptr,
-    x_ptr, pooled_ptr, maps_ptr, dx_ptr, C, HW, stride_n, stride_o,
-    mlp_dz_ptr, hidden_ptr, dhidden_ptr, mlp_pooled_ptr, dw1_ptr, db1_ptr, dw2_ptr, db2_ptr, N, mlp_C, R,
-    parts_ptr, out_ptr, rows, L, more_parts_ptr, more_out_ptr, more_rows, more_L,
-    COMBINE: tl.constexpr, CHANNELS_LAST: tl.constexpr, ALIGN: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
-    BRANCHES: tl.constexpr, HIDDEN_ACTIVATION: tl.constexpr, WEIGHT_C: tl.constexpr, WEIGHT_R: tl.constexpr,
-    SUM_S: tl.constexpr, SUM_L: tl.constexpr, MORE_S: tl.constexpr, MORE_L: tl.constexpr,
-):  # fmt: skip
-    """A tile of dx; the first programs make the weights' gradients, which take as long as many tiles."""
-    place = weight_grads_first(
-        tl.program_id(0), mlp_dz_ptr, hidden_ptr, dhidden_ptr, mlp_pooled_ptr, dw1_ptr, db1_ptr, dw2_ptr, db2_ptr,
-        N, mlp_C, R, parts_ptr, out_ptr, rows, L, more_parts_ptr, more_out_ptr, more_rows, more_L,
-        BRANCHES, HIDDEN_ACTIVATION, WEIGHT_C, WEIGHT_R, SUM_S, SUM_L, MORE_S, MORE_L,
-    )  # fmt: skip
-    if place >= 0:
-        _dx_tile(
-            grad_ptr, channel_gate_ptr, spatial_gate_ptr, dpooled_ptr, argmax_hw_ptr, dmaps_ptr, argmax_c_ptr, ws_ptr,
-            dz_ptr, x_ptr, pooled_ptr, maps_ptr, dx_ptr, C, HW, stride_n, stride_o,
-            COMBINE, CHANNELS_LAST, ALIGN, BLOCK_C, BLOCK_P,
-        )  # fmt: skip
+    terms,
+    ties,
+    dx_ptr,
+    size,
+    sum_1,
+    rows_1,
+    sum_2,
+    rows_2,
+    COMBINE: tl.constexpr,
+    SUM_1: tl.constexpr,
+    SUM_2: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """A tile of dx. The first programs do up to two sums over rows, which take as long as many tiles."""
+    program = row_sum_first(tl.program_id(0), sum_1, rows_1, SUM_1)
+    program = row_sum_first(program, sum_2, rows_2, SUM_2)
+    if program >= 0:
+        _dx_tile(terms, ties, dx_ptr, size, COMBINE, TILE)
+
+
+@triton.jit(do_not_specialize=["N", "rows_1", "rows_2"])
+def _dx_mlp_kernel(
+    terms,
+    ties,
+    dx_ptr,
+    size,
+    sum_1,
+    rows_1,
+    sum_2,
+    rows_2,
+    mlp,
+    N,
+    COMBINE: tl.constexpr,
+    SUM_1: tl.constexpr,
+    SUM_2: tl.constexpr,
+    MLP: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """`_dx_kernel`, with the gradients of an MLP's weights before the sums."""
+    program = mlp_grads_first(tl.program_id(0), mlp, N, MLP)
+    program = row_sum_first(program, sum_1, rows_1, SUM_1)
+    program = row_sum_first(program, sum_2, rows_2, SUM_2)
+    if program >= 0:
+        _dx_tile(terms, ties, dx_ptr, size, COMBINE, TILE)
 
 
 def input_grad(
-    x: torch.Tensor, layout: Layout, grad: torch.Tensor | None = None, channel_gate: torch.Tensor | None = None,
-    spatial_gate: torch.Tensor | None = None, dpooled: torch.Tensor | None = None,
-    argmax_hw: torch.Tensor | None = None, dmaps: torch.Tensor | None = None, argmax_c: torch.Tensor | None = None,
-    ws: torch.Tensor | None = None, dz: torch.Tensor | None = None,
-    pooled: torch.Tensor | None = None, maps: torch.Tensor | None = None,
-    mlp: MLPGrads | None = None, sums: tuple[RowSum, ...] = (),
-) -> torch.Tensor:  # fmt: skip
-    """dx of `_dx_tile`, like x. Reads grad, where given, and writes dx; writes the gradients of mlp and sums, too.
+    x: torch.Tensor,
+    layout: Layout,
+    terms: Terms,
+    pooled: torch.Tensor | None = None,
+    maps: torch.Tensor | None = None,
+    mlp: MLPGrads | None = None,
+    sums: tuple[RowSum, ...] = (),
+) -> torch.Tensor:
+    """Returns dx, like x, and writes the gradients of mlp and sums. Reads grad, if given, and writes dx.
 
-    With pooled and maps the argmaxima may count equals, and tiles of x are read where one does; else none are.
+    With pooled and maps the argmaxima may count ties, and tiles of x with ties are read; else x is not read.
     """
     dx = layout.empty(x)
-    t = tile(layout, *grain("input gradient" if dmaps is None else "input gradient, maps", layout))
-    more, arguments, meta = beside(mlp, sums, t.num_warps)
-    launch(
-        _dx_kernel, tiles(layout, t) + more,
-        grad, channel_gate, spatial_gate, dpooled, argmax_hw, dmaps, argmax_c, ws, dz,
-        None if maps is None else x, pooled, maps, dx, layout.C, layout.HW, layout.stride_n, layout.stride_o,
-        *arguments, COMBINE=(PRODUCT if dz is None else SUM).value, **t._asdict(), **meta,
-    )  # fmt: skip
+    t = tile(layout, *grain("input gradient" if terms.dmaps is None else "input gradient, maps", layout))
+    first, second = row_sum_works(sums, t.num_warps)
+    arguments = (
+        terms,
+        None if maps is None else Ties(x, pooled, maps),
+        dx,
+        layout.sizes,
+        first.operands,
+        first.rows,
+        second.operands,
+        second.rows,
+    )
+    meta = {
+        "COMBINE": (MULTIPLIED if terms.dlogits is None else ADDED).value,
+        "SUM_1": first.tile,
+        "SUM_2": second.tile,
+        "TILE": t,
+        "num_warps": t.num_warps,
+    }
+    programs = tiles(layout, t) + first.programs + second.programs
+    if mlp is None or not mlp.images:
+        launch(_dx_kernel, programs, *arguments, **meta)
+    else:
+        m = mlp.tile()
+        launch(_dx_mlp_kernel, mlp.programs(m) + programs, *arguments, mlp.operands, mlp.images, MLP=m, **meta)
     return dx

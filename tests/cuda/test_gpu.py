@@ -163,7 +163,7 @@ def test_more_than_2_to_31_elements(entry, resident, layout):
     results = []
     for part in (x, x[-1:]):
         part = part.detach().requires_grad_()
-        with teams.resident() if resident else nullcontext():
+        with teams.resident("cuda") if resident else nullcontext():
             y = module(part)
             (dx,) = torch.autograd.grad(y, part, torch.ones_like(y))
         results.append((y[-1].detach().clone(), dx[-1].clone()))

@@ -1,4 +1,4 @@
-"""Every kernel compiled ahead of time, as its launcher launches it; `make kernels` prints the table of all shapes.
+"""Every kernel compiles ahead of time, as its launcher launches it, without faults; `make kernels` prints all shapes.
 
 A kernel's faults are spills, narrow accesses to large tensors, maxima that lose NaN, addresses that overflow 32 bits.
 """
@@ -24,7 +24,7 @@ def size(shape):
 
 
 def hold(calls, target, chosen=lambda variant: True, allowed=None):
-    """Compiles what the calls launch, or what is chosen of it, and asserts that nothing is wrong; returns the names."""
+    """Compiles the chosen launches of the calls, asserts that there are no faults, and returns the kernels' names."""
     kernels = compiled.compile_all(v for v in compiled.variants(calls, [target]) if chosen(v))
     faults = [fault for kernel in kernels for fault in kernel.faults if not (allowed and allowed in fault)]
     assert not faults, "\n".join(faults)
@@ -32,7 +32,7 @@ def hold(calls, target, chosen=lambda variant: True, allowed=None):
 
 
 def hold_all(calls, target, **options):
-    """Where the calls launch many kernels."""
+    """Asserts the same, and that the calls launch many kernels."""
     assert len(hold(calls, target, **options)) > 20, "the launches were not seen"
 
 
@@ -52,20 +52,20 @@ def test_other_dtypes(dtype):
 
 
 def test_sizes_that_16_does_not_divide():
-    """Triton knows of sizes only whether 16 divides them: accesses are as wide as 4 pixels, or 8 channels, allow."""
+    """Accesses are as wide as 4 pixels, or 8 channels, allow, though Triton only knows whether 16 divides a size."""
     names = ("se", "cbam", "coord_att")
     calls = [Call(catalogue.ENTRIES[name], (16, 120, 14, 14), layout) for name in names for layout in catalogue.LAYOUTS]
     hold_all(calls, "sm_90")
 
 
 def test_maps_of_one_element():
-    """Triton compiles sizes of 1 into the kernel, and folds a tile of one element into a number."""
+    """Sizes of 1, which Triton compiles into the kernel, and tiles of one element, which it makes a number, compile."""
     entries = [e for e in catalogue.ENTRIES.values() if e.supports((8, 1, 1, 1)) and not e.has_torch_layers]
     hold_all([Call(e, (8, 1, 1, 1)) for e in entries], "sm_90")
 
 
 def test_float64():
-    """Compiles, and fits the chip; doubles take twice the registers, so some of it spills."""
+    """Doubles compile and fit the chip; they take twice the registers, so some kernels spill."""
     names = ("coord_att", "local_attention", "window_attention", "simam")  # products, staged maps, whole planes
     calls = [Call(catalogue.ENTRIES[name], (2, 64, 28, 28), dtype=torch.float64) for name in names]
     hold_all(calls, "sm_90", allowed="spills")
@@ -73,9 +73,10 @@ def test_float64():
 
 def test_little_shared_memory():
     """The kernel that stages three maps fits cards with 99 KB."""
-    calls = [Call(catalogue.ENTRIES["local_attention"], compiled.SHAPES[0], layout, residual=True, activation="relu")
-             for layout in catalogue.LAYOUTS]  # fmt: skip
-    assert len(hold(calls, "sm_89", lambda v: v.kernel == "_hidden_grads_kernel")) == 2, "the launches were not seen"
+    entry = catalogue.ENTRIES["local_attention"]
+    calls = [Call(entry, compiled.SHAPES[0], layout, residual=True, activation="relu") for layout in catalogue.LAYOUTS]
+    found = hold(calls, "sm_89", lambda v: v.kernel == "_pixel_mlp_grads_kernel")
+    assert len(found) == 2, "the launches were not seen"
 
 
 @pytest.mark.parametrize(
@@ -90,21 +91,21 @@ def test_little_shared_memory():
     ids=str,
 )
 def test_windows(window, head, dtype, target):
-    """Window attention where registers are scarcest: keys are met block by block, heads are wide, float32."""
+    """Window attention compiles where registers are scarcest: keys met block by block, wide heads, float32."""
     names = hold(compiled.window_calls([window], [head], [dtype]), target)
-    assert set(names) == {f"_{n}_kernel" for n in ("forward", "queries", "table", "keys", "totals")}
+    assert set(names) == {f"_window_{n}_kernel" for n in ("forward", "queries", "table", "keys", "totals")}
 
 
 def test_shared_maxima():
-    """The passes around a caller's gates, whose maxima share their gradient."""
+    """The passes around a caller's gates, whose equal maxima share their gradient, compile."""
     layouts = [Call(CUSTOM["even"], compiled.SHAPES[0], layout, residual=True) for layout in catalogue.LAYOUTS]
     assert sum("pool" in name for name in hold(layouts, "sm_90")) > 2, "the launches were not seen"
 
 
 def test_bias():
-    """CBAM whose spatial gate has a bias."""
+    """CBAM whose spatial gate has a bias compiles."""
     calls = [Call(entry, compiled.SHAPES[0]) for entry in BIASED.values()]
-    names = hold(calls, "sm_90", lambda v: {"b_ptr", "bias_parts_ptr"} & set(v.parameters) and "_conv" in v.kernel)
+    names = hold(calls, "sm_90", lambda v: {"b_ptr", "bias_partials_ptr"} & set(v.parameters) and "_conv" in v.kernel)
     assert set(names) == {"_conv_gate_kernel", "_conv_grads_kernel"}, "the launches were not seen"
 
 
@@ -113,5 +114,5 @@ HUGE = [*((shape, "sm_90") for shape in compiled.HUGE), (compiled.HUGE[0], "gfx9
 
 @pytest.mark.parametrize(("shape", "target"), HUGE, ids=lambda p: p if isinstance(p, str) else size(p))
 def test_more_than_2_to_31_elements(shape, target):
-    """No 32-bit integer behind an address can overflow, whatever program and loop step it is in."""
+    """No 32-bit integer behind an address can overflow, in any program and loop step."""
     hold_all(compiled.calls([shape], [torch.bfloat16]), target)

@@ -1,4 +1,4 @@
-"""The Triton kernels of attention over maps: many blocks, odd sizes, strides, and what they compile to."""
+"""The Triton kernels of attention over maps: many blocks, odd sizes, strides, and their machine code."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def inputs(images, height, width, heads, d, device, bias=True, masked=True):
 
 
 def gradients(function, qkv, table, mask):
-    """The result, the mean weights, and the gradients."""
+    """Returns the result, the mean weights, and the gradients."""
     leaves = [t.detach().requires_grad_() for t in (qkv, table) if t is not None]
     out, mean = function(*leaves, *[None] * (table is None), mask, need_weights="mean")
     return out, mean, *torch.autograd.grad(out, leaves, out.detach().cos())
@@ -48,7 +48,7 @@ def check(qkv, table, mask):
     ("size", "d", "bias", "masked"),
     [
         ((9, 15), 24, False, True),  # three blocks of queries and of keys, the last one short
-        ((2, 37), 48, True, False),  # a table of four tiles, heads of no power of two
+        ((2, 37), 48, True, False),  # a table of four tiles, heads that are no power of two
         ((1, 1), 96, True, True),
         ((9, 1), 1, True, False),
     ],
@@ -58,17 +58,17 @@ def test_sizes(size, d, bias, masked, device):
 
 
 @on_devices
-def test_images_in_parts(device, monkeypatch):
-    """Programs that share the sum over images leave parts, summed up in a fixed order."""
-    kernels = importlib.import_module("visattn_fast.kernels.ops.self_attention_bwd")
+def test_split_images(device, monkeypatch):
+    """Programs that share the sum over images leave partials, summed up in a fixed order."""
+    kernels = importlib.import_module("visattn_fast.kernels.attention.flash_bwd")
     whole = check(*inputs(5, 2, 3, 1, 4, device))
-    monkeypatch.setattr(kernels, "splits", lambda programs, images: (3, 2))
+    monkeypatch.setattr(kernels, "split", lambda programs, images: (3, 2))
     torch.testing.assert_close(check(*inputs(5, 2, 3, 1, 4, device)), whole)
 
 
 @on_devices
 def test_strides(device):
-    """Views of wider tensors are read in place; what is not evenly spaced is copied. Results do not tell."""
+    """Views of wider tensors are read in place, those that are not evenly spaced are copied; results are the same."""
     qkv, table, mask = inputs(2, 3, 4, 2, 8, device)
     wide = torch.cat([qkv, qkv], 5)[..., :8]
     views = [wide, qkv.transpose(1, 2).contiguous().transpose(1, 2), qkv[:1].expand_as(qkv), qkv[:, :, 1:]]
@@ -87,11 +87,12 @@ def test_too_wide(device):
 
 def test_empty_batch_launches_nothing(monkeypatch):
     forward, backward = (importlib.import_module(f"visattn_fast.kernels.ops.self_attention{s}") for s in ("", "_bwd"))
+    kernels = importlib.import_module("visattn_fast.kernels.attention.flash_fwd")
 
     def no_launch(*args, **kwargs):
         raise AssertionError("launched")
 
-    monkeypatch.setattr(type(forward._attention_kernel), "__getitem__", no_launch)
+    monkeypatch.setattr(type(kernels._attention_kernel), "__getitem__", no_launch)
     qkv, table, mask = inputs(0, 3, 4, 2, 8, "cpu")
     out, lse = forward.attention_fwd(qkv, table, mask, 1.0)
     dqkv, dtable = backward.attention_bwd(out, qkv, table, mask, out, lse, 1.0)
@@ -102,7 +103,7 @@ def test_empty_batch_launches_nothing(monkeypatch):
 
 
 def uses(compiled, d, dtype, bias, size=(32, 32), images=2):
-    """Every launch of a forward and a backward pass and of the mean weights, with a bias and a mask or without."""
+    """Returns every launch of forward, backward and mean weights, with a bias and a mask or without."""
     launches = importlib.import_module("tools.launches")
     found = []
     height, width = size
@@ -134,7 +135,7 @@ def uses(compiled, d, dtype, bias, size=(32, 32), images=2):
     ids=str,
 )
 def test_compiled(d, dtype, target, monkeypatch):
-    """No spills, no 32-bit overflow, no lost NaN; heads are read 16 bytes at a time, wide ones in float32 8."""
+    """There are no spills, 32-bit overflows or lost NaN; heads are read 16 bytes at a time, wide ones in float32 8."""
     compiled = pytest.importorskip("tools.compiled", reason="not beside the repository's tools")
     monkeypatch.setattr("visattn_fast.kernels.core.heuristics.amd", lambda: target == "gfx942")
     kernels = compiled.compile_all(compiled.specialise(uses(compiled, d, dtype, True), [target]))
@@ -147,7 +148,7 @@ def test_compiled(d, dtype, target, monkeypatch):
         for name in wide:
             position = kernel.variant.parameters.index(name)
             widths = {(a.kind, a.width) for a in kernel.accesses if position in a.arguments}
-            store = 8 if target == "gfx942" else 16  # what products leave in registers there
+            store = 8 if target == "gfx942" else 16  # the layout in which products leave a tile there
             load = 8 if dtype == torch.float32 and d > 64 else 16  # tiles of a few channels
             assert widths
             assert all(width >= (load if kind == "load" else store) for kind, width in widths), (name, widths)
@@ -156,7 +157,7 @@ def test_compiled(d, dtype, target, monkeypatch):
 @compiled_only
 @pytest.mark.parametrize(("size", "images"), [((32, 32), 4096), ((2048, 2048), 1)], ids=str)
 def test_more_than_2_to_31_elements(size, images):
-    """In many images, and in one: no 32-bit integer behind an address overflows."""
+    """No 32-bit integer behind an address overflows, in many images or in one."""
     compiled = pytest.importorskip("tools.compiled", reason="not beside the repository's tools")
     kernels = compiled.compile_all(
         compiled.specialise(uses(compiled, 64, torch.float16, True, size, images), ["sm_90"])

@@ -1,6 +1,6 @@
 """Triton launchers: launch parameters, layouts, reductions that several programs share, empty batches.
 
-Kernels run on a GPU, or on the CPU under TRITON_INTERPRET=1; what only plans a launch is tested everywhere.
+Kernels run on a GPU, or on the CPU under TRITON_INTERPRET=1; code that only plans a launch is tested everywhere.
 """
 
 from __future__ import annotations
@@ -44,17 +44,17 @@ def layout_of(shape: tuple[int, ...], layout: str) -> Any:
 @formats
 @pytest.mark.parametrize("over_c", [False, True])
 def test_reduction_covers(layout, over_c):
-    parts = []
+    splits = []
     for shape in (*LONG, (0, 3, 4, 4), (1, 1, 1, 1), (64, 256, 56, 56), (1, 128, 1024, 1024), (3, 70000, 1, 1)):
         where = layout_of(shape, layout)
         r = heuristics.reduction(where, over_c)
         kept, reduced = (where.HW, where.C) if over_c else (where.C, where.HW)
         block_kept, block_reduced = (r.tile.BLOCK_P, r.tile.BLOCK_C)[:: 1 if over_c else -1]
         assert (r.blocks - 1) * block_kept < kept <= r.blocks * block_kept
-        assert (r.parts - 1) * r.steps * block_reduced < reduced <= r.parts * r.steps * block_reduced
-        assert r.parts <= 65535  # the second axis of a grid
-        parts.append(r.parts)
-    assert max(parts[: len(LONG)]) > 1, "the shapes below are to be reduced in parts"
+        assert (r.splits - 1) * r.steps * block_reduced < reduced <= r.splits * r.steps * block_reduced
+        assert r.splits <= 65535  # the second axis of a grid
+        splits.append(r.splits)
+    assert max(splits[: len(LONG)]) > 1, "several programs are to share the reductions of the shapes below"
 
 
 @formats
@@ -71,11 +71,11 @@ def test_slices_are_read_in_place(layout):
 @entries
 @formats
 @shapes
-def test_parts(entry, layout, shape, device):
+def test_split_reductions(entry, layout, shape, device):
     if not entry.supports(shape):
         pytest.skip(f"no {entry.name} for {shape}")
     arguments = entry.arguments(shape[1])
-    if "reduction" in arguments and shape[1] > 1000:  # few hidden channels: it is x that is reduced in parts
+    if "reduction" in arguments and shape[1] > 1000:  # few hidden channels: the reductions of x are to be split
         arguments["reduction"] = shape[1] // 10
         entry = dataclasses.replace(entry, arguments=lambda c: arguments)
     check(entry, feature_map(shape, layout, torch.float32, device), "triton")
@@ -85,7 +85,7 @@ def test_parts(entry, layout, shape, device):
 @formats
 @pytest.mark.parametrize(("channels", "reduction"), [(300, 1), (40, 1), (264, 4)])
 def test_many_hidden_units(channels, reduction, layout, device):
-    """More than a product takes at once, than signs share an integer, than a program can sum up."""
+    """There may be more hidden units than a product takes, than signs share an integer, than a program can sum up."""
     arguments = {"channels": channels, "reduction": reduction}
     entry = dataclasses.replace(catalogue.ENTRIES["local_attention"], arguments=lambda c: arguments)
     check(entry, feature_map((2, channels, 5, 4), layout, torch.float32, device), "triton")
@@ -95,8 +95,8 @@ def test_many_hidden_units(channels, reduction, layout, device):
 @formats
 @shapes
 @pytest.mark.parametrize("value", [0.0, torch.nan, -torch.inf])
-def test_first_maximum_of_all_parts(layout, shape, value, device):
-    """Equal maxima in every part: the first one wins. Late NaN win over them, the first one again."""
+def test_first_maximum_of_all_splits(layout, shape, value, device):
+    """The first one of equal maxima in all splits wins; the first NaN wins over all of them."""
     x = feature_map(shape, layout, torch.float32, device).clamp_(max=0)
     if value:
         x[:, -2:, -1, -2:] = value
@@ -153,7 +153,7 @@ def test_empty_batch_launches_nothing(monkeypatch):
 
 @pytest.mark.skipif(not INTERPRETED, reason="runs what a GPU times")
 def test_timed_passes():
-    """Each pass that has a grain runs, at this grain and at another."""
+    """Each pass with a grain runs, at this grain and at another."""
     times = pytest.importorskip("tools.gpu_times", reason="not beside the repository's tools")
     for layout in catalogue.LAYOUTS:
         found = times.passes((1, 8, 6, 5), layout, "cpu", torch.float32)

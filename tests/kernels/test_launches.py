@@ -1,4 +1,4 @@
-"""How many launches a call costs: small maps wait for the host. And what merged launches write, in which dtypes."""
+"""The number of launches of a call, which small maps wait for; and the results and dtypes of merged launches."""
 
 from __future__ import annotations
 
@@ -13,20 +13,27 @@ from visattn_fast.ops.library import OPS
 
 pytest.importorskip("triton")
 counted = pytest.importorskip("tools.launches", reason="not beside the repository's tools")
-mlp, eca = (importlib.import_module(f"visattn_fast.kernels.{name}") for name in ("passes.mlp", "ops.eca"))
+mlp, channel_conv = (importlib.import_module(f"visattn_fast.kernels.passes.{name}") for name in ("mlp", "channel_conv"))
 
 WITH_KERNELS = [e for e in catalogue.ENTRIES.values() if e.forward_passes]
 MERGED = (
-    "se", "eca", "cbam", "scse", "channel_attention", "spatial_attention", "nam", "local_attention",
+    "se",
+    "eca",
+    "cbam",
+    "scse",
+    "channel_attention",
+    "spatial_attention",
+    "nam",
+    "local_attention",
     "shuffle_attention",
-)  # fmt: skip
+)
 DEVICES = [device for device, backend in TARGETS if backend == "triton"]
 NEEDS_DEVICE = pytest.mark.skip(reason="needs a GPU or TRITON_INTERPRET=1")
 on_devices = pytest.mark.parametrize("device", DEVICES or [pytest.param("none", marks=NEEDS_DEVICE)])
 formats = pytest.mark.parametrize("layout", catalogue.LAYOUTS)
 
-# Of a training step in bfloat16, forward and backward, PyTorch's own among them. Where two figures stand, parts of a
-# sum or of a maximum are put together in one launch more for some shapes, or layouts differ.
+# Launches of a training step in bfloat16, forward and backward, with PyTorch's own. If there are two figures, some
+# shapes need one more launch that combines partial results, or layouts differ.
 LAUNCHES = {
     "se": (3, 3),
     "eca": (3, 3),
@@ -49,15 +56,21 @@ LAUNCHES = {
 @pytest.mark.parametrize("shape", [(64, 256, 56, 56), (32, 512, 28, 28)], ids=lambda s: "x".join(map(str, s)))
 @pytest.mark.parametrize("name", LAUNCHES)
 def test_launches(name, shape, layout):
-    """As many as stand in the table: no more, and where there are fewer it is to be tightened."""
+    """There are as many as in the table; if there are fewer, tighten the table."""
     found = counted.launches(counted.Call(catalogue.ENTRIES[name], shape, layout))
     for (op, launches), allowed in zip(found.items(), LAUNCHES[name], strict=True):
         allowed = (allowed,) if isinstance(allowed, int) else allowed
         assert allowed[0] <= launches.total() <= allowed[-1], f"{op}: {dict(launches)}"
 
 
+@pytest.mark.parametrize(("name", "kernel"), [("se", "_dx_mlp_kernel"), ("eca", "_dx_kernel")])
+def test_input_gradient_compiles_an_mlp_only_if_there_is_one(name, kernel):
+    found = counted.launches(counted.Call(catalogue.ENTRIES[name], (2, 64, 7, 7)))[f"{name}_bwd"]
+    assert [name for name in found if "_dx_" in name] == [kernel]
+
+
 def test_copies_are_seen():
-    """A view counts where it had to be copied, and only there."""
+    """A view counts if it had to be copied, and only then."""
     x = torch.empty(4, 6, device="meta")
     for copied, made in ((False, x.reshape(24)), (True, x.t().reshape(24)), (False, x.contiguous())):
         assert counted.launches_something(torch.ops.aten.reshape.default, (x,), made) == copied
@@ -68,7 +81,7 @@ def test_copies_are_seen():
 @formats
 @pytest.mark.parametrize("entry", [e for e in WITH_KERNELS if not e.has_torch_layers], ids=lambda e: e.name)
 def test_peak_of_live_tensors(entry, layout):
-    """x, y, its gradient and dx are alive at once, and small tensors: no copy of a map beside them."""
+    """Only x, y, its gradient, dx and small tensors are alive at once: there is no copy of a map beside them."""
     shape = (8, 64, 112, 112)
     x_bytes = 2 * torch.Size(shape).numel()
     peak, y_bytes = counted.peak_bytes(counted.Call(entry, shape, layout))
@@ -92,7 +105,7 @@ def test_a_copy_would_show(monkeypatch):
 @pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.bfloat16), (torch.float32, torch.bfloat16)], ids=str)
 @pytest.mark.parametrize("name", MERGED)
 def test_gradients_have_their_weights_dtypes(name, dtypes):
-    """From the kernels of the CPU, from PyTorch, and on paper; Triton's are held to the reference's dtypes below."""
+    """The CPU's kernels, PyTorch and the fakes return the weights' dtypes; Triton's gradients are tested below."""
     entry = catalogue.ENTRIES[name]
     fast = entry.pair(16, dtypes[1])[0]
     x = feature_map((2, 16, 5, 6), "nchw", dtypes[0]).requires_grad_()
@@ -110,7 +123,7 @@ def test_gradients_have_their_weights_dtypes(name, dtypes):
 @on_devices
 @pytest.mark.parametrize("name", MERGED)
 def test_triton_rounds_once(name, device):
-    """Gradients in the weights' dtype are those of float32, rounded."""
+    """Gradients in the weights' dtype are the rounded gradients of float32."""
     entry = catalogue.ENTRIES[name]
     fast = entry.pair(16)[0].to(device)
     x = feature_map((2, 16, 5, 6), "nchw", torch.float32, device).requires_grad_()
@@ -134,15 +147,15 @@ def test_triton_rounds_once(name, device):
 @on_devices
 @formats
 @pytest.mark.parametrize("name", ["se", "cbam", "scse"])
-@pytest.mark.parametrize("limit", ["FUSED", "FUSED_PARTS"])
+@pytest.mark.parametrize("limit", ["FUSED", "FUSED_PARTIALS"])
 def test_layers_of_many_weights(name, limit, layout, device, monkeypatch):
-    """Each layer is a launch of its own where one program would have too many weights, or parts of sums."""
+    """Each layer is a launch of its own if one program would have too many weights or partial sums."""
     monkeypatch.setattr(mlp, limit, 1)
     check(catalogue.ENTRIES[name], feature_map((2, 40, 16, 20), layout, torch.float32, device), "triton")
 
 
 @on_devices
 @formats
-def test_many_slots(layout, device, monkeypatch):
-    monkeypatch.setattr(eca, "MOST_SLOTS", 1)
+def test_many_partials(layout, device, monkeypatch):
+    monkeypatch.setattr(channel_conv, "MOST_PARTIALS", 1)
     check(catalogue.ENTRIES["eca"], feature_map((2, 40, 16, 20), layout, torch.float32, device), "triton")

@@ -1,4 +1,4 @@
-"""The tools that prove the kernels find what they are for: each kernel of `faults` fails one check, and no other."""
+"""The tools that check kernels find faults: each kernel of `faults` fails one check, and no other."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_compiled(launcher, shape, message, target):
 @not_interpreted
 @pytest.mark.parametrize("target", compiled.TARGETS)
 def test_copies_to_shared_memory(target):
-    """Loads that never see a register are loads; what waits for them may be more than there is."""
+    """Copies into shared memory count as loads, and may take more of it than there is."""
     shape = (8, 16, 64, 64)
     assert not compile_faults(faults.product, shape, target)
     if compiled.TARGETS[target].backend == "cuda":  # AMD's compiler lets them wait in registers

@@ -1,4 +1,4 @@
-"""What every op's Triton launcher moves, held against the catalogue; `python -m tools.traffic` prints the table."""
+"""Every op's Triton launcher moves the declared bytes; `python -m tools.traffic` prints the table."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_moves_what_is_declared(call):
 
 
 def test_channels_that_no_program_holds():
-    """LocalAttention's backward reads x once more, for the sums that wait for a sum over all channels."""
+    """LocalAttention's backward reads x once more if no program holds all channels, over which it sums first."""
     entry = catalogue.ENTRIES["local_attention"]
     entry = dataclasses.replace(entry, arguments=lambda c: {"channels": c, "reduction": 64})  # small sums
     for shape, passes in (((1, 256, 8, 20), 4), ((1, 264, 8, 20), 5)):

@@ -55,14 +55,15 @@ def test_thin_maps_match_reference(layout, size, channels, device, backend):
 
 def test_empty_batch_launches_nothing(monkeypatch):
     pytest.importorskip("triton")
-    kernels = importlib.import_module("visattn_fast.kernels.ops.split_attention")
+    launchers = importlib.import_module("visattn_fast.kernels.ops.split_attention")
+    kernels = importlib.import_module("visattn_fast.kernels.passes.shifted_branches")
 
     def no_launch(*args, **kwargs):
         raise AssertionError("launched")
 
     monkeypatch.setattr(type(kernels._shift_sum_kernel), "__getitem__", no_launch)
     u, grad, gate, dtotal = (torch.ones(s) for s in ((0, 6, 3, 3), (0, 2, 3, 3), (0, 3, 2), (0, 2)))
-    assert kernels.shift_total(u).shape == dtotal.shape
-    assert kernels.shift_sum(u, gate).shape == grad.shape
-    assert kernels.shift_dot(grad, u).shape == gate.shape
-    assert kernels.shift_grad(grad, u, gate, dtotal).shape == u.shape
+    assert launchers.shift_total(u).shape == dtotal.shape
+    assert launchers.shift_sum(u, gate).shape == grad.shape
+    assert launchers.shift_dot(grad, u).shape == gate.shape
+    assert launchers.shift_grad(grad, u, gate, dtotal).shape == u.shape

@@ -84,7 +84,8 @@ def test_kernels_match_float64(device, backend, channels_inside, affine, fixed):
 def test_uneven_shares_of_programs_match_float64(device, backend, monkeypatch):
     """One program has two of three blocks of columns."""
     if backend == "triton":
-        monkeypatch.setattr(importlib.import_module("visattn_fast.kernels.ops.line_gates"), "PROGRAMS", 4)
+        kernels = importlib.import_module("visattn_fast.kernels.passes.lines.gate_grads")
+        monkeypatch.setattr(kernels, "PROGRAMS", 4)
     assert_matches_float64(*arguments(device, hidden=3), backend)
 
 
