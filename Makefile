@@ -9,7 +9,7 @@ CUDA_SOURCES := $(wildcard csrc/cuda/*.* csrc/cuda/emulation/*.*)
 # Test processes. Threads of two of them share the cores, and wait asleep; the interpreter needs one thread each.
 PROCESSES ?= 2
 
-.PHONY: help report test bench kernels evidence names docs lint prose format ext-cuda gpu-check build clean
+.PHONY: help report test bench kernels evidence names docs lint format ext-cuda gpu-check build clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
@@ -46,13 +46,11 @@ names: $(VENV)/installed ## write the lists of public names from each file's __a
 docs: $(VENV)/installed ## build the documentation site: site/index.html
 	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet -d build/doctrees docs site
 
-lint: $(VENV)/installed ## ruff, mypy, clang-format
+lint: $(VENV)/installed ## ruff, mypy, clang-format, the English of docstrings
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(SOURCES) $(CUDA_SOURCES)
-
-prose: $(VENV)/installed ## check the English of docstrings
 	$(BIN)/python -m tools.prose
 
 format: $(VENV)/installed ## apply what lint asks for
