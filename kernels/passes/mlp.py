@@ -246,8 +246,17 @@ def pooled_gate_bwd(
     known = S == 1 and gate is None
     dz = partials[:, 0] if known else pooled.new_empty((N, C))
     if (blocks := _fused_blocks(C, R, S, rows)) is None:
-        activation = {"hidden": hidden, "hidden_activation": hidden_activation}
-        linear(dz, w2, None, dhidden, NONE.value, transposed=True, y_rows=rows, **activation)
+        linear(
+            dz,
+            w2,
+            None,
+            dhidden,
+            NONE.value,
+            transposed=True,
+            y_rows=rows,
+            hidden=hidden,
+            hidden_activation=hidden_activation,
+        )
         linear(dhidden, w1, None, dpooled, NONE.value, transposed=True)
     else:
         launch(
