@@ -27,7 +27,7 @@ BESIDE = {
     NAME: ("cli", "report"),  # for the version
 }
 # The same for the folders of kernels.
-FLOORS = "ops -> experimental -> attention, passes -> core"
+FLOORS = "experimental -> ops -> attention, passes -> core"
 ON_FIRST_USE = ("kernels",)  # imported inside functions only
 OUTSIDE = {
     "kernels": ("torch", "triton"),
