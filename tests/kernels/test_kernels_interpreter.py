@@ -14,6 +14,7 @@ import torch
 
 from cases import INTERPRETED, TARGETS, check, feature_map
 from visattn_fast import catalogue
+from visattn_fast.reference.activations import Activation, GateActivation
 
 pytest.importorskip("triton")
 cbam, channel_scale, eca, local_attention, nam, norm_gate, scse, se, shuffle_attention, simam = (
@@ -23,10 +24,9 @@ cbam, channel_scale, eca, local_attention, nam, norm_gate, scse, se, shuffle_att
         "simam",
     )
 )
-heuristics, layouts = (
-    importlib.import_module(f"visattn_fast.kernels.{name}") for name in ("core.heuristics", "core.layout")
+activations, heuristics, layouts = (
+    importlib.import_module(f"visattn_fast.kernels.core.{name}") for name in ("activations", "heuristics", "layout")
 )
-
 
 DEVICES = [device for device, backend in TARGETS if backend == "triton"]
 LONG = ((1, 5, 53, 47), (1, 1030, 3, 2))  # several programs along the pixels, along the channels
@@ -39,6 +39,12 @@ shapes = pytest.mark.parametrize("shape", LONG, ids=lambda s: "x".join(map(str, 
 
 def layout_of(shape: tuple[int, ...], layout: str) -> Any:
     return layouts.canonical(torch.empty(shape, device="meta", memory_format=catalogue.LAYOUTS[layout]))[1]
+
+
+def test_activation_codes_are_those_of_the_ops():
+    assert {code.name: getattr(activations, code.name).value for code in Activation} == dict(Activation.__members__)
+    for code, gate in zip(GateActivation, activations.GATE_ACTIVATIONS, strict=True):
+        assert gate == getattr(activations, code.name).value
 
 
 @formats
