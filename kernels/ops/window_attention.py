@@ -1,9 +1,10 @@
-"""Attention inside (shifted) windows: launcher of the forward pass; see `ops.window_attention`."""
+"""Attention inside (shifted) windows: launchers; see `ops.window_attention`."""
 
 from __future__ import annotations
 
 import torch
 
+from ..attention.window_bwd import attend_windows_bwd
 from ..attention.window_fwd import attend_windows
 from ..attention.windows import prepare
 from ..core.launch import device_guard
@@ -28,3 +29,26 @@ def window_attention_fwd(
     """
     with device_guard(qkv):
         return attend_windows(prepare(qkv, bias, table, heads, window_h, window_w, shift_h, shift_w, scale, pad_first))
+
+
+def window_attention_bwd(
+    grad: torch.Tensor,
+    qkv: torch.Tensor,
+    bias: torch.Tensor | None,
+    table: torch.Tensor,
+    heads: int,
+    window_h: int,
+    window_w: int,
+    shift_h: int,
+    shift_w: int,
+    scale: float,
+    pad_first: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Computes dqkv, dbias, dtable. If one kernel does all, reads grad and qkv once, writes dqkv once.
+
+    Raises:
+        ValueError: windows of more than 256 tokens.
+    """
+    with device_guard(qkv):
+        x = prepare(qkv, bias, table, heads, window_h, window_w, shift_h, shift_w, scale, pad_first)
+        return attend_windows_bwd(grad.contiguous(), x)

@@ -238,7 +238,7 @@ attention_fwd = define(
 attention_bwd = define(
     "attention_bwd(Tensor grad, Tensor qkv, Tensor? table, Tensor? key_mask, Tensor out, Tensor lse, float scale)"
     " -> (Tensor dqkv, Tensor dtable)",
-    "self_attention_bwd",
+    "self_attention",
     _attention_bwd_reference,
     (_empty_dqkv, _empty_dtable),
 )

@@ -67,7 +67,7 @@ window_attention_fwd = define(
 window_attention_bwd = define(
     f"window_attention_bwd(Tensor grad, Tensor qkv, Tensor? bias, Tensor table, {_GEOMETRY})"
     " -> (Tensor dqkv, Tensor dbias, Tensor dtable)",
-    "window_attention_bwd",
+    "window_attention",
     _window_attention_bwd_reference,
     (lambda given: empty_small(qkv := given["qkv"], *qkv.shape, dtype=qkv.dtype), "Q", "shape of table"),
     weights={"qkv": "N H W Q"},
