@@ -108,8 +108,8 @@ void plane_sums(const T* x, int64_t ld, const T* g, const Shape& s, Lines<const 
       rows(std::integral_constant<int, 1>{});
       const auto put = [&](A* to, int64_t i, int64_t count, Vec<A> v, int64_t by) VF_INLINE {
         if constexpr (!kProduct) v = v / static_cast<A>(by);
-        if (free) return store(to + i, v);
-        store_within(to, i, count, v);
+        if (free || i + L <= count) return store(to + i, v);
+        store(to + i, v, Tail{static_cast<int>(count - i)});
       };
       for (h = 0; h < H; h += L) put(out.row(c, 0), h, H, sums_of_vectors(vectors + h * L), W);
       for (int64_t w = 0; w < W; w += L) put(out.column(c, 0), w, W, load(sums + w), H);

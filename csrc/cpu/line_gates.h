@@ -58,6 +58,13 @@ VF_INLINE inline void for_parts(int64_t H, int64_t begin, int64_t end, const F& 
   }
 }
 
+// Stores the lanes of v, the vector at column j, that lie within the `count` elements of a row.
+template <class A>
+VF_INLINE inline void store_within(A* row, int64_t j, int64_t count, Vec<A> v) {
+  if (j + kLanes<A> <= count) return store(row + j, v);
+  if (j < count) store(row + j, v, Tail{static_cast<int>(count - j)});
+}
+
 // A small tensor as a buffer, filled with `otherwise` without a tensor.
 template <class A>
 Buffer<A> buffer_of(const std::optional<Tensor>& t, int64_t count, A otherwise = 0) {

@@ -170,14 +170,6 @@ VF_INLINE inline void store(T* p, Vec<Acc<T>> v, Tail tail) {
   copy_tail(p, lanes, tail.n);
 }
 
-// Stores v at row[column], without the elements from row[count] on.
-template <class T>
-VF_INLINE inline void store_within(T* row, int64_t column, int64_t count, Vec<Acc<T>> v) {
-  constexpr int64_t L = kLanes<Acc<T>>;
-  if (column + L <= count) return store(row + column, v);
-  if (column < count) store(row + column, v, Tail{static_cast<int>(count - column)});
-}
-
 template <class A>
 VF_INLINE inline IVec<A> load_index(const Index<A>* p) {
   IVec<A> v;

@@ -129,7 +129,7 @@ class WindowTiles {
       weights();
       product<A>(Broadcast<A>{p_.get(), Lp_, 1}, v_.get(), dp_, L_, dp_, L_,
                  [&](int64_t i, int64_t j, Vec<A> sum, Full) VF_INLINE {
-                   if (token_[i] >= 0) store_within(image + token_[i] * C, j, w_.d, sum * set1(inverse_[i]));
+                   if (token_[i] >= 0) put(image + token_[i] * C, j, sum * set1(inverse_[i]));
                  });
     });
   }
@@ -159,7 +159,7 @@ class WindowTiles {
       for (int64_t i = 0; i < L_; ++i) logit_gradients(i);
       const auto sends = [&](int64_t part, A factor) VF_INLINE {
         return [=, this](int64_t i, int64_t j, Vec<A> sum, Full) VF_INLINE {
-          if (token_[i] >= 0) store_within(image + token_[i] * 3 * C + part * C, j, w_.d, sum * set1(factor));
+          if (token_[i] >= 0) put(image + token_[i] * 3 * C + part * C, j, sum * set1(factor));
         };
       };
       const Broadcast<A> ds{ds_.get(), Lp_, 1}, ds_t{ds_.get(), 1, Lp_}, p_t{p_.get(), 1, Lp_};
@@ -228,6 +228,15 @@ class WindowTiles {
       if (from) v += load(from + c, lanes);
       store(to + c, v * set1(factor));
     });
+  }
+
+  // Stores the channels of v, the vector at channel c, that the head has.
+  VF_INLINE void put(T* row, int64_t c, Vec<A> v) const {
+    if (c + kLanes<A> <= w_.d) {
+      store(row + c, v);
+    } else {
+      store(row + c, v, Tail{static_cast<int>(w_.d - c)});
+    }
   }
 
   // p_: exponentials of the logits minus each row's largest; inverse_: one over each row's sum.
