@@ -5,11 +5,14 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 _ULTRALYTICS = "ultralytics.nn.modules.conv"
 _needs_torchvision = ("segmentation_models_pytorch", "timm", "torchvision", "ultralytics")
@@ -36,6 +39,11 @@ def ultralytics_modules() -> ModuleType:
     if _ULTRALYTICS not in sys.modules:
         sys.modules[_ULTRALYTICS] = importlib.import_module("ultralytics_gates")
     return sys.modules[_ULTRALYTICS]
+
+
+def timm_model(name: str, **options: Any) -> Callable[[], nn.Module]:
+    """Returns a function that builds the timm model ``name`` with ten classes."""
+    return lambda: library("timm").create_model(name, num_classes=10, **options)
 
 
 def _declare_torchvision_operators() -> None:
