@@ -76,10 +76,8 @@ def attend_windows_bwd(grad: torch.Tensor, x: Windows) -> tuple[torch.Tensor, to
     # Tiles of the smallest size; a kernel with larger tiles leaves zeros.
     tiles = 1 if together else max(x.tiles(*query_tiles(x))[1], x.tiles(*key_tiles(x))[1])
     sums = x.table.new_zeros((tiles, groups, x.heads, grid.steps, 2, x.head.D))
-    statistics: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
-    if not together:
-        lse, mean = x.table.new_empty((2, x.heads, *x.qkv.shape[:3])).unbind()
-        statistics = lse, mean
+    lse, mean = (None, None) if together else x.table.new_empty((2, x.heads, *x.qkv.shape[:3])).unbind()
+    statistics = lse, mean
     if together or (x.wide and x.tokens <= WHOLE and x.head.D <= 32):
         partials = whole_windows_bwd(grad, x, grid, groups, dqkv, statistics, sums)
     else:

@@ -195,7 +195,7 @@ def oracle(
 def within_budget(
     fused: dict[str, Tensor], eager: dict[str, Tensor], exact: dict[str, Tensor], rounded: dict[str, Tensor]
 ) -> None:
-    """Holds the fused run to the error budget of `visattn_fast.measure.accuracy`; eager's dtypes are expected."""
+    """Asserts that ``fused`` meets the error budget of `visattn_fast.measure.accuracy`, in the dtypes of ``eager``."""
     assert fused.keys() == exact.keys()
     for name, got in fused.items():
         assert got.dtype == eager[name].dtype, f"{name}: {got.dtype}, expected {eager[name].dtype}"

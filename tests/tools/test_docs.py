@@ -8,15 +8,11 @@ from pathlib import Path
 import pytest
 
 import visattn_fast as vf
-from cases import INTERPRETED
 from outside import library, ultralytics_modules
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted((ROOT / "docs" / "guide" / "libraries").glob("*.md"))
-pytestmark = [
-    pytest.mark.skipif(INTERPRETED, reason="swaps classes; what the kernels compute is held elsewhere"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

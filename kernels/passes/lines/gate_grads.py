@@ -228,8 +228,8 @@ class LineGateGrads(NamedTuple):
         return self.lines.means.shape[0]
 
     @property
-    def line_count(self) -> int:
-        """Lines of the batch."""
+    def all_lines(self) -> int:
+        """Lines of the whole batch."""
         return self.images * self.lines.means.shape[2]
 
 
@@ -289,7 +289,7 @@ def mean_grads(g: LineGateGrads, hidden: HiddenGrads, w1: torch.Tensor) -> torch
         hidden,
         w1.contiguous(),
         dmeans,
-        g.line_count,
+        g.all_lines,
         lines.size,
         EPS=g.eps,
         FIXED=g.fixed,
@@ -310,7 +310,7 @@ def line_weight_grads(
     dweights = AxisWeights(dw_h, new(C), dw_w, new(C))
     # Partial sums are to move less than the lines do.
     programs, length = lines.blocks_c * lines.blocks_m, 3 * C * M + 2 * C
-    splits = max(min(cdiv(PROGRAMS, programs), g.line_count // (4 * M)), 1)
+    splits = max(min(cdiv(PROGRAMS, programs), g.all_lines // (4 * M)), 1)
     partials = lines.means.new_empty((splits, length))
     launch(
         _line_weight_partials_kernel,
@@ -321,7 +321,7 @@ def line_weight_grads(
         hidden,
         partials,
         g.images,
-        g.line_count,
+        g.all_lines,
         lines.size,
         EPS=g.eps,
         FIXED=g.fixed,
