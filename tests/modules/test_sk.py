@@ -82,6 +82,6 @@ def test_branch_kernels_compile_without_faults(layout, target, shape):
         torch.autograd.grad(y, [v1, v2], torch.empty_like(y))
     found = compiled.compile_all(compiled.specialise(uses, [target]))
     assert len(found) >= 4
-    seen = {c.variant.uses[0].launch.constants.get("CHANNELS_LAST") for c in found} - {None}
+    seen = {c.variant.uses[0].launch.constants.get("TILE.CHANNELS_LAST") for c in found} - {None}
     assert seen == {layout == "channels_last"}
     assert not [fault for c in found for fault in c.faults]
