@@ -140,7 +140,8 @@ class Compiled:
         for name, tensor in use.launch.tensors.items():
             if tensor.shape != use.shape:
                 continue
-            allowed = min(alignment(tensor) * tensor.element_size(), WIDE)
+            rows = use.launch.constants.get("TILE.ROW_ALIGN")  # of kernels that address each row of a plane
+            allowed = min((rows or alignment(tensor)) * tensor.element_size(), WIDE)
             position = self.variant.parameters.index(name)
             widths = {(a.kind, a.width) for a in self.accesses if position in a.arguments}
             if not widths:

@@ -23,12 +23,13 @@ from triton.runtime import interpreter
 
 from visattn_fast import catalogue
 
-from .launches import EPILOGUES, Call, Launch, Shape, launches_something
+from .launches import EPILOGUES, Call, Launch, launches_something
 from .table import show
 from .teams import together
 
 TOLERANCE = 0.03
 SHAPE = (2, 40, 16, 20)  # several programs along each axis, the last one masked; about 2 ms a program
+CUBE = (1, 64, 56, 48)  # large enough for the faces of triplet attention to be small
 
 # The methods of the interpreter's builder that touch memory; its other loads and stores call these.
 _ACCESSES = {
@@ -139,11 +140,12 @@ def accounts(call: Call) -> list[Account]:
     ]
 
 
-def calls(entry: catalogue.Entry, shape: Shape = SHAPE) -> Iterable[Call]:
+def calls(entry: catalogue.Entry) -> Iterable[Call]:
     """Yields calls in both layouts, with each epilogue, and of a slice, which must not be copied.
 
     There are none if the module does not support the shape.
     """
+    shape = CUBE if "triplet_pool" in entry.ops else SHAPE
     if not entry.supports(shape):
         return
     if entry.rereads:  # its ops see tokens, whatever x's layout

@@ -24,6 +24,7 @@ from .fused.simam import FastSimAM
 from .fused.sk import FastSK
 from .fused.soca import FastSOCA
 from .fused.split_attention import FastS2MLPv2
+from .fused.triplet_attention import FastTripletAttention
 from .fused.window_attention import FastWindowAttention2d
 
 __all__ = [
@@ -49,6 +50,7 @@ __all__ = [
     "FastShuffleAttention",
     "FastSimAM",
     "FastSpatialAttention",
+    "FastTripletAttention",
     "FastWindowAttention2d",
     "FastscSE",
     "GateStatistics",

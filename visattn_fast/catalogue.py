@@ -163,6 +163,26 @@ _ENTRIES = (
     ),
     *_both_modes(
         Entry(
+            "triplet_attention",
+            modules.FastTripletAttention,
+            reference.TripletAttention,
+            lambda c: {},
+            forward_passes=3,
+            backward_passes=4,
+            supports=lambda shape: shape[0] * min(shape[1] * min(shape[2:]), shape[2] * shape[3]) >= 8,
+            saved=0.25,  # five values for each pair of indices
+            ops=(
+                "triplet_pool",
+                "map_conv",
+                "triplet_scale",
+                "triplet_scale_bwd",
+                "map_conv_bwd",
+                "triplet_input_grad",
+            ),
+        )
+    ),
+    *_both_modes(
+        Entry(
             "sk",
             modules.FastSK,
             reference.SK,

@@ -21,10 +21,12 @@ from .fused.simam import simam
 from .fused.sk import sk
 from .fused.soca import soca
 from .fused.split_attention import split_attention
+from .fused.triplet_attention import PlaneGate, triplet_attention
 from .fused.window_attention import window_attention
 
 __all__ = [
     "Norm",
+    "PlaneGate",
     "additive_score",
     "attention2d",
     "cbam",
@@ -48,6 +50,7 @@ __all__ = [
     "soca",
     "spatial_attention",
     "split_attention",
+    "triplet_attention",
     "window_attention",
 ]
 # End of the lists.

@@ -85,7 +85,8 @@ def test_peak_of_live_tensors(entry, layout):
     shape = (8, 64, 112, 112)
     x_bytes = 2 * torch.Size(shape).numel()
     peak, y_bytes = counted.peak_bytes(counted.Call(entry, shape, layout))
-    assert 2 * x_bytes <= peak <= 2.4 * x_bytes + 2 * y_bytes
+    small = 0.16 + 3 * entry.saved  # small tensors are float32, and some have gradients
+    assert 2 * x_bytes <= peak <= (2 + small) * x_bytes + 2 * y_bytes
 
 
 def test_a_copy_would_show(monkeypatch):

@@ -30,7 +30,8 @@ def test_compiled_module_is_one_graph_and_matches_eager(entry, dynamic):
     backend = "aot_eager" if quick else "inductor"
     compiled = torch.compile(fast, fullgraph=True, dynamic=dynamic, backend=backend)
     # Inductor computes batch norms its own way.
-    tolerance = {"rtol": 1e-3, "atol": 1e-3} if entry.has_torch_layers else {}
+    own_norms = entry.has_torch_layers or entry.name == "triplet_attention"
+    tolerance = {"rtol": 1e-3, "atol": 1e-3} if own_norms else {}
     # No map is so small that the reference serves.
     shapes = [(2, 16, 6, 5), (3, 16, 8, 9), (5, 16, 7, 6)] if dynamic else [(2, 16, 15, 14)]
     for index, shape in enumerate(shapes):

@@ -36,15 +36,15 @@ from .twofold import (
 )
 
 
-def _carriers(x: Tensor, *shapes: tuple[int, ...]) -> tuple[Tensor, ...]:
+def carriers(x: Tensor, *shapes: tuple[int, ...]) -> tuple[Tensor, ...]:
     """Makes a carrier like x, and one of each shape in the accumulation dtype. They take no memory."""
     small = x.new_empty((), dtype=accumulation_dtype(x))
     return x.new_empty(()).expand(x.shape), *(small.expand(shape) for shape in shapes)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], tensors: int, small: tuple[Tensor, ...] = ()) -> None:
-    """Saves the first ``tensors`` inputs, the small results, and the last input, a number."""
-    ctx.options = inputs[-1:]
+def save(ctx: Any, inputs: tuple[Any, ...], tensors: int, small: tuple[Tensor, ...] = (), numbers: int = 1) -> None:
+    """Saves the first ``tensors`` inputs, the small results, and the last ``numbers`` inputs, which are no tensors."""
+    ctx.options = inputs[-numbers:]
     ctx.mark_non_differentiable(*(t for t in small if not t.is_floating_point()))
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*inputs[:tensors], *small)
@@ -55,17 +55,17 @@ class Mean(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, _: int) -> tuple[Tensor, ...]:
-        return channel_mean(x), *_carriers(x, x.shape[:2])
+        return channel_mean(x), *carriers(x, x.shape[:2])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        _save(ctx, inputs, 1)
+        save(ctx, inputs, 1)
 
     @staticmethod
     def backward(ctx: Any, dmean: Tensor | None, grad: Tensor | None, gate: Tensor | None) -> Any:
         (x,) = ctx.saved_tensors
         if grad is None or gate is None:
-            return None if dmean is None else differentiate(ctx, _mean, (x,), dmean)[0], None
+            return None if dmean is None else differentiate(ctx, mean, (x,), dmean)[0], None
         return channel_input_grad(grad, x, gate, dmean), None
 
 
@@ -78,7 +78,7 @@ class ChannelScale(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        _save(ctx, inputs, 3)
+        save(ctx, inputs, 3)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> Any:
@@ -102,14 +102,14 @@ class PoolPixels(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, share_ties: int) -> tuple[Tensor, ...]:
         n, c, h, w = x.shape
-        carriers = _carriers(x, (n, c), (n, h, w), (n, c), (n, 2, h, w), (n, 2, h, w), (n, h, w))
+        unused = carriers(x, (n, c), (n, h, w), (n, c), (n, 2, h, w), (n, 2, h, w), (n, h, w))
         if share_ties < 0:
-            return x.new_zeros((n, 2, c), dtype=carriers[1].dtype), x.new_zeros((n, c), dtype=torch.int32), *carriers
-        return *pool_pixels(x, bool(share_ties)), *carriers
+            return x.new_zeros((n, 2, c), dtype=unused[1].dtype), x.new_zeros((n, c), dtype=torch.int32), *unused
+        return *pool_pixels(x, bool(share_ties)), *unused
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        _save(ctx, inputs, 1, output[:2])
+        save(ctx, inputs, 1, output[:2])
 
     @staticmethod
     def backward(ctx: Any, dpooled: Tensor | None, _: None, *messages: Tensor | None) -> Any:
@@ -136,7 +136,7 @@ class PoolChannels(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        _save(ctx, inputs, 2, output)
+        save(ctx, inputs, 2, output)
 
     @staticmethod
     def backward(ctx: Any, dmaps: Tensor | None, _: None) -> Any:
@@ -158,7 +158,7 @@ class ChannelSpatialScale(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        _save(ctx, inputs, 4)
+        save(ctx, inputs, 4)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> Any:
@@ -184,7 +184,7 @@ def _scaled_twice(x: Tensor, channel: Tensor, spatial: Tensor, residual: Tensor 
     return _scaled(x * channel[:, :, None, None], spatial[:, None], residual, activation).to(x.dtype)
 
 
-def _mean(x: Tensor, _: int) -> Tensor:
+def mean(x: Tensor, _: int) -> Tensor:
     return x.mean((2, 3), dtype=accumulation_dtype(x))
 
 

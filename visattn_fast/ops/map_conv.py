@@ -5,6 +5,7 @@ It is an op of its own because PyTorch's convolution takes as long on a CPU as a
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -19,6 +20,8 @@ def _map_conv_reference(maps: Tensor, w: Tensor) -> Tensor:
 
 def _map_conv_bwd_reference(grad: Tensor, maps: Tensor, w: Tensor) -> tuple[Tensor, ...]:
     dmaps, dw = spatial_gate_backward(grad[:, 0].to(maps.dtype), maps, w)
+    if not maps.numel():  # an empty tensor of any strides counts as contiguous
+        dmaps = torch.zeros_like(maps, memory_format=torch.contiguous_format)
     return dmaps.contiguous(), dw
 
 

@@ -24,6 +24,7 @@ from .simam import SimAM, simam
 from .sk import SK, sk
 from .soca import SOCA, soca
 from .split_attention import S2MLPv2, split_attention
+from .triplet_attention import TripletAttention, triplet_attention
 from .window_attention import WindowAttention2d, window_attention
 
 __all__ = [
@@ -46,6 +47,7 @@ __all__ = [
     "ShuffleAttention",
     "SimAM",
     "SpatialAttention",
+    "TripletAttention",
     "WindowAttention2d",
     "additive_score",
     "attention2d",
@@ -71,6 +73,7 @@ __all__ = [
     "soca",
     "spatial_attention",
     "split_attention",
+    "triplet_attention",
     "window_attention",
 ]
 # End of the lists.

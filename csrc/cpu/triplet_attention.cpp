@@ -1,0 +1,182 @@
+// Triplet attention: maximum and mean over each axis of x, y = act(x * (mean of the gates) + residual), the
+// gates' gradients, and dx.
+#include <torch/csrc/stable/library.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "../common/activations.h"
+#include "channel_pool.h"
+#include "cube_passes.h"
+#include "elementwise.h"
+#include "image_matrix.h"
+#include "parallel.h"
+#include "tensor.h"
+
+namespace visattn {
+namespace {
+
+template <class A>
+Tensor faces_as(const Tensor& t, int64_t count, const char* name) {
+  STD_TORCH_CHECK(t.numel() == count, name, " must have ", count, " elements, got ", t.numel());
+  return weight_as(t, kDtype<A>);
+}
+
+std::tuple<Tensor, Tensor> triplet_pool(Tensor x, bool spatial) {
+  return dispatch(x, [&](auto type) {
+    using T = decltype(type);
+    using A = Acc<T>;
+    const Shape s = shape_of(x);
+    const FeatureMap map = feature_map(x);
+    const Faces f = faces_of(s, map.nhwc, spatial);
+    Tensor pooled = empty({s.N, 2, f.size}, kDtype<A>), at = empty({s.N, f.size}, ScalarType::Int);
+    for_images(s.N, s.C * s.P, [&](int64_t begin, int64_t end, const Workers& workers) {
+      const auto shape = cube_of<T>(nullptr, s, map.nhwc, map.ld);
+      const Split parts = plane_parts(shape.A);
+      std::vector<Pooled<A>> across;
+      for (int64_t i = 0; i < parts.count; ++i) {
+        across.emplace_back(f.bd < 0 ? 0 : shape.B, shape.D, shape.flat());
+      }
+      for (int64_t n = begin; n < end; ++n) {
+        const auto q = cube_of(map.image<T>(n), s, map.nhwc, map.ld);
+        A* max = data<A>(pooled) + 2 * n * f.size;
+        const PooledFaces<A> out{max, max + f.size, data<int32_t>(at) + n * f.size};
+        workers.each(parts.count, [&](int64_t b, int64_t e) {
+          for (; b < e; ++b) {
+            for (int64_t a0 = parts.begin(b); a0 < parts.end(b); a0 += kPlanes) {
+              const int64_t a1 = std::min(a0 + kPlanes, parts.end(b));
+              pool_inside(q, f, a0, a1, out);
+              if (f.bd >= 0) pool_planes(q, a0, a1, a0 == parts.begin(b), across[b]);
+            }
+          }
+        });
+        if (f.bd < 0) continue;
+        for (int64_t i = 1; i < parts.count; ++i) merge(across[0], across[i]);
+        pool_across(q, f, across[0], out);
+      }
+    });
+    return std::make_tuple(pooled, at);
+  });
+}
+
+Tensor triplet_scale(Tensor x, Tensor gates, std::optional<Tensor> residual, int64_t activation) {
+  return dispatch(x, [&](auto type) {
+    using T = decltype(type);
+    using A = Acc<T>;
+    const Shape s = shape_of(x);
+    const FeatureMap map = feature_map(x);
+    const Faces f = faces_of(s, map.nhwc, gates);
+    const auto res = optional_map(residual, s, map.nhwc);
+    const Tensor given = faces_as<A>(gates, s.N * f.size, "gates");
+    Tensor y = empty_map(s, map.nhwc, x.scalar_type());
+    for_images(s.N, s.C * s.P, [&](int64_t begin, int64_t end, const Workers& workers) {
+      const auto shape = cube_of<T>(nullptr, s, map.nhwc, map.ld);
+      const Split pieces = plane_pieces(shape);
+      Gates<T> gate(shape.A, shape.B, shape.D);
+      for (int64_t n = begin; n < end; ++n) {
+        const auto q = cube_of(map.image<T>(n), s, map.nhwc, map.ld);
+        gate.set(f, data<A>(given) + n * f.size, q);
+        workers.each(pieces.count, [&](int64_t b, int64_t e) {
+          with_activation(activation, [&](auto act) {
+            scale_planes<T, decltype(act)::value, false>(q, gate, nullptr, image_or_null<T>(res, n),
+                                                         data<T>(y) + n * s.C * s.P, pieces.begin(b),
+                                                         pieces.end(e - 1));
+          });
+        });
+      }
+    });
+    return y;
+  });
+}
+
+std::tuple<Tensor, Tensor> triplet_scale_bwd(Tensor grad, Tensor x, Tensor gates,
+                                             std::optional<Tensor> residual, int64_t activation) {
+  return dispatch(x, [&](auto type) {
+    using T = decltype(type);
+    using A = Acc<T>;
+    const Shape s = shape_of(x);
+    const FeatureMap map = feature_map(x), upstream = dense_map(grad, s, map.nhwc);
+    const bool act = activation != kNone;
+    const Faces f = faces_of(s, map.nhwc, gates);
+    const auto res = act ? optional_map(residual, s, map.nhwc) : std::nullopt;
+    const Tensor given = faces_as<A>(gates, s.N * f.size, "gates");
+    const int64_t image = s.C * s.P;
+    Tensor dgates = empty({s.N, f.size}, kDtype<A>),
+           dresidual = empty_residual_grad(s, map.nhwc, x.scalar_type(), act);
+    for_images(s.N, image, [&](int64_t begin, int64_t end, const Workers& workers) {
+      const auto shape = cube_of<T>(nullptr, s, map.nhwc, map.ld);
+      const Split parts = plane_parts(shape.A);
+      const int64_t pitch = shape.flat() ? shape.B * shape.D : shape.D;
+      ChannelPartials<A> across(f.bd < 0 ? 0 : shape.B * shape.D, parts.count);
+      Gates<T> gate(shape.A, shape.B, shape.D);
+      for (int64_t n = begin; n < end; ++n) {
+        const auto q = cube_of(map.image<T>(n), s, map.nhwc, map.ld);
+        const T *g = upstream.image<T>(n), *pr = image_or_null<T>(res, n);
+        T* kept = act ? data<T>(dresidual) + n * image : nullptr;
+        const auto gs = cube_of<T>(act ? kept : g, s, map.nhwc, upstream.ld);
+        A* out = data<A>(dgates) + n * f.size;
+        if (act) gate.set(f, data<A>(given) + n * f.size, q);
+        workers.each(parts.count, [&](int64_t b, int64_t e) {
+          for (; b < e; ++b) {
+            if (f.bd >= 0) std::fill_n(across.part(b), shape.B * shape.D, A(0));
+            for (int64_t a0 = parts.begin(b); a0 < parts.end(b); a0 += kPlanes) {
+              const int64_t a1 = std::min(a0 + kPlanes, parts.end(b));
+              if (activation == kRelu) scale_planes<T, kRelu, true>(q, gate, g, pr, kept, a0, a1);
+              if (activation == kSilu) scale_planes<T, kSilu, true>(q, gate, g, pr, kept, a0, a1);
+              sum_planes(q, gs, f, a0, a1, across.part(b), pitch, out);
+            }
+          }
+        });
+        if (f.bd < 0) continue;
+        across.sum(out + f.bd);
+        for (int64_t i = 0; i < shape.B * shape.D; ++i) out[f.bd + i] /= static_cast<A>(f.count());
+      }
+    });
+    return std::make_tuple(dgates, dresidual);
+  });
+}
+
+Tensor triplet_input_grad(Tensor grad, Tensor x, Tensor gates, Tensor dpooled, Tensor at) {
+  return dispatch(x, [&](auto type) {
+    using T = decltype(type);
+    using A = Acc<T>;
+    const Shape s = shape_of(x);
+    const bool nhwc = is_nhwc(x);
+    const FeatureMap upstream = dense_map(grad, s, nhwc);
+    const Faces f = faces_of(s, nhwc, gates);
+    const Tensor given = faces_as<A>(gates, s.N * f.size, "gates"),
+                 d = faces_as<A>(dpooled, 2 * s.N * f.size, "dpooled");
+    STD_TORCH_CHECK(at.numel() == s.N * f.size && at.scalar_type() == ScalarType::Int && at.is_contiguous(),
+                    "at must be ", s.N * f.size, " contiguous int32");
+    Tensor dx = empty_map(s, nhwc, x.scalar_type());
+    for_images(s.N, s.C * s.P, [&](int64_t begin, int64_t end, const Workers& workers) {
+      const auto shape = cube_of<T>(nullptr, s, nhwc, upstream.ld);
+      const Split pieces = plane_pieces(shape);
+      Gates<T> gate(shape.A, shape.B, shape.D);
+      PooledGrad<A> pooled(shape.A, shape.B, shape.D);
+      for (int64_t n = begin; n < end; ++n) {
+        const auto g = cube_of(upstream.image<T>(n), s, nhwc, upstream.ld);
+        gate.set(f, data<A>(given) + n * f.size, g);
+        pooled.set(f, data<A>(d) + 2 * n * f.size, data<int32_t>(at) + n * f.size, g.A, g.B, g.D);
+        workers.each(pieces.count, [&](int64_t b, int64_t e) {
+          input_grad_planes(g, gate, pooled, data<T>(dx) + n * s.C * s.P, pieces.begin(b), pieces.end(e - 1));
+        });
+      }
+    });
+    return dx;
+  });
+}
+
+}  // namespace
+}  // namespace visattn
+
+STABLE_TORCH_LIBRARY_IMPL(visattn_fast, CPU, m) {
+  m.impl("triplet_pool", TORCH_BOX(&visattn::triplet_pool));
+  m.impl("triplet_scale", TORCH_BOX(&visattn::triplet_scale));
+  m.impl("triplet_scale_bwd", TORCH_BOX(&visattn::triplet_scale_bwd));
+  m.impl("triplet_input_grad", TORCH_BOX(&visattn::triplet_input_grad));
+}
