@@ -8,6 +8,7 @@ from .watch import GateStatistics, attention_maps, watch_gates
 
 # isort: split
 # Lists of names: written by `make names`.
+from .fused.bam import FastBAM
 from .fused.cbam import FastCBAM, FastChannelAttention, FastSpatialAttention
 from .fused.coord_att import FastCoordAtt
 from .fused.criss_cross import FastCrissCross
@@ -33,6 +34,7 @@ __all__ = [
     "Decision",
     "FastAttentionLayer",
     "FastAttentionPooling",
+    "FastBAM",
     "FastCBAM",
     "FastChannelAttention",
     "FastCoordAtt",

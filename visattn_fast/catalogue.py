@@ -181,6 +181,17 @@ _ENTRIES = (
             ),
         )
     ),
+    Entry(
+        "bam",
+        modules.FastBAM,
+        reference.BAM,
+        lambda c: {"channels": c, "reduction": min(16, c)},
+        forward_passes=3,
+        backward_passes=5,  # reads the gradient that the spatial branch has for x, too
+        training=False,  # a chain of batch norms over a few values magnifies their rounding
+        has_torch_layers=True,
+        ops=("channel_mean", "bam_scale", "bam_scale_bwd", "bam_input_grad"),
+    ),
     *_both_modes(
         Entry(
             "sk",

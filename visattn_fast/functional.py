@@ -4,6 +4,7 @@ from .reference.batch_norm import Norm
 
 # isort: split
 # Lists of names: written by `make names`.
+from .fused.bam import bam
 from .fused.cbam import cbam, channel_attention, spatial_attention
 from .fused.coord_att import coord_att
 from .fused.criss_cross import criss_cross
@@ -29,6 +30,7 @@ __all__ = [
     "PlaneGate",
     "additive_score",
     "attention2d",
+    "bam",
     "cbam",
     "channel_attention",
     "channel_mlp",

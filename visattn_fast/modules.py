@@ -2,6 +2,7 @@
 
 # isort: split
 # Lists of names: written by `make names`.
+from .fused.bam import FastBAM
 from .fused.cbam import FastCBAM, FastChannelAttention, FastSpatialAttention
 from .fused.coord_att import FastCoordAtt
 from .fused.criss_cross import FastCrissCross
@@ -24,6 +25,7 @@ from .fused.window_attention import FastWindowAttention2d
 __all__ = [
     "FastAttentionLayer",
     "FastAttentionPooling",
+    "FastBAM",
     "FastCBAM",
     "FastChannelAttention",
     "FastCoordAtt",

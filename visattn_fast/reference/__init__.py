@@ -5,6 +5,7 @@ It imports only torch.
 
 # isort: split
 # Lists of names: written by `make names`.
+from .bam import BAM, bam
 from .cbam import CBAM, ChannelAttention, SpatialAttention, cbam, channel_attention, spatial_attention
 from .coord_att import CoordAtt, coord_att
 from .criss_cross import CrissCross, criss_cross
@@ -28,6 +29,7 @@ from .triplet_attention import TripletAttention, triplet_attention
 from .window_attention import WindowAttention2d, window_attention
 
 __all__ = [
+    "BAM",
     "CBAM",
     "ECA",
     "GAM",
@@ -51,6 +53,7 @@ __all__ = [
     "WindowAttention2d",
     "additive_score",
     "attention2d",
+    "bam",
     "cbam",
     "channel_attention",
     "channel_mlp",
