@@ -130,12 +130,12 @@ struct Branches {
 
 // Calls f with the kind of gate and the activation as compile-time constants.
 template <class F>
-void with_kind(bool sum, int64_t activation, const F& f) {
-  with_epilogue(activation, sum, [&](auto act, auto of_sum) { f(of_sum, act); });
+void with_kind(bool added, int64_t activation, const F& f) {
+  with_epilogue(activation, added, [&](auto act, auto of_sum) { f(of_sum, act); });
 }
 
 Tensor bam_scale(Tensor x, Tensor channel, Tensor spatial, std::optional<Tensor> residual, int64_t activation,
-                 bool sum) {
+                 bool added) {
   return dispatch(x, [&](auto type) {
     using T = decltype(type);
     using A = Acc<T>;
@@ -144,7 +144,7 @@ Tensor bam_scale(Tensor x, Tensor channel, Tensor spatial, std::optional<Tensor>
     const auto res = optional_map(residual, s, map.nhwc);
     const PixelBlocks<T> blocks(s);
     Tensor y = empty_map(s, map.nhwc, x.scalar_type());
-    with_kind(sum, activation, [&](auto of_sum, auto act) {
+    with_kind(added, activation, [&](auto of_sum, auto act) {
       for_images(s.N, s.C * s.P, [&](int64_t begin, int64_t end, const Workers& workers) {
         Branches<A> branches(s, map.nhwc, channel, spatial);
         for (int64_t n = begin; n < end; ++n) {
@@ -167,7 +167,7 @@ Tensor bam_scale(Tensor x, Tensor channel, Tensor spatial, std::optional<Tensor>
 
 std::tuple<Tensor, Tensor, Tensor> bam_scale_bwd(Tensor grad, Tensor x, Tensor channel, Tensor spatial,
                                                  std::optional<Tensor> residual, int64_t activation,
-                                                 bool sum) {
+                                                 bool added) {
   return dispatch(x, [&](auto type) {
     using T = decltype(type);
     using A = Acc<T>;
@@ -179,7 +179,7 @@ std::tuple<Tensor, Tensor, Tensor> bam_scale_bwd(Tensor grad, Tensor x, Tensor c
     const int64_t image = s.C * s.P;
     Tensor dchannel = empty({s.N, s.C}, kDtype<A>), dspatial = empty({s.N, s.H, s.W}, kDtype<A>),
            dresidual = empty_residual_grad(s, nhwc, x.scalar_type(), act);
-    with_kind(sum, activation, [&](auto of_sum, auto kind) {
+    with_kind(added, activation, [&](auto of_sum, auto kind) {
       constexpr bool kSum = decltype(of_sum)::value;
       for_images(s.N, image, [&](int64_t begin, int64_t end, const Workers& workers) {
         Branches<A> branches(s, nhwc, channel, spatial);
@@ -215,7 +215,7 @@ std::tuple<Tensor, Tensor, Tensor> bam_scale_bwd(Tensor grad, Tensor x, Tensor c
 }
 
 Tensor bam_input_grad(Tensor grad, Tensor x, Tensor channel, Tensor spatial, std::optional<Tensor> dmean,
-                      std::optional<Tensor> more, bool sum) {
+                      std::optional<Tensor> more, bool added) {
   return dispatch(x, [&](auto type) {
     using T = decltype(type);
     using A = Acc<T>;
@@ -226,7 +226,7 @@ Tensor bam_input_grad(Tensor grad, Tensor x, Tensor channel, Tensor spatial, std
     const auto shift = dmean ? std::optional<Tensor>(branch_as<A>(*dmean, s.N * s.C, "dmean")) : std::nullopt;
     const PixelBlocks<T> blocks(s);
     Tensor dx = empty_map(s, nhwc, x.scalar_type());
-    with_kind(sum, kNone, [&](auto of_sum, auto none) {
+    with_kind(added, kNone, [&](auto of_sum, auto none) {
       for_images(s.N, s.C * s.P, [&](int64_t begin, int64_t end, const Workers& workers) {
         Branches<A> branches(s, nhwc, channel, spatial);
         Buffer<A> mean(s.C);
