@@ -215,14 +215,14 @@ std::tuple<Tensor, Tensor, Tensor> bam_scale_bwd(Tensor grad, Tensor x, Tensor c
 }
 
 Tensor bam_input_grad(Tensor grad, Tensor x, Tensor channel, Tensor spatial, std::optional<Tensor> dmean,
-                      std::optional<Tensor> more, bool added) {
+                      std::optional<Tensor> dbranch, bool added) {
   return dispatch(x, [&](auto type) {
     using T = decltype(type);
     using A = Acc<T>;
     const Shape s = shape_of(x);
     const bool nhwc = is_nhwc(x);
     const FeatureMap g = dense_map(grad, s, nhwc);
-    const auto added = optional_map(more, s, nhwc);
+    const auto branch_map = optional_map(dbranch, s, nhwc);
     const auto shift = dmean ? std::optional<Tensor>(branch_as<A>(*dmean, s.N * s.C, "dmean")) : std::nullopt;
     const PixelBlocks<T> blocks(s);
     Tensor dx = empty_map(s, nhwc, x.scalar_type());
@@ -236,7 +236,7 @@ Tensor bam_input_grad(Tensor grad, Tensor x, Tensor channel, Tensor spatial, std
             mean[c] = data<A>(*shift)[n * s.C + c] / static_cast<A>(s.P);
           }
           const auto gs = matrix(g.image<T>(n), s, nhwc, g.ld);
-          const T* pa = image_or_null<T>(added, n);
+          const T* pa = image_or_null<T>(branch_map, n);
           workers.each(blocks.count, [&](int64_t b, int64_t e) {
             const int64_t p0 = blocks.first_pixel(b), p1 = blocks.last_pixel(e - 1),
                           skip = nhwc ? p0 * s.C : p0;

@@ -150,8 +150,9 @@ Tensor triplet_input_grad(Tensor grad, Tensor x, Tensor gates, Tensor dpooled, T
     const Faces f = faces_of(s, nhwc, gates);
     const Tensor given = faces_as<A>(gates, s.N * f.size, "gates"),
                  d = faces_as<A>(dpooled, 2 * s.N * f.size, "dpooled");
-    STD_TORCH_CHECK(argmax.numel() == s.N * f.size && argmax.scalar_type() == ScalarType::Int && argmax.is_contiguous(),
-                    "argmax must be ", s.N * f.size, " contiguous int32");
+    STD_TORCH_CHECK(
+        argmax.numel() == s.N * f.size && argmax.scalar_type() == ScalarType::Int && argmax.is_contiguous(),
+        "argmax must be ", s.N * f.size, " contiguous int32");
     Tensor dx = empty_map(s, nhwc, x.scalar_type());
     for_images(s.N, s.C * s.P, [&](int64_t begin, int64_t end, const Workers& workers) {
       const auto shape = cube_of<T>(nullptr, s, nhwc, upstream.ld);
