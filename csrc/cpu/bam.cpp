@@ -1,5 +1,5 @@
-// BAM: y = act(x * (1 + sigmoid(channel * spatial)) + residual), or with the sum of both branches, given as
-// logits per channel [N, C] and per pixel [N, H, W]; the gradients of the branches; and dx.
+// BAM: y = act(x * (1 + sigmoid(channel * spatial)) + residual), or with the sum of both branches, which are
+// logits of channels [N, C] and of pixels [N, H, W]; the branches' gradients; and dx.
 #include <torch/csrc/stable/library.h>
 #include <torch/headeronly/util/Exception.h>
 
@@ -12,6 +12,7 @@
 #include "channel_pool.h"
 #include "elementwise.h"
 #include "image_matrix.h"
+#include "matrix.h"
 #include "parallel.h"
 #include "pixel_pool.h"
 #include "simd.h"
@@ -22,14 +23,15 @@
 namespace visattn {
 namespace {
 
-// The sigmoid of the branches' product, or of their sum. One belongs to the rows, the other to the columns.
+// The sigmoid of the branches' product or sum. One branch belongs to the rows, the other to the columns.
 template <bool kSum, class V>
 VF_INLINE inline V joint(V row, V column) {
   return sigmoid_lanes(kSum ? row + column : row * column);
 }
 
-// out = act(v * gate + shift + residual): y of x, without a shift, and dx of g, whose residual is the spatial
-// branch's gradient. The shift belongs to the rows or the columns. Nulls are left out, columns are padded.
+// out = act(v * gate + shift + residual): y from v = x, without a shift; dx from v = g, where residual is the
+// spatial branch's gradient. The shift belongs to the rows or the columns. Any but v may be null; columns are
+// padded.
 template <class T, bool kSum, int kAct>
 void apply_joint(Matrix<const T> v, Gate<Acc<T>> branch, Gate<Acc<T>> shift, const T* residual, T* out,
                  int64_t dense_ld) {
@@ -68,8 +70,8 @@ void joint_grad(Matrix<const T> x, Gate<Acc<T>> branch, const T* grad, const T* 
   });
 }
 
-// The gradients of both branches over one block: per_row and per_column (padded) are sums of g x s (1 - s),
-// times the other branch unless the gate is made of their sum. Rows are added up in chunks.
+// The gradients of both branches in one block: per_row and per_column (padded) are sums of g x s (1 - s), for
+// a product of the branches times the other branch. Rows are added up in chunks.
 template <class T, bool kSum>
 void joint_sums(Matrix<const T> x, Matrix<const T> g, Gate<Acc<T>> branch, Acc<T>* per_row,
                 Acc<T>* per_column) {
@@ -105,7 +107,7 @@ Tensor branch_as(const Tensor& t, int64_t count, const char* name) {
   return weight_as(t, kDtype<A>);
 }
 
-// Both branches of one image, padded, and of a block of its pixels what belongs to rows and columns.
+// Both branches of one image, padded, as factors of the rows and columns of a block of its pixels.
 template <class A>
 struct Branches {
   const Shape s;
@@ -130,12 +132,12 @@ struct Branches {
 
 // Calls f with the kind of gate and the activation as compile-time constants.
 template <class F>
-void with_kind(bool sum, int64_t activation, const F& f) {
-  with_epilogue(activation, sum, [&](auto act, auto of_sum) { f(of_sum, act); });
+void with_kind(bool added, int64_t activation, const F& f) {
+  with_epilogue(activation, added, [&](auto act, auto of_sum) { f(of_sum, act); });
 }
 
 Tensor bam_scale(Tensor x, Tensor channel, Tensor spatial, std::optional<Tensor> residual, int64_t activation,
-                 bool sum) {
+                 bool added) {
   return dispatch(x, [&](auto type) {
     using T = decltype(type);
     using A = Acc<T>;
@@ -144,7 +146,7 @@ Tensor bam_scale(Tensor x, Tensor channel, Tensor spatial, std::optional<Tensor>
     const auto res = optional_map(residual, s, map.nhwc);
     const PixelBlocks<T> blocks(s);
     Tensor y = empty_map(s, map.nhwc, x.scalar_type());
-    with_kind(sum, activation, [&](auto of_sum, auto act) {
+    with_kind(added, activation, [&](auto of_sum, auto act) {
       for_images(s.N, s.C * s.P, [&](int64_t begin, int64_t end, const Workers& workers) {
         Branches<A> branches(s, map.nhwc, channel, spatial);
         for (int64_t n = begin; n < end; ++n) {
@@ -167,7 +169,7 @@ Tensor bam_scale(Tensor x, Tensor channel, Tensor spatial, std::optional<Tensor>
 
 std::tuple<Tensor, Tensor, Tensor> bam_scale_bwd(Tensor grad, Tensor x, Tensor channel, Tensor spatial,
                                                  std::optional<Tensor> residual, int64_t activation,
-                                                 bool sum) {
+                                                 bool added) {
   return dispatch(x, [&](auto type) {
     using T = decltype(type);
     using A = Acc<T>;
@@ -179,7 +181,7 @@ std::tuple<Tensor, Tensor, Tensor> bam_scale_bwd(Tensor grad, Tensor x, Tensor c
     const int64_t image = s.C * s.P;
     Tensor dchannel = empty({s.N, s.C}, kDtype<A>), dspatial = empty({s.N, s.H, s.W}, kDtype<A>),
            dresidual = empty_residual_grad(s, nhwc, x.scalar_type(), act);
-    with_kind(sum, activation, [&](auto of_sum, auto kind) {
+    with_kind(added, activation, [&](auto of_sum, auto kind) {
       constexpr bool kSum = decltype(of_sum)::value;
       for_images(s.N, image, [&](int64_t begin, int64_t end, const Workers& workers) {
         Branches<A> branches(s, nhwc, channel, spatial);
@@ -215,18 +217,18 @@ std::tuple<Tensor, Tensor, Tensor> bam_scale_bwd(Tensor grad, Tensor x, Tensor c
 }
 
 Tensor bam_input_grad(Tensor grad, Tensor x, Tensor channel, Tensor spatial, std::optional<Tensor> dmean,
-                      std::optional<Tensor> more, bool sum) {
+                      std::optional<Tensor> dbranch, bool added) {
   return dispatch(x, [&](auto type) {
     using T = decltype(type);
     using A = Acc<T>;
     const Shape s = shape_of(x);
     const bool nhwc = is_nhwc(x);
     const FeatureMap g = dense_map(grad, s, nhwc);
-    const auto added = optional_map(more, s, nhwc);
+    const auto spatial_grad = optional_map(dbranch, s, nhwc);
     const auto shift = dmean ? std::optional<Tensor>(branch_as<A>(*dmean, s.N * s.C, "dmean")) : std::nullopt;
     const PixelBlocks<T> blocks(s);
     Tensor dx = empty_map(s, nhwc, x.scalar_type());
-    with_kind(sum, kNone, [&](auto of_sum, auto none) {
+    with_kind(added, kNone, [&](auto of_sum, auto none) {
       for_images(s.N, s.C * s.P, [&](int64_t begin, int64_t end, const Workers& workers) {
         Branches<A> branches(s, nhwc, channel, spatial);
         Buffer<A> mean(s.C);
@@ -236,7 +238,7 @@ Tensor bam_input_grad(Tensor grad, Tensor x, Tensor channel, Tensor spatial, std
             mean[c] = data<A>(*shift)[n * s.C + c] / static_cast<A>(s.P);
           }
           const auto gs = matrix(g.image<T>(n), s, nhwc, g.ld);
-          const T* pa = image_or_null<T>(added, n);
+          const T* pa = image_or_null<T>(spatial_grad, n);
           workers.each(blocks.count, [&](int64_t b, int64_t e) {
             const int64_t p0 = blocks.first_pixel(b), p1 = blocks.last_pixel(e - 1),
                           skip = nhwc ? p0 * s.C : p0;

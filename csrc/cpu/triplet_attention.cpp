@@ -11,10 +11,13 @@
 
 #include "../common/activations.h"
 #include "channel_pool.h"
+#include "cube.h"
 #include "cube_passes.h"
+#include "cube_pool.h"
 #include "elementwise.h"
 #include "image_matrix.h"
 #include "parallel.h"
+#include "simd.h"
 #include "tensor.h"
 
 namespace visattn {
@@ -140,7 +143,7 @@ std::tuple<Tensor, Tensor> triplet_scale_bwd(Tensor grad, Tensor x, Tensor gates
   });
 }
 
-Tensor triplet_input_grad(Tensor grad, Tensor x, Tensor gates, Tensor dpooled, Tensor at) {
+Tensor triplet_input_grad(Tensor grad, Tensor x, Tensor gates, Tensor dpooled, Tensor argmax) {
   return dispatch(x, [&](auto type) {
     using T = decltype(type);
     using A = Acc<T>;
@@ -150,8 +153,9 @@ Tensor triplet_input_grad(Tensor grad, Tensor x, Tensor gates, Tensor dpooled, T
     const Faces f = faces_of(s, nhwc, gates);
     const Tensor given = faces_as<A>(gates, s.N * f.size, "gates"),
                  d = faces_as<A>(dpooled, 2 * s.N * f.size, "dpooled");
-    STD_TORCH_CHECK(at.numel() == s.N * f.size && at.scalar_type() == ScalarType::Int && at.is_contiguous(),
-                    "at must be ", s.N * f.size, " contiguous int32");
+    STD_TORCH_CHECK(
+        argmax.numel() == s.N * f.size && argmax.scalar_type() == ScalarType::Int && argmax.is_contiguous(),
+        "argmax must have ", s.N * f.size, " contiguous int32 elements");
     Tensor dx = empty_map(s, nhwc, x.scalar_type());
     for_images(s.N, s.C * s.P, [&](int64_t begin, int64_t end, const Workers& workers) {
       const auto shape = cube_of<T>(nullptr, s, nhwc, upstream.ld);
@@ -161,7 +165,7 @@ Tensor triplet_input_grad(Tensor grad, Tensor x, Tensor gates, Tensor dpooled, T
       for (int64_t n = begin; n < end; ++n) {
         const auto g = cube_of(upstream.image<T>(n), s, nhwc, upstream.ld);
         gate.set(f, data<A>(given) + n * f.size, g);
-        pooled.set(f, data<A>(d) + 2 * n * f.size, data<int32_t>(at) + n * f.size, g.A, g.B, g.D);
+        pooled.set(f, data<A>(d) + 2 * n * f.size, data<int32_t>(argmax) + n * f.size, g.A, g.B, g.D);
         workers.each(pieces.count, [&](int64_t b, int64_t e) {
           input_grad_planes(g, gate, pooled, data<T>(dx) + n * s.C * s.P, pieces.begin(b), pieces.end(e - 1));
         });
