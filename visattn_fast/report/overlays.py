@@ -68,8 +68,9 @@ def lines(views: list[View]) -> list[Line]:
         if {"height", "width"} <= gates.keys():
             gates["height x width"] = gates.pop("height") * gates.pop("width")
         for kind, gate in gates.items():
-            if gate.shape[-2:] != (1, 1):  # [1, H, W], or [C, H, W]
-                add(f"{kind} gate" + (", mean over channels" if len(gate) > 1 else ""), True, gate.mean(0))
+            if gate.shape[-2:] != (1, 1):  # [1, H, W] or [C, H, W]; along one axis [C, H, 1] or [C, 1, W]
+                panel = np.broadcast_to(gate.mean(0), view.gain.shape)
+                add(f"{kind} gate" + (", mean over channels" if len(gate) > 1 else ""), True, panel)
                 continue
             branches = gate.reshape(-1, gate.shape[-3])  # of [C, 1, 1], or [M, C, 1, 1]
             label = f"{kind} gate, sorted" if len(branches) == 1 else f"{kind} gates, sorted by the first"
