@@ -1,5 +1,5 @@
-// BAM: y = act(x * (1 + sigmoid(channel * spatial)) + residual), or with the sum of both branches, given as
-// logits per channel [N, C] and per pixel [N, H, W]; the gradients of the branches; and dx.
+// BAM: y = act(x * (1 + sigmoid(channel * spatial)) + residual), or with the sum of both branches, which are
+// logits of channels [N, C] and of pixels [N, H, W]; the branches' gradients; and dx.
 #include <torch/csrc/stable/library.h>
 #include <torch/headeronly/util/Exception.h>
 
@@ -12,6 +12,7 @@
 #include "channel_pool.h"
 #include "elementwise.h"
 #include "image_matrix.h"
+#include "matrix.h"
 #include "parallel.h"
 #include "pixel_pool.h"
 #include "simd.h"
@@ -22,14 +23,15 @@
 namespace visattn {
 namespace {
 
-// The sigmoid of the branches' product, or of their sum. One belongs to the rows, the other to the columns.
+// The sigmoid of the branches' product or sum. One branch belongs to the rows, the other to the columns.
 template <bool kSum, class V>
 VF_INLINE inline V joint(V row, V column) {
   return sigmoid_lanes(kSum ? row + column : row * column);
 }
 
-// out = act(v * gate + shift + residual): y of x, without a shift, and dx of g, whose residual is the spatial
-// branch's gradient. The shift belongs to the rows or the columns. Nulls are left out, columns are padded.
+// out = act(v * gate + shift + residual): y from v = x, without a shift; dx from v = g, where residual is the
+// spatial branch's gradient. The shift belongs to the rows or the columns. Any but v may be null; columns are
+// padded.
 template <class T, bool kSum, int kAct>
 void apply_joint(Matrix<const T> v, Gate<Acc<T>> branch, Gate<Acc<T>> shift, const T* residual, T* out,
                  int64_t dense_ld) {
@@ -68,8 +70,8 @@ void joint_grad(Matrix<const T> x, Gate<Acc<T>> branch, const T* grad, const T* 
   });
 }
 
-// The gradients of both branches over one block: per_row and per_column (padded) are sums of g x s (1 - s),
-// times the other branch unless the gate is made of their sum. Rows are added up in chunks.
+// The gradients of both branches in one block: per_row and per_column (padded) are sums of g x s (1 - s), for
+// a product of the branches times the other branch. Rows are added up in chunks.
 template <class T, bool kSum>
 void joint_sums(Matrix<const T> x, Matrix<const T> g, Gate<Acc<T>> branch, Acc<T>* per_row,
                 Acc<T>* per_column) {
@@ -105,7 +107,7 @@ Tensor branch_as(const Tensor& t, int64_t count, const char* name) {
   return weight_as(t, kDtype<A>);
 }
 
-// Both branches of one image, padded, and of a block of its pixels what belongs to rows and columns.
+// Both branches of one image, padded, as factors of the rows and columns of a block of its pixels.
 template <class A>
 struct Branches {
   const Shape s;
@@ -222,7 +224,7 @@ Tensor bam_input_grad(Tensor grad, Tensor x, Tensor channel, Tensor spatial, std
     const Shape s = shape_of(x);
     const bool nhwc = is_nhwc(x);
     const FeatureMap g = dense_map(grad, s, nhwc);
-    const auto branch_map = optional_map(dbranch, s, nhwc);
+    const auto spatial_grad = optional_map(dbranch, s, nhwc);
     const auto shift = dmean ? std::optional<Tensor>(branch_as<A>(*dmean, s.N * s.C, "dmean")) : std::nullopt;
     const PixelBlocks<T> blocks(s);
     Tensor dx = empty_map(s, nhwc, x.scalar_type());
@@ -236,7 +238,7 @@ Tensor bam_input_grad(Tensor grad, Tensor x, Tensor channel, Tensor spatial, std
             mean[c] = data<A>(*shift)[n * s.C + c] / static_cast<A>(s.P);
           }
           const auto gs = matrix(g.image<T>(n), s, nhwc, g.ld);
-          const T* pa = image_or_null<T>(branch_map, n);
+          const T* pa = image_or_null<T>(spatial_grad, n);
           workers.each(blocks.count, [&](int64_t b, int64_t e) {
             const int64_t p0 = blocks.first_pixel(b), p1 = blocks.last_pixel(e - 1),
                           skip = nhwc ? p0 * s.C : p0;

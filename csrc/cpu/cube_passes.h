@@ -1,204 +1,19 @@
-// Passes over the images of a map along each of their axes, and over their faces.
-//
-// An image is a cube [A, B, D] whose last axis is dense: [C, H, W] in nchw, [H, W, C] in nhwc. Each axis is
-// pooled to a face of the other two: over D to [A, B], over B to [A, D], over A to [B, D]. Faces [F] of an
-// image follow each other in a fixed order: C and W, H and C, H and W. A face lies as the cube does.
+// Passes over a cube with a gate for each of its faces: y, the gates' gradients, and dx.
 #pragma once
-
-#include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
 #include <cstdint>
-#include <limits>
 
-#include "column_stats.h"
+#include "cube.h"
 #include "elementwise.h"
-#include "image_matrix.h"
 #include "matrix.h"
 #include "parallel.h"
 #include "products.h"
-#include "row_stats.h"
 #include "simd.h"
-#include "tensor.h"
 
 namespace visattn {
 
-constexpr int64_t kPlanes = 8;  // planes [B, D] that are added to the face [B, D] at a time
-
-// An image of x, of which planes and rows may lie apart; and an image of a dense map.
-template <class T>
-struct Cube {
-  T* p;
-  int64_t A, B, D, stride_a, stride_b;
-
-  Matrix<T> plane(int64_t a) const { return {p + a * stride_a, stride_b, B, D}; }
-  // Element [b, d] of all planes, as a matrix with a row for each plane, from b on: of a whole plane if its
-  // rows follow each other, else of one row of it.
-  bool flat() const { return stride_b == D; }
-  int64_t pieces() const { return flat() ? 1 : B; }
-  Matrix<T> piece(int64_t b) const { return {p + b * stride_b, stride_a, A, flat() ? B * D : D}; }
-};
-
-template <class T>
-Cube<const T> cube_of(const T* image, const Shape& s, bool nhwc, int64_t ld) {
-  if (nhwc) return {image, s.H, s.W, s.C, s.W * ld, ld};
-  return {image, s.C, s.H, s.W, ld, s.W};
-}
-
-// Where the faces of an image begin; -1: left out.
-struct Faces {
-  int64_t ab, ad, bd, size;
-  int64_t count() const { return 1 + (ab >= 0) + (bd >= 0); }
-};
-
-inline Faces faces_of(const Shape& s, bool nhwc, bool spatial) {
-  const int64_t hc = s.C * s.W, hw = hc + s.H * s.C, end = hw + (spatial ? s.P : 0);
-  if (nhwc) return {spatial ? hw : -1, hc, 0, end};
-  return {hc, 0, spatial ? hw : -1, end};
-}
-
-// The faces that gates [N, F] have.
-inline Faces faces_of(const Shape& s, bool nhwc, const Tensor& gates) {
-  const Faces all = faces_of(s, nhwc, true), two = faces_of(s, nhwc, false);
-  const int64_t size = gates.dim() ? gates.size(gates.dim() - 1) : 0;
-  STD_TORCH_CHECK(size == all.size || size == two.size, "gates must have ", all.size, " or ", two.size,
-                  " values an image, got ", size);
-  return size == all.size ? all : two;
-}
-
-// Planes in at most four parts, whose sums over the planes are added in order.
-inline Split plane_parts(int64_t planes) {
-  return Split(planes, ((planes + 3) / 4 + kPlanes - 1) / kPlanes * kPlanes);
-}
-
-// Planes in pieces of about 64 KB, which share nothing.
-template <class T>
-Split plane_pieces(const Cube<const T>& q) {
-  return Split(q.A, (int64_t{1} << 16) / static_cast<int64_t>(sizeof(T) * q.B * q.D));
-}
-
-// ---- maximum and mean over each axis
-
-// One part's sums and maxima over its planes, [B, D], rows padded to whole vectors if they lie apart.
-template <class A>
-struct Pooled {
-  int64_t pitch, size;
-  Buffer<A> sum, max;
-  Buffer<Index<A>> at;
-
-  Pooled(int64_t B, int64_t D, bool flat)
-      : pitch(flat ? D : (D + kLanes<A> - 1) / kLanes<A> * kLanes<A>),
-        size(B * pitch),
-        sum(size),
-        max(size),
-        at(size) {}
-};
-
-// Adds planes [a0, a1) to the part.
-template <class T>
-void pool_planes(const Cube<const T>& q, int64_t a0, int64_t a1, bool first, Pooled<Acc<T>>& out) {
-  using A = Acc<T>;
-  A *sum = out.sum.get(), *max = out.max.get();
-  Index<A>* at = out.at.get();
-  const int64_t size = out.size, pitch = out.pitch;
-  simd([=]() VF_INLINE {
-    for (int64_t i = 0; first && i < size; i += kLanes<A>) {
-      store(sum + i, set1<A>(0));
-      store(max + i, set1<A>(-std::numeric_limits<A>::infinity()));
-      store_index<A>(at + i, IVec<A>{});
-    }
-    for (int64_t b = 0; b < q.pieces(); ++b) {
-      const int64_t i = b * pitch;
-      int64_t a = a0;
-      for (; a + kPlanes <= a1; a += kPlanes) {
-        column_stats_group<T, true, false, kPlanes>(q.piece(b), a, nullptr, sum + i, max + i, at + i);
-      }
-      for (; a < a1; ++a) {
-        column_stats_group<T, true, false, 1>(q.piece(b), a, nullptr, sum + i, max + i, at + i);
-      }
-    }
-  });
-}
-
-// into += from: parts in order, so that the first of equal maxima stays.
-template <class A>
-void merge(Pooled<A>& into, const Pooled<A>& from) {
-  A *sum = into.sum.get(), *max = into.max.get();
-  Index<A>* at = into.at.get();
-  const A *more = from.sum.get(), *other = from.max.get();
-  const Index<A>* others = from.at.get();
-  const int64_t size = into.size;
-  simd([=]() VF_INLINE {
-    for (int64_t i = 0; i < size; i += kLanes<A>) {
-      const Vec<A> a = load(max + i), b = load(other + i);
-      store(sum + i, load(sum + i) + load(more + i));
-      store_index<A>(at + i, b > a ? load_index<A>(others + i) : load_index<A>(at + i));
-      store(max + i, b > a ? b : a);
-    }
-  });
-}
-
-// Where the results of one image go: its maxima and means [F] each, and the maxima's indices.
-template <class A>
-struct PooledFaces {
-  A *max, *mean;
-  int32_t* at;
-
-  void put(int64_t to, int64_t count, const A* sum, const A* top, const Index<A>* where, int64_t by) const {
-    for (int64_t i = 0; i < count; ++i) {
-      max[to + i] = top[i];
-      mean[to + i] = sum[i] / static_cast<A>(by);
-      at[to + i] = static_cast<int32_t>(where[i]);
-    }
-  }
-};
-
-// Faces [A, B] and [A, D] of planes [a0, a1), whose elements are in cache for the third one.
-template <class T>
-void pool_inside(const Cube<const T>& q, const Faces& f, int64_t a0, int64_t a1,
-                 const PooledFaces<Acc<T>>& out) {
-  using A = Acc<T>;
-  const int64_t rows = (a1 - a0) * q.B, most = std::max(rows, q.D);
-  Buffer<A> sum(most), max(most);
-  Buffer<Index<A>> at(most);
-  if (f.ab >= 0) {
-    const bool together = q.stride_a == q.B * q.stride_b;  // rows of all planes, one matrix
-    for (int64_t a = a0; a < a1; a += together ? a1 - a0 : 1) {
-      const int64_t count = together ? rows : q.B, r = (a - a0) * q.B;
-      row_stats<T, true, false>(Matrix<const T>{q.p + a * q.stride_a, q.stride_b, count, q.D}, nullptr,
-                                &sum[r], &max[r], &at[r]);
-    }
-    out.put(f.ab + a0 * q.B, rows, sum.get(), max.get(), at.get(), q.D);
-  }
-  for (int64_t a = a0; a < a1; ++a) {
-    column_stats<T, true, false>(q.plane(a), nullptr, sum.get(), max.get(), at.get());
-    out.put(f.ad + a * q.D, q.D, sum.get(), max.get(), at.get(), q.B);
-  }
-}
-
-// The face [B, D] of all parts. A NaN wins the maximum, the first one of several.
-template <class T>
-void pool_across(const Cube<const T>& q, const Faces& f, Pooled<Acc<T>>& all,
-                 const PooledFaces<Acc<T>>& out) {
-  using A = Acc<T>;
-  for (int64_t b = 0; b < q.B; ++b) {
-    A *sum = &all.sum[b * all.pitch], *max = &all.max[b * all.pitch];
-    Index<A>* at = &all.at[b * all.pitch];
-    for (int64_t d = 0; d < q.D; ++d) {
-      for (int64_t a = 0; sum[d] != sum[d] && a < q.A; ++a) {
-        const A v = static_cast<A>(q.plane(a).row(b)[d]);
-        if (v == v) continue;
-        max[d] = v, at[d] = static_cast<Index<A>>(a);
-        break;
-      }
-    }
-    out.put(f.bd + b * q.D, q.D, sum, max, at, q.A);
-  }
-}
-
-// ---- element by element
-
-// Values of one image's faces, each divided by its own number; zeros for a face that is left out. Padded.
+// The values of one image's faces, padded: each face divided by a number of its own, zeros for one left out.
 template <class V>
 struct FaceValues {
   Buffer<V> ab, ad, bd;
@@ -219,7 +34,7 @@ struct FaceValues {
   }
 };
 
-// The gates of one image, each a share of their mean.
+// The gates of one image, each divided by the number of gates that are averaged.
 template <class T>
 struct Gates : FaceValues<Acc<T>> {
   using FaceValues<Acc<T>>::FaceValues;
@@ -228,14 +43,15 @@ struct Gates : FaceValues<Acc<T>> {
   }
 };
 
-// Calls f(b0, b1) over a plane's rows, as many at a time as stay in the L1 cache.
+// Calls f(b0, b1) for a plane's rows, as many at a time as stay in the L1 cache.
 template <class F>
 VF_INLINE inline void for_rows(int64_t B, int64_t D, const F& f) {
   const int64_t rows = std::max<int64_t>(1, 2048 / D);
   for (int64_t b = 0; b < B; b += rows) f(b, b + rows < B ? b + rows : B);
 }
 
-// Calls f(offset from the plane's element [b0, 0] in dense memory, in the cube, lanes) over rows [b0, b1).
+// Calls f(i, at, lanes) for the vectors of rows [b0, b1): i and at are the offsets from the plane's element
+// [b0, 0] in dense memory and in the cube.
 template <class A, class T, class F>
 VF_INLINE inline void for_elements(const Cube<T>& q, int64_t b0, int64_t b1, const F& f) {
   const int64_t width = q.flat() ? (b1 - b0) * q.D : q.D;
@@ -246,8 +62,8 @@ VF_INLINE inline void for_elements(const Cube<T>& q, int64_t b0, int64_t b1, con
   }
 }
 
-// out[b, d] = rows[b] + columns[d] of `count` rows, dense. What a row's last vector writes behind its end the
-// next row overwrites, or it is padding.
+// out[b, d] = rows[b] + columns[d] for `count` dense rows. A row's last vector may write past its end; the
+// next row overwrites that, or it is padding.
 template <class A>
 VF_INLINE inline void outer_sum(const A* rows, const A* columns, int64_t count, int64_t D, A* out) {
   for (int64_t b = 0; b < count; ++b) {
@@ -256,8 +72,8 @@ VF_INLINE inline void outer_sum(const A* rows, const A* columns, int64_t count, 
   }
 }
 
-// y = act(x * gate + residual), or with kGrad y = grad * act'(x * gate + residual), of planes [a0, a1). All
-// but x are dense.
+// y = act(x * gate + residual), or with kGrad y = grad * act'(x * gate + residual), for planes [a0, a1). All
+// maps but x are dense.
 template <class T, int kAct, bool kGrad>
 void scale_planes(const Cube<const T>& q, const Gates<T>& gates, const T* grad, const T* residual, T* y,
                   int64_t a0, int64_t a1) {
@@ -285,9 +101,8 @@ void scale_planes(const Cube<const T>& q, const Gates<T>& gates, const T* grad, 
   });
 }
 
-// ---- the gates' gradients: sums of g x over each axis
-
-// The faces of planes [a0, a1) but for [B, D], of which their share is added to `across`, [pieces, pitch].
+// The gates' gradients, sums of g x over each axis, for planes [a0, a1): faces [A, B] and [A, D] to `out`,
+// their share of face [B, D] added to `across` [pieces, pitch].
 template <class T>
 void sum_planes(const Cube<const T>& q, const Cube<const T>& g, const Faces& f, int64_t a0, int64_t a1,
                 Acc<T>* across, int64_t pitch, Acc<T>* out) {
@@ -315,10 +130,8 @@ void sum_planes(const Cube<const T>& q, const Cube<const T>& g, const Faces& f, 
   });
 }
 
-// ---- dx
-
-// What the pooled faces of one image get: the means' gradients for each element, the maxima's, and where they
-// go.
+// The gradients of one image's pooled faces: the means' for each element, the maxima's, and the maxima's
+// indices.
 template <class A>
 struct PooledGrad {
   FaceValues<A> mean, max;
@@ -333,7 +146,7 @@ struct PooledGrad {
   }
 };
 
-// dx = g * gate + the gradients of the pooled faces, of planes [a0, a1).
+// dx = g * gate + the gradients of the pooled faces, for planes [a0, a1).
 template <class T>
 void input_grad_planes(const Cube<const T>& g, const Gates<T>& gates, const PooledGrad<Acc<T>>& pooled, T* dx,
                        int64_t a0, int64_t a1) {

@@ -11,10 +11,13 @@
 
 #include "../common/activations.h"
 #include "channel_pool.h"
+#include "cube.h"
 #include "cube_passes.h"
+#include "cube_pool.h"
 #include "elementwise.h"
 #include "image_matrix.h"
 #include "parallel.h"
+#include "simd.h"
 #include "tensor.h"
 
 namespace visattn {
@@ -152,7 +155,7 @@ Tensor triplet_input_grad(Tensor grad, Tensor x, Tensor gates, Tensor dpooled, T
                  d = faces_as<A>(dpooled, 2 * s.N * f.size, "dpooled");
     STD_TORCH_CHECK(
         argmax.numel() == s.N * f.size && argmax.scalar_type() == ScalarType::Int && argmax.is_contiguous(),
-        "argmax must be ", s.N * f.size, " contiguous int32");
+        "argmax must have ", s.N * f.size, " contiguous int32 elements");
     Tensor dx = empty_map(s, nhwc, x.scalar_type());
     for_images(s.N, s.C * s.P, [&](int64_t begin, int64_t end, const Workers& workers) {
       const auto shape = cube_of<T>(nullptr, s, nhwc, upstream.ld);
