@@ -136,12 +136,13 @@ def gate_op(
     names = ["x", *weights, *(["residual"] if epilogue else [])]
     numbers = [argument.split()[-1] for argument in (*code, *_listed(options))]
     late_numbers = [argument.split()[-1] for argument in (*code, *_listed(late))]
+    other_numbers = late_numbers != numbers
     picked = [names.index(key) for key in ("x", *read, *(["residual"] if epilogue else []))]
     order = [result.removeprefix("Tensor d") for result in bwd_results]
     places = [order.index(key) if key in order else None for key in names]
 
     def gradients(grad: Tensor, tensors: Any, kept: Any, values: Any) -> tuple[Tensor | None, ...]:
-        if late_numbers != numbers:
+        if other_numbers:
             given = dict(zip((*names, *numbers), (*tensors, *values), strict=True))
             values = [derived[key](given) if derived and key in derived else given[key] for key in late_numbers]
         found = backward_op(grad, *(tensors[i] for i in picked), *kept, *values)
