@@ -48,6 +48,7 @@ LAUNCHES = {
     "gam": ((19, 20), (24, 25)),
     "soca": ((264, 275), 551),
     "coord_att": ((10, 11), (9, 10)),
+    "triplet_attention": (37, 25),
     "window_attention": ((6, 8), (13, 15)),
 }
 

@@ -65,7 +65,8 @@ def triplet_attention(
         TRIPLET_ATTENTION, (x, *tensors), options=eps, residual=residual, activation=activation, plain=plain
     )
     for gate, (z, mean, rstd) in zip(gates, batch_statistics(small), strict=False):
-        gate.update(mean, rstd.pow(-2) - gate.eps, z.numel())
+        if gate.training and z.numel():
+            gate.update(mean, rstd.pow(-2) - gate.eps, z.numel())
     return y
 
 

@@ -22,7 +22,7 @@ from ..reference.triplet_attention import PlaneGate
 from .autograd import without_autocast
 from .declare import composed_op
 from .epilogue import finish, residual_gradient, residual_gradient_shape, start_backward
-from .layout import accumulation_dtype, empty_small, memory_format, to_map
+from .layout import accumulation_dtype, converted, empty_small, memory_format, to_map
 from .library import define
 from .map_conv import map_conv, map_conv_bwd
 from .shapes import Arguments
@@ -144,17 +144,16 @@ triplet_input_grad = define(  # reads the layout of x, not its values
 
 
 def _gates(tensors: Sequence[Any], x: Tensor) -> list[tuple[Any, ...]]:
-    """Returns each gate's filters for its face as it lies in memory, the original filters, and the norm's tensors.
+    """Returns each gate's filters, True if they are turned, and the norm's tensors, all in the accumulation dtype.
 
     The authors' planes are ``[C, W]``, ``[H, C]`` and ``[H, W]``; a face that lies otherwise has turned filters.
     """
-    turned = (True, False, False) if _channels_last(x) else (False, True, False)
+    wide = converted(tensors, [accumulation_dtype(x)] * len(tensors))
     found = []
-    for i, turn in enumerate(turned):
-        conv, *norm = tensors[FIELDS * i : FIELDS * (i + 1)]
-        if conv is not None:
-            norm = [None if t is None else t.to(accumulation_dtype(x)) for t in norm]
-            found.append((conv.mT if turn else conv, conv, *norm))
+    for i, turned in enumerate((True, False, False) if _channels_last(x) else (False, True, False)):
+        filters, *norm = wide[FIELDS * i : FIELDS * (i + 1)]
+        if filters is not None:
+            found.append((filters.mT if turned else filters, turned, *norm))
     return found
 
 
@@ -193,7 +192,7 @@ def _gradients(grad: Tensor, tensors: Sequence[Any], small: Sequence[Tensor], op
     for plane, dlogit, gate, (z, *batch), e in zip(
         _planes(pooled, x), _planes(dlogits, x), _gates(weights, x), batch_statistics(small), eps, strict=False
     ):
-        filters, conv, weight, _, mean, var = gate
+        filters, turned, weight, _, mean, var = gate
         if z.numel():
             dz, dweight, dbias = torch.ops.aten.native_batch_norm_backward(
                 dlogit[:, None].contiguous(), z, weight, mean, var, *batch, mean is None, e, [True, True, True]
@@ -202,7 +201,7 @@ def _gradients(grad: Tensor, tensors: Sequence[Any], small: Sequence[Tensor], op
             dz, dweight, dbias = z, torch.zeros_like(weight), torch.zeros_like(weight)
         dplane, dfilters = map_conv_bwd(dz, plane.contiguous(), filters)
         dpooled.append(dplane.flatten(2))
-        found += [dfilters if filters is conv else dfilters.mT, dweight, dbias, None, None]
+        found += [dfilters.mT if turned else dfilters, dweight, dbias, None, None]
     dx = triplet_input_grad(dresidual if activation else grad, x, opened, torch.cat(dpooled, 2), argmax)
     return dx, *found, *(None,) * (3 * FIELDS - len(found)), dresidual
 

@@ -48,9 +48,8 @@ class PlaneGate(NamedTuple):
         return (None, None) if self.training else (self.running_mean, self.running_var)
 
     def update(self, mean: Tensor, var: Tensor, count: int) -> None:
-        """In training, moves the running statistics to the batch's, whose variance is the biased one."""
-        if self.training and count:
-            update_running_statistics(self.running_mean, self.running_var, mean, var, count, self.momentum)
+        """Moves the running statistics towards those of a batch of ``count`` values. The variance is the biased one."""
+        update_running_statistics(self.running_mean, self.running_var, mean, var, count, self.momentum)
 
 
 def triplet_attention(x: Tensor, cw: PlaneGate, hc: PlaneGate, hw: PlaneGate | None = None) -> Tensor:

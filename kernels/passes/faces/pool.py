@@ -52,6 +52,8 @@ def _pool_faces_kernel(
     BLOCK_A: tl.constexpr = TILE.BLOCK_A
     BLOCK_B: tl.constexpr = TILE.BLOCK_B
     BLOCK_D: tl.constexpr = TILE.BLOCK_D
+    HAS_AB: tl.constexpr = TILE.SPATIAL or not TILE.CHANNELS_LAST
+    HAS_BD: tl.constexpr = TILE.SPATIAL or TILE.CHANNELS_LAST
     n, block_b, block_d, b, d = cube_program(tl.program_id(0), size, TILE)
     share = tl.program_id(1)
     ab, ad, bd, end = face_starts(size, partials.ab, partials.ad, partials.bd, TILE.CHANNELS_LAST, TILE.SPATIAL)
@@ -69,7 +71,7 @@ def _pool_faces_kernel(
         total_d, total_b = tl.sum(v, 2), tl.sum(v, 1)
         acc += v
         v = tl.where(mask, v, -float("inf"))
-        if TILE.SPATIAL or not TILE.CHANNELS_LAST:
+        if HAS_AB:
             maximum, first = max_first(v, d[None, None, :], 2)
             at, there = face_offsets(a, b, size.A, size.B)
             start = ab + block_d * size.A * size.B
@@ -81,7 +83,7 @@ def _pool_faces_kernel(
         take = (best == best) & ~(v <= best)  # a NaN wins, and stays
         best = tl.where(take, v, best)
         best_step = tl.where(take, step, best_step)
-    if TILE.SPATIAL or TILE.CHANNELS_LAST:
+    if HAS_BD:
         maximum, first = max_first(best, first_a[:, None, None] + best_step * BLOCK_A, 0)
         at, there = face_offsets(b, d, size.B, size.D)
         start = bd + share * size.B * size.D
@@ -102,7 +104,7 @@ def _combine_faces_kernel(
     SPATIAL: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """out = the partials' sums, divided, and with argmax before them the maxima of the partials, both in order."""
+    """out [N, F] = the sums of the partials, divided; with argmax_ptr, [N, 2, F]: their maxima come first."""
     acc_ty = out_ptr.dtype.element_ty
     ab, ad, bd, end = face_starts(size, 1, 1, 1, CHANNELS_LAST, SPATIAL)
     of_ab, of_ad, of_bd, length_all = face_starts(size, partials.ab, partials.ad, partials.bd, CHANNELS_LAST, SPATIAL)
