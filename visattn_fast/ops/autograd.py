@@ -155,7 +155,11 @@ def fused_function(
             None if t is None or d is None else grad if d.dim() < t.dim() else d
             for t, d in zip(tensors, gradients(grad, tensors, small, ctx.options), strict=True)
         ]
-        return *converted(found, [None if t is None else t.dtype for t in tensors]), *unneeded
+        for t, d in zip(tensors, found, strict=True):  # `converted` takes a microsecond to find that no dtype differs
+            if d is not None and d.dtype != t.dtype:
+                found = converted(found, [None if t is None else t.dtype for t in tensors])
+                break
+        return *found, *unneeded
 
     methods: dict[str, Callable[..., Any]] = {"forward": forward, "setup_context": setup_context, "backward": backward}
     static = {key: staticmethod(method) for key, method in methods.items()}
