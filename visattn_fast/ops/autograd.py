@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from .layout import converted
 # Looked up once: a look-up at each call takes as long as the call itself.
 _overridden, _call_boxed = torch._C._has_torch_function, torch._C._dispatch_call_boxed
 
-Gradients = Callable[..., tuple[Tensor | None, ...]]
+Gradients = Callable[..., Sequence[Tensor | None]]
 
 
 @dataclass(frozen=True, eq=False)
