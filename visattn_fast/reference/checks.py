@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx import Proxy
 
 from .activations import Activation, GateActivation, Ties
 
@@ -56,6 +57,8 @@ def check_floating(name: str, tensor: Tensor) -> None:
 
 def check_feature_map(x: Tensor, channels: int | None = None) -> None:
     """Raises unless x is floating-point, ``[N, C, H, W]`` with C, H, W >= 1, and C is ``channels`` if given."""
+    if isinstance(x, Proxy):
+        return  # torch.fx traces: there are no values yet, and no shape
     check_floating("x", x)
     shape = x.shape
     if len(shape) != 4:

@@ -1,0 +1,216 @@
+"""The rule "as built": when a fused forward may stand for layers that it does not call.
+
+A fused module reads the parameters of its layers and never calls them. That is right only if a call would compute the
+same and nobody would notice its absence. So each layer must have exactly the class and the settings that the fused
+forward assumes, no hook of any kind, no ``forward`` in its instance, and plain tensors as parameters. Parametrizations
+of `torch.nn.utils.parametrize` are fine: reading a parameter computes them.
+
+`Layers` states what a class assumes of its layers, and `as_built` asks at every call whether it holds. If not, the
+layers are called.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as _module
+from torch.nn.utils import parametrize
+
+_logger = logging.getLogger("visattn_fast")
+
+PLAIN = {Tensor, nn.Parameter}  # exact types of parameters; `explain` adds its tensors without values
+_GLOBAL_HOOKS = (
+    _module._global_forward_hooks,
+    _module._global_forward_pre_hooks,
+    _module._global_backward_hooks,
+    _module._global_backward_pre_hooks,
+)
+
+Settings = Mapping[str, Any]  # a layer's __dict__
+
+# Called with each module that calls its layers, and the reason, by `explain`.
+listeners: list[Callable[[nn.Module, str], None]] = []
+_told: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()  # the reason that was logged last
+
+
+class Layer(NamedTuple):
+    """What a fused forward assumes of one layer.
+
+    Attributes:
+        kinds: its class, one of these exactly.
+        fits: True if its settings are those assumed.
+        words: what ``fits`` demands, for messages.
+        children: the number of its child modules.
+    """
+
+    kinds: frozenset[type[nn.Module]]
+    fits: Callable[[Settings], bool] | None = None
+    words: str = ""
+    children: int = 0
+
+
+class _Step(NamedTuple):
+    """One layer in the order of the check: ``key`` in the ``parent``-th module found, 0 being the module itself."""
+
+    parent: int
+    key: str
+    name: str
+    layer: Layer
+    kinds: frozenset[type[nn.Module]]
+    fits: Callable[[Settings], bool] | None
+    children: int
+
+
+class Layers(tuple[_Step, ...]):
+    """What a fused forward assumes of its layers: qualified name -> `Layer`, containers before what they contain."""
+
+    def __new__(cls, expected: Mapping[str, Layer]) -> Layers:
+        order = ["", *expected]
+        steps = []
+        for name, layer in expected.items():
+            outer, _, key = name.rpartition(".")
+            steps.append(_Step(order.index(outer), key, name, layer, layer.kinds, layer.fits, layer.children))
+        return super().__new__(cls, steps)
+
+
+def layer(*kinds: type[nn.Module], fits: Callable[[Settings], bool] | None = None, words: str = "") -> Layer:
+    """Returns a `Layer` without children."""
+    return Layer(frozenset(kinds), fits, words)
+
+
+def container(kind: type[nn.Module], children: int) -> Layer:
+    """Returns a `Layer` that holds so many others."""
+    return Layer(frozenset((kind,)), children=children)
+
+
+def _has_no_bias(d: Settings) -> bool:
+    return d["_parameters"].get("bias") is None
+
+
+def _is_affine(d: Settings) -> bool:
+    own = d["_parameters"]
+    return own.get("weight") is not None and own.get("bias") is not None
+
+
+def is_pointwise(d: Settings) -> bool:
+    """True if a convolution is a matrix product over channels."""
+    return d["kernel_size"] == (1, 1) and d["stride"] == (1, 1) and d["padding"] == (0, 0) and d["groups"] == 1
+
+
+def keeps_size(d: Settings) -> bool:
+    """True if a convolution has an odd kernel and pads with zeros, so that its output has the size of its input."""
+    size = d["kernel_size"]
+    if len(size) == 2 and size[0] != size[1]:
+        return False
+    ones = (1,) * len(size)
+    kept = size[0] % 2 == 1 and d["padding"] == tuple(k // 2 for k in size) and d["padding_mode"] == "zeros"
+    return kept and d["stride"] == ones and d["dilation"] == ones and d["groups"] == 1
+
+
+LINEAR = layer(nn.Linear)
+LINEAR_WITHOUT_BIAS = layer(nn.Linear, fits=_has_no_bias, words="without a bias")
+POINTWISE = layer(nn.Conv2d, fits=is_pointwise, words="1x1, with stride 1, no padding and one group")
+POINTWISE_WITHOUT_BIAS = layer(
+    nn.Conv2d, fits=lambda d: is_pointwise(d) and _has_no_bias(d), words="1x1, with one group and without a bias"
+)
+SAME_SIZE = layer(nn.Conv2d, fits=keeps_size, words="zero-padded to the size of its input, with stride and dilation 1")
+BATCH_NORM = layer(nn.BatchNorm2d)
+AFFINE_BATCH_NORM = layer(nn.BatchNorm2d, fits=_is_affine, words="affine")
+
+
+def as_built(module: nn.Module, x: Any, layers: Layers) -> bool:
+    """True if ``module`` may serve ``x`` without calling its layers.
+
+    If not, `explain` hears the reason, and the logger ``visattn_fast`` gets one line when the reason is new.
+
+    Args:
+        module: the module.
+        x: its input. False if it is no tensor: torch.fx traces layers by calling them.
+        layers: what the module assumes.
+    """
+    if isinstance(x, Tensor) and _is_untouched(module, layers):
+        return True
+    if not isinstance(x, Tensor):
+        return False
+    reason = why_not(module, layers)
+    if reason and not torch.compiler.is_compiling():
+        tell(module, reason)
+    return not reason
+
+
+def _is_untouched(module: nn.Module, layers: Layers) -> bool:
+    """The fast form of `why_not`, for layers without parametrizations: on small maps each microsecond shows."""
+    if any(_GLOBAL_HOOKS):
+        return False
+    found = [module.__dict__["_modules"]]
+    for parent, key, _, _, kinds, fits, children in layers:
+        inner = found[parent].get(key)
+        if type(inner) not in kinds:
+            return False
+        d = inner.__dict__
+        if d["_forward_hooks"] or d["_forward_pre_hooks"] or d["_backward_hooks"] or d["_backward_pre_hooks"]:
+            return False
+        modules = d["_modules"]
+        if "forward" in d or len(modules) != children or (fits is not None and not fits(d)):
+            return False
+        for parameter in d["_parameters"].values():
+            if parameter is not None and type(parameter) not in PLAIN:
+                return False
+        found.append(modules)
+    return True
+
+
+def why_not(module: nn.Module, layers: Layers) -> str:
+    """Returns why ``module`` must call its layers; an empty string if it need not."""
+    if any(_GLOBAL_HOOKS):
+        return "global hooks of torch.nn.modules.module must see every layer"
+    found: list[Any] = [module]
+    for step in layers:
+        inner = found[step.parent]._modules.get(step.key)
+        reason = why_not_layer(inner, step.layer)
+        if reason:
+            return f"{step.name} {reason}"
+        found.append(inner)
+    return ""
+
+
+def why_not_layer(inner: Any, expected: Layer) -> str:
+    """Returns what keeps a layer from being as built, as the end of a sentence about it; empty if nothing does."""
+    parametrized = isinstance(inner, nn.Module) and parametrize.is_parametrized(inner)
+    kind = type(inner).__mro__[1] if parametrized else type(inner)
+    if kind not in expected.kinds:
+        names = dict.fromkeys(k.__name__ for k in expected.kinds)
+        return f"is {'missing' if inner is None else kind.__name__}, not {' or '.join(names)}"
+    if inner._forward_hooks or inner._forward_pre_hooks or inner._backward_hooks or inner._backward_pre_hooks:
+        return "has hooks"
+    if "forward" in inner.__dict__:
+        return "has a forward of its own in its instance"
+    settings = dict(inner.__dict__)
+    if parametrized:
+        settings["_parameters"] = {
+            **inner._parameters,
+            **{name: getattr(inner, name) for name in inner.parametrizations},
+        }
+    if len(inner._modules) - parametrized != expected.children:
+        return f"has {len(inner._modules)} layers, not {expected.children}"
+    if expected.fits is not None and not expected.fits(settings):
+        return f"is not {expected.words}"
+    for name, parameter in settings["_parameters"].items():
+        if parameter is not None and type(parameter) not in PLAIN:
+            return f"has a {type(parameter).__name__} as {name}"
+    return ""
+
+
+def tell(module: nn.Module, reason: str) -> None:
+    """Tells `explain` that ``module`` calls its layers, and why; logs a new reason once."""
+    for listener in listeners:
+        listener(module, reason)
+    if _told.get(module) != reason:
+        _told[module] = reason
+        name = module.__dict__.get("_qualified_name", "")
+        _logger.info("%s%s calls its layers: %s", f"{name}: " if name else "", type(module).__name__, reason)
