@@ -92,6 +92,10 @@ def _has_no_bias(d: Settings) -> bool:
     return d["_parameters"].get("bias") is None
 
 
+def _has_bias(d: Settings) -> bool:
+    return d["_parameters"].get("bias") is not None
+
+
 def _is_affine(d: Settings) -> bool:
     own = d["_parameters"]
     return own.get("weight") is not None and own.get("bias") is not None
@@ -112,13 +116,22 @@ def keeps_size(d: Settings) -> bool:
     return kept and d["stride"] == ones and d["dilation"] == ones and d["groups"] == 1
 
 
+RELU, SIGMOID = layer(nn.ReLU), layer(nn.Sigmoid)
+MEAN = layer(nn.AdaptiveAvgPool2d, fits=lambda d: d["output_size"] in (1, (1, 1)), words="the mean of the map")
 LINEAR = layer(nn.Linear)
+LINEAR_WITH_BIAS = layer(nn.Linear, fits=_has_bias, words="with a bias")
 LINEAR_WITHOUT_BIAS = layer(nn.Linear, fits=_has_no_bias, words="without a bias")
 POINTWISE = layer(nn.Conv2d, fits=is_pointwise, words="1x1, with stride 1, no padding and one group")
+POINTWISE_WITH_BIAS = layer(
+    nn.Conv2d, fits=lambda d: is_pointwise(d) and _has_bias(d), words="1x1, with one group and a bias"
+)
 POINTWISE_WITHOUT_BIAS = layer(
     nn.Conv2d, fits=lambda d: is_pointwise(d) and _has_no_bias(d), words="1x1, with one group and without a bias"
 )
 SAME_SIZE = layer(nn.Conv2d, fits=keeps_size, words="zero-padded to the size of its input, with stride and dilation 1")
+SAME_SIZE_WITHOUT_BIAS = layer(
+    nn.Conv2d, fits=lambda d: keeps_size(d) and _has_no_bias(d), words=f"{SAME_SIZE.words}, without a bias"
+)
 BATCH_NORM = layer(nn.BatchNorm2d)
 AFFINE_BATCH_NORM = layer(nn.BatchNorm2d, fits=_is_affine, words="affine")
 
@@ -133,21 +146,30 @@ def as_built(module: nn.Module, x: Any, layers: Layers) -> bool:
         x: its input. False if it is no tensor: torch.fx traces layers by calling them.
         layers: what the module assumes.
     """
-    if isinstance(x, Tensor) and _is_untouched(module, layers):
-        return True
     if not isinstance(x, Tensor):
         return False
+    if _is_untouched(module, layers):
+        return True
     reason = why_not(module, layers)
     if reason and not torch.compiler.is_compiling():
         tell(module, reason)
     return not reason
 
 
+def has_plain_layers(module: nn.Module, x: Any, layers: Layers) -> bool:
+    """Returns what `as_built` does, and tells nobody: for checks, and for modules that call their layers anyway."""
+    return isinstance(x, Tensor) and (_is_untouched(module, layers) or not why_not(module, layers))
+
+
 def _is_untouched(module: nn.Module, layers: Layers) -> bool:
     """The fast form of `why_not`, for layers without parametrizations: on small maps each microsecond shows."""
     if any(_GLOBAL_HOOKS):
         return False
-    found = [module.__dict__["_modules"]]
+    d = module.__dict__
+    for parameter in d["_parameters"].values():
+        if parameter is not None and type(parameter) not in PLAIN:
+            return False
+    found = [d["_modules"]]
     for parent, key, _, _, kinds, fits, children in layers:
         inner = found[parent].get(key)
         if type(inner) not in kinds:
@@ -169,6 +191,9 @@ def why_not(module: nn.Module, layers: Layers) -> str:
     """Returns why ``module`` must call its layers; an empty string if it need not."""
     if any(_GLOBAL_HOOKS):
         return "global hooks of torch.nn.modules.module must see every layer"
+    for name, parameter in module._parameters.items():
+        if parameter is not None and type(parameter) not in PLAIN:
+            return f"{name} is a {type(parameter).__name__}"
     found: list[Any] = [module]
     for step in layers:
         inner = found[step.parent]._modules.get(step.key)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .as_built import POINTWISE_WITHOUT_BIAS, SAME_SIZE, Layers, as_built, container
+from .as_built import POINTWISE_WITHOUT_BIAS, SAME_SIZE, Layers, container, has_plain_layers
 from .checks import check_bottleneck, check_feature_map, check_spatial_kernel, hidden_width
 from .parameter_access import child, parameter, weight_and_bias
 
@@ -107,7 +107,7 @@ class ChannelAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Computes the gate: ``[N, C, H, W]`` -> ``[N, C, 1, 1]``."""
-        if as_built(self, x, self.LAYERS):
+        if has_plain_layers(self, x, self.LAYERS):
             w1, w2 = self.weights()
             check_bottleneck(x, w1, None, w2, None)
         else:
@@ -154,7 +154,7 @@ class SpatialAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Computes the gate: ``[N, C, H, W]`` -> ``[N, 1, H, W]``."""
         check_feature_map(x)
-        if as_built(self, x, self.LAYERS):
+        if has_plain_layers(self, x, self.LAYERS):
             check_spatial_kernel(*self.weights(), x)
         return self.gate(torch.cat([x.mean(1, keepdim=True), x.max(dim=1, keepdim=True).values], dim=1))
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .as_built import Layers, Settings, as_built, keeps_size, layer
+from .as_built import Layers, Settings, has_plain_layers, keeps_size, layer
 from .checks import check_channel_kernel, check_feature_map, check_odd, check_positive
 from .parameter_access import child, parameter
 
@@ -98,7 +98,7 @@ class ECA(nn.Module):
     def check(self, x: Tensor) -> None:
         """Raises unless x is a feature map on the device of the weight. The convolution fits any number of channels."""
         check_feature_map(x)
-        if as_built(self, x, self.LAYERS):
+        if has_plain_layers(self, x, self.LAYERS):
             check_channel_kernel(*self.weights(), x)
 
     def attention(self, x: Tensor) -> dict[str, Tensor]:

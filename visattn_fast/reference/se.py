@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .as_built import LINEAR, Layers, as_built, container, layer
+from .as_built import LINEAR, RELU, SIGMOID, Layers, container, has_plain_layers
 from .checks import ACTIVATIONS, GATES, check_bottleneck, check_choice, check_feature_map, hidden_width
 from .parameter_access import child, weight_and_bias
 
@@ -81,15 +81,7 @@ class SE(nn.Module):
     ``fc.2.bias``.
     """
 
-    LAYERS = Layers(
-        {
-            "fc": container(nn.Sequential, 4),
-            "fc.0": LINEAR,
-            "fc.1": layer(nn.ReLU),
-            "fc.2": LINEAR,
-            "fc.3": layer(nn.Sigmoid),
-        }
-    )
+    LAYERS = Layers({"fc": container(nn.Sequential, 4), "fc.0": LINEAR, "fc.1": RELU, "fc.2": LINEAR, "fc.3": SIGMOID})
 
     def __init__(self, channels: int, reduction: int = 16, bias: bool = False) -> None:
         super().__init__()
@@ -116,7 +108,7 @@ class SE(nn.Module):
 
     def check(self, x: Tensor) -> None:
         """Raises unless x fits the layers."""
-        if as_built(self, x, self.LAYERS):
+        if has_plain_layers(self, x, self.LAYERS):
             check_bottleneck(x, *self.weights())
         else:
             check_feature_map(x)
