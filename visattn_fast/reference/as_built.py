@@ -40,7 +40,7 @@ _told: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()  # the reason tha
 
 
 class Layer(NamedTuple):
-    """What a fused forward assumes of one layer.
+    """The assumption of a fused forward about one layer.
 
     Attributes:
         kinds: its class, one of these exactly.
@@ -70,7 +70,7 @@ class _Step(NamedTuple):
 
 
 class Layers(tuple[_Step, ...]):
-    """What a fused forward assumes of its layers: qualified name -> `Layer`, containers before what they contain."""
+    """The assumptions of a fused forward: qualified name -> `Layer`, containers before what they contain."""
 
     def __new__(cls, expected: Mapping[str, Layer]) -> Layers:
         order = ["", *expected]
