@@ -102,7 +102,7 @@ class FastGAM(reference.GAM):
         if isinstance(x, Proxy):
             return call_layers(super().forward, x, residual, activation)
         x = channel_mlp(x, *self.channel_weights()) if as_built(self, x, self.CHANNEL) else x * self.factor(x)
-        m = self.convolved(x.to(self.conv1.weight.dtype))
+        m = self.convolved(x.to(next(self.conv1.parameters(), x).dtype))
         if not as_built(self, x, self.NORM):
             return call_layers(lambda x: x * torch.sigmoid(self.norm2(m)), x, residual, activation)
         step = self.norm_step()

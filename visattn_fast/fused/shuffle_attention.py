@@ -7,6 +7,7 @@ from torch import Tensor
 from .. import reference
 from ..ops.shuffle_attention import SHUFFLE_ATTENTION
 from ..reference.as_built import as_built
+from ..reference.checks import check_feature_map
 from ..reference.shuffle_attention import check_shuffle_attention
 from .calls import call_layers
 from .serve import serve
@@ -67,5 +68,6 @@ class FastShuffleAttention(reference.ShuffleAttention):
     def forward(self, x: Tensor, residual: Tensor | None = None, activation: str | None = None) -> Tensor:
         """Returns ``act(shuffle_attention(x) + residual)``; see `shuffle_attention`."""
         if as_built(self, x, self.LAYERS):
+            check_feature_map(x, self.channels)
             return shuffle_attention(x, *self.weights(), self.gn.eps, residual=residual, activation=activation)
         return call_layers(super().forward, x, residual, activation)

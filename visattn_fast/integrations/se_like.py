@@ -56,7 +56,7 @@ def why_no_units(reduce: str) -> Callable[[nn.Module], str]:
     """Returns a check that refuses a module whose layer ``reduce`` has no output."""
 
     def why_not(module: nn.Module) -> str:
-        weight: Any = getattr(module.get_submodule(reduce), "weight", None)
+        weight = getattr(dict(module.named_modules()).get(reduce), "weight", None)
         return f"{reduce} has no hidden unit" if isinstance(weight, Tensor) and weight.shape[0] == 0 else ""
 
     return why_not

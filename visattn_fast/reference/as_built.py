@@ -3,7 +3,8 @@
 A fused module reads the parameters of its layers and never calls them. That is right only if a call would compute the
 same and nobody would notice its absence. So each layer must have exactly the class and the settings that the fused
 forward assumes, no hook of any kind, no ``forward`` in its instance, and plain tensors as parameters. Parametrizations
-of `torch.nn.utils.parametrize` are fine: reading a parameter computes them.
+of `torch.nn.utils.parametrize` are fine, since reading a parameter computes them; but not in a layer that is called
+twice in a forward pass, since spectral norm changes with each reading.
 
 `Layers` states what a class assumes of its layers, and `as_built` asks at every call whether it holds. If not, the
 layers are called.
@@ -23,7 +24,7 @@ from torch.nn.utils import parametrize
 
 _logger = logging.getLogger("visattn_fast")
 
-PLAIN = {Tensor, nn.Parameter}  # exact types of parameters; `explain` adds its tensors without values
+PLAIN = frozenset({Tensor, nn.Parameter})  # exact types of parameters
 _GLOBAL_HOOKS = (
     _module._global_forward_hooks,
     _module._global_forward_pre_hooks,
@@ -39,13 +40,14 @@ _told: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()  # the reaso
 
 
 class Layer(NamedTuple):
-    """What a fused forward assumes of one layer.
+    """The assumption of a fused forward about one layer.
 
     Attributes:
         kinds: its class, one of these exactly; NoneType if there may be no layer.
         fits: True if its settings are those assumed.
         words: what ``fits`` demands, for messages.
         children: the number of its child modules; None: any.
+        twice: True if a forward pass calls it twice.
         noun: names its kinds in messages; empty: their class names do.
     """
 
@@ -53,6 +55,7 @@ class Layer(NamedTuple):
     fits: Callable[[Settings], bool] | None = None
     words: str = ""
     children: int | None = 0
+    twice: bool = False
     noun: str = ""
 
 
@@ -69,7 +72,7 @@ class _Step(NamedTuple):
 
 
 class Layers(tuple[_Step, ...]):
-    """What a fused forward assumes of its layers: qualified name -> `Layer`, containers before what they contain.
+    """The assumptions of a fused forward: qualified name -> `Layer`, containers before what they contain.
 
     Attributes:
         fits: True if the settings of the module itself are those assumed; None: any are.
@@ -172,8 +175,8 @@ def as_built(module: nn.Module, x: Any, layers: Layers) -> bool:
 
 
 def has_plain_layers(module: nn.Module, x: Any, layers: Layers) -> bool:
-    """Returns what `as_built` does, and tells nobody: for checks, and for modules that call their layers anyway."""
-    return isinstance(x, Tensor) and (_is_untouched(module, layers) or not why_not(module, layers))
+    """True if x is a tensor, and checks may read the weights: the layers are as built and have no parametrization."""
+    return isinstance(x, Tensor) and _is_untouched(module, layers)
 
 
 def _is_untouched(module: nn.Module, layers: Layers) -> bool:
@@ -221,7 +224,7 @@ def why_not(module: nn.Module, layers: Layers) -> str:
     if layers.fits is not None and not layers.fits(module.__dict__):
         return layers.words
     for name, parameter in module._parameters.items():
-        if parameter is not None and type(parameter) not in PLAIN:
+        if not _is_plain(parameter):
             return f"{name} is a {type(parameter).__name__}"
     found: list[Any] = [module]
     for step in layers:
@@ -248,22 +251,28 @@ def why_not_layer(inner: Any, expected: Layer) -> str:
         return "has a forward of its own in its instance"
     settings = dict(inner.__dict__)
     if parametrized:
-        settings["_parameters"] = {
-            **inner._parameters,
-            **{name: getattr(inner, name) for name in inner.parametrizations},
-        }
+        if expected.twice:
+            return "has a parametrization, and is called twice"
+        originals = {name: next(p.parameters(), None) for name, p in inner.parametrizations.items()}
+        settings["_parameters"] = {**inner._parameters, **originals}
     if expected.children is not None and len(inner._modules) - parametrized != expected.children:
         return f"has {len(inner._modules)} layers, not {expected.children}"
     if expected.fits is not None and not expected.fits(settings):
         return f"is not {expected.words}"
     for name, parameter in settings["_parameters"].items():
-        if parameter is not None and type(parameter) not in PLAIN:
+        if not _is_plain(parameter):
             return f"has a {type(parameter).__name__} as {name}"
     return ""
 
 
 def _name(kind: type) -> str:
     return "missing" if kind is type(None) else kind.__name__
+
+
+def _is_plain(parameter: Tensor | None) -> bool:
+    """True for a tensor of torch's own: of values, or without them in exports and in `explain`."""
+    kind = type(parameter)
+    return parameter is None or kind in PLAIN or kind.__module__.startswith("torch._subclasses.")
 
 
 def tell(module: nn.Module, reason: str) -> None:

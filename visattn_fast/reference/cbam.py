@@ -13,6 +13,9 @@ from .parameter_access import child, parameter, weight_and_bias
 __all__ = ["CBAM", "ChannelAttention", "SpatialAttention", "cbam", "channel_attention", "spatial_attention"]
 
 
+CALLED_TWICE = POINTWISE_WITHOUT_BIAS._replace(twice=True)  # for the mean and for the maximum
+
+
 def channel_attention(x: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
     """The gate ``sigmoid(f(mean(x)) + f(max(x)))`` with ``f(v) = w2 relu(w1 v)``, mean and max over H and W.
 
@@ -93,7 +96,7 @@ class ChannelAttention(nn.Module):
     ``state_dict``: ``fc1.weight`` ``[R, C, 1, 1]``, ``fc2.weight`` ``[C, R, 1, 1]``.
     """
 
-    LAYERS = Layers({"fc1": POINTWISE_WITHOUT_BIAS, "fc2": POINTWISE_WITHOUT_BIAS})
+    LAYERS = Layers({"fc1": CALLED_TWICE, "fc2": CALLED_TWICE})
 
     def __init__(self, channels: int, reduction: int = 8) -> None:
         super().__init__()
@@ -190,8 +193,8 @@ class CBAM(nn.Module):
     LAYERS = Layers(
         {
             "channelattention": container(ChannelAttention, 2),
-            "channelattention.fc1": POINTWISE_WITHOUT_BIAS,
-            "channelattention.fc2": POINTWISE_WITHOUT_BIAS,
+            "channelattention.fc1": CALLED_TWICE,
+            "channelattention.fc2": CALLED_TWICE,
             "spatialattention": container(SpatialAttention, 1),
             "spatialattention.conv1": SAME_SIZE,
         }

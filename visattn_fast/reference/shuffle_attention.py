@@ -145,6 +145,7 @@ class ShuffleAttention(nn.Module):
     def _run(self, x: Tensor, need_gate: bool = False) -> tuple[Tensor, Tensor | None]:
         plain = has_plain_layers(self, x, self.LAYERS)
         if plain:
+            check_feature_map(x, self.channels)
             check_shuffle_attention(x, self.weights(), self.gn.eps)
         else:
             check_feature_map(x)

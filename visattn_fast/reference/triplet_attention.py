@@ -226,7 +226,7 @@ class TripletAttention(nn.Module):
 
     @property
     def assumed(self) -> Layers:
-        """What the fused forward assumes of the layers."""
+        """The assumptions of the fused forward about the layers."""
         return self.PAIR if self.hw is None else self.TRIPLET
 
     def forward(self, x: Tensor) -> Tensor:
