@@ -102,7 +102,8 @@ _CONV = Layers({"conv": container(ConvNormAct, None)})
 def _channel_gate(c: Any, mean: Tensor, maximum: Tensor) -> Tensor:
     if has_plain_layers(c, mean, _PERCEPTRON):  # then both may pass the layers as one batch
         both = pointwise(c.fc2, c.act(pointwise(c.fc1, torch.cat([mean, maximum]))))
-        return c.gate(both[: len(mean)] + both[len(mean) :])
+        n = mean.shape[0]  # len(mean) would fix the batch of an exported program
+        return c.gate(both[:n] + both[n:])
     return c.gate(c.fc2(c.act(c.fc1(mean))) + c.fc2(c.act(c.fc1(maximum))))
 
 
