@@ -183,6 +183,40 @@ def test_only_and_except_choose_by_name():
         vf.accelerate(3)
 
 
+@pytest.mark.parametrize("wrap", [torch.compile, nn.DataParallel, lambda m: nn.DataParallel(torch.compile(m))])
+def test_names_look_through_wrappers(wrap):
+    """Names with and without what wrappers add, around the model and inside it."""
+    model = wrap(small())
+    assert {s.op for s in vf.accelerate(model, only=["stages.1"]).swapped} == {"se", "epilogue"}
+    whole = small()
+    whole.stages[0] = wrap(whole.stages[0])
+    (inner,) = (name for name, m in whole.named_modules() if type(m) is vf.reference.SE and name.startswith("stages.0"))
+    assert inner != "stages.0.0.gate"
+    for name in (inner, "stages.0.0.gate"):
+        (swapped,) = vf.accelerate(whole, only=[name]).swapped
+        assert swapped.name == inner
+        vf.restore(whole)
+    assert len(vf.accelerate(whole, except_=["stages.0.0"]).swapped) == 2
+
+
+def test_plain_string_is_one_name():
+    model = small()
+    assert len(vf.accelerate(model, only="stages.1").swapped) == 2
+    vf.restore(model)
+    assert len(vf.accelerate(model, except_="stages.1.0.gate").swapped) == 2
+    vf.restore(model)
+    assert len(vf.accelerate(model, only="").swapped) == 4  # the model itself
+
+
+@pytest.mark.parametrize("argument", ["only", "except_"])
+def test_name_of_no_module_raises(argument):
+    """Before anything is swapped."""
+    model = small()
+    with pytest.raises(ValueError, match=f"{argument} must name modules of the model, got 'stage.1'"):
+        vf.accelerate(model, **{argument: ["stages.1", "stage.1"]})
+    assert vf.restore(model) == 0
+
+
 def test_accelerate_imports_no_library():
     program = (
         "import sys, visattn_fast as vf; from visattn_fast.models import AttentionResNet\n"
@@ -226,6 +260,13 @@ def test_example_fills_in_the_figures():
     lines = str(found).splitlines()
     assert lines[0].split() == ["module", "class", "served", "by", "keeps", "less", "faster"]
     assert lines[-1] == "4 swapped, 0 left alone"
+
+
+def test_failing_example_leaves_nothing_swapped():
+    model = small()
+    with pytest.raises(ValueError, match="x must have 3 channels"):
+        vf.accelerate(model, feature_map((2, 5, 8, 8)))
+    assert vf.restore(model) == 0
 
 
 def test_slower_module_is_put_back(seconds):
