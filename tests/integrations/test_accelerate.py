@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 import subprocess
 import sys
+from collections import OrderedDict
 from pathlib import Path
 
 import pytest
@@ -260,6 +262,24 @@ def test_example_fills_in_the_figures():
     lines = str(found).splitlines()
     assert lines[0].split() == ["module", "class", "served", "by", "keeps", "less", "faster"]
     assert lines[-1] == "4 swapped, 0 left alone"
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((2, 5, 8, 8), "0.gate: x must have 32 channels, as the weights have, got shape (2, 5, 8, 8)"),
+        ((C, 8, 8), "0.gate: x must have shape [N, C, H, W], got 3 dimensions: (32, 8, 8); x[None] is one image"),
+        ((2, C, 4, 8, 8), "got 5 dimensions: (2, 32, 4, 8, 8); x.flatten(2, 3) is a volume"),
+    ],
+)
+def test_errors_name_the_module_and_the_way_out(shape, message):
+    model = nn.Sequential(nn.Sequential(OrderedDict(gate=vf.reference.SE(C))))
+    vf.accelerate(model)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        model(torch.zeros(shape))
+    plain = nn.Sequential(vf.FastSE(C))
+    with pytest.raises(ValueError, match=r"^x must have"):
+        plain(torch.zeros(shape))
 
 
 def test_failing_example_leaves_nothing_swapped():

@@ -197,6 +197,21 @@ def test_falling_back_is_logged_once_by_name(caplog):
     ]
 
 
+def test_explain_says_which_layers_are_called():
+    """And names the ops that a call then takes."""
+    model = nn.Sequential(built("timm SEModule", training=False), built("timm CbamModule", training=False))
+    vf.accelerate(model)
+    explained = vf.explain(model, inputs(""))
+    assert explained.called_layers == {}
+    assert [call.name for call in explained.calls] == ["se", "gate_twice", "map_conv"]
+    model[0].act = nn.GELU()
+    model[1].spatial.conv.register_forward_hook(lambda *_: None)
+    explained = vf.explain(model, inputs(""))
+    assert explained.called_layers == {"0": "act is GELU, not ReLU or SiLU"}
+    assert [call.name for call in explained.calls] == ["gate_channels", "gate_twice"]
+    assert str(explained).splitlines()[-1] == "0 calls its layers: act is GELU, not ReLU or SiLU"
+
+
 def test_use_backend_reference_calls_every_layer():
     """The switch for tools that count or trace layers."""
     for name in ("timm SEModule", "timm CbamModule", "torchvision SqueezeExcitation", "timm Bottleneck, se"):

@@ -187,11 +187,15 @@ def _is_untouched(module: nn.Module, layers: Layers) -> bool:
     for parameter in d["_parameters"].values():
         if parameter is not None and type(parameter) not in PLAIN:
             return False
-    return are_plain(d["_modules"], layers)
+    return _are_untouched(d["_modules"], layers)
 
 
-def are_plain(modules: Mapping[str, nn.Module | None], layers: Layers) -> bool:
-    """True if ``modules``, by name, are what ``layers`` assumes, without parametrizations."""
+def are_plain(modules: Mapping[str, Any], layers: Layers) -> bool:
+    """Returns what `has_plain_layers` does, for layers by name instead of a module that has them."""
+    return _are_untouched(modules, layers) or not _why_not(modules, layers)
+
+
+def _are_untouched(modules: Mapping[str, nn.Module | None], layers: Layers) -> bool:
     if any(_GLOBAL_HOOKS):
         return False
     found = [modules]
@@ -219,20 +223,24 @@ def are_plain(modules: Mapping[str, nn.Module | None], layers: Layers) -> bool:
 
 def why_not(module: nn.Module, layers: Layers) -> str:
     """Returns why ``module`` must call its layers; an empty string if it need not."""
-    if any(_GLOBAL_HOOKS):
-        return "global hooks of torch.nn.modules.module must see every layer"
     if layers.fits is not None and not layers.fits(module.__dict__):
         return layers.words
     for name, parameter in module._parameters.items():
         if not _is_plain(parameter):
             return f"{name} is a {type(parameter).__name__}"
-    found: list[Any] = [module]
+    return _why_not(module._modules, layers)
+
+
+def _why_not(modules: Mapping[str, Any], layers: Layers) -> str:
+    if any(_GLOBAL_HOOKS):
+        return "global hooks of torch.nn.modules.module must see every layer"
+    found = [modules]
     for step in layers:
-        inner = found[step.parent]._modules.get(step.key)
+        inner = found[step.parent].get(step.key)
         reason = why_not_layer(inner, step.layer)
         if reason:
             return f"{step.name} {reason}"
-        found.append(inner)
+        found.append({} if inner is None else inner._modules)
     return ""
 
 
