@@ -1,4 +1,4 @@
-"""What people do to the layers inside a module: adapters, hooks, replaced layers, quantization, offloading.
+"""Changes that people make to the layers inside a module: adapters, hooks, replaced layers, quantization, offloading.
 
 A change takes a module and changes every inner layer that it fits. It returns the number of layers that it changed.
 Applied to a fused module and to a plain twin, it must have the same effect on both.
