@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,7 +15,7 @@ from ..ops.autograd import mixed
 from ..ops.coord_att import COORD_ATT
 from ..reference.batch_norm import batch_norm_step, update_running_statistics
 from ..reference.checks import check_coordinate_gates, check_feature_map
-from .serve import serve_all
+from .serve import serve
 
 __all__ = ["FastCoordAtt", "coord_att"]
 
@@ -75,13 +75,20 @@ def coord_att(
             return mixed(reference.coord_att, x, *norm, *wide, *gates, training, momentum, eps)
 
     tensors = (x, *norm, *((None, None) if training else statistics), *gates)
-    y, *small = serve_all(
-        COORD_ATT, tensors, options=(float(eps),), residual=residual, activation=activation, plain=plain
-    )
     count = x.shape[0] * (x.shape[2] + x.shape[3])
-    if small and training and count:
+
+    def update(small: Sequence[Tensor]) -> None:
         update_running_statistics(running_mean, running_var, small[-2], small[-1], count, momentum)
-    return y
+
+    return serve(
+        COORD_ATT,
+        tensors,
+        options=(float(eps),),
+        residual=residual,
+        activation=activation,
+        plain=plain,
+        update=update if training and count else None,
+    )
 
 
 @contextmanager

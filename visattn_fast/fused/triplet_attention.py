@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from .. import reference
 from ..ops.autograd import mixed
 from ..ops.triplet_attention import FIELDS, TRIPLET_ATTENTION, batch_statistics
 from ..reference.triplet_attention import PlaneGate, check_triplet_attention
-from .serve import serve_all
+from .serve import serve
 
 __all__ = ["FastTripletAttention", "PlaneGate", "triplet_attention"]
 
@@ -61,13 +63,21 @@ def triplet_attention(
     missing = 3 - len(gates)
     tensors = (*(t for g in gates for t in (*g.weights, *g.statistics)), *(None,) * FIELDS * missing)
     eps = (*(float(g.eps) for g in gates), *(0.0,) * missing)
-    y, *small = serve_all(
-        TRIPLET_ATTENTION, (x, *tensors), options=eps, residual=residual, activation=activation, plain=plain
+
+    def update(small: Sequence[Tensor]) -> None:
+        for gate, (z, mean, rstd) in zip(gates, batch_statistics(small), strict=False):
+            if gate.training and z.numel():
+                gate.update(mean, rstd.pow(-2) - gate.eps, z.numel())
+
+    return serve(
+        TRIPLET_ATTENTION,
+        (x, *tensors),
+        options=eps,
+        residual=residual,
+        activation=activation,
+        plain=plain,
+        update=update if any(gate.training for gate in gates) else None,
     )
-    for gate, (z, mean, rstd) in zip(gates, batch_statistics(small), strict=False):
-        if gate.training and z.numel():
-            gate.update(mean, rstd.pow(-2) - gate.eps, z.numel())
-    return y
 
 
 class FastTripletAttention(reference.TripletAttention):

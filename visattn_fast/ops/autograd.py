@@ -16,6 +16,7 @@ from .layout import converted
 _overridden, _call_boxed = torch._C._has_torch_function, torch._C._dispatch_call_boxed
 
 Gradients = Callable[..., Sequence[Tensor | None]]
+Update = Callable[[Sequence[Tensor]], None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,14 +49,28 @@ class FusedOp:
     compiled_plain: bool = False
     in_torch: str = ""
 
-    def __call__(self, *args: Any) -> tuple[Tensor, ...]:
-        """Calls the fused function. Returns all its results, or only y if an op for inference serves."""
+    def __call__(self, *args: Any, update: Update | None = None) -> tuple[Tensor, ...]:
+        """Calls the fused function. Returns all its results, or only y if an op for inference serves.
+
+        Args:
+            args: the tensors and options of the function.
+            update: called once with the small results, to update running statistics. Only for ops without ``infer``.
+        """
+        if update is not None:
+            return self._call_and_update(args, update)
         if recorded(args):
             return record(self.function, *args)
         # Under Dynamo the forward op serves: Inductor drops the results that are not used.
         if self.infer is not None and args[0].is_cpu and not torch.compiler.is_compiling():
             return (_call_op(self.infer, args),)
         return self.function.forward(*args)
+
+    def _call_and_update(self, args: tuple[Any, ...], update: Update) -> tuple[Tensor, ...]:
+        if recorded(args) and not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active():
+            return record(updating(self.function), *args, update)
+        results = self(*args)
+        update(results[1:])
+        return results
 
 
 def recorded(arguments: Iterable[Any]) -> bool:
@@ -164,6 +179,31 @@ def fused_function(
     methods: dict[str, Callable[..., Any]] = {"forward": forward, "setup_context": setup_context, "backward": backward}
     static = {key: staticmethod(method) for key, method in methods.items()}
     return type(f"{name}_function", (torch.autograd.Function,), static)
+
+
+@functools.cache
+def updating(function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
+    """Makes ``function`` take one more argument, last, which its forward calls with the small results.
+
+    A checkpoint stops the recomputation as soon as autograd has saved the last tensor, which it does after forward.
+    Running statistics are updated in both runs only if forward itself updates them, as PyTorch's batch norm does.
+    """
+    base: Any = function
+
+    def forward(*args: Any) -> tuple[Tensor, ...]:
+        results = base.forward(*args[:-1])
+        args[-1](results[1:])
+        return results
+
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        base.setup_context(ctx, inputs[:-1], output)
+
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return *base.backward(ctx, *grads), None
+
+    methods: dict[str, Callable[..., Any]] = {"forward": forward, "setup_context": setup_context, "backward": backward}
+    static = {key: staticmethod(method) for key, method in methods.items()}
+    return type(base.__name__, (torch.autograd.Function,), static)
 
 
 def is_recorded_backward() -> bool:
