@@ -166,19 +166,43 @@ def fused_function(
             return (None,) * ctx.arity + unneeded
         if is_recorded_backward():
             return differentiate(ctx, mathematics, tensors, grad) + unneeded
-        found = [
-            None if t is None or d is None else grad if d.dim() < t.dim() else d
-            for t, d in zip(tensors, gradients(grad, tensors, small, ctx.options), strict=True)
-        ]
-        for t, d in zip(tensors, found, strict=True):  # `converted` takes a microsecond to find that no dtype differs
-            if d is not None and d.dtype != t.dtype:
-                found = converted(found, [None if t is None else t.dtype for t in tensors])
-                break
+        # One loop that only compares: most gradients fit, and on small maps each microsecond shows. Under Dynamo,
+        # comparing strides would add guards.
+        found: list[Tensor | None] = []
+        fits = not torch.compiler.is_compiling()
+        for t, d in zip(tensors, gradients(grad, tensors, small, ctx.options), strict=True):
+            if t is None or d is None:
+                found.append(None)
+            else:
+                found.append(d)
+                fits = fits and d.dtype is t.dtype and d.stride() == t.stride()
+        if not fits:
+            found = _fitted(found, tensors, grad)
         return *found, *unneeded
 
     methods: dict[str, Callable[..., Any]] = {"forward": forward, "setup_context": setup_context, "backward": backward}
     static = {key: staticmethod(method) for key, method in methods.items()}
     return type(f"{name}_function", (torch.autograd.Function,), static)
+
+
+def _fitted(found: list[Tensor | None], tensors: Sequence[Any], grad: Tensor) -> list[Tensor | None]:
+    """Puts ``grad`` in the place of gradients with too few dimensions; then gives each its tensor's dtype and strides.
+
+    Only dimensions of size 1 change their stride: a 1x1 convolution's weight in channels_last has others than a
+    contiguous gradient, and DistributedDataParallel would warn and copy.
+    """
+    found = [None if d is None else grad if d.dim() < t.dim() else d for t, d in zip(tensors, found, strict=True)]
+    found = converted(found, [None if t is None else t.dtype for t in tensors])
+    if torch.compiler.is_compiling():
+        return found
+    pairs = zip(tensors, found, strict=True)
+    return [_strided_like(d, t) if d is not None and 1 in d.shape else d for t, d in pairs]
+
+
+def _strided_like(d: Tensor, t: Tensor) -> Tensor:
+    """Returns a view of d in which the dimensions of size 1 have the strides of t. Both have the same shape."""
+    strides = [other if size == 1 else own for size, own, other in zip(d.shape, d.stride(), t.stride(), strict=True)]
+    return d.as_strided(d.shape, strides)
 
 
 @functools.cache
