@@ -117,11 +117,11 @@ UNSERVED = {
     "timm max pooling": (lambda: timm("SEModule", C, add_maxpool=True), "add_maxpool"),
     "timm GatherExcite, windows": (
         lambda: timm("GatherExcite", C, extent=2, use_mlp=False),
-        "it gathers by windows or convolutions",
+        "it gathers by windows, convolutions or maxima",
     ),
     "timm Swin, dropout": (
         lambda: timm("SwinTransformerBlock", C, (7, 7), 2, attn_drop=0.1, module="timm.models.swin_transformer"),
-        "attn_drop or proj_drop",
+        "attn.attn_drop is not set to zero",
     ),
     "torchvision Swin, dropout": (
         lambda: library("torchvision.models.swin_transformer").ShiftedWindowAttention(
@@ -129,8 +129,11 @@ UNSERVED = {
         ),
         "attention_dropout or dropout",
     ),
-    "timm GlobalContext as it comes": (lambda: timm("GlobalContext", C), "use_attn: it pools by attention"),
-    "timm GlobalContext, added": (lambda: timm("GlobalContext", C, use_attn=False, fuse_add=True), "fuse_add"),
+    "timm GlobalContext as it comes": (lambda: timm("GlobalContext", C), "use_attn or fuse_add"),
+    "timm GlobalContext, added": (
+        lambda: timm("GlobalContext", C, use_attn=False, fuse_add=True),
+        "use_attn or fuse_add",
+    ),
     "timm CoordAttn, ReLU": (
         lambda: timm("CoordAttn", C, act_layer=nn.ReLU, module="timm.layers.coord_attn"),
         "act is ReLU",

@@ -17,6 +17,8 @@ class Swapped:
         name: its qualified name.
         module: the module itself.
         recipe: the recipe that it was swapped by.
+        op: the name of the function in `functional` that serves it; ``"epilogue"`` for a block.
+        note: why it calls its layers instead of a function that replaces them; empty if it calls none.
         saved_bytes: bytes that it no longer keeps from forward to backward, measured on the example; None without one.
         speedup: time of the original over its own, measured on the example, forward and backward, or forward alone if
             the model is in eval mode; None without an example.
@@ -25,13 +27,10 @@ class Swapped:
     name: str
     module: nn.Module
     recipe: Recipe
+    op: str
+    note: str = ""
     saved_bytes: int | None = None
     speedup: float | None = None
-
-    @property
-    def op(self) -> str:
-        """The name of the function in `functional` that serves it; ``"epilogue"`` for a block."""
-        return self.recipe.op
 
     @property
     def less(self) -> str:
@@ -83,4 +82,5 @@ class Acceleration:
         lines = [
             "  ".join(cell.ljust(width) for cell, width in zip(row, [*widths, 0], strict=True)).rstrip() for row in rows
         ]
+        lines += [f"{s.name or s.kind} calls its layers: {s.note}" for s in self.swapped if s.note]
         return "\n".join([*lines, f"{len(self.swapped)} swapped, {len(self.skipped)} left alone"])

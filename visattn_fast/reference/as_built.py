@@ -36,24 +36,26 @@ Settings = Mapping[str, Any]  # a layer's __dict__
 
 # Called with each module that calls its layers, and the reason, by `explain`.
 listeners: list[Callable[[nn.Module, str], None]] = []
-_told: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()  # the reason that was logged last
+_told: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()  # the reasons that were logged
 
 
 class Layer(NamedTuple):
     """The assumption of a fused forward about one layer.
 
     Attributes:
-        kinds: its class, one of these exactly.
+        kinds: its class, one of these exactly; NoneType if there may be no layer.
         fits: True if its settings are those assumed.
         words: what ``fits`` demands, for messages.
-        children: the number of its child modules.
+        children: the number of its child modules; None: any.
+        noun: names its kinds in messages; empty: their class names do.
         twice: True if a forward pass calls it twice.
     """
 
-    kinds: frozenset[type[nn.Module]]
+    kinds: frozenset[type]
     fits: Callable[[Settings], bool] | None = None
     words: str = ""
-    children: int = 0
+    children: int | None = 0
+    noun: str = ""
     twice: bool = False
 
 
@@ -64,30 +66,42 @@ class _Step(NamedTuple):
     key: str
     name: str
     layer: Layer
-    kinds: frozenset[type[nn.Module]]
+    kinds: frozenset[type]
     fits: Callable[[Settings], bool] | None
-    children: int
+    children: int | None
 
 
 class Layers(tuple[_Step, ...]):
-    """The assumptions of a fused forward: qualified name -> `Layer`, containers before what they contain."""
+    """The assumptions of a fused forward: qualified name -> `Layer`, containers before what they contain.
 
-    def __new__(cls, expected: Mapping[str, Layer]) -> Layers:
+    Attributes:
+        fits: True if the settings of the module itself are those assumed; None: any are.
+        words: the reason against other settings, for messages.
+    """
+
+    fits: Callable[[Settings], bool] | None
+    words: str
+
+    def __new__(
+        cls, expected: Mapping[str, Layer], fits: Callable[[Settings], bool] | None = None, words: str = ""
+    ) -> Layers:
         order = ["", *expected]
         steps = []
         for name, layer in expected.items():
             outer, _, key = name.rpartition(".")
             steps.append(_Step(order.index(outer), key, name, layer, layer.kinds, layer.fits, layer.children))
-        return super().__new__(cls, steps)
+        layers = super().__new__(cls, steps)
+        layers.fits, layers.words = fits, words
+        return layers
 
 
-def layer(*kinds: type[nn.Module], fits: Callable[[Settings], bool] | None = None, words: str = "") -> Layer:
+def layer(*kinds: type, fits: Callable[[Settings], bool] | None = None, words: str = "") -> Layer:
     """Returns a `Layer` without children."""
     return Layer(frozenset(kinds), fits, words)
 
 
-def container(kind: type[nn.Module], children: int) -> Layer:
-    """Returns a `Layer` that holds so many others."""
+def container(kind: type[nn.Module], children: int | None) -> Layer:
+    """Returns a `Layer` that holds so many others; None: any number."""
     return Layer(frozenset((kind,)), children=children)
 
 
@@ -135,6 +149,7 @@ SAME_SIZE = layer(nn.Conv2d, fits=keeps_size, words="zero-padded to the size of 
 SAME_SIZE_WITHOUT_BIAS = layer(
     nn.Conv2d, fits=lambda d: keeps_size(d) and _has_no_bias(d), words=f"{SAME_SIZE.words}, without a bias"
 )
+ABSENT = layer(type(None))
 BATCH_NORM = layer(nn.BatchNorm2d)
 AFFINE_BATCH_NORM = layer(nn.BatchNorm2d, fits=_is_affine, words="affine")
 
@@ -166,27 +181,39 @@ def has_plain_layers(module: nn.Module, x: Any, layers: Layers) -> bool:
 
 def _is_untouched(module: nn.Module, layers: Layers) -> bool:
     """The fast form of `why_not`, for layers without parametrizations: on small maps each microsecond shows."""
-    if any(_GLOBAL_HOOKS):
-        return False
     d = module.__dict__
+    if layers.fits is not None and not layers.fits(d):
+        return False
     for parameter in d["_parameters"].values():
         if parameter is not None and type(parameter) not in PLAIN:
             return False
-    found = [d["_modules"]]
+    return are_plain(d["_modules"], layers)
+
+
+def are_plain(modules: Mapping[str, nn.Module | None], layers: Layers) -> bool:
+    """True if ``modules``, by name, are what ``layers`` assumes, without parametrizations."""
+    if any(_GLOBAL_HOOKS):
+        return False
+    found = [modules]
     for parent, key, _, _, kinds, fits, children in layers:
         inner = found[parent].get(key)
         if type(inner) not in kinds:
             return False
+        if inner is None:
+            found.append({})
+            continue
         d = inner.__dict__
         if d["_forward_hooks"] or d["_forward_pre_hooks"] or d["_backward_hooks"] or d["_backward_pre_hooks"]:
             return False
-        modules = d["_modules"]
-        if "forward" in d or len(modules) != children or (fits is not None and not fits(d)):
+        below = d["_modules"]
+        if "forward" in d or (fits is not None and not fits(d)):
+            return False
+        if len(below) != children and children is not None:
             return False
         for parameter in d["_parameters"].values():
             if parameter is not None and type(parameter) not in PLAIN:
                 return False
-        found.append(modules)
+        found.append(below)
     return True
 
 
@@ -194,6 +221,8 @@ def why_not(module: nn.Module, layers: Layers) -> str:
     """Returns why ``module`` must call its layers; an empty string if it need not."""
     if any(_GLOBAL_HOOKS):
         return "global hooks of torch.nn.modules.module must see every layer"
+    if layers.fits is not None and not layers.fits(module.__dict__):
+        return layers.words
     for name, parameter in module._parameters.items():
         if not _is_plain(parameter):
             return f"{name} is a {type(parameter).__name__}"
@@ -212,8 +241,10 @@ def why_not_layer(inner: Any, expected: Layer) -> str:
     parametrized = isinstance(inner, nn.Module) and parametrize.is_parametrized(inner)
     kind = type(inner).__mro__[1] if parametrized else type(inner)
     if kind not in expected.kinds:
-        names = dict.fromkeys(k.__name__ for k in expected.kinds)
-        return f"is {'missing' if inner is None else kind.__name__}, not {' or '.join(names)}"
+        names = sorted({_name(k) for k in expected.kinds})
+        return f"is {_name(kind)}, not {expected.noun or ' or '.join(names)}"
+    if inner is None:
+        return ""
     if inner._forward_hooks or inner._forward_pre_hooks or inner._backward_hooks or inner._backward_pre_hooks:
         return "has hooks"
     if "forward" in inner.__dict__:
@@ -224,7 +255,7 @@ def why_not_layer(inner: Any, expected: Layer) -> str:
             return "has a parametrization, and is called twice"
         originals = {name: next(p.parameters(), None) for name, p in inner.parametrizations.items()}
         settings["_parameters"] = {**inner._parameters, **originals}
-    if len(inner._modules) - parametrized != expected.children:
+    if expected.children is not None and len(inner._modules) - parametrized != expected.children:
         return f"has {len(inner._modules)} layers, not {expected.children}"
     if expected.fits is not None and not expected.fits(settings):
         return f"is not {expected.words}"
@@ -240,11 +271,16 @@ def _is_plain(parameter: Tensor | None) -> bool:
     return parameter is None or kind in PLAIN or kind.__module__.startswith("torch._subclasses.")
 
 
+def _name(kind: type) -> str:
+    return "missing" if kind is type(None) else kind.__name__
+
+
 def tell(module: nn.Module, reason: str) -> None:
     """Tells `explain` that ``module`` calls its layers, and why; logs a new reason once."""
     for listener in listeners:
         listener(module, reason)
-    if _told.get(module) != reason:
-        _told[module] = reason
+    told = _told.setdefault(module, set())
+    if reason not in told:
+        told.add(reason)
         name = module.__dict__.get("_qualified_name", "")
         _logger.info("%s%s calls its layers: %s", f"{name}: " if name else "", type(module).__name__, reason)
