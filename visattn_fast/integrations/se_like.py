@@ -56,7 +56,8 @@ def why_no_units(reduce: str) -> Callable[[nn.Module], str]:
     """Returns a check that refuses a module whose layer ``reduce`` has no output."""
 
     def why_not(module: nn.Module) -> str:
-        weight: Any = getattr(module.get_submodule(reduce), "weight", None)
-        return f"{reduce} has no hidden unit" if isinstance(weight, Tensor) and weight.shape[0] == 0 else ""
+        # Not the layer's weight: spectral norm changes with each reading.
+        parameters = module.get_submodule(reduce).parameters()
+        return f"{reduce} has no hidden unit" if any(p.numel() == 0 for p in parameters) else ""
 
     return why_not
