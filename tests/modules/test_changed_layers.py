@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
 
 import pytest
 import torch
@@ -11,34 +10,10 @@ from torch import nn
 
 import visattn_fast as vf
 from cases import feature_map
-from changes import CHANGES
+from changes import CHANGES, assert_same_in_every_mode
 from visattn_fast import catalogue
 
 ENTRIES = {name: e for name, e in catalogue.ENTRIES.items() if e.training and list(e.pair(32)[1].children())}
-INFERENCE = ("quantize_dynamic", "offloaded")  # without gradients
-MODES = ("train", "eval", "no_grad")
-
-
-def changed_run(module, x, mode):
-    """Two calls, with the gradients of the second, and the buffers after them."""
-    module.train(mode == "train")
-    x = x.clone().requires_grad_(mode != "no_grad")
-    with torch.set_grad_enabled(mode != "no_grad"):
-        module(x)
-        y = module(x)
-        y = y[0] if isinstance(y, tuple) else y
-    found = {"y": y.detach(), **{name: b.clone() for name, b in module.named_buffers() if isinstance(b, torch.Tensor)}}
-    if mode != "no_grad":
-        y.square().sum().backward()
-        found |= {name: p.grad for name, p in module.named_parameters() if p.grad is not None} | {"x": x.grad}
-    return found
-
-
-def assert_same(got, want):
-    assert got.keys() == want.keys()
-    for name, expected in want.items():
-        tolerance = {"rtol": 1e-9, "atol": 1e-9} if expected.dtype == torch.float64 else {"rtol": 1e-4, "atol": 1e-4}
-        torch.testing.assert_close(got[name], expected, **tolerance, msg=lambda m, name=name: f"{name}: {m}")
 
 
 @pytest.mark.parametrize("how", ["fused", "before", "after"])
@@ -57,14 +32,7 @@ def test_changed_layers_count(entry, name, how):
     CHANGES[name](module)
     if how == "after":
         vf.accelerate(module)
-    for mode in MODES[2:] if name in INFERENCE else MODES:
-        try:
-            want = changed_run(plain, x, mode)
-        except RuntimeError as error:  # NAM itself reads a weight that is offloaded
-            with pytest.raises(RuntimeError, match=re.escape(str(error))):
-                changed_run(module, x, mode)
-        else:
-            assert_same(changed_run(module, x, mode), want)
+    assert_same_in_every_mode(module, plain, x, name)
 
 
 @pytest.mark.parametrize("entry", ENTRIES.values(), ids=ENTRIES.keys())

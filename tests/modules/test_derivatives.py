@@ -6,10 +6,13 @@ import functools
 
 import pytest
 import torch
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from cases import EPILOGUES, entries, feature_map, layouts, run, with_epilogue
 from visattn_fast import catalogue
+
+IN_TRAINING = [e for e in catalogue.ENTRIES.values() if f"{e.name}_eval" in catalogue.ENTRIES]  # with a batch norm
 
 
 def functional_call(module, epilogue=(None, None)):
@@ -77,14 +80,51 @@ def test_checkpoint_gives_the_same_gradients(entry):
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
-@entries
-def test_reentrant_checkpoint_matches_reference(entry):
-    """A reentrant checkpoint gives the gradients and running statistics of the reference under the same checkpoint."""
+def batch_norms(module, momentum):
+    """Sets the momentum of the batch norms in training mode, and returns them."""
+    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
+    for norm in norms:
+        norm.momentum = momentum
+    return norms
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize(
+    ("entry", "momentum"),
+    [*((e, 0.1) for e in catalogue.ENTRIES.values()), *((e, None) for e in IN_TRAINING)],
+    ids=lambda value: getattr(value, "name", value),
+)
+@pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "early stop"])
+@pytest.mark.parametrize("last", [True, False], ids=["last", "inside"])
+def test_checkpoint_matches_reference(entry, momentum, reentrant, last):
+    """A checkpoint gives the reference's gradients and running statistics, and counts a batch in both of its runs.
+
+    The recomputation stops early, before a module that is last in the segment returns.
+    """
     found = []
     for module in entry.pair(8, torch.float64):
-        x = feature_map((2, 8, 4, 4), "nchw", torch.float64).requires_grad_()
-        checkpoint(module, x, use_reentrant=True).square().sum().backward()
+        norms = batch_norms(module, momentum)
+        segment = module if last else lambda x, module=module: module(x).sin()
+        for seed in (0, 1):
+            x = feature_map((2, 8, 4, 4), "nchw", torch.float64, seed=seed).requires_grad_()
+            checkpoint(segment, x, use_reentrant=reentrant).square().sum().backward()
+        assert all(norm.num_batches_tracked == 4 for norm in norms)
         found.append([x.grad, *(p.grad for p in module.parameters()), *module.buffers()])
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("entry", IN_TRAINING, ids=lambda e: e.name)
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_batches_need_not_be_counted(entry, momentum):
+    """Without a count of batches, momentum serves; without both, running statistics stay, as in `nn.BatchNorm2d`."""
+    found = []
+    for module in entry.pair(8, torch.float64):
+        for norm in batch_norms(module, momentum):
+            norm.num_batches_tracked = None
+        before = [b.clone() for b in module.buffers()]
+        module(feature_map((2, 8, 4, 4), "nchw", torch.float64))
+        found.append(list(module.buffers()))
+        assert all(torch.equal(*pair) == (momentum is None) for pair in zip(before, found[-1], strict=True))
     torch.testing.assert_close(*found)
 
 

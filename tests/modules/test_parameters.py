@@ -261,6 +261,16 @@ def test_channels_last_weights_change_nothing(entry):
     torch.testing.assert_close(run(fast.to(memory_format=torch.channels_last), x), expected)
 
 
+@pytest.mark.interpreted
+@entries
+def test_gradients_have_the_strides_of_channels_last_weights(entry):
+    """A 1x1 weight in channels_last has other strides than a contiguous one, and so has its gradient."""
+    fast, _ = entry.pair(32)
+    fast.to(memory_format=torch.channels_last)
+    fast(feature_map((2, 32, 6, 5), "channels_last", torch.float32).requires_grad_()).sum().backward()
+    assert [p.grad.stride() for p in fast.parameters()] == [p.stride() for p in fast.parameters()]
+
+
 @entries
 def test_fake_and_meta_modules_run_and_load(entry):
     """Fake and meta modules run both ways with the right shapes; meta modules load by assignment or copy."""

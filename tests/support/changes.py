@@ -1,4 +1,4 @@
-"""What people do to the layers inside a module: adapters, hooks, replaced layers, quantization, offloading.
+"""Changes that people make to the layers inside a module: adapters, hooks, replaced layers, quantization, offloading.
 
 A change takes a module and changes every inner layer that it fits. It returns the number of layers that it changed.
 Applied to a fused module and to a plain twin, it must have the same effect on both.
@@ -6,10 +6,12 @@ Applied to a fused module and to a plain twin, it must have the same effect on b
 
 from __future__ import annotations
 
+import re
 import types
 import warnings
 from collections.abc import Callable, Iterator
 
+import pytest
 import torch
 from torch import nn
 from torch.nn.utils import prune
@@ -308,3 +310,45 @@ def offloaded(module: nn.Module) -> int:
 
         layer.forward = types.MethodType(gathered, layer)
     return len(found)
+
+
+INFERENCE = ("quantize_dynamic", "offloaded")  # without gradients
+MODES = ("train", "eval", "no_grad")
+
+
+def changed_run(module, x, mode):
+    """Two calls, with the gradients of the second, and the buffers after them."""
+    module.train(mode == "train")
+    x = x.clone().requires_grad_(mode != "no_grad")
+    with torch.set_grad_enabled(mode != "no_grad"):
+        module(x)
+        y = module(x)
+        y = y[0] if isinstance(y, tuple) else y
+    found = {"y": y.detach(), **{name: b.clone() for name, b in module.named_buffers() if isinstance(b, torch.Tensor)}}
+    if mode != "no_grad":
+        y.square().sum().backward()
+        found |= {name: p.grad for name, p in module.named_parameters() if p.grad is not None} | {"x": x.grad}
+    return found
+
+
+def assert_same(got, want, float32):
+    """``float32``: the results are only as exact as float32's."""
+    assert got.keys() == want.keys()
+    for name, expected in want.items():
+        exact = expected.dtype == torch.float64 and not float32
+        tolerance = {"rtol": 1e-9, "atol": 1e-9} if exact else {"rtol": 1e-4, "atol": 1e-4}
+        torch.testing.assert_close(got[name], expected, **tolerance, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def assert_same_in_every_mode(module, plain, x, change):
+    """Runs both modules in training, in eval mode and without gradients. An error of the plain one must be the same."""
+    # The gradient of PyTorch's hard sigmoid is rounded to float32, in float64 too.
+    float32 = any(type(layer) is nn.Hardsigmoid for layer in plain.modules())
+    for mode in MODES[2:] if change in INFERENCE else MODES:
+        try:
+            want = changed_run(plain, x, mode)
+        except RuntimeError as error:  # such as NAM's, which reads a weight that is offloaded
+            with pytest.raises(RuntimeError, match=re.escape(str(error))):
+                changed_run(module, x, mode)
+        else:
+            assert_same(changed_run(module, x, mode), want, float32)

@@ -87,6 +87,15 @@ def ddp():
 
 
 @check
+def ddp_channels_last():
+    """No gradient has other strides than its bucket, which DDP would warn of, and copy."""
+    model = Gates().to(memory_format=torch.channels_last)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        distributed_gradients(model, DistributedDataParallel(model), images())
+
+
+@check
 def ddp_with_checkpoints():
     model = Gates(recomputed=True)
     found = distributed_gradients(model, DistributedDataParallel(model), images())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,7 +17,7 @@ from ..reference.as_built import as_built
 from ..reference.batch_norm import batch_norm_step, update_running_statistics
 from ..reference.checks import check_coordinate_gates
 from .calls import call_layers
-from .serve import check_epilogue, serve_all
+from .serve import check_epilogue, serve
 
 __all__ = ["FastCoordAtt", "coord_att"]
 
@@ -77,13 +77,20 @@ def coord_att(
             return mixed(reference.coord_att, x, *norm, *wide, *gates, training, momentum, eps)
 
     tensors = (x, *norm, *((None, None) if training else statistics), *gates)
-    y, *small = serve_all(
-        COORD_ATT, tensors, options=(float(eps),), residual=residual, activation=activation, plain=plain
-    )
     count = x.shape[0] * (x.shape[2] + x.shape[3])
-    if small and training and count:
+
+    def update(small: Sequence[Tensor]) -> None:
         update_running_statistics(running_mean, running_var, small[-2], small[-1], count, momentum)
-    return y
+
+    return serve(
+        COORD_ATT,
+        tensors,
+        options=(float(eps),),
+        residual=residual,
+        activation=activation,
+        plain=plain,
+        update=update if training and count else None,
+    )
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import reference
 from ..backends import decide
-from ..ops.autograd import FusedOp, recorded
+from ..ops.autograd import FusedOp, Update, recorded
 from ..reference.batch_norm import Norm, update_running_statistics
 from ..reference.checks import ACTIVATIONS, check_batch_norm, check_choice, check_residual
 
@@ -23,6 +23,8 @@ def serve(
     residual: Tensor | None = None,
     activation: str | None = None,
     norm: Norm | None = None,
+    plain: Callable[[], Tensor] | None = None,
+    update: Update | None = None,
 ) -> Tensor:
     """Computes ``act(op(x, weights) + residual)`` with the backend that `decide` names, or with the op's plain form.
 
@@ -33,6 +35,9 @@ def serve(
         residual: x's shape, or None; checked here.
         activation: None, ``"relu"`` or ``"silu"``; checked here.
         norm: a batch norm in eval mode to apply to x first.
+        plain: takes the place of ``op.plain`` for an op that updates running statistics: it computes y without the
+            epilogue and updates them itself.
+        update: updates running statistics from the op's small results. Called once if the op serves.
 
     Returns:
         y; a residual of another dtype than x's promotes it.
@@ -42,47 +47,24 @@ def serve(
         ValueError: a residual that does not fit x, an unknown activation.
         RuntimeError: the backend asked for cannot serve this call.
     """
-    if norm is None:
-        return serve_all(op, tensors, options=options, residual=residual, activation=activation)[0]
-    z, *weights = tensors
-    check_batch_norm(z, *norm[:4], False, norm.eps)
-    if op.normed is not None and norm_fuses_into_gate(op, z, (*tensors, residual, *norm[:4]), residual):
-        code = check_epilogue(z, residual, activation)
-        return op.normed(z, *norm, *weights, residual, code, *options)
-    tensors = (norm.apply(z), *weights)
-    return serve_all(op, tensors, options=options, residual=residual, activation=activation)[0]
-
-
-def serve_all(
-    op: FusedOp,
-    tensors: tuple[Any, ...],
-    *,
-    options: tuple[Any, ...] = (),
-    residual: Tensor | None = None,
-    activation: str | None = None,
-    plain: Callable[[], Tensor] | None = None,
-) -> tuple[Tensor, ...]:
-    """Computes what `serve` does, and returns the small results as well, such as the batch's statistics.
-
-    Args:
-        op, tensors, options, residual, activation: as in `serve`.
-        plain: takes the place of ``op.plain`` for an op that updates running statistics: it computes y without the
-            epilogue and updates them itself.
-
-    Returns:
-        ``(y, *small)``; only ``(y,)`` if plain PyTorch serves.
-    """
+    if norm is not None:
+        z, *weights = tensors
+        check_batch_norm(z, *norm[:4], False, norm.eps)
+        if op.normed is not None and norm_fuses_into_gate(op, z, (*tensors, residual, *norm[:4]), residual):
+            code = check_epilogue(z, residual, activation)
+            return op.normed(z, *norm, *weights, residual, code, *options)
+        tensors = (norm.apply(z), *weights)
     x = tensors[0]
     code = check_epilogue(x, residual, activation) if op.epilogue else 0
     if not decide(x, op).fused:
         y = op.plain(*tensors, *options) if plain is None else plain()
-        return (reference.epilogue(y, residual, activation),) if op.epilogue else (y,)
+        return reference.epilogue(y, residual, activation) if op.epilogue else y
     if not op.epilogue:
-        return op(*tensors, *options)
+        return op(*tensors, *options, update=update)[0]
     if residual is None or residual.dtype == x.dtype:
-        return op(*tensors, residual, code, *options)
-    y, *small = op(*tensors, None, 0, *options)  # the op would round the sum to x's dtype
-    return reference.epilogue(y, residual, ACTIVATIONS[code]), *small
+        return op(*tensors, residual, code, *options, update=update)[0]
+    y = op(*tensors, None, 0, *options, update=update)[0]  # the op would round the sum to x's dtype
+    return reference.epilogue(y, residual, ACTIVATIONS[code])
 
 
 def check_epilogue(x: Tensor, residual: Tensor | None, activation: str | None) -> int:
@@ -144,8 +126,18 @@ def serve_batch_norm(
     if last.dtype != x.dtype and decide(x, op).fused:
         given = tuple(m.to(x.dtype) for m in maps)
     tensors = (*given, weight, bias, *((None, None) if training else statistics))
-    y, *batch = serve_all(op, tensors, options=(float(eps),), residual=residual, activation=activation, plain=plain)
-    if batch and training and x.shape[0]:
-        mean, var = (t.detach() for t in batch)
-        update_running_statistics(*statistics, mean, var, x.numel() // x.shape[1], momentum)
-    return y
+
+    def update(batch: Sequence[Tensor]) -> None:
+        if x.shape[0]:
+            mean, var = (t.detach() for t in batch)
+            update_running_statistics(*statistics, mean, var, x.numel() // x.shape[1], momentum)
+
+    return serve(
+        op,
+        tensors,
+        options=(float(eps),),
+        residual=residual,
+        activation=activation,
+        plain=plain,
+        update=update if training else None,
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from ..ops.sk import SK
 from ..reference.as_built import as_built
 from ..reference.batch_norm import update_running_statistics
 from ..reference.checks import check_branches
-from .serve import serve_all
+from .serve import serve
 
 __all__ = ["FastSK", "sk"]
 
@@ -73,11 +74,13 @@ def sk(
 
     batch = training or running_mean is None or running_var is None
     statistics = (None, None) if batch else (running_mean, running_var)
-    y, *small = serve_all(SK, (v1, v2, w, *norm, *statistics, w1, b1, w2, b2), options=(eps,), plain=plain)
-    if small and batch:
+
+    def update(small: Sequence[Tensor]) -> None:
         var, center = torch.var_mean(small[1], 0, correction=0)
         update_running_statistics(running_mean, running_var, center, var, v1.shape[0], momentum)
-    return y
+
+    tensors = (v1, v2, w, *norm, *statistics, w1, b1, w2, b2)
+    return serve(SK, tensors, options=(eps,), plain=plain, update=update if batch else None)
 
 
 class FastSK(reference.SK):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from .. import reference
@@ -10,7 +12,7 @@ from ..ops.triplet_attention import FIELDS, TRIPLET_ATTENTION, batch_statistics
 from ..reference.as_built import as_built
 from ..reference.triplet_attention import PlaneGate, check_triplet_attention
 from .calls import call_layers
-from .serve import check_epilogue, serve_all
+from .serve import check_epilogue, serve
 
 __all__ = ["FastTripletAttention", "PlaneGate", "triplet_attention"]
 
@@ -63,13 +65,21 @@ def triplet_attention(
     missing = 3 - len(gates)
     tensors = (*(t for g in gates for t in (*g.weights, *g.statistics)), *(None,) * FIELDS * missing)
     eps = (*(float(g.eps) for g in gates), *(0.0,) * missing)
-    y, *small = serve_all(
-        TRIPLET_ATTENTION, (x, *tensors), options=eps, residual=residual, activation=activation, plain=plain
+
+    def update(small: Sequence[Tensor]) -> None:
+        for gate, (z, mean, rstd) in zip(gates, batch_statistics(small), strict=False):
+            if gate.training and z.numel():
+                gate.update(mean, rstd.pow(-2) - gate.eps, z.numel())
+
+    return serve(
+        TRIPLET_ATTENTION,
+        (x, *tensors),
+        options=eps,
+        residual=residual,
+        activation=activation,
+        plain=plain,
+        update=update if any(gate.training for gate in gates) else None,
     )
-    for gate, (z, mean, rstd) in zip(gates, batch_statistics(small), strict=False):
-        if gate.training and z.numel():
-            gate.update(mean, rstd.pow(-2) - gate.eps, z.numel())
-    return y
 
 
 class FastTripletAttention(reference.TripletAttention):

@@ -56,7 +56,9 @@ def why_no_units(reduce: str) -> Callable[[nn.Module], str]:
     """Returns a check that refuses a module whose layer ``reduce`` has no output."""
 
     def why_not(module: nn.Module) -> str:
-        weight = getattr(dict(module.named_modules()).get(reduce), "weight", None)
-        return f"{reduce} has no hidden unit" if isinstance(weight, Tensor) and weight.shape[0] == 0 else ""
+        # Not the layer's weight: spectral norm changes with each reading.
+        squeeze = dict(module.named_modules()).get(reduce)
+        empty = squeeze is not None and any(p.numel() == 0 for p in squeeze.parameters())
+        return f"{reduce} has no hidden unit" if empty else ""
 
     return why_not

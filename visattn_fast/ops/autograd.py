@@ -16,6 +16,7 @@ from .layout import converted
 _overridden, _call_boxed = torch._C._has_torch_function, torch._C._dispatch_call_boxed
 
 Gradients = Callable[..., Sequence[Tensor | None]]
+Update = Callable[[Sequence[Tensor]], None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,14 +49,28 @@ class FusedOp:
     compiled_plain: bool = False
     in_torch: str = ""
 
-    def __call__(self, *args: Any) -> tuple[Tensor, ...]:
-        """Calls the fused function. Returns all its results, or only y if an op for inference serves."""
+    def __call__(self, *args: Any, update: Update | None = None) -> tuple[Tensor, ...]:
+        """Calls the fused function. Returns all its results, or only y if an op for inference serves.
+
+        Args:
+            args: the tensors and options of the function.
+            update: called once with the small results, to update running statistics. Only for ops without ``infer``.
+        """
+        if update is not None:
+            return self._call_and_update(args, update)
         if recorded(args):
             return record(self.function, *args)
         # Under Dynamo the forward op serves: Inductor drops the results that are not used.
         if self.infer is not None and args[0].is_cpu and not torch.compiler.is_compiling():
             return (_call_op(self.infer, args),)
         return self.function.forward(*args)
+
+    def _call_and_update(self, args: tuple[Any, ...], update: Update) -> tuple[Tensor, ...]:
+        if recorded(args) and not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active():
+            return record(updating(self.function), *args, update)
+        results = self(*args)
+        update(results[1:])
+        return results
 
 
 def recorded(arguments: Iterable[Any]) -> bool:
@@ -151,19 +166,68 @@ def fused_function(
             return (None,) * ctx.arity + unneeded
         if is_recorded_backward():
             return differentiate(ctx, mathematics, tensors, grad) + unneeded
-        found = [
-            None if t is None or d is None else grad if d.dim() < t.dim() else d
-            for t, d in zip(tensors, gradients(grad, tensors, small, ctx.options), strict=True)
-        ]
-        for t, d in zip(tensors, found, strict=True):  # `converted` takes a microsecond to find that no dtype differs
-            if d is not None and d.dtype != t.dtype:
-                found = converted(found, [None if t is None else t.dtype for t in tensors])
-                break
+        # One loop that only compares: most gradients fit, and on small maps each microsecond shows. Under Dynamo,
+        # comparing strides would add guards.
+        found: list[Tensor | None] = []
+        fits = not torch.compiler.is_compiling()
+        for t, d in zip(tensors, gradients(grad, tensors, small, ctx.options), strict=True):
+            if t is None or d is None:
+                found.append(None)
+            else:
+                found.append(d)
+                fits = fits and d.dtype is t.dtype and d.stride() == t.stride()
+        if not fits:
+            found = _fitted(found, tensors, grad)
         return *found, *unneeded
 
     methods: dict[str, Callable[..., Any]] = {"forward": forward, "setup_context": setup_context, "backward": backward}
     static = {key: staticmethod(method) for key, method in methods.items()}
     return type(f"{name}_function", (torch.autograd.Function,), static)
+
+
+def _fitted(found: list[Tensor | None], tensors: Sequence[Any], grad: Tensor) -> list[Tensor | None]:
+    """Puts ``grad`` in the place of gradients with too few dimensions; then gives each its tensor's dtype and strides.
+
+    Only dimensions of size 1 change their stride: a 1x1 convolution's weight in channels_last has others than a
+    contiguous gradient, and DistributedDataParallel would warn and copy.
+    """
+    found = [None if d is None else grad if d.dim() < t.dim() else d for t, d in zip(tensors, found, strict=True)]
+    found = converted(found, [None if t is None else t.dtype for t in tensors])
+    if torch.compiler.is_compiling():
+        return found
+    pairs = zip(tensors, found, strict=True)
+    return [_strided_like(d, t) if d is not None and 1 in d.shape else d for t, d in pairs]
+
+
+def _strided_like(d: Tensor, t: Tensor) -> Tensor:
+    """Returns a view of d in which the dimensions of size 1 have the strides of t. Both have the same shape."""
+    strides = [other if size == 1 else own for size, own, other in zip(d.shape, d.stride(), t.stride(), strict=True)]
+    return d.as_strided(d.shape, strides)
+
+
+@functools.cache
+def updating(function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
+    """Makes ``function`` take one more argument, last, which its forward calls with the small results.
+
+    A checkpoint stops the recomputation as soon as autograd has saved the last tensor, which it does after forward.
+    Running statistics are updated in both runs only if forward itself updates them, as PyTorch's batch norm does.
+    """
+    base: Any = function
+
+    def forward(*args: Any) -> tuple[Tensor, ...]:
+        results = base.forward(*args[:-1])
+        args[-1](results[1:])
+        return results
+
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        base.setup_context(ctx, inputs[:-1], output)
+
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return *base.backward(ctx, *grads), None
+
+    methods: dict[str, Callable[..., Any]] = {"forward": forward, "setup_context": setup_context, "backward": backward}
+    static = {key: staticmethod(method) for key, method in methods.items()}
+    return type(base.__name__, (torch.autograd.Function,), static)
 
 
 def is_recorded_backward() -> bool:

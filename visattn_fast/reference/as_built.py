@@ -47,16 +47,16 @@ class Layer(NamedTuple):
         fits: True if its settings are those assumed.
         words: what ``fits`` demands, for messages.
         children: the number of its child modules; None: any.
-        twice: True if a forward pass calls it twice.
         noun: names its kinds in messages; empty: their class names do.
+        twice: True if a forward pass calls it twice.
     """
 
     kinds: frozenset[type]
     fits: Callable[[Settings], bool] | None = None
     words: str = ""
     children: int | None = 0
-    twice: bool = False
     noun: str = ""
+    twice: bool = False
 
 
 class _Step(NamedTuple):
@@ -273,14 +273,14 @@ def why_not_layer(inner: Any, expected: Layer) -> str:
     return ""
 
 
-def _name(kind: type) -> str:
-    return "missing" if kind is type(None) else kind.__name__
-
-
 def _is_plain(parameter: Tensor | None) -> bool:
     """True for a tensor of torch's own: of values, or without them in exports and in `explain`."""
     kind = type(parameter)
     return parameter is None or kind in PLAIN or kind.__module__.startswith("torch._subclasses.")
+
+
+def _name(kind: type) -> str:
+    return "missing" if kind is type(None) else kind.__name__
 
 
 def tell(module: nn.Module, reason: str) -> None:

@@ -32,7 +32,7 @@ def batch_norm_step(bn: nn.modules.batchnorm._BatchNorm) -> tuple[bool, float]:
 
     Returns:
         True if it takes the batch's statistics, else False; and the momentum of the running statistics. Without a
-        momentum in ``bn`` their average is cumulative.
+        momentum in ``bn`` their average is cumulative; without a count of batches too, they stay as they are.
 
     Raises:
         RuntimeError: ``bn`` would take the statistics of several processes, as SyncBatchNorm does.
@@ -44,9 +44,12 @@ def batch_norm_step(bn: nn.modules.batchnorm._BatchNorm) -> tuple[bool, float]:
         )
     if not (bn.training and bn.track_running_stats):
         return bn.training or bn.running_mean is None, 0.0
-    assert bn.num_batches_tracked is not None
-    bn.num_batches_tracked.add_(1)
-    return True, bn.momentum if bn.momentum is not None else 1.0 / float(bn.num_batches_tracked)
+    count = bn.num_batches_tracked
+    if count is not None:
+        count.add_(1)
+    if bn.momentum is not None:
+        return True, bn.momentum
+    return True, 0.0 if count is None else 1.0 / float(count)
 
 
 def _several_processes() -> bool:
