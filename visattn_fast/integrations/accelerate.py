@@ -11,7 +11,7 @@ from torch import nn
 
 from ..backends import select
 from .outcome import Acceleration, Skipped, Swapped
-from .recipe import Recipe, is_fused, is_swapped, put_back, swap, why_not_put_back
+from .recipe import Look, Recipe, is_fused, is_swapped, own_class, put_back, swap, why_not_put_back
 
 # Our file for a library -> the module of the library that must have been imported.
 _LIBRARIES = {
@@ -126,6 +126,12 @@ def known() -> dict[type[nn.Module], Recipe]:
     there = ["own", *(name for name, needed in _LIBRARIES.items() if needed in sys.modules)]
     found = [importlib.import_module(f".{name}", __package__).RECIPES for name in there]
     return {recipe.original: recipe for recipes in found for recipe in recipes}
+
+
+def look_at(module: nn.Module) -> Look | None:
+    """Returns the function that finds the gates of a library's module, accelerated or not; None if there is none."""
+    recipe = known().get(own_class(module))
+    return recipe.look if recipe else None
 
 
 def _parts(module: nn.Module) -> set[nn.Module]:

@@ -24,6 +24,7 @@ from .. import functional
 from ..fused.calls import call_layers
 from ..reference.as_built import AFFINE_BATCH_NORM, LINEAR, MEAN, Layers, container, has_plain_layers, layer
 from ..reference.batch_norm import Norm
+from .looking import layers_as_gates
 from .normed import normed_gate
 from .recipe import ACTIVATIONS, Recipe, swapped_gate
 from .se_like import se_layers, se_like
@@ -88,7 +89,8 @@ def _gate(
     return call_layers(own, x, None if module.add_residual else residual, activation)
 
 
-_CHANNEL_GATE = Recipe(ChannelSELayer, FastChannelSELayer, "se", "gate_channels")
+_look = layers_as_gates(channel="fc")
+_CHANNEL_GATE = Recipe(ChannelSELayer, FastChannelSELayer, "se", "gate_channels", look=_look)
 _EPILOGUES = {**ACTIVATIONS, nn.Identity: None}
 _SWAPPED_GATE = swapped_gate([_CHANNEL_GATE], lambda d: not d["add_residual"], "without its own input added")
 
@@ -134,6 +136,6 @@ _BLOCKS = {
 
 RECIPES = [
     _CHANNEL_GATE,
-    Recipe(ResidualSELayer, FastResidualSELayer, "se", "gate_channels"),
+    Recipe(ResidualSELayer, FastResidualSELayer, "se", "gate_channels", look=_look),
     *(Recipe(block, fast, "epilogue", block=True) for block, fast in _BLOCKS.items()),
 ]

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from .. import modules
 from ..reference.as_built import Layer, Layers, Settings, why_not
@@ -20,6 +20,7 @@ ACTIVATIONS = {nn.ReLU: "relu", nn.SiLU: "silu"}  # layer -> its name in our fun
 _OURS = frozenset(getattr(modules, name) for name in modules.__all__)
 _ANY = Layers({})
 
+Look = Callable[[Any, Tensor], dict[str, Tensor]]  # a module and its input -> its gates by name
 Check = Callable[[nn.Module], str]  # returns why a module cannot be served; an empty string if it can
 
 
@@ -41,6 +42,7 @@ class Recipe:
         passes: the name of the function that serves instead if layers have to be called; empty: none does.
         why_not: the reason why a module can never be served; an empty string if it can.
         block: True if the module is a block around a gate, and the gate takes over the block's epilogue.
+        look: returns the gates of a module of the original class; None: the class has a method ``attention``, or none.
     """
 
     original: type[nn.Module]
@@ -49,6 +51,7 @@ class Recipe:
     passes: str = ""
     why_not: Check = always
     block: bool = False
+    look: Look | None = None
 
     @property
     def gate(self) -> bool:

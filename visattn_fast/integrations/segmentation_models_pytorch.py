@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from .. import functional
 from ..reference.as_built import MEAN, POINTWISE, RELU, SIGMOID, Layers, container
 from ..reference.parameter_access import weight_and_bias
+from .looking import layers_as_gates
 from .recipe import Recipe
 from .se_like import why_no_units
 from .tiers import may_fuse
@@ -38,4 +39,6 @@ class FastSCSEModule(SCSEModule):
         return functional.scse(x, *weights)
 
 
-RECIPES = [Recipe(SCSEModule, FastSCSEModule, "scse", why_not=why_no_units("cSE.1"))]
+_look = layers_as_gates(channel="cSE", spatial="sSE")
+
+RECIPES = [Recipe(SCSEModule, FastSCSEModule, "scse", why_not=why_no_units("cSE.1"), look=_look)]

@@ -40,6 +40,7 @@ from ..reference.as_built import (
     layer,
 )
 from ..reference.cbam import CALLED_TWICE
+from .looking import layers_as_gates
 from .normed import is_evaluated
 from .pooled import map_logit, pointwise
 from .recipe import ACTIVATIONS, Recipe
@@ -173,7 +174,17 @@ def _normed_kernel(block: Any) -> tuple[Tensor, Tensor]:
     return conv.weight * scale, bias * scale if norm.bias is None else bias * scale + norm.bias
 
 
+_look = layers_as_gates(channel="channel.gate", spatial="spatial.gate")
+_logits = layers_as_gates(channel="channel.fc2", spatial="spatial.gate")
+
+
+def _look_at_light(module: Any, x: Tensor) -> dict[str, Tensor]:
+    """The sigmoid of its channel gate is no layer."""
+    found = _logits(module, x)
+    return {**found, "channel": found["channel"].sigmoid()} if "channel" in found else found
+
+
 RECIPES = [
-    Recipe(CbamModule, FastCbamModule, "gate_twice"),
-    Recipe(LightCbamModule, FastLightCbamModule, "gate_twice"),
+    Recipe(CbamModule, FastCbamModule, "gate_twice", look=_look),
+    Recipe(LightCbamModule, FastLightCbamModule, "gate_twice", look=_look_at_light),
 ]

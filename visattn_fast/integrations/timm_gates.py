@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from .. import functional
 from ..reference.as_built import ABSENT, BATCH_NORM, POINTWISE, Layer, Layers, Settings, keeps_size, layer
 from ..reference.batch_norm import Norm, batch_norm_step
+from .looking import layers_as_gates
 from .pooled import pointwise
 from .recipe import Recipe
 from .se_like import GATES, se_layers, se_like, why_no_units
@@ -191,17 +192,26 @@ class FastCoordAttn(CoordAttn):
         )  # fmt: skip
 
 
+_look = layers_as_gates(channel="gate")
+
+
+def _look_at_gather(module: Any, x: Tensor) -> dict[str, Tensor]:
+    """Windows and convolutions give every pixel a gate of its own."""
+    whole = module.gather is None and module.extent == 0
+    return _look(module, x) if whole else layers_as_gates(element="gate")(module, x)
+
+
 # Their forward takes a residual and an activation.
 WITH_EPILOGUE = [
-    Recipe(SEModule, FastSEModule, "se", "gate_channels", why_no_units("fc1")),
-    Recipe(EffectiveSEModule, FastEffectiveSEModule, "gate_channels"),
-    Recipe(EcaModule, FastEcaModule, "eca", "gate_channels"),
-    Recipe(CecaModule, FastCecaModule, "gate_channels"),
-    Recipe(GatherExcite, FastGatherExcite, "gate_channels"),
-    Recipe(GlobalContext, FastGlobalContext, "gate_channels"),
+    Recipe(SEModule, FastSEModule, "se", "gate_channels", why_no_units("fc1"), look=_look),
+    Recipe(EffectiveSEModule, FastEffectiveSEModule, "gate_channels", look=_look),
+    Recipe(EcaModule, FastEcaModule, "eca", "gate_channels", look=_look),
+    Recipe(CecaModule, FastCecaModule, "gate_channels", look=_look),
+    Recipe(GatherExcite, FastGatherExcite, "gate_channels", look=_look_at_gather),
+    Recipe(GlobalContext, FastGlobalContext, "gate_channels", look=_look),
 ]
 RECIPES = [
     *WITH_EPILOGUE,
-    Recipe(SqueezeExcite, FastSqueezeExcite, "se", "gate_channels", why_no_units("conv_reduce")),
-    Recipe(CoordAttn, FastCoordAttn, "coord_att"),
+    Recipe(SqueezeExcite, FastSqueezeExcite, "se", "gate_channels", why_no_units("conv_reduce"), look=_look),
+    Recipe(CoordAttn, FastCoordAttn, "coord_att", look=layers_as_gates(height="gate", width="gate")),
 ]

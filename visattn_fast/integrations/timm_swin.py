@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from .. import functional
 from ..fused.linear import linear
 from ..reference.as_built import LINEAR, Layers, container, layer
+from .looking import window_weights
 from .recipe import Recipe, fingerprint
 from .tiers import may_fuse
 
@@ -57,5 +58,13 @@ def _why_not(block: nn.Module) -> str:
 
 
 RECIPES = [
-    Recipe(swin_transformer.SwinTransformerBlock, FastSwinTransformerBlock, "window_attention", why_not=_why_not)
+    Recipe(
+        swin_transformer.SwinTransformerBlock,
+        FastSwinTransformerBlock,
+        "window_attention",
+        why_not=_why_not,
+        look=lambda block, x: window_weights(
+            block.attn, block.norm1(x), block.window_size, block.shift_size, pad_first=False
+        ),
+    )
 ]

@@ -11,6 +11,7 @@ from torchvision.ops import SqueezeExcitation
 from .. import functional
 from ..fused.linear import linear
 from ..reference.as_built import LINEAR, MEAN, Layers
+from .looking import layers_as_gates, window_weights
 from .pooled import pointwise
 from .recipe import Recipe, fingerprint
 from .se_like import se_layers, se_like, why_no_units
@@ -68,12 +69,17 @@ def _why_not_attention(module: Any) -> str:
     return "" if found == _KNOWN_ATTENTION else "unknown version of window attention"
 
 
+_look = layers_as_gates(channel="scale_activation")
+
 RECIPES = [
-    Recipe(SqueezeExcitation, FastSqueezeExcitation, "se", "gate_channels", why_no_units("fc1")),
+    Recipe(SqueezeExcitation, FastSqueezeExcitation, "se", "gate_channels", why_no_units("fc1"), look=_look),
     Recipe(
         swin_transformer.ShiftedWindowAttention,
         FastShiftedWindowAttention,
         "window_attention",
         why_not=_why_not_attention,
+        look=lambda module, x: window_weights(
+            module, x, tuple(module.window_size), tuple(module.shift_size), pad_first=True
+        ),
     ),
 ]

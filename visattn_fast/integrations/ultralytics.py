@@ -9,6 +9,7 @@ from ultralytics.nn.modules.conv import CBAM, ChannelAttention, SpatialAttention
 
 from .. import functional
 from ..reference.as_built import MEAN, Layers, container
+from .looking import layers_as_gates
 from .pooled import map_logit, pointwise
 from .recipe import Recipe
 from .tiers import gate_by_passes, may_fuse
@@ -63,8 +64,10 @@ def _spatial_gate(module: Any, maps: Tensor) -> Tensor:
     return module.act(map_logit(module.cv1, maps))
 
 
+_look = layers_as_gates(channel="channel_attention.act", spatial="spatial_attention.act")
+
 RECIPES = [
-    Recipe(ChannelAttention, FastChannelAttention, "gate_channels"),
-    Recipe(SpatialAttention, FastSpatialAttention, "gate_twice"),
-    Recipe(CBAM, FastCBAM, "gate_twice"),
+    Recipe(ChannelAttention, FastChannelAttention, "gate_channels", look=layers_as_gates(channel="act")),
+    Recipe(SpatialAttention, FastSpatialAttention, "gate_twice", look=layers_as_gates(spatial="act")),
+    Recipe(CBAM, FastCBAM, "gate_twice", look=_look),
 ]

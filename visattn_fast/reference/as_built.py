@@ -12,6 +12,7 @@ layers are called.
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -93,6 +94,22 @@ class Layers(tuple[_Step, ...]):
         layers = super().__new__(cls, steps)
         layers.fits, layers.words = fits, words
         return layers
+
+
+def observer(hook: Callable[..., None], *args: Any) -> functools.partial[None]:
+    """Returns a forward hook that reads a module's input alone, so that the module may still serve as if it had none.
+
+    Args:
+        hook: called with ``args``, then with what a hook gets.
+    """
+    observing = functools.partial(hook, *args)
+    observing.observes_input = True  # type: ignore[attr-defined]
+    return observing
+
+
+def _change_something(hooks: Mapping[int, Any]) -> bool:
+    """True if one of the forward hooks is not made by `observer`."""
+    return not all(getattr(hook, "observes_input", False) for hook in hooks.values())
 
 
 def layer(*kinds: type, fits: Callable[[Settings], bool] | None = None, words: str = "") -> Layer:
@@ -207,7 +224,9 @@ def _are_untouched(modules: Mapping[str, nn.Module | None], layers: Layers) -> b
             found.append({})
             continue
         d = inner.__dict__
-        if d["_forward_hooks"] or d["_forward_pre_hooks"] or d["_backward_hooks"] or d["_backward_pre_hooks"]:
+        if d["_forward_pre_hooks"] or d["_backward_hooks"] or d["_backward_pre_hooks"]:
+            return False
+        if d["_forward_hooks"] and _change_something(d["_forward_hooks"]):
             return False
         below = d["_modules"]
         if "forward" in d or (fits is not None and not fits(d)):
@@ -253,7 +272,9 @@ def why_not_layer(inner: Any, expected: Layer) -> str:
         return f"is {_name(kind)}, not {expected.noun or ' or '.join(names)}"
     if inner is None:
         return ""
-    if inner._forward_hooks or inner._forward_pre_hooks or inner._backward_hooks or inner._backward_pre_hooks:
+    if inner._forward_pre_hooks or inner._backward_hooks or inner._backward_pre_hooks:
+        return "has hooks"
+    if _change_something(inner._forward_hooks):
         return "has hooks"
     if "forward" in inner.__dict__:
         return "has a forward of its own in its instance"
