@@ -271,7 +271,8 @@ def _gates(module: nn.Module, name: str = "", seen: set[nn.Module] | None = None
 
 def _inputs(module: nn.Module) -> tuple[str, ...]:
     """The arguments of ``forward`` from which the module's gates are computed, by name; empty if it is no gate."""
-    method, look = getattr(type(module), "attention", None), look_at(module)
+    look = look_at(module)
+    method: Any = getattr(type(module), "attention", None)
     if look is None and not inspect.isfunction(method):
         return ()
     arguments = tuple(inspect.signature(type(module).forward).parameters)[1:]

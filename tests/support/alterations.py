@@ -1,4 +1,4 @@
-"""What tools do to a layer inside a module: each alteration changes results or gradients if the layer is called."""
+"""Alterations of a single layer inside a module. Each changes results or gradients if the layer is called."""
 
 from __future__ import annotations
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import copyreg
-import functools
 import hashlib
 import inspect
 from collections.abc import Callable, Sequence
@@ -82,7 +81,7 @@ def swap(module: nn.Module, recipe: Recipe, name: str = "") -> None:
 
 
 class SwappedModule(nn.Module):
-    """What every class that `swap` gives adds to the fused class: copies stay swapped, pickles are the library's own.
+    """Base of every class that `swap` gives: copies stay swapped, pickles do not.
 
     Pickles hold the original class and nothing of this package, so that they load where it is not installed.
     """
@@ -90,7 +89,8 @@ class SwappedModule(nn.Module):
     _accelerated_from: type[nn.Module]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        _, _, state, *others = super().__reduce_ex__(protocol)
+        reduced: Any = super().__reduce_ex__(protocol)
+        _, _, state, *others = reduced
         kept = {key: value for key, value in state.items() if key != "_qualified_name"}
         # copyreg.__newobj__, which object takes, is held to the present class.
         return copyreg._reconstructor, (self._accelerated_from, object, None), kept, *others  # type: ignore[attr-defined]
@@ -106,11 +106,15 @@ class SwappedModule(nn.Module):
         return twin
 
 
-@functools.cache
+_swapped_classes: dict[tuple[type[nn.Module], type[nn.Module]], type[SwappedModule]] = {}
+
+
 def swapped_class(fused: type[nn.Module], original: type[nn.Module]) -> type[SwappedModule]:
     """Returns the class that `swap` gives a module: the fused one, with the methods of `SwappedModule`."""
-    names = {"_accelerated_from": original, "__module__": fused.__module__, "__doc__": fused.__doc__}
-    return type(fused.__name__, (SwappedModule, fused), names)
+    if (fused, original) not in _swapped_classes:
+        names = {"_accelerated_from": original, "__module__": fused.__module__, "__doc__": fused.__doc__}
+        _swapped_classes[fused, original] = type(fused.__name__, (SwappedModule, fused), names)
+    return _swapped_classes[fused, original]
 
 
 def swapped_gate(recipes: Sequence[Recipe], fits: Callable[[Settings], bool] | None = None, words: str = "") -> Layer:
