@@ -1,16 +1,17 @@
-"""One module of each kind that `accelerate` knows, by name."""
+"""Modules of every library that `accelerate` knows, and of this package."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 
 from outside import library, ultralytics_modules
 from visattn_fast.catalogue import ENTRIES
 
-C = 32
+C = 32  # channels
 
 
 def timm(name: str, *arguments: Any, module: str = "timm.layers", **options: Any) -> nn.Module:
@@ -73,3 +74,10 @@ MODULES: dict[str, Callable[[], nn.Module]] = {
     "smp SCSEModule": lambda: library("segmentation_models_pytorch.base.modules").SCSEModule(C),
     **{name: lambda e=e: e.reference(**e.arguments(C)) for name, e in ENTRIES.items() if e.training},
 }
+
+
+def spread_statistics(module: nn.Module) -> None:
+    """Moves running statistics away from zero and one."""
+    for name, buffer in module.named_buffers():
+        if "running" in name:
+            buffer += 0.5 * torch.rand_like(buffer)

@@ -48,7 +48,8 @@ def accelerate(
         model: changed in place.
         example: an input of the model, or a tuple of its arguments. With an example, every swapped module runs beside
             its original on the input that the model gives it. A module is put back if its result or a gradient
-            differs, with a warning that names it, or if it is slower on this device.
+            differs, with a warning that names it, or if it is slower on this device. If the model cannot run on the
+            example, nothing is swapped.
         only: qualified names of the modules to consider, with all that they contain; a single name may be a plain
             string; None: the whole model. Names may leave out what torch.compile and DDP add.
         except_: names of modules to leave alone, likewise.
@@ -68,7 +69,8 @@ def accelerate(
     found = Acceleration()
     recipes = known()
     originals = tuple(recipes)
-    parts = {part for module in model.modules() if is_fused(module) for part in _parts(module)}  # they do not run
+    # A fused module stands for its parts.
+    parts = {part for module in model.modules() if is_fused(module) for part in _parts(module)}
     # Gates first: the recipe of a block asks if its gate was swapped.
     for block in (False, True) if blocks else (False,):
         for name, module in model.named_modules():
@@ -92,7 +94,13 @@ def accelerate(
     if example is not None:
         from .verify import verify  # measures, and needs more of torch than the package itself does
 
-        verify(model, example, found)
+        try:
+            verify(model, example, found)
+        except BaseException:
+            for swapped in found.swapped:
+                if is_swapped(swapped.module):
+                    put_back(swapped.module)
+            raise
     return found
 
 

@@ -57,7 +57,8 @@ def why_no_units(reduce: str) -> Callable[[nn.Module], str]:
 
     def why_not(module: nn.Module) -> str:
         # Not the layer's weight: spectral norm changes with each reading.
-        parameters = module.get_submodule(reduce).parameters()
-        return f"{reduce} has no hidden unit" if any(p.numel() == 0 for p in parameters) else ""
+        squeeze = dict(module.named_modules()).get(reduce)
+        empty = squeeze is not None and any(p.numel() == 0 for p in squeeze.parameters())
+        return f"{reduce} has no hidden unit" if empty else ""
 
     return why_not

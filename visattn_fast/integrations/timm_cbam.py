@@ -30,7 +30,6 @@ from ..ops.cbam import CBAM
 from ..reference.as_built import (
     ABSENT,
     POINTWISE,
-    POINTWISE_WITHOUT_BIAS,
     RELU,
     SAME_SIZE,
     Layer,
@@ -40,6 +39,7 @@ from ..reference.as_built import (
     has_plain_layers,
     layer,
 )
+from ..reference.cbam import CALLED_TWICE
 from .normed import is_evaluated
 from .pooled import map_logit, pointwise
 from .recipe import ACTIVATIONS, Recipe
@@ -94,14 +94,16 @@ class FastLightCbamModule(LightCbamModule):
         )
 
 
-_PERCEPTRON = Layers({"fc1": POINTWISE, "act": layer(*ACTIVATIONS), "fc2": POINTWISE})
+_CALLED_TWICE = POINTWISE._replace(twice=True)  # for the mean and for the maximum
+_PERCEPTRON = Layers({"fc1": _CALLED_TWICE, "act": layer(*ACTIVATIONS), "fc2": _CALLED_TWICE})
 _CONV = Layers({"conv": container(ConvNormAct, None)})
 
 
 def _channel_gate(c: Any, mean: Tensor, maximum: Tensor) -> Tensor:
     if has_plain_layers(c, mean, _PERCEPTRON):  # then both may pass the layers as one batch
         both = pointwise(c.fc2, c.act(pointwise(c.fc1, torch.cat([mean, maximum]))))
-        return c.gate(both[: len(mean)] + both[len(mean) :])
+        n = mean.shape[0]  # len(mean) would fix the batch of an exported program
+        return c.gate(both[:n] + both[n:])
     return c.gate(c.fc2(c.act(c.fc1(mean))) + c.fc2(c.act(c.fc1(maximum))))
 
 
@@ -126,9 +128,9 @@ def _the_papers(norm: dict[str, Layer]) -> Layers:
     return Layers(
         {
             "channel": container(ChannelAttn, 4),
-            "channel.fc1": POINTWISE_WITHOUT_BIAS,
+            "channel.fc1": CALLED_TWICE,
             "channel.act": RELU,
-            "channel.fc2": POINTWISE_WITHOUT_BIAS,
+            "channel.fc2": CALLED_TWICE,
             "channel.gate": _SIGMOID,
             "spatial": container(SpatialAttn, 2),
             "spatial.conv": container(ConvNormAct, 2),

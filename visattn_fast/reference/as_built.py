@@ -183,9 +183,9 @@ def has_plain_layers(module: nn.Module, x: Any, layers: Layers) -> bool:
     return isinstance(x, Tensor) and _is_untouched(module.__dict__, layers)
 
 
-def are_plain(modules: Mapping[str, nn.Module | None], layers: Layers) -> bool:
-    """True if ``modules``, by name, are what ``layers`` assumes, without parametrizations."""
-    return _is_untouched({"_parameters": {}, "_modules": modules}, layers)
+def are_plain(modules: Mapping[str, Any], layers: Layers) -> bool:
+    """Answers `as_built` for layers by name, instead of a module that has them. Tells nobody."""
+    return _is_untouched({"_parameters": {}, "_modules": modules}, layers) or not _why_not(modules, layers)
 
 
 def _is_untouched(d: Settings, layers: Layers) -> bool:
@@ -226,20 +226,24 @@ def _is_untouched(d: Settings, layers: Layers) -> bool:
 
 def why_not(module: nn.Module, layers: Layers) -> str:
     """Returns why ``module`` must call its layers; an empty string if it need not."""
-    if any(_GLOBAL_HOOKS):
-        return "global hooks of torch.nn.modules.module must see every layer"
     if layers.fits is not None and not layers.fits(module.__dict__):
         return layers.words
     for name, parameter in module._parameters.items():
         if not _is_plain(parameter):
             return f"{name} is a {type(parameter).__name__}"
-    found: list[Any] = [module]
+    return _why_not(module._modules, layers)
+
+
+def _why_not(modules: Mapping[str, Any], layers: Layers) -> str:
+    if any(_GLOBAL_HOOKS):
+        return "global hooks of torch.nn.modules.module must see every layer"
+    found = [modules]
     for step in layers:
-        inner = found[step.parent]._modules.get(step.key)
+        inner = found[step.parent].get(step.key)
         reason = why_not_layer(inner, layers.expected[step.name])
         if reason:
             return f"{step.name} {reason}"
-        found.append(inner)
+        found.append({} if inner is None else inner._modules)
     return ""
 
 
