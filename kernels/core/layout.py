@@ -62,7 +62,7 @@ class Layout(NamedTuple):
 
     def empty_dresidual(self, x: torch.Tensor, activation: int) -> torch.Tensor:
         """Allocates the residual's gradient; empty without an activation, because it is then the output's gradient."""
-        return self.empty(x) if activation else x.new_empty(0)
+        return self.empty(x) if activation else x.new_empty((0,))
 
 
 def canonical(x: torch.Tensor) -> tuple[torch.Tensor, Layout]:

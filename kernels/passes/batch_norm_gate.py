@@ -209,7 +209,7 @@ def batch_gate(
     if mean is None or var is None:
         mean, var, line = _batch_line(x, layout, weight, bias, eps, shares)
     else:
-        copy = x.new_empty(layout.C, dtype=accumulation_dtype(x))
+        copy = x.new_empty((layout.C,), dtype=accumulation_dtype(x))
         copies = copy, torch.empty_like(copy)
         line = _given_line(mean, var, weight, bias, eps, shares, copies)
         mean, var = copies

@@ -15,7 +15,7 @@ from torch import nn
 import visattn_fast as vf
 from alterations import ALTERATIONS
 from blocks import block
-from cases import run
+from cases import RecordedOps, run
 from known_modules import MODULES, C, spread_statistics
 from outside import library
 from visattn_fast.catalogue import ENTRIES, feature_map
@@ -210,6 +210,18 @@ def test_explain_says_which_layers_are_called():
     assert explained.called_layers == {"0": "act is GELU, not ReLU or SiLU"}
     assert [call.name for call in explained.calls] == ["gate_channels", "gate_twice"]
     assert str(explained).splitlines()[-1] == "0 calls its layers: act is GELU, not ReLU or SiLU"
+
+
+@pytest.mark.parametrize("name", ["timm Bottleneck, se", "timm BasicBlock, cbam", "monai SEBlock", "timm SEModule"])
+def test_explain_names_the_ops_of_a_call_without_gradients(name):
+    """Norms that become part of the gate, and a CBAM that is one op."""
+    model, x = built(name, training=False), inputs(name)
+    vf.accelerate(model)
+    with torch.no_grad():
+        explained = vf.explain(model, x)
+        with RecordedOps() as recorded:
+            model(x)
+    assert [op for call in explained.calls for op in call.ops] == recorded.names != []
 
 
 def test_use_backend_reference_calls_every_layer():

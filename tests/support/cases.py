@@ -210,12 +210,12 @@ def within_budget(
     for name, got in fused.items():
         assert got.dtype == eager[name].dtype, f"{name}: {got.dtype}, expected {eager[name].dtype}"
     coarsest = max((t.dtype for t in fused.values()), key=lambda dtype: torch.finfo(dtype).eps)
-    budget = Oracle(exact)
+    budget = Oracle(exact, rounded)
     errors = budget.errors(eager)
     if also is not None:
         second = budget.errors(also)
         errors = {name: max(error, second[name]) for name, error in errors.items()}
-    budget.check(budget.errors(fused), errors, coarsest, budget.errors(rounded))
+    budget.check(budget.errors(fused), errors, coarsest)
 
 
 def feature_map(shape: tuple[int, ...], layout: str, dtype: torch.dtype, device: str = "cpu", **kw: Any) -> Tensor:

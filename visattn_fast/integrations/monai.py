@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from .. import functional
 from ..fused.calls import call_layers
-from ..reference.as_built import AFFINE_BATCH_NORM, LINEAR, MEAN, Layers, container, has_plain_layers, layer
+from ..reference.as_built import AFFINE_BATCH_NORM, LINEAR, MEAN, Layers, are_plain, container, layer
 from ..reference.batch_norm import Norm
 from .looking import layers_as_gates
 from .normed import normed_gate
@@ -106,7 +106,7 @@ class _FastBlock(SEBlock):
             return super().forward(x)
         residual, out, activation = self.project(x), self.conv2(self.conv1(x)), _EPILOGUES[type(self.act)]
         last: Any = self.conv3
-        if has_plain_layers(self, x, self.NORM):
+        if are_plain(self._modules, self.NORM):
             return normed_gate(last.conv(out), last.adn.N, self.se_layer, residual, activation)
         return self.se_layer(last(out), residual, activation)
 

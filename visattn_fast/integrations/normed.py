@@ -13,7 +13,7 @@ from ..fused.normed import gate_normed_channels
 from ..fused.serve import norm_fuses_into_gate
 from ..ops.autograd import recorded
 from ..ops.gates import GATE_CHANNELS
-from ..reference.as_built import has_plain_layers
+from ..reference.as_built import as_built
 from ..reference.batch_norm import Norm, batch_norm_step
 
 # Elements of z from which on eager mode folds the norm: its dozen calls for scales and shifts take longer than the pass
@@ -37,7 +37,7 @@ def is_folded(z: Tensor, norm: Any, gate: Any, residual: Tensor) -> bool:
     """
     if not (torch.compiler.is_compiling() or is_evaluated(norm)) or not hasattr(gate, "channel_gate"):
         return False
-    if not has_plain_layers(gate, z, gate.PARTS):
+    if not as_built(gate, z, gate.PARTS):
         return False
     if torch.compiler.is_compiling():
         return compiles_freely() and norm.momentum is not None  # the momentum of a cumulative average changes
@@ -65,7 +65,7 @@ def is_one_op(z: Tensor, norm: Any, gate: Any, residual: Tensor) -> bool:
     """True if the gate's own op includes the norm: the norm is evaluated, and no gradient is wanted."""
     if not getattr(gate, "takes_norm", False) or torch.compiler.is_compiling():
         return False
-    if not (is_evaluated(norm) and has_plain_layers(gate, z, gate.LAYERS)):
+    if not (is_evaluated(norm) and as_built(gate, z, gate.LAYERS)):
         return False
     return norm_fuses_into_gate(GATE_CHANNELS, z, chain((z, residual), norm.parameters(), gate.parameters()), residual)
 

@@ -7,7 +7,7 @@ from typing import Any
 from timm.models import resnet
 from torch import Tensor, nn
 
-from ..reference.as_built import ABSENT, AFFINE_BATCH_NORM, Layers, has_plain_layers, layer
+from ..reference.as_built import ABSENT, AFFINE_BATCH_NORM, Layers, are_plain, layer
 from . import timm_cbam, timm_gates
 from .normed import normed_gate
 from .recipe import ACTIVATIONS, Recipe, fingerprint, own_class, swapped_gate
@@ -54,7 +54,7 @@ def _finish(block: Any, out: Tensor, norm: nn.Module, shortcut: Tensor, activati
     if block.downsample is not None:
         shortcut = block.downsample(shortcut)
     name = ACTIVATIONS[type(activation)]
-    if has_plain_layers(block, out, block.NORM):
+    if are_plain(block._modules, block.NORM):
         return normed_gate(out, norm, block.se, shortcut, name)
     return block.se(norm(out), residual=shortcut, activation=name)
 

@@ -36,7 +36,6 @@ from ..reference.as_built import (
     Layers,
     are_plain,
     container,
-    has_plain_layers,
     layer,
 )
 from ..reference.cbam import CALLED_TWICE
@@ -101,7 +100,7 @@ _CONV = Layers({"conv": container(ConvNormAct, None)})
 
 
 def _channel_gate(c: Any, mean: Tensor, maximum: Tensor) -> Tensor:
-    if has_plain_layers(c, mean, _PERCEPTRON):  # then both may pass the layers as one batch
+    if are_plain(c._modules, _PERCEPTRON):  # then both may pass the layers as one batch
         both = pointwise(c.fc2, c.act(pointwise(c.fc1, torch.cat([mean, maximum]))))
         n = mean.shape[0]  # len(mean) would fix the batch of an exported program
         return c.gate(both[:n] + both[n:])
@@ -160,7 +159,7 @@ def _is_one_op(module: Any, x: Tensor, residual: Tensor | None) -> bool:
     """
     if recorded(chain((x, residual), module.parameters())) or not decide(x, CBAM).fused:
         return False
-    papers = any(has_plain_layers(module, x, layers) for layers in (_WITH_TIMMS_NORM, _WITH_PLAIN_NORM))
+    papers = any(are_plain(module._modules, layers) for layers in (_WITH_TIMMS_NORM, _WITH_PLAIN_NORM))
     return papers and is_evaluated(module.spatial.conv.bn)
 
 

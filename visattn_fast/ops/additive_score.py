@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import reference
 from .declare import composed_op
-from .layout import accumulation_dtype
+from .layout import accumulation_dtype, empty_small
 from .library import define
 
 # Elements of a block of the hidden layer: on a CPU what stays in cache, elsewhere what is worth a launch.
@@ -39,7 +39,7 @@ def _blocks(q: Tensor, k: Tensor) -> Iterator[tuple[slice, slice]]:
 
 def _additive_score_fwd_reference(q: Tensor, k: Any, v: Tensor) -> Tensor:
     a = accumulation_dtype(q)
-    scores = q.new_empty(*q.shape[:2], k.shape[1])
+    scores = empty_small(q, *q.shape[:2], k.shape[1], dtype=q.dtype)
     q, k, v = q.to(a), k.to(a), v.to(a)
     for n, i in _blocks(q, k):
         scores[n, i] = (q[n, i, None] + k[n, None]).tanh_() @ v

@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv2d_input, conv2d_weight
 
+from .layout import empty_small
+
 
 def pool_pixels(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Pools over the pixels: mean and maximum ``[N, 2, C]``, and the index of the first maximum ``[N, C]``."""
@@ -52,7 +54,7 @@ def spatial_gate_backward(dz: Tensor, maps: Tensor, wconv: Tensor) -> tuple[Tens
 
 def spatial_bias_gradient(dz: Tensor, bias: Tensor | None) -> Tensor:
     """Gradient of the bias ``[1]``, from the gradient before the sigmoid ``[N, H, W]``; empty without a bias."""
-    return dz.new_empty(0) if bias is None else dz.sum().view(1)
+    return empty_small(dz, 0) if bias is None else dz.sum().view(1)
 
 
 def unpool_pixels(dpooled: Tensor, argmax_hw: Tensor, x: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import reference
 from .declare import composed_op
-from .layout import accumulation_dtype, empty_map, memory_format
+from .layout import accumulation_dtype, empty_map, empty_small, memory_format, zeros_small
 from .library import define
 
 
@@ -39,12 +39,16 @@ def _weight_gradient(left: Tensor, right: Tensor) -> Tensor:
     """Sums ``left^T right`` over images and pixels: ``[K, C]``."""
     wide = accumulation_dtype(left)
     if left.shape[0] == 0:
-        return left.new_zeros(left.shape[2], right.shape[2], dtype=wide)
+        return zeros_small(left, left.shape[2], right.shape[2])
     return torch.bmm(left.mT, right).sum(0, dtype=wide)
 
 
 def _as_map(rows: Tensor, x: Tensor) -> Tensor:
     return rows.mT.unflatten(2, x.shape[2:])
+
+
+def _nothing(x: Tensor) -> tuple[Tensor, Tensor]:
+    return empty_small(x, 0, dtype=x.dtype), empty_small(x, 0, dtype=x.dtype)
 
 
 def _channel_mlp_fwd_reference(
@@ -54,7 +58,7 @@ def _channel_mlp_fwd_reference(
     hidden = _product(rows, w1, b1, inner).relu_()
     factor = _product(hidden, w2, b2, inner)
     if not keep:
-        return _as_map(factor.mul_(rows), x), x.new_empty(0), x.new_empty(0)
+        return _as_map(factor.mul_(rows), x), *_nothing(x)
     y = torch.mul(factor, rows, out=torch.empty_like(factor))  # with the factor's strides, even for a single pixel
     return _as_map(y, x), _as_map(hidden, x), _as_map(factor, x)
 
@@ -83,7 +87,7 @@ def _channel_mlp_fwd_fake(
     x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, keep: bool
 ) -> tuple[Tensor, ...]:
     if not keep:
-        return empty_map(x), x.new_empty(0), x.new_empty(0)
+        return empty_map(x), *_nothing(x)
     return empty_map(x), _hidden_like(x, w1), empty_map(x)
 
 

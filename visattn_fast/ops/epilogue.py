@@ -14,7 +14,7 @@ from torch import Tensor
 from ..reference import epilogue
 from ..reference.checks import ACTIVATIONS
 from .autograd import mixed
-from .layout import accumulation_dtype, empty_map, to_map
+from .layout import accumulation_dtype, empty_map, empty_small, to_map
 
 
 def finish(x: Tensor, gate: Tensor, residual: Tensor | None, activation: int) -> Tensor:
@@ -40,12 +40,13 @@ def activation_gradient(grad: Tensor, pre: Tensor, activation: int) -> Tensor:
 
 def residual_gradient(grad: Tensor, x: Tensor, activation: int) -> Tensor:
     """Converts `start_backward`'s gradient to the result of an op: empty without an activation, when it equals grad."""
-    return x.new_empty(0) if activation == 0 else to_map(grad, x)
+    return empty_small(x, 0, dtype=x.dtype) if activation == 0 else to_map(grad, x)
 
 
 def residual_gradient_shape(given: Mapping[str, Any]) -> Tensor:
     """Allocates the result of `residual_gradient`, from the op's arguments by name: its declared shape."""
-    return given["x"].new_empty(0) if given["activation"] == 0 else empty_map(given["x"])
+    x = given["x"]
+    return empty_small(x, 0, dtype=x.dtype) if given["activation"] == 0 else empty_map(x)
 
 
 def with_epilogue(mathematics: Callable[..., Tensor], options: int = 0) -> Callable[..., Tensor]:

@@ -25,7 +25,7 @@ from ..reference.checks import ACTIVATIONS
 from .autograd import FusedOp, differentiate, is_recorded_backward
 from .cbam_halves import pool_channels as first_of_channels
 from .channel_scale import channel_input_grad, channel_mean, channel_scale_bwd, channel_scale_fwd
-from .layout import accumulation_dtype
+from .layout import accumulation_dtype, empty_small, zeros_small
 from .twofold import (
     pool_channels,
     pool_channels_bwd,
@@ -38,8 +38,8 @@ from .twofold import (
 
 def carriers(x: Tensor, *shapes: tuple[int, ...]) -> tuple[Tensor, ...]:
     """Makes a carrier like x, and one of each shape in the accumulation dtype. They take no memory."""
-    small = x.new_empty((), dtype=accumulation_dtype(x))
-    return x.new_empty(()).expand(x.shape), *(small.expand(shape) for shape in shapes)
+    small = empty_small(x)
+    return empty_small(x, dtype=x.dtype).expand(x.shape), *(small.expand(shape) for shape in shapes)
 
 
 def save(ctx: Any, inputs: tuple[Any, ...], tensors: int, small: tuple[Tensor, ...] = (), numbers: int = 1) -> None:
@@ -104,7 +104,7 @@ class PoolPixels(torch.autograd.Function):
         n, c, h, w = x.shape
         unused = carriers(x, (n, c), (n, h, w), (n, c), (n, 2, h, w), (n, 2, h, w), (n, h, w))
         if share_ties < 0:
-            return x.new_zeros((n, 2, c), dtype=unused[1].dtype), x.new_zeros((n, c), dtype=torch.int32), *unused
+            return zeros_small(x, n, 2, c), zeros_small(x, n, c, dtype=torch.int32), *unused
         return *pool_pixels(x, bool(share_ties)), *unused
 
     @staticmethod
@@ -120,7 +120,7 @@ class PoolPixels(torch.autograd.Function):
         if grad is None:  # y itself gets no gradient: the second of two derivatives
             grad, channel, spatial = torch.zeros_like(x), gate, maps[:, 0]
         if gate is None:  # the gate per pixel does not depend on the maps
-            maps = dmaps = pooled.new_zeros((x.shape[0], 2, *x.shape[2:]))
+            maps = dmaps = zeros_small(pooled, x.shape[0], 2, *x.shape[2:])
             argmax_c = maps[:, 0]
         dpooled = torch.zeros_like(pooled) if dpooled is None else dpooled
         small = (channel, spatial, maps, dmaps, argmax_c.to(argmax_hw.dtype), pooled, dpooled, argmax_hw)

@@ -1,6 +1,7 @@
 """Memory layouts, accumulation dtypes and allocation of results, for fakes and reference implementations.
 
-C++ and Triton launchers follow the same rules; opcheck compares the strides of their results with the fakes'.
+C++ and Triton launchers follow the same rules; opcheck compares the strides of their results with the fakes'. Ops call
+no ``x.new_empty`` and its like: subclasses of tensors override these methods with narrower arguments.
 """
 
 from __future__ import annotations
@@ -39,6 +40,11 @@ def accumulation_dtype(x: Tensor) -> torch.dtype:
 def empty_small(x: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
     """Allocates a contiguous tensor on x's device, in the accumulation dtype unless ``dtype`` is given."""
     return torch.empty(shape, dtype=dtype or accumulation_dtype(x), device=x.device)
+
+
+def zeros_small(x: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+    """Does what `empty_small` does, and fills the tensor with zeros."""
+    return torch.zeros(shape, dtype=dtype or accumulation_dtype(x), device=x.device)
 
 
 def as_matrices(dtype: torch.dtype, *weights: Tensor | None) -> list[Any]:

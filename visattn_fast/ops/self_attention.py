@@ -16,7 +16,7 @@ from torch import Tensor
 from .. import reference
 from ..reference.self_attention import split_heads
 from .declare import composed_op
-from .layout import accumulation_dtype, empty_small
+from .layout import accumulation_dtype, empty_small, zeros_small
 from .library import define
 from .shapes import Arguments
 
@@ -92,7 +92,8 @@ def _attention_fwd_reference(
     qkv: Tensor, table: Tensor | None, key_mask: Tensor | None, scale: float
 ) -> tuple[Tensor, ...]:
     n, height, width, _, heads, d = qkv.shape
-    out, lse = qkv.new_empty(n, height * width, heads, d), empty_small(qkv, n, heads, height * width)
+    out = empty_small(qkv, n, height * width, heads, d, dtype=qkv.dtype)
+    lse = empty_small(qkv, n, heads, height * width)
     if n:
         q, k, v = split_heads(qkv, key_mask)
         for i, bias in _Bias(qkv, table, key_mask).whole_blocks():
@@ -127,7 +128,7 @@ class _Products:
 
     def _weights(self, images: slice, queries: slice, relative: Tensor | None) -> Tensor:
         q, k, lse = self.q[images, :, queries], self.k[images], self.lse[images, :, queries]
-        weights = q.new_empty(*q.shape[:3], k.shape[2])
+        weights = empty_small(q, *q.shape[:3], k.shape[2], dtype=q.dtype)
         if relative is not None:
             weights.copy_(relative)
         beta = 0 if relative is None else 1
@@ -153,7 +154,7 @@ def _add_offsets(dtable: Tensor, dscores: Tensor, first: int, width: int) -> Non
     """
     d = dscores.unflatten(2, (-1, width)).unflatten(1, (-1, width)).transpose(2, 3)  # [heads, rows, h, w, w]
     # Written in rows of 2 w - 1 and read in rows of 2 w, each offset x' - x is a column, negative ones the last.
-    skewed = d.new_zeros(*d.shape[:3], 2 * width**2)
+    skewed = zeros_small(d, *d.shape[:3], 2 * width**2, dtype=d.dtype)
     skewed[..., : width * (2 * width - 1)].unflatten(3, (width, -1))[..., :width].copy_(d)
     sums = skewed.unflatten(3, (width, 2 * width)).sum(3).roll(width - 1, 3)[..., : 2 * width - 1].flip(2, 3)
     height = d.shape[2]

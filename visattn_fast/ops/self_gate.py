@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .layout import accumulation_dtype
+from .layout import accumulation_dtype, zeros_small
 
 
 class Coefficients(NamedTuple):
@@ -43,7 +43,7 @@ def fixed_or_batch_statistics(x: Tensor, mean: Tensor | None, var: Tensor | None
     if mean is not None and var is not None:
         return mean.to(dtype, copy=True), var.to(dtype, copy=True)
     if not x.shape[0]:
-        return x.new_zeros(x.shape[1], dtype=dtype), x.new_zeros(x.shape[1], dtype=dtype)
+        return zeros_small(x, x.shape[1]), zeros_small(x, x.shape[1])
     mean, second = moments(x, (0, 2, 3))
     return mean.clone(), second / (x.numel() // x.shape[1])
 

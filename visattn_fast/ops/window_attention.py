@@ -11,7 +11,7 @@ from .. import reference
 from ..reference.window_attention import join_windows, split_windows, window_weights
 from ..reference.window_geometry import Windows, relative_position
 from .declare import composed_op
-from .layout import accumulation_dtype, empty_small
+from .layout import accumulation_dtype, empty_small, zeros_small
 from .library import define
 
 
@@ -50,7 +50,7 @@ def _window_attention_bwd_reference(
     dq, dk, dv = scale * (ds @ k), scale * (ds.mT @ q), p.mT @ g
     dwindows = torch.stack([dq, dk, dv], 2).flatten(2, 3)  # [N, windows, 3 heads, L, d]
     dqkv = join_windows(dwindows, windows).to(qkv.dtype).contiguous()
-    dbias = dwindows.sum((0, 1, 3)).flatten() if bias is not None else dwindows.new_zeros(qkv.shape[3])
+    dbias = dwindows.sum((0, 1, 3)).flatten() if bias is not None else zeros_small(qkv, qkv.shape[3])
     rows = relative_position(windows.window, qkv.device).flatten()
     dtable = torch.zeros(table.shape, dtype=a, device=table.device)
     dtable.index_add_(0, rows, ds.sum((0, 1)).flatten(1).t())

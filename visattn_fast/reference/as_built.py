@@ -65,21 +65,22 @@ class _Step(NamedTuple):
 
     parent: int
     key: str
-    name: str
-    layer: Layer
     kinds: frozenset[type]
     fits: Callable[[Settings], bool] | None
     children: int | None
+    name: str
 
 
 class Layers(tuple[_Step, ...]):
     """The assumptions of a fused forward: qualified name -> `Layer`, containers before what they contain.
 
     Attributes:
+        expected: the same, as given.
         fits: True if the settings of the module itself are those assumed; None: any are.
         words: the reason against other settings, for messages.
     """
 
+    expected: Mapping[str, Layer]
     fits: Callable[[Settings], bool] | None
     words: str
 
@@ -90,8 +91,9 @@ class Layers(tuple[_Step, ...]):
         steps = []
         for name, layer in expected.items():
             outer, _, key = name.rpartition(".")
-            steps.append(_Step(order.index(outer), key, name, layer, layer.kinds, layer.fits, layer.children))
+            steps.append(_Step(order.index(outer), key, layer.kinds, layer.fits, layer.children, name))
         layers = super().__new__(cls, steps)
+        layers.expected = dict(expected)
         layers.fits, layers.words = fits, words
         return layers
 
@@ -137,17 +139,19 @@ def _is_affine(d: Settings) -> bool:
 
 def is_pointwise(d: Settings) -> bool:
     """True if a convolution is a matrix product over channels."""
-    return d["kernel_size"] == (1, 1) and d["stride"] == (1, 1) and d["padding"] == (0, 0) and d["groups"] == 1
+    return (d["kernel_size"], d["stride"], d["padding"], d["groups"]) == ((1, 1), (1, 1), (0, 0), 1)
 
 
 def keeps_size(d: Settings) -> bool:
-    """True if a convolution has an odd kernel and pads with zeros, so that its output has the size of its input."""
-    size = d["kernel_size"]
-    if len(size) == 2 and size[0] != size[1]:
-        return False
-    ones = (1,) * len(size)
-    kept = size[0] % 2 == 1 and d["padding"] == tuple(k // 2 for k in size) and d["padding_mode"] == "zeros"
-    return kept and d["stride"] == ones and d["dilation"] == ones and d["groups"] == 1
+    """True if a convolution has an odd kernel, the same along all axes, and zero-pads to the size of its input."""
+    settings = d["padding"], d["stride"], d["dilation"], d["groups"], d["padding_mode"]
+    return settings == _SAME_SIZE.get(d["kernel_size"])
+
+
+# Kernel size -> the settings that `keeps_size` demands.
+_SAME_SIZE = {
+    (k,) * axes: ((k // 2,) * axes, (1,) * axes, (1,) * axes, 1, "zeros") for k in range(1, 64, 2) for axes in (1, 2)
+}
 
 
 RELU, SIGMOID = layer(nn.ReLU), layer(nn.Sigmoid)
@@ -183,7 +187,7 @@ def as_built(module: nn.Module, x: Any, layers: Layers) -> bool:
     """
     if not isinstance(x, Tensor):
         return False
-    if _is_untouched(module, layers):
+    if _is_untouched(module.__dict__, layers):
         return True
     reason = why_not(module, layers)
     if reason and not torch.compiler.is_compiling():
@@ -193,30 +197,30 @@ def as_built(module: nn.Module, x: Any, layers: Layers) -> bool:
 
 def has_plain_layers(module: nn.Module, x: Any, layers: Layers) -> bool:
     """True if x is a tensor, and checks may read the weights: the layers are as built and have no parametrization."""
-    return isinstance(x, Tensor) and _is_untouched(module, layers)
-
-
-def _is_untouched(module: nn.Module, layers: Layers) -> bool:
-    """The fast form of `why_not`, for layers without parametrizations: on small maps each microsecond shows."""
-    d = module.__dict__
-    if layers.fits is not None and not layers.fits(d):
-        return False
-    for parameter in d["_parameters"].values():
-        if parameter is not None and type(parameter) not in PLAIN:
-            return False
-    return _are_untouched(d["_modules"], layers)
+    return isinstance(x, Tensor) and _is_untouched(module.__dict__, layers)
 
 
 def are_plain(modules: Mapping[str, Any], layers: Layers) -> bool:
-    """Returns what `has_plain_layers` does, for layers by name instead of a module that has them."""
-    return _are_untouched(modules, layers) or not _why_not(modules, layers)
+    """Answers `as_built` for layers by name, instead of a module that has them. Tells nobody."""
+    return _is_untouched({"_parameters": {}, "_modules": modules}, layers) or not _why_not(modules, layers)
 
 
-def _are_untouched(modules: Mapping[str, nn.Module | None], layers: Layers) -> bool:
-    if any(_GLOBAL_HOOKS):
+def _is_untouched(d: Settings, layers: Layers) -> bool:
+    """The fast form of `why_not`, for a module without parametrizations: on small maps each microsecond shows.
+
+    Args:
+        d: the ``__dict__`` of the module.
+        layers: what the module assumes.
+    """
+    if any(_GLOBAL_HOOKS) or (layers.fits and not layers.fits(d)):
         return False
-    found = [modules]
-    for parent, key, _, _, kinds, fits, children in layers:
+    own = d["_parameters"]
+    if own:
+        for parameter in own.values():
+            if parameter is not None and type(parameter) not in PLAIN:
+                return False
+    found = [d["_modules"]]
+    for parent, key, kinds, fits, children, _ in layers:
         inner = found[parent].get(key)
         if type(inner) not in kinds:
             return False
@@ -228,14 +232,13 @@ def _are_untouched(modules: Mapping[str, nn.Module | None], layers: Layers) -> b
             return False
         if d["_forward_hooks"] and _change_something(d["_forward_hooks"]):
             return False
-        below = d["_modules"]
-        if "forward" in d or (fits is not None and not fits(d)):
+        below, own = d["_modules"], d["_parameters"]
+        if "forward" in d or (len(below) != children and children is not None) or (fits and not fits(d)):
             return False
-        if len(below) != children and children is not None:
-            return False
-        for parameter in d["_parameters"].values():
-            if parameter is not None and type(parameter) not in PLAIN:
-                return False
+        if own:
+            for parameter in own.values():
+                if parameter is not None and type(parameter) not in PLAIN:
+                    return False
         found.append(below)
     return True
 
@@ -256,7 +259,7 @@ def _why_not(modules: Mapping[str, Any], layers: Layers) -> str:
     found = [modules]
     for step in layers:
         inner = found[step.parent].get(step.key)
-        reason = why_not_layer(inner, step.layer)
+        reason = why_not_layer(inner, layers.expected[step.name])
         if reason:
             return f"{step.name} {reason}"
         found.append({} if inner is None else inner._modules)

@@ -65,7 +65,7 @@ def check_floating(name: str, tensor: Tensor) -> None:
 
 def check_feature_map(x: Tensor, channels: int | None = None) -> None:
     """Raises unless x is floating-point, ``[N, C, H, W]`` with C, H, W >= 1, and C is ``channels`` if given."""
-    if isinstance(x, Proxy):
+    if not isinstance(x, Tensor) and isinstance(x, Proxy):
         return  # torch.fx traces: there are no values yet, and no shape
     check_floating("x", x)
     shape = x.shape

@@ -127,7 +127,7 @@ class CrissCross(nn.Module):
         self.check(x)
         q, k = self.query_conv(x), self.key_conv(x)
         (n, _, height, width), others = x.shape, max(x.shape[2] + x.shape[3] - 2, 1)
-        received, rows = q.new_zeros(n, height, width), []
+        received, rows = q.new_zeros((n, height, width)), []
         for h in range(height):
             column = torch.einsum("ncw,ncjw->nwj", q[:, :, h], k)
             column[:, :, h] = -torch.inf

@@ -30,7 +30,7 @@ def window_weights(q: Tensor, k: Tensor, table: Tensor, windows: Windows, scale:
 def split_windows(qkv: Tensor, bias: Tensor | None, heads: int, windows: Windows) -> tuple[Tensor, Tensor, Tensor]:
     """Splits ``[N, H, W, 3C]`` into q, k, v, ``[N, windows, heads, L, d]`` each. Padding holds the bias or zeros."""
     n, _, _, channels = qkv.shape
-    tokens = torch.cat([qkv.flatten(1, 2), qkv.new_zeros(n, 1, channels)], 1)
+    tokens = torch.cat([qkv.flatten(1, 2), qkv.new_zeros((n, 1, channels))], 1)
     if bias is not None:
         tokens = tokens + bias.to(qkv.dtype)
     taken = tokens[:, windows.tokens(qkv.device)].unflatten(3, (3, heads, channels // 3 // heads))
