@@ -248,6 +248,15 @@ def test_expected_saving_is_what_an_example_measures(attention, expected):
     assert [f"{s.saved_bytes / size:.1f} x" for s, size in zip(found.swapped, inputs, strict=True)] == [expected] * 2
 
 
+def test_expected_saving_runs_no_hooks():
+    """Hooks would get tensors without values."""
+    model, seen = small().train(), []
+    model.stages[0][0].gate.register_forward_hook(lambda *_: seen.append("ran"))
+    model.stages[1][0].gate.fc[0].register_forward_hook(lambda *_: seen.append("ran"))
+    str(vf.accelerate(model))
+    assert seen == []
+
+
 @pytest.mark.usefixtures("seconds")
 def test_example_fills_in_the_figures():
     """It leaves no trace in the model."""

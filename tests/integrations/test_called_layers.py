@@ -185,6 +185,29 @@ def test_hooks_see_what_the_library_shows_them(name):
         torch.testing.assert_close(seen["fast", layer], seen["plain", layer], rtol=1e-10, atol=1e-10)
 
 
+def replica(module: nn.Module) -> nn.Module:
+    """Returns what DataParallel makes of a module for another device: parameters are tensors in the instances."""
+    twin = module._replicate_for_data_parallel()
+    for name, child in module._modules.items():
+        twin._modules[name] = None if child is None else replica(child)
+    for name, parameter in module._parameters.items():
+        setattr(twin, name, None if parameter is None else parameter * 1)
+    return twin
+
+
+@pytest.mark.parametrize("name", ALTERED)
+def test_replicas_of_data_parallel_give_the_same(name):
+    """With biases where the fused forward expects none."""
+    plain, x = built(name, training=False), inputs(name)
+    for layer in plain.modules():
+        if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Linear)) and layer.bias is None:
+            layer.bias = nn.Parameter(torch.rand(layer.weight.shape[0], dtype=torch.float64))
+    fast = copy.deepcopy(plain)
+    vf.accelerate(fast)
+    with torch.no_grad():
+        torch.testing.assert_close(replica(fast)(x), plain(x), rtol=1e-9, atol=1e-9)
+
+
 def test_falling_back_is_logged_once_by_name(caplog):
     model = nn.Sequential(built("timm SEModule", training=False))
     vf.accelerate(model)

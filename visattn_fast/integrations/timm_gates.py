@@ -16,8 +16,8 @@ from timm.layers.coord_attn import CoordAttn
 from timm.models._efficientnet_blocks import SqueezeExcite
 from torch import Tensor, nn
 
-from .. import functional
-from ..reference.as_built import ABSENT, BATCH_NORM, POINTWISE, Layer, Layers, Settings, keeps_size, layer
+from .. import functional, reference
+from ..reference.as_built import ABSENT, BATCH_NORM, POINTWISE, Layer, Layers, Settings, layer
 from ..reference.batch_norm import Norm, batch_norm_step
 from .looking import layers_as_gates
 from .pooled import pointwise
@@ -80,19 +80,12 @@ class FastEffectiveSEModule(EffectiveSEModule):
         return gate_by_passes(self, x, super().forward, residual, activation)
 
 
-def _is_eca(d: Settings) -> bool:
-    return keeps_size(d) and d["_parameters"].get("bias") is None
-
-
-_ECA_CONV = layer(nn.Conv1d, fits=_is_eca, words="zero-padded to the size of its input, without a bias")
-
-
 class FastEcaModule(EcaModule):
     """timm's EcaModule, fused; takes the epilogue of the block around it, and the norm before it."""
 
     takes_norm = True
     PARTS = Layers({})
-    LAYERS = Layers({"conv": _ECA_CONV, "conv2": ABSENT, "gate": _SIGMOID})
+    LAYERS = Layers({**reference.ECA.LAYERS.expected, "conv2": ABSENT, "gate": _SIGMOID})
 
     def channel_gate(self, mean: Tensor) -> Tensor:
         if torch.compiler.is_compiling() and may_fuse(self, mean, self.LAYERS):

@@ -124,17 +124,22 @@ def container(kind: type[nn.Module], children: int | None) -> Layer:
     return Layer(frozenset((kind,)), children=children)
 
 
-def _has_no_bias(d: Settings) -> bool:
-    return d["_parameters"].get("bias") is None
+def _has(name: str, d: Settings) -> bool:
+    """True if a layer has this parameter. A replica that DataParallel makes keeps it in its instance."""
+    return d["_parameters"].get(name) is not None or d.get(name) is not None
 
 
 def _has_bias(d: Settings) -> bool:
-    return d["_parameters"].get("bias") is not None
+    return _has("bias", d)
+
+
+def has_no_bias(d: Settings) -> bool:
+    """True if a layer adds nothing to its products."""
+    return not _has("bias", d)
 
 
 def _is_affine(d: Settings) -> bool:
-    own = d["_parameters"]
-    return own.get("weight") is not None and own.get("bias") is not None
+    return _has("weight", d) and _has("bias", d)
 
 
 def is_pointwise(d: Settings) -> bool:
@@ -158,17 +163,17 @@ RELU, SIGMOID = layer(nn.ReLU), layer(nn.Sigmoid)
 MEAN = layer(nn.AdaptiveAvgPool2d, fits=lambda d: d["output_size"] in (1, (1, 1)), words="the mean of the map")
 LINEAR = layer(nn.Linear)
 LINEAR_WITH_BIAS = layer(nn.Linear, fits=_has_bias, words="with a bias")
-LINEAR_WITHOUT_BIAS = layer(nn.Linear, fits=_has_no_bias, words="without a bias")
+LINEAR_WITHOUT_BIAS = layer(nn.Linear, fits=has_no_bias, words="without a bias")
 POINTWISE = layer(nn.Conv2d, fits=is_pointwise, words="1x1, with stride 1, no padding and one group")
 POINTWISE_WITH_BIAS = layer(
     nn.Conv2d, fits=lambda d: is_pointwise(d) and _has_bias(d), words="1x1, with one group and a bias"
 )
 POINTWISE_WITHOUT_BIAS = layer(
-    nn.Conv2d, fits=lambda d: is_pointwise(d) and _has_no_bias(d), words="1x1, with one group and without a bias"
+    nn.Conv2d, fits=lambda d: is_pointwise(d) and has_no_bias(d), words="1x1, with one group and without a bias"
 )
 SAME_SIZE = layer(nn.Conv2d, fits=keeps_size, words="zero-padded to the size of its input, with stride and dilation 1")
 SAME_SIZE_WITHOUT_BIAS = layer(
-    nn.Conv2d, fits=lambda d: keeps_size(d) and _has_no_bias(d), words=f"{SAME_SIZE.words}, without a bias"
+    nn.Conv2d, fits=lambda d: keeps_size(d) and has_no_bias(d), words=f"{SAME_SIZE.words}, without a bias"
 )
 ABSENT = layer(type(None))
 BATCH_NORM = layer(nn.BatchNorm2d)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .as_built import Layers, Settings, has_plain_layers, keeps_size, layer
+from .as_built import Layers, Settings, has_no_bias, has_plain_layers, keeps_size, layer
 from .checks import check_channel_kernel, check_feature_map, check_odd, check_positive
 from .parameter_access import child, parameter
 
@@ -47,7 +47,7 @@ def eca_kernel_size(channels: int, gamma: int = 2, b: int = 1) -> int:
 
 
 def _is_eca(d: Settings) -> bool:
-    return keeps_size(d) and d["_parameters"].get("bias") is None
+    return keeps_size(d) and has_no_bias(d)
 
 
 class ECA(nn.Module):
