@@ -116,15 +116,17 @@ def test_restore_takes_off_only_its_own_class():
     assert vf.restore(model) == len(swapped)
 
 
-def test_restore_refuses_a_sharded_gate(tmp_path):
-    """fully_shard gives the gate a class of its own, which restore would lose."""
+def test_sharded_gates_and_layers_serve(tmp_path):
+    """fully_shard gives the gate a class of its own, which restore would lose. A layer that it shards is called."""
     dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'init'}", rank=0, world_size=1)
     try:
         model = timm_model("resnet10t", block_args={"attn_layer": "se"})()
         x = feature_map((2, 3, 32, 32))
         want = copy.deepcopy(model).eval()(x)
         vf.accelerate(model)
-        fully_shard(model.layer1[0].se, mesh=dist.init_device_mesh("cpu", (1,)))
+        mesh = dist.init_device_mesh("cpu", (1,))
+        for sharded in (model.layer1[0].se, model.layer2[0].se.fc1):
+            fully_shard(sharded, mesh=mesh)
         with pytest.raises(RuntimeError, match=r"layer1\.0\.se cannot be restored: .* a FSDPFastSEModule"):
             vf.restore(model)
         torch.testing.assert_close(model.eval()(x), want, rtol=1e-4, atol=1e-4)
