@@ -159,6 +159,8 @@ def test_subclass_is_left_alone():
     found = vf.accelerate(model)
     assert {s.name: s.note for s in found.swapped} == {"hooked": "fc.0 has hooks", "known": ""}
     assert str(found).splitlines()[-2:] == ["hooked calls its layers: fc.0 has hooks", "2 swapped, 1 left alone"]
+    model["known"].fc[3] = nn.Hardsigmoid()
+    assert str(found).splitlines()[-2] == "known calls its layers: fc.3 is Hardsigmoid, not Sigmoid"
     assert {s.name: s.reason for s in found.skipped} == {"mine": "is a subclass, whose forward may be its own"}
     assert {n: type(model[n]) for n in ("mine", "fast")} == {n: kinds[n] for n in ("mine", "fast")}
 
