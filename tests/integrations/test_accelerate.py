@@ -51,6 +51,19 @@ def test_example_checks_blocks_after_their_gates():
     assert [s.speedup for s in found.swapped] == [2.0] * 8
 
 
+@pytest.mark.parametrize("norm", ["GroupNorm1", "LayerNorm2d"])
+@pytest.mark.usefixtures("seconds")
+def test_blocks_with_any_norm_pass_the_example(norm):
+    """In eval mode too, where a batch norm would be folded."""
+    layer = getattr(library("timm.layers"), norm)
+    model = timm_model("resnet10t", block_args={"attn_layer": "se"}, norm_layer=layer)().eval()
+    plain, x = copy.deepcopy(model), feature_map((2, 3, 32, 32))
+    found = vf.accelerate(model, x)
+    assert len(found.swapped) == 8
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), plain(x), rtol=1e-4, atol=1e-4)
+
+
 def test_copies_stay_accelerated_and_can_be_restored():
     model, x = small(), feature_map((2, 3, 8, 8))
     want = small()(x)
