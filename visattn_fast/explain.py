@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_map
 from .backends import CONTEXTS, Decision, backends, decide, listeners, preference
 from .ops.autograd import FusedOp
 from .ops.layout import memory_format
+from .reference import as_built
 
 __all__ = ["Call", "Explanation", "explain"]
 
@@ -57,12 +58,19 @@ class Call:
 
 @dataclass
 class Explanation:
-    """The result of `explain`. Printing it shows every call."""
+    """The result of `explain`. Printing it shows every call.
+
+    Attributes:
+        calls: the calls, in order.
+        called_layers: module -> why it calls its layers instead of replacing them, for the modules that do.
+    """
 
     calls: list[Call]
+    called_layers: dict[str, str]
 
     def __str__(self) -> str:
-        return "\n".join(map(str, self.calls)) or "no function of visattn_fast is called"
+        lines = [str(call) for call in self.calls] or ["no function of visattn_fast is called"]
+        return "\n".join([*lines, *(f"{name} calls its layers: {why}" for name, why in self.called_layers.items())])
 
     __repr__ = __str__
 
@@ -78,7 +86,8 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
         args, kwargs: its arguments, such as an example input.
 
     Returns:
-        An `Explanation` with one `Call` for each function of the package that would be called, in order.
+        An `Explanation` with one `Call` for each function of the package that would be called, in order, and the
+        modules that call their layers, with the reason.
 
     Raises:
         RuntimeError: the backend asked for cannot serve; the message lists every backend's reasons.
@@ -93,6 +102,8 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
 
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     calls: list[Call] = []
+    called_layers: dict[str, str] = {}
+    names = {m: name for name, m in function.named_modules() if name} if isinstance(function, nn.Module) else {}
 
     def empty(t: Any) -> Any:
         return fake.from_tensor(t) if isinstance(t, Tensor) else t
@@ -103,9 +114,13 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
             calls.append(_call(op, x, decision))
             quiet.clear()
 
+    def hear(module: nn.Module, reason: str) -> None:
+        called_layers.setdefault(names.get(module, type(module).__name__), reason)
+
     quiet: list[FusedOp] = []
     args, kwargs = tree_map(empty, args), tree_map(empty, kwargs)
     listeners.append(listen)
+    as_built.listeners.append(hear)
     try:
         with fake, _Ops(calls):
             if isinstance(function, nn.Module):
@@ -115,7 +130,8 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
                 function(*args, **kwargs)
     finally:
         listeners.remove(listen)
-    return Explanation(calls)
+        as_built.listeners.remove(hear)
+    return Explanation(calls, called_layers)
 
 
 class _Ops(TorchDispatchMode):

@@ -2,12 +2,12 @@
 
 A gate is a module whose class has a method ``attention``. It takes some or all arguments of ``forward`` and returns
 gates by name, for example ``{"channel": [N, C, 1, 1]}``. Every module of the catalogue has it. A fused module never
-holds its gates as tensors; ``attention`` computes them in plain PyTorch.
+holds its gates as tensors; ``attention`` computes them in plain PyTorch. The modules of other libraries that
+`accelerate` knows are gates too, accelerated or not.
 """
 
 from __future__ import annotations
 
-import functools
 import inspect
 import logging
 import sys
@@ -21,6 +21,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+
+from .integrations.accelerate import look_at
+from .reference.as_built import observer
 
 _logger = logging.getLogger(__name__)
 
@@ -42,8 +45,8 @@ def attention_maps(model: nn.Module, x: Any) -> dict[str, Tensor]:
     wrappers are unwrapped.
 
     Args:
-        model: any module. Gates are found by their method ``attention``; modules inside a gate count as parts of it.
-            Gates that do not run are left out.
+        model: any module. Gates have a method ``attention``, or are modules that `accelerate` knows; modules inside a
+            gate count as parts of it. Gates that do not run are left out.
         x: the model's input; a tuple: its positional arguments.
 
     Returns:
@@ -51,8 +54,12 @@ def attention_maps(model: nn.Module, x: Any) -> dict[str, Tensor]:
         ``model.named_modules()``: ``"stages.0.0.gate"``. A module with several gates adds the name of each:
         ``"stages.0.0.gate.channel"``. A module that runs several times adds the number of the call, from 0:
         ``"gate[1].channel"``. If the model itself is a gate, keys are the names of its gates.
+
+    Raises:
+        ValueError: the model has no gate.
     """
     model = _unwrapped(model)
+    _require_gates(model)
     modes = {module: module.training for module in model.modules()}
     try:
         for module in modes:
@@ -133,9 +140,7 @@ def watch_gates(
     if not isinstance(every, int) or isinstance(every, bool) or every < 1:
         raise ValueError(f"every must be a positive int, got {every!r}")
     inner = _unwrapped(model)
-    gates = list(_gates(inner))
-    if not gates:
-        raise ValueError(f"model must have a module with a method attention(x), got {type(inner).__name__} without")
+    gates = _require_gates(inner)
     if any(module._compiled_call_impl is not None for module in model.modules()):
         warnings.warn(
             "watch_gates sees no gate inside a module that module.compile() compiled in place: use"
@@ -174,7 +179,7 @@ class GateWatch:
 
     def _attach(self, model: nn.Module, gates: list[tuple[str, nn.Module]]) -> None:
         for name, gate in gates:
-            look = functools.partial(self._look, name)
+            look = observer(self._look, name)
             self._handles.append(gate.register_forward_hook(look, with_kwargs=True))
         self._handles.append(model.register_forward_pre_hook(self._begin, with_kwargs=True))
         self._handles.append(model.register_forward_hook(self._end))
@@ -216,9 +221,7 @@ def _run(
     def look(name: str, gate: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         found.append((name, {kind: keep(value) for kind, value in _gates_of(gate, args, kwargs).items()}))
 
-    handles = [
-        gate.register_forward_hook(functools.partial(look, name), with_kwargs=True) for name, gate in _gates(model)
-    ]
+    handles = [gate.register_forward_hook(observer(look, name), with_kwargs=True) for name, gate in _gates(model)]
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     looking = _looking.set(True)
     try:
@@ -241,6 +244,17 @@ def _named(found: Found) -> Iterator[tuple[str, str, Tensor]]:
             yield (call if call and len(gates) == 1 else f"{call}.{kind}".lstrip(".")), kind, tensor
 
 
+def _require_gates(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Returns the gates of ``model``. Raises ValueError if there are none."""
+    gates = list(_gates(model))
+    if not gates:
+        raise ValueError(
+            "model must have a module with a method attention(x), or one that accelerate knows,"
+            f" got {type(model).__name__} without"
+        )
+    return gates
+
+
 def _gates(module: nn.Module, name: str = "", seen: set[nn.Module] | None = None) -> Iterator[tuple[str, nn.Module]]:
     """Yields the outermost gates among ``module`` and the modules below it, each once, with their names."""
     seen = set() if seen is None else seen
@@ -256,12 +270,14 @@ def _gates(module: nn.Module, name: str = "", seen: set[nn.Module] | None = None
 
 
 def _inputs(module: nn.Module) -> tuple[str, ...]:
-    """Argument names of the module's ``attention``; empty if there is no such method or ``forward`` lacks a name."""
-    method = getattr(type(module), "attention", None)
-    if not inspect.isfunction(method):
+    """The arguments of ``forward`` from which the module's gates are computed, by name; empty if it is no gate."""
+    look = look_at(module)
+    method: Any = getattr(type(module), "attention", None)
+    if look is None and not inspect.isfunction(method):
         return ()
-    names = tuple(inspect.signature(method).parameters)[1:]
-    return names if set(names) <= set(inspect.signature(type(module).forward).parameters) else ()
+    arguments = tuple(inspect.signature(type(module).forward).parameters)[1:]
+    names = arguments[:1] if look else tuple(inspect.signature(method).parameters)[1:]
+    return names if set(names) <= set(arguments) else ()
 
 
 def _gates_of(gate: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Tensor]:
@@ -273,7 +289,8 @@ def _gates_of(gate: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         floating = isinstance(value, Tensor) and value.is_floating_point()
         if weight is not None and floating and not torch.is_autocast_enabled(value.device.type):
             inputs[name] = value.to(weight.dtype)
-    gates: dict[str, Tensor] = gate.attention(**inputs)  # type: ignore[operator]
+    look = look_at(gate)
+    gates: dict[str, Tensor] = look(gate, *inputs.values()) if look else gate.attention(**inputs)  # type: ignore[operator]
     return gates
 
 

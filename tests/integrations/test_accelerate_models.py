@@ -121,7 +121,7 @@ def test_accelerated_model_trains_alike(name):
         torch.testing.assert_close(model.eval()(x), plain.eval()(x), rtol=1e-8, atol=1e-8)
         assert vf.restore(model) == len(found.swapped)
         assert torch.equal(model(x), plain(x))
-    assert not any("_accelerated_from" in m.__dict__ for m in model.modules())
+    assert not any("_qualified_name" in m.__dict__ for m in model.modules())
 
 
 def test_swin_tiny_trains_alike():

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -12,74 +10,12 @@ from torch import nn
 
 import visattn_fast as vf
 from cases import run
-from outside import library, ultralytics_modules
+from known_modules import MODULES, C, monai, spread_statistics, timm
+from outside import library
 from visattn_fast import catalogue
-from visattn_fast.catalogue import ENTRIES, feature_map
+from visattn_fast.catalogue import feature_map
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
-C = 32
-
-
-def timm(name: str, *arguments: Any, module: str = "timm.layers", **options: Any) -> nn.Module:
-    return getattr(library(module), name)(*arguments, **options)
-
-
-def squeeze_excitation(*activations: type[nn.Module]) -> nn.Module:
-    return library("torchvision.ops").SqueezeExcitation(C, 8, *activations)
-
-
-def monai(name: str, *arguments: Any, dimensions: int = 2) -> nn.Module:
-    return getattr(library("monai.networks.blocks"), name)(dimensions, C, *arguments)
-
-
-def ultralytics(name: str, *arguments: Any) -> nn.Module:
-    return getattr(ultralytics_modules(), name)(*arguments)
-
-
-MODULES: dict[str, Callable[[], nn.Module]] = {
-    "timm SEModule": lambda: timm("SEModule", C),
-    "timm SEModule, no bias": lambda: timm("SEModule", C, bias=False),
-    "timm SEModule, SiLU": lambda: timm("SEModule", C, act_layer=nn.SiLU),
-    "timm SEModule, hard sigmoid": lambda: timm("SEModule", C, gate_layer=nn.Hardsigmoid),
-    "timm SqueezeExcite": lambda: timm("SqueezeExcite", C, module="timm.models._efficientnet_blocks"),
-    "timm EcaModule": lambda: timm("EcaModule", C),
-    "timm SEModule, GELU and batch norm": lambda: timm("SEModule", C, act_layer=nn.GELU, norm_layer=nn.BatchNorm2d),
-    "timm SqueezeExcite, tanh": lambda: timm(
-        "SqueezeExcite", C, gate_layer=nn.Tanh, module="timm.models._efficientnet_blocks"
-    ),
-    "timm EcaModule, MLP": lambda: timm("EcaModule", C, use_mlp=True),
-    "timm EcaModule, hard sigmoid": lambda: timm("EcaModule", C, gate_layer="hard_sigmoid"),
-    "timm CecaModule": lambda: timm("CecaModule", C),
-    "timm EffectiveSEModule": lambda: timm("EffectiveSEModule", C),
-    "timm GatherExcite": lambda: timm("GatherExcite", C, use_mlp=False),
-    "timm GlobalContext": lambda: timm("GlobalContext", C, use_attn=False),
-    "timm CbamModule": lambda: timm("CbamModule", C, module="timm.layers.cbam"),
-    "timm CbamModule, SiLU, bias, hard sigmoid, 3 x 3": lambda: timm(
-        "CbamModule",
-        C,
-        1 / 4,
-        spatial_kernel_size=3,
-        act_layer=nn.SiLU,
-        gate_layer="hard_sigmoid",
-        mlp_bias=True,
-        module="timm.layers.cbam",
-    ),
-    "timm LightCbamModule": lambda: timm("LightCbamModule", C, module="timm.layers.cbam"),
-    "timm CoordAttn": lambda: timm("CoordAttn", C, module="timm.layers.coord_attn"),
-    "timm CoordAttn, skip": lambda: timm("CoordAttn", C, has_skip=True, bias=True, module="timm.layers.coord_attn"),
-    "torchvision SqueezeExcitation": squeeze_excitation,
-    "torchvision SqueezeExcitation of MobileNetV3": lambda: squeeze_excitation(nn.ReLU, nn.Hardsigmoid),
-    "torchvision SqueezeExcitation of EfficientNet": lambda: squeeze_excitation(nn.SiLU, nn.Sigmoid),
-    "torchvision SqueezeExcitation, GELU": lambda: squeeze_excitation(nn.GELU),
-    "monai ChannelSELayer": lambda: monai("ChannelSELayer"),
-    "monai ResidualSELayer": lambda: monai("ResidualSELayer", 4, "relu", "sigmoid"),
-    "monai ResidualSELayer as it comes": lambda: monai("ResidualSELayer"),
-    "ultralytics CBAM": lambda: ultralytics("CBAM", C),
-    "ultralytics ChannelAttention": lambda: ultralytics("ChannelAttention", C),
-    "ultralytics SpatialAttention": lambda: ultralytics("SpatialAttention", 3),
-    "smp SCSEModule": lambda: library("segmentation_models_pytorch.base.modules").SCSEModule(C),
-    **{name: lambda e=e: e.reference(**e.arguments(C)) for name, e in ENTRIES.items() if e.training},
-}
 
 
 @pytest.mark.parametrize("layout", catalogue.LAYOUTS)
@@ -105,23 +41,16 @@ def test_swapped_module_gives_the_originals_numbers(name, training, layout):
     assert all(torch.equal(run(module, x)[key], tensor) for key, tensor in want.items() if key in ("y", "x"))
 
 
-def spread_statistics(module: nn.Module) -> None:
-    """Moves running statistics away from zero and one."""
-    for name, buffer in module.named_buffers():
-        if "running" in name:
-            buffer += 0.5 * torch.rand_like(buffer)
-
-
 # A module that cannot be served -> how its reason begins.
 UNSERVED = {
     "timm max pooling": (lambda: timm("SEModule", C, add_maxpool=True), "add_maxpool"),
     "timm GatherExcite, windows": (
         lambda: timm("GatherExcite", C, extent=2, use_mlp=False),
-        "it gathers by windows or convolutions",
+        "it gathers by windows, convolutions or maxima",
     ),
     "timm Swin, dropout": (
         lambda: timm("SwinTransformerBlock", C, (7, 7), 2, attn_drop=0.1, module="timm.models.swin_transformer"),
-        "attn_drop or proj_drop",
+        "attn.attn_drop is not set to zero",
     ),
     "torchvision Swin, dropout": (
         lambda: library("torchvision.models.swin_transformer").ShiftedWindowAttention(
@@ -129,8 +58,11 @@ UNSERVED = {
         ),
         "attention_dropout or dropout",
     ),
-    "timm GlobalContext as it comes": (lambda: timm("GlobalContext", C), "use_attn: it pools by attention"),
-    "timm GlobalContext, added": (lambda: timm("GlobalContext", C, use_attn=False, fuse_add=True), "fuse_add"),
+    "timm GlobalContext as it comes": (lambda: timm("GlobalContext", C), "use_attn or fuse_add"),
+    "timm GlobalContext, added": (
+        lambda: timm("GlobalContext", C, use_attn=False, fuse_add=True),
+        "use_attn or fuse_add",
+    ),
     "timm CoordAttn, ReLU": (
         lambda: timm("CoordAttn", C, act_layer=nn.ReLU, module="timm.layers.coord_attn"),
         "act is ReLU",

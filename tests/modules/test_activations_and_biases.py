@@ -65,10 +65,12 @@ def test_both_orders_of_the_bias_match_finite_differences(name):
     call = getattr(vf.functional, name)
     epilogue = {"residual": x, "activation": "silu"} if BIASED[name].epilogue else {}
 
-    def biased(x, bias):
-        return call(x, *fast.weights(), bias=bias, **epilogue)
+    *weights, conv_bias = fast.weights()
 
-    inputs = (x.clone().requires_grad_(), fast.bias.detach().requires_grad_())
+    def biased(x, bias):
+        return call(x, *weights, bias=bias, **epilogue)
+
+    inputs = (x.clone().requires_grad_(), conv_bias.detach().requires_grad_())
     assert torch.autograd.gradcheck(biased, inputs)
     assert torch.autograd.gradgradcheck(biased, inputs, fast_mode=True)
 

@@ -79,7 +79,8 @@ def test_model_may_be_a_gate_itself():
     x = feature_map((2, 16, 6, 5), "nchw", torch.float32)
     assert list(vf.attention_maps(vf.FastSE(16), x)) == ["channel"]
     assert list(vf.attention_maps(vf.FastCBAM(16), x)) == ["channel", "spatial"]
-    assert vf.attention_maps(nn.Conv2d(16, 16, 1), x) == {}
+    with pytest.raises(ValueError, match="or one that accelerate knows, got Conv2d without"):
+        vf.attention_maps(nn.Conv2d(16, 16, 1), x)
 
 
 def test_other_modules_with_an_attention_are_no_gates():

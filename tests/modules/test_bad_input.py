@@ -67,7 +67,7 @@ BAD_ARGUMENTS = [
 def test_bad_map_raises(entry, which, name):
     call, error, message = BAD_CALLS[name]
     module = entry.pair(32)[which]
-    if name == "channels" and not entry.arguments(32):
+    if name == "channels" and (not entry.arguments(32) or entry.name == "eca"):
         pytest.skip("takes any number of channels")
     if name == "device" and not list(module.parameters()):
         pytest.skip("has no parameters on another device")

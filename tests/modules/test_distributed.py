@@ -10,11 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 
 import two_processes
-import visattn_fast as vf
-from cases import feature_map
 
 WORLD = 2  # processes
 ROOT = Path(__file__).parents[2]
@@ -48,15 +45,3 @@ def failures(tmp_path_factory):
 def test_two_processes_agree_with_one(failures, name):
     found = [failed[name] for failed in failures if name in failed]
     assert not found, "\n".join(found)
-
-
-def test_synchronised_batch_norm_is_refused(monkeypatch):
-    """The gate computes its batch norm itself, and would leave out the batches of the other processes."""
-    gate = nn.SyncBatchNorm.convert_sync_batchnorm(vf.FastCoordAtt(16))
-    x = feature_map((2, 16, 6, 5), "nchw", torch.float32)
-    gate(x)  # a single process has the whole batch
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda group=None: 2)
-    with pytest.raises(RuntimeError, match="SyncBatchNorm"):
-        gate(x)
-    gate.eval()(x)

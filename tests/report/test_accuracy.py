@@ -35,10 +35,11 @@ def test_errors_are_relative_to_the_largest_value():
     ],
 )
 def test_budget_is_eagers_error_and_a_band(dtype, eager, rounded, allowed):
-    rounded = None if rounded is None else errors(y=rounded)
-    ORACLE.check(errors(y=0.999 * allowed), errors(y=eager), dtype, rounded)
+    moved = None if rounded is None else {"y": Y * (1 + rounded), "bias": BIAS}
+    oracle = Oracle({"y": Y, "bias": BIAS}, moved)
+    oracle.check(errors(y=0.999 * allowed), errors(y=eager), dtype)
     with pytest.raises(AssertionError, match="error against float64 above the budget: y "):
-        ORACLE.check(errors(y=1.001 * allowed), errors(y=eager), dtype, rounded)
+        oracle.check(errors(y=1.001 * allowed), errors(y=eager), dtype)
 
 
 @pytest.mark.parametrize(

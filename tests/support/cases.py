@@ -171,8 +171,11 @@ def check(
     fast, plain = (m.to(x.device) for m in entry.pair(x.shape[1], x.dtype))
     with vf.use_backend(backend), poisoned():
         fused = run(fast, x, residual, activation)
-    eager = run(plain, x, residual, activation)
-    within_budget(fused, eager, *oracle(plain, x, residual, activation))
+    eager, also = run(plain, x, residual, activation), None
+    if entry.name == "sk":  # a batch norm of few pooled values magnifies rounding: one run may be exact by luck
+        with vf.use_backend("reference"):
+            also = run(fast, x, residual, activation)
+    within_budget(fused, eager, *oracle(plain, x, residual, activation), also)
     return fused
 
 
@@ -193,15 +196,26 @@ def oracle(
 
 
 def within_budget(
-    fused: dict[str, Tensor], eager: dict[str, Tensor], exact: dict[str, Tensor], rounded: dict[str, Tensor]
+    fused: dict[str, Tensor],
+    eager: dict[str, Tensor],
+    exact: dict[str, Tensor],
+    rounded: dict[str, Tensor],
+    also: dict[str, Tensor] | None = None,
 ) -> None:
-    """Asserts that ``fused`` meets the error budget of `visattn_fast.measure.accuracy`, in the dtypes of ``eager``."""
+    """Asserts that ``fused`` meets the error budget of `visattn_fast.measure.accuracy`, in the dtypes of ``eager``.
+
+    ``also`` is a second run of plain PyTorch: of both, the larger error counts.
+    """
     assert fused.keys() == exact.keys()
     for name, got in fused.items():
         assert got.dtype == eager[name].dtype, f"{name}: {got.dtype}, expected {eager[name].dtype}"
     coarsest = max((t.dtype for t in fused.values()), key=lambda dtype: torch.finfo(dtype).eps)
-    budget = Oracle(exact)
-    budget.check(budget.errors(fused), budget.errors(eager), coarsest, budget.errors(rounded))
+    budget = Oracle(exact, rounded)
+    errors = budget.errors(eager)
+    if also is not None:
+        second = budget.errors(also)
+        errors = {name: max(error, second[name]) for name, error in errors.items()}
+    budget.check(budget.errors(fused), errors, coarsest)
 
 
 def feature_map(shape: tuple[int, ...], layout: str, dtype: torch.dtype, device: str = "cpu", **kw: Any) -> Tensor:

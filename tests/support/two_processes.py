@@ -22,11 +22,12 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.nn.functional import all_reduce
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import visattn_fast as vf
-from visattn_fast import catalogue
+from visattn_fast import catalogue, reference
 
 CHECKS: dict[str, Callable[[], None]] = {}
 CHANNELS = 8
@@ -128,10 +129,30 @@ def ddp_batch_norm():
 
 @check
 def synchronised_batch_norm():
-    """A `SyncBatchNorm` inside a fused module raises an error, since its statistics would not be synchronised."""
+    """A `SyncBatchNorm` inside a fused module is called. PyTorch's own serves no CPU, and says so."""
     gate = nn.SyncBatchNorm.convert_sync_batchnorm(vf.FastCoordAtt(CHANNELS))
-    with pytest.raises(RuntimeError, match="SyncBatchNorm"):
+    with pytest.raises(ValueError, match="SyncBatchNorm expected input tensor to be on"):
         gate(images())
+    torch.manual_seed(0)
+    model, plain = vf.FastNAM(CHANNELS), reference.NAM(CHANNELS)
+    nn.init.normal_(model.bn2.weight)
+    model.bn2.__class__ = SynchronisedBatchNorm
+    plain.load_state_dict(model.state_dict())
+    found = distributed_gradients(model, DistributedDataParallel(model), images())
+    for name, expected in single_process(plain, images()).items():
+        torch.testing.assert_close(found[name], expected, msg=lambda m, name=name: f"{name}: {m}")
+
+
+class SynchronisedBatchNorm(nn.BatchNorm2d):
+    """A batch norm with the statistics of all processes, on any device."""
+
+    def forward(self, x):
+        count = x.numel() / x.shape[1] * dist.get_world_size()
+        mean = all_reduce(x.sum((0, 2, 3))) / count
+        d = x - mean[:, None, None]
+        var = all_reduce(d.square().sum((0, 2, 3))) / count
+        scale = self.weight / torch.sqrt(var + self.eps)
+        return d * scale[:, None, None] + self.bias[:, None, None]
 
 
 def sharded(model, **options):

@@ -35,38 +35,36 @@ def se_with(hidden_activation: str, gate_activation: str) -> catalogue.Entry:
     return catalogue.Entry("se", _FastSE, _SE, lambda c: {"channels": c, **options}, 3, 4)
 
 
+def _biased(conv: nn.Conv2d, bias: float) -> None:
+    conv.bias = nn.Parameter(torch.tensor([bias]))
+
+
 class _CBAM(reference.CBAM):
     """`reference.CBAM` with a bias in its spatial gate."""
 
-    function = staticmethod(reference.cbam)
-
     def __init__(self, channels):
         super().__init__(channels, reduction=4, kernel_size=3)
-        self.bias = nn.Parameter(torch.tensor([0.7]))
-
-    def forward(self, x, **epilogue):
-        return self.function(x, *self.weights(), bias=self.bias, **epilogue)
+        _biased(self.spatialattention.conv1, 0.7)
 
 
-class _FastCBAM(_CBAM):
-    function = staticmethod(vf.functional.cbam)
+class _FastCBAM(vf.FastCBAM):
+    def __init__(self, channels):
+        super().__init__(channels, reduction=4, kernel_size=3)
+        _biased(self.spatialattention.conv1, 0.7)
 
 
 class _Spatial(reference.SpatialAttention):
     """`reference.SpatialAttention` with a bias."""
 
-    function = staticmethod(reference.spatial_attention)
-
     def __init__(self, channels):
         super().__init__()
-        self.bias = nn.Parameter(torch.tensor([-0.4]))
-
-    def forward(self, x):
-        return self.function(x, *self.weights(), bias=self.bias)
+        _biased(self.conv1, -0.4)
 
 
-class _FastSpatial(_Spatial):
-    function = staticmethod(vf.functional.spatial_attention)
+class _FastSpatial(vf.FastSpatialAttention):
+    def __init__(self, channels):
+        super().__init__()
+        _biased(self.conv1, -0.4)
 
 
 # CBAM and its spatial gate with a bias of the convolution, as other libraries have it.

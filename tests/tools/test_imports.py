@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parents[2] / NAME
 
 # A layer imports from itself and from the layers to its right.
 DRAWING = (
-    "cli -> report -> integrations -> models -> catalogue -> modules, functional"
+    "cli -> report, watch -> integrations -> models -> catalogue -> modules, functional"
     " -> fused, explain -> backends -> ops -> reference"
 )
 # Beside the layers -> the layers that import it. It imports none of them itself.
@@ -23,7 +23,6 @@ BESIDE = {
     "measure": ("report", "integrations"),
     "native": ("report", "backends", "ops"),
     "kernels": ("ops",),
-    "watch": (),
     NAME: ("cli", "report"),  # for the version
 }
 # The same for the folders of kernels.

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.fx import Proxy
 
 from .. import reference
 from ..backends import decide
@@ -14,7 +15,7 @@ from ..ops.bam import BAM, Branches, JointScale
 from ..reference.bam import COMBINE
 from ..reference.checks import ACTIVATIONS, check_choice, check_feature_map
 from ..reference.custom_gates import checked
-from ..reference.parameter_access import child, parameter
+from .calls import call_layers
 from .serve import check_epilogue
 
 __all__ = ["FastBAM", "bam"]
@@ -79,7 +80,9 @@ class FastBAM(reference.BAM):
     def forward(self, x: Tensor, residual: Tensor | None = None, activation: str | None = None) -> Tensor:
         """``act(bam(x) + residual)``; see `bam`."""
         self.check(x)
-        weight = parameter(child(child(self.spatial_att, "gate_s"), "gate_s_conv_reduce0"), "weight")
+        if isinstance(x, Proxy):
+            return call_layers(super().forward, x, residual, activation)
+        weight = next(self.spatial_att.parameters(), x)
         autocast = not x.is_meta and torch.is_autocast_enabled(x.device.type)  # it casts what layers read
         dtype: torch.dtype = x.dtype if autocast else weight.dtype
         return bam(

@@ -8,7 +8,10 @@ from .. import reference
 from ..ops.cbam import CBAM
 from ..ops.channel_attention import CHANNEL_ATTENTION
 from ..ops.spatial_attention import SPATIAL_ATTENTION
+from ..reference.as_built import as_built
 from ..reference.checks import check_bottleneck, check_feature_map, check_spatial_kernel
+from .calls import call_layers
+from .gates import gate_twice
 from .serve import serve
 
 __all__ = ["FastCBAM", "FastChannelAttention", "FastSpatialAttention", "cbam", "channel_attention", "spatial_attention"]
@@ -98,34 +101,45 @@ def spatial_attention(x: Tensor, wconv: Tensor, *, bias: Tensor | None = None) -
 class FastChannelAttention(reference.ChannelAttention):
     """Fused `reference.ChannelAttention`: same constructor, same ``state_dict``, same result.
 
-    The whole module is one op per direction. It reads the parameters of the inner layers directly, so hooks on these
-    layers do not run.
+    The whole module is one op per direction, which reads the parameters of the inner layers. Layers that are not as
+    built are called (docs/guide/tools.md).
     """
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns the gate ``[N, C, 1, 1]``; see `channel_attention`."""
-        return channel_attention(x, *self.weights())
+        if as_built(self, x, self.LAYERS):
+            return channel_attention(x, *self.weights())
+        return super().forward(x)
 
 
 class FastSpatialAttention(reference.SpatialAttention):
     """Fused `reference.SpatialAttention`: same constructor, same ``state_dict``, same result.
 
-    The whole module is one op per direction. It reads the parameter of the inner layer directly, so hooks on this layer
-    do not run.
+    The whole module is one op per direction, which reads the parameters of the inner layer. If the layer is not as
+    built, it is called (docs/guide/tools.md).
     """
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns the gate ``[N, 1, H, W]``; see `spatial_attention`."""
-        return spatial_attention(x, *self.weights())
+        if as_built(self, x, self.LAYERS):
+            wconv, bias = self.weights()
+            return spatial_attention(x, wconv, bias=bias)
+        return super().forward(x)
 
 
 class FastCBAM(reference.CBAM):
     """Fused `reference.CBAM`: same constructor, same ``state_dict``, same result.
 
-    The whole module is one op per direction. It reads the parameters of the inner modules directly, so hooks on these
-    modules do not run.
+    The whole module is one op per direction, which reads the parameters of the inner layers. Layers that are not as
+    built are called, between fused passes over x (docs/guide/tools.md).
     """
 
     def forward(self, x: Tensor, residual: Tensor | None = None, activation: str | None = None) -> Tensor:
         """Returns ``act(cbam(x) + residual)``; see `cbam`."""
-        return cbam(x, *self.weights(), residual=residual, activation=activation)
+        if as_built(self, x, self.LAYERS):
+            w1, w2, wconv, bias = self.weights()
+            return cbam(x, w1, w2, wconv, bias=bias, residual=residual, activation=activation)
+        if as_built(self, x, self.PARTS):
+            gates = self.channelattention.gate, self.spatialattention.gate
+            return gate_twice(x, *gates, residual=residual, activation=activation)
+        return call_layers(super().forward, x, residual, activation)

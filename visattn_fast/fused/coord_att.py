@@ -13,9 +13,11 @@ from torch import Tensor
 from .. import reference
 from ..ops.autograd import mixed
 from ..ops.coord_att import COORD_ATT
+from ..reference.as_built import as_built
 from ..reference.batch_norm import batch_norm_step, update_running_statistics
-from ..reference.checks import check_coordinate_gates, check_feature_map
-from .serve import serve
+from ..reference.checks import check_coordinate_gates
+from .calls import call_layers
+from .serve import check_epilogue, serve
 
 __all__ = ["FastCoordAtt", "coord_att"]
 
@@ -108,13 +110,16 @@ def _widened(
 class FastCoordAtt(reference.CoordAtt):
     """Fused `reference.CoordAtt`: same constructor, same ``state_dict``, same result, same running statistics.
 
-    The module is fused passes over x and a small op between them. They read the parameters of the inner layers
-    directly, so hooks on these layers do not run.
+    The module is fused passes over x and a small op between them. They read the parameters of the inner
+    layers. Layers that are not as built are called (docs/guide/tools.md).
     """
 
     def forward(self, x: Tensor, residual: Tensor | None = None, activation: str | None = None) -> Tensor:
         """Returns ``act(coord_att(x) + residual)``; see `coord_att`."""
-        check_feature_map(x, self.channels)
+        if not as_built(self, x, self.LAYERS):
+            return call_layers(super().forward, x, residual, activation)
+        self.check(x)
+        check_epilogue(x, residual, activation)  # before the batch is counted
         training, momentum = batch_norm_step(self.bn1)
         mode: dict[str, Any] = {"training": training, "momentum": momentum, "eps": self.bn1.eps}
         return coord_att(x, *self.weights(), **mode, residual=residual, activation=activation)

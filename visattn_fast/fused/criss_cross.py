@@ -6,6 +6,7 @@ from torch import Tensor
 
 from .. import reference
 from ..ops.criss_cross import CRISS_CROSS
+from ..reference.as_built import as_built
 from ..reference.criss_cross import check_criss_cross
 from .serve import serve
 
@@ -46,9 +47,11 @@ class FastCrissCross(reference.CrissCross):
     """`reference.CrissCross` without its map of weights: same constructor, same ``state_dict``, same result.
 
     The whole module is one op per direction, made of PyTorch's matrix products over blocks of rows and columns. It
-    reads the parameters of the inner layers directly, so hooks on these layers do not run.
+    reads the parameters of the inner layers. Layers that are not as built are called (docs/guide/tools.md).
     """
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns ``gamma * out + x``, ``[N, C, H, W]``; see `criss_cross`."""
-        return criss_cross(x, *self.weights())
+        if as_built(self, x, self.LAYERS):
+            return criss_cross(x, *self.weights())
+        return super().forward(x)

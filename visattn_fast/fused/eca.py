@@ -6,8 +6,10 @@ from torch import Tensor
 
 from .. import reference
 from ..ops.eca import ECA
+from ..reference.as_built import as_built
 from ..reference.batch_norm import Norm
 from ..reference.checks import check_channel_kernel, check_feature_map
+from .gates import gate_channels
 from .serve import serve
 
 __all__ = ["FastECA", "eca"]
@@ -52,11 +54,12 @@ def eca(
 class FastECA(reference.ECA):
     """Fused `reference.ECA`: same constructor, same ``state_dict``, same result.
 
-    The whole module is one op per direction. It reads the parameter of the inner layer directly, so hooks on this layer
-    do not run.
+    The whole module is one op per direction, which reads the parameter of the inner layer. If the layer is not as
+    built, it is called, between fused passes over x (docs/guide/tools.md).
     """
 
     def forward(self, x: Tensor, residual: Tensor | None = None, activation: str | None = None) -> Tensor:
         """Returns ``act(eca(x) + residual)``; see `eca`."""
-        check_feature_map(x, self.channels)
-        return eca(x, *self.weights(), residual=residual, activation=activation)
+        if as_built(self, x, self.LAYERS):
+            return eca(x, *self.weights(), residual=residual, activation=activation)
+        return gate_channels(x, self.gate, residual=residual, activation=activation)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.fx import Proxy
 
 from .. import reference
 from ..ops.channel_mlp import CHANNEL_MLP
 from ..ops.norm_gate import NORM_GATE
+from ..reference.as_built import as_built
 from ..reference.checks import check_bottleneck
 from ..reference.gam import check_norm_gate
+from .calls import call_layers
 from .serve import serve, serve_batch_norm
 
 __all__ = ["FastGAM", "channel_mlp", "norm_gate"]
@@ -89,13 +92,18 @@ class FastGAM(reference.GAM):
     """Fused `reference.GAM`: same constructor, same ``state_dict``, same result, same running statistics.
 
     `channel_mlp` and `norm_gate` are fused; the convolutions and the first batch norm are PyTorch's, and hooks on them
-    run. Hooks on the other inner layers do not run: the ops read the parameters of these layers directly.
+    run. The ops read the parameters of the other layers, which are called if they are not as built
+    (docs/guide/tools.md).
     """
 
     def forward(self, x: Tensor, residual: Tensor | None = None, activation: str | None = None) -> Tensor:
         """Returns ``act(gam(x) + residual)``; see `channel_mlp` and `norm_gate`."""
         self.check(x, residual, activation)
-        x = channel_mlp(x, *self.channel_weights())
-        m = self.convolved(x.to(self.conv1.weight.dtype))
+        if isinstance(x, Proxy):
+            return call_layers(super().forward, x, residual, activation)
+        x = channel_mlp(x, *self.channel_weights()) if as_built(self, x, self.CHANNEL) else x * self.factor(x)
+        m = self.convolved(x.to(next(self.conv1.parameters(), x).dtype))
+        if not as_built(self, x, self.NORM):
+            return call_layers(lambda x: x * torch.sigmoid(self.norm2(m)), x, residual, activation)
         step = self.norm_step()
         return norm_gate(x, m, *self.norm_weights(), **step, residual=residual, activation=activation)

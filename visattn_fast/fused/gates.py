@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.fx import Proxy
 
 from .. import reference
 from ..backends import decide
@@ -14,6 +15,7 @@ from ..ops.gates import GATE_CHANNELS, GATE_TWICE, ChannelScale, ChannelSpatialS
 from ..ops.map_conv import MAP_CONV
 from ..reference.checks import ACTIVATIONS, TIES, check_choice, check_feature_map, check_spatial_kernel
 from ..reference.custom_gates import checked
+from .calls import finish_trace
 from .serve import check_epilogue
 
 __all__ = ["conv_maps", "gate_channels", "gate_twice"]
@@ -46,6 +48,8 @@ def gate_channels(
         ValueError: shapes or devices that do not fit, an unknown activation, another shape returned by ``gate``.
         RuntimeError: the backend asked for cannot serve this call.
     """
+    if isinstance(x, Proxy):
+        return finish_trace(reference.gate_channels(x, gate), residual, activation)
     check_feature_map(x)
     code = check_epilogue(x, residual, activation)
     if not decide(x, GATE_CHANNELS).fused:
@@ -92,6 +96,8 @@ def gate_twice(
 
     Source: Woo et al., "CBAM: Convolutional Block Attention Module", ECCV 2018.
     """
+    if isinstance(x, Proxy):
+        return finish_trace(reference.gate_twice(x, channel, spatial, ties), residual, activation)
     check_feature_map(x)
     code, share_ties = check_epilogue(x, residual, activation), check_choice("ties", ties, TIES)
     if not decide(x, GATE_TWICE).fused:

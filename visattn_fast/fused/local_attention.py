@@ -6,7 +6,9 @@ from torch import Tensor
 
 from .. import reference
 from ..ops.local_attention import LOCAL_ATTENTION
+from ..reference.as_built import as_built
 from ..reference.local_attention import check_local_attention
+from .calls import call_layers
 from .serve import serve
 
 __all__ = ["FastLocalAttention", "local_attention"]
@@ -57,10 +59,12 @@ def local_attention(
 class FastLocalAttention(reference.LocalAttention):
     """Fused `reference.LocalAttention`: same constructor, same ``state_dict``, same result.
 
-    The whole module is one op per direction. It reads the parameters of the inner layers directly, so hooks on these
-    layers do not run.
+    The whole module is one op per direction, which reads the parameters of the inner layers. Layers that are not as
+    built are called (docs/guide/tools.md).
     """
 
     def forward(self, x: Tensor, residual: Tensor | None = None, activation: str | None = None) -> Tensor:
         """Returns ``act(local_attention(x) + residual)``; see `local_attention`."""
-        return local_attention(x, *self.weights(), residual=residual, activation=activation)
+        if as_built(self, x, self.LAYERS):
+            return local_attention(x, *self.weights(), residual=residual, activation=activation)
+        return call_layers(super().forward, x, residual, activation)

@@ -6,9 +6,11 @@ from torch import Tensor
 
 from .. import reference
 from ..ops.nam import NAM
+from ..reference.as_built import as_built
 from ..reference.batch_norm import batch_norm_step
-from ..reference.checks import check_batch_norm, check_feature_map
-from .serve import serve_batch_norm
+from ..reference.checks import check_batch_norm
+from .calls import call_layers
+from .serve import check_epilogue, serve_batch_norm
 
 __all__ = ["FastNAM", "nam"]
 
@@ -67,18 +69,17 @@ def nam(
 class FastNAM(reference.NAM):
     """Fused `reference.NAM`: same constructor, same ``state_dict``, same result, same running statistics.
 
-    The whole module is one op per direction. It reads the parameters of the batch norm directly, so hooks on this layer
-    do not run.
+    The whole module is one op per direction, which reads the parameters of the batch norm. If this layer is not as
+    built, it is called (docs/guide/tools.md).
     """
 
     def forward(self, x: Tensor, residual: Tensor | None = None, activation: str | None = None) -> Tensor:
         """Returns ``act(nam(x) + residual)``; see `nam`."""
+        if not as_built(self, x, self.LAYERS):
+            return call_layers(super().forward, x, residual, activation)
+        self.check(x)
+        check_epilogue(x, residual, activation)  # before the batch is counted
         bn = self.bn2
-        check_feature_map(x, bn.num_features)
-        batch = bn.training or bn.running_mean is None
-        check_batch_norm(
-            x, bn.weight, bn.bias, bn.running_mean, bn.running_var, batch, bn.eps
-        )  # before the batch is counted
         training, momentum = batch_norm_step(bn)
         return nam(
             x,

@@ -6,7 +6,9 @@ from torch import Tensor
 
 from .. import reference
 from ..ops.scse import SCSE
+from ..reference.as_built import as_built
 from ..reference.scse import check_scse
+from .calls import call_layers
 from .serve import serve
 
 __all__ = ["FastscSE", "scse"]
@@ -56,10 +58,12 @@ def scse(
 class FastscSE(reference.scSE):
     """Fused `reference.scSE`: same constructor, same ``state_dict``, same result.
 
-    The whole module is one op per direction. It reads the parameters of the inner layers directly, so hooks on these
-    layers do not run.
+    The whole module is one op per direction, which reads the parameters of the inner layers. Layers that are not as
+    built are called (docs/guide/tools.md).
     """
 
     def forward(self, x: Tensor, residual: Tensor | None = None, activation: str | None = None) -> Tensor:
         """Returns ``act(scse(x) + residual)``; see `scse`."""
-        return scse(x, *self.weights(), residual=residual, activation=activation)
+        if as_built(self, x, self.LAYERS):
+            return scse(x, *self.weights(), residual=residual, activation=activation)
+        return call_layers(super().forward, x, residual, activation)

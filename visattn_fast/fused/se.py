@@ -6,8 +6,10 @@ from torch import Tensor
 
 from .. import reference
 from ..ops.se import SE
+from ..reference.as_built import as_built
 from ..reference.batch_norm import Norm
 from ..reference.checks import ACTIVATIONS, GATES, check_bottleneck, check_choice
+from .gates import gate_channels
 from .serve import serve
 
 __all__ = ["FastSE", "se"]
@@ -61,10 +63,12 @@ def se(
 class FastSE(reference.SE):
     """Fused `reference.SE`: same constructor, same ``state_dict``, same result.
 
-    The whole module is one op per direction. It reads the parameters of the inner layers directly, so hooks on these
-    layers do not run.
+    The whole module is one op per direction, which reads the parameters of the inner layers. Layers that are not as
+    built are called, between fused passes over x (docs/guide/tools.md).
     """
 
     def forward(self, x: Tensor, residual: Tensor | None = None, activation: str | None = None) -> Tensor:
         """Returns ``act(se(x) + residual)``; see `se`."""
-        return se(x, *self.weights(), residual=residual, activation=activation)
+        if as_built(self, x, self.LAYERS):
+            return se(x, *self.weights(), residual=residual, activation=activation)
+        return gate_channels(x, self.gate, residual=residual, activation=activation)

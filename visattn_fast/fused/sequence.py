@@ -9,6 +9,7 @@ from torch import Tensor
 from .. import reference
 from ..backends import reference_asked
 from ..ops.additive_score import ADDITIVE_SCORE, fits_a_block
+from ..reference.as_built import as_built
 from .serve import serve
 
 __all__ = ["FastAttentionLayer", "FastAttentionPooling", "FastSequenceAttention", "additive_score", "masked_attention"]
@@ -145,6 +146,6 @@ class FastSequenceAttention(reference.SequenceAttention):
 
     def scores(self, query: Tensor, key: Tensor) -> Tensor:
         """Returns the logits ``[N, Q, K]``, as `reference.SequenceAttention` does."""
-        if self.score != "concat" or reference_asked():
+        if self.score != "concat" or reference_asked() or not as_built(self, query, self.SCORE):
             return super().scores(query, key)
         return additive_score(self.W_q(query), self.W_k(key), self.v.weight[0])

@@ -6,8 +6,10 @@ from torch import Tensor
 
 from .. import reference
 from ..ops.shuffle_attention import SHUFFLE_ATTENTION
+from ..reference.as_built import as_built
 from ..reference.checks import check_feature_map
 from ..reference.shuffle_attention import check_shuffle_attention
+from .calls import call_layers
 from .serve import serve
 
 __all__ = ["FastShuffleAttention", "shuffle_attention"]
@@ -59,11 +61,13 @@ def shuffle_attention(
 class FastShuffleAttention(reference.ShuffleAttention):
     """Fused `reference.ShuffleAttention`: same constructor, same ``state_dict``, same result.
 
-    The whole module is one op per direction. It reads the parameters of the inner layer directly, so hooks on this
-    layer do not run.
+    The whole module is one op per direction, which reads the parameters of the inner layer. If the layer is not as
+    built, it is called (docs/guide/tools.md).
     """
 
     def forward(self, x: Tensor, residual: Tensor | None = None, activation: str | None = None) -> Tensor:
         """Returns ``act(shuffle_attention(x) + residual)``; see `shuffle_attention`."""
-        check_feature_map(x, self.channels)
-        return shuffle_attention(x, *self.weights(), self.gn.eps, residual=residual, activation=activation)
+        if as_built(self, x, self.LAYERS):
+            check_feature_map(x, self.channels)
+            return shuffle_attention(x, *self.weights(), self.gn.eps, residual=residual, activation=activation)
+        return call_layers(super().forward, x, residual, activation)

@@ -11,6 +11,7 @@ from torch import Tensor
 from .. import reference
 from ..ops.autograd import mixed
 from ..ops.sk import SK
+from ..reference.as_built import as_built
 from ..reference.batch_norm import update_running_statistics
 from ..reference.checks import check_branches
 from .serve import serve
@@ -85,10 +86,12 @@ def sk(
 class FastSK(reference.SK):
     """Fused `reference.SK`: same constructor, same ``state_dict``, same result, same running statistics.
 
-    The selection (`sk`) is fused; the convolutions and their batch norms are PyTorch's, and hooks on them run. Hooks on
-    the other inner layers do not run: the op reads the parameters of these layers directly.
+    The selection (`sk`) is fused; the convolutions and their batch norms are PyTorch's, and hooks on them run. The op
+    reads the parameters of the other layers. If these are not as built, they are called (docs/guide/tools.md).
     """
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns the weighed branches, ``[N, C, H, W]``; see `sk`."""
+        if not as_built(self, x, self.LAYERS):
+            return super().forward(x)
         return sk(*self.branches(x), *self.weights(), **self.norm_step()).to(x.dtype)

@@ -6,7 +6,9 @@ from torch import Tensor
 
 from .. import reference
 from ..ops.soca import SOCA
+from ..reference.as_built import as_built
 from ..reference.checks import check_bottleneck
+from .calls import call_layers
 from .serve import serve
 
 __all__ = ["FastSOCA", "soca"]
@@ -53,9 +55,11 @@ class FastSOCA(reference.SOCA):
     """Fused `reference.SOCA`: same constructor, same ``state_dict``, same result.
 
     Fused passes pool and scale x; covariance and gate are ops made of PyTorch's matrix products. They read the
-    parameters of the inner layers directly, so hooks on these layers do not run.
+    parameters of the inner layers. Layers that are not as built are called (docs/guide/tools.md).
     """
 
     def forward(self, x: Tensor, residual: Tensor | None = None, activation: str | None = None) -> Tensor:
         """Returns ``act(soca(x) + residual)``; see `soca`."""
-        return soca(x, *self.weights(), residual=residual, activation=activation)
+        if as_built(self, x, self.LAYERS):
+            return soca(x, *self.weights(), residual=residual, activation=activation)
+        return call_layers(super().forward, x, residual, activation)

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from .. import reference
 from ..ops.split_attention import SPLIT_ATTENTION
+from ..reference.as_built import as_built
 from ..reference.split_attention import check_split_attention
 from .serve import serve
 
@@ -42,14 +43,21 @@ class FastS2MLPv2(reference.S2MLPv2):
     """Fused `reference.S2MLPv2`: same constructor, same ``state_dict``, same result.
 
     `split_attention` is fused; mlp1 and mlp2 are PyTorch's products, in NCHW batched ones that need no permuted copy of
-    a map. Hooks on the inner layers do not run.
+    a map. Layers that are not as built are
+    called (docs/guide/tools.md).
     """
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns ``mlp2(split_attention(mlp1(x)))``, ``[N, C, H, W]`` in x's memory format; see `split_attention`."""
         self._check(x)
-        y = split_attention(_at_each_pixel(self.mlp1, x), *self.gate_weights())
-        return _at_each_pixel(self.mlp2, y).to(x.dtype)
+        if as_built(self, x, self.MLP1):
+            u = _at_each_pixel(self.mlp1, x)
+        else:
+            u = self.mlp1(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        y = split_attention(u, *self.gate_weights()) if as_built(self, x, self.GATE) else self.split_attention(u)
+        if as_built(self, x, self.MLP2):
+            return _at_each_pixel(self.mlp2, y).to(x.dtype)
+        return self.mlp2(y.permute(0, 2, 3, 1)).permute(0, 3, 1, 2).to(x.dtype)
 
 
 def _at_each_pixel(layer: nn.Linear, x: Tensor) -> Tensor:

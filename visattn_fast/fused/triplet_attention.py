@@ -9,8 +9,10 @@ from torch import Tensor
 from .. import reference
 from ..ops.autograd import mixed
 from ..ops.triplet_attention import FIELDS, TRIPLET_ATTENTION, batch_statistics
+from ..reference.as_built import as_built
 from ..reference.triplet_attention import PlaneGate, check_triplet_attention
-from .serve import serve
+from .calls import call_layers
+from .serve import check_epilogue, serve
 
 __all__ = ["FastTripletAttention", "PlaneGate", "triplet_attention"]
 
@@ -83,11 +85,14 @@ def triplet_attention(
 class FastTripletAttention(reference.TripletAttention):
     """`reference.TripletAttention`, fused: same constructor, same ``state_dict``, same result.
 
-    Hooks on its inner layers do not run: the fused op only reads their parameters.
+    The ops read the parameters of the inner layers. Layers that are not as built are called (docs/guide/tools.md).
     """
 
     def forward(self, x: Tensor, residual: Tensor | None = None, activation: str | None = None) -> Tensor:
         """``act(triplet_attention(x) + residual)``; see `triplet_attention`."""
+        if not as_built(self, x, self.assumed):
+            return call_layers(super().forward, x, residual, activation)
         self.check(x)
+        check_epilogue(x, residual, activation)  # before any batch norm counts the batch
         gates = (layer.gate(counts=True) for layer in self.layers())
         return triplet_attention(x, *gates, residual=residual, activation=activation)

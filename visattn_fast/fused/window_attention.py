@@ -8,6 +8,7 @@ from .. import reference
 from ..backends import reference_asked
 from ..ops.token_grid import in_format_of, token_grid
 from ..ops.window_attention import WINDOW_ATTENTION
+from ..reference.as_built import as_built
 from ..reference.window_attention import check_window_attention
 from .linear import linear
 from .serve import serve
@@ -63,15 +64,28 @@ def window_attention(
 class FastWindowAttention2d(reference.WindowAttention2d):
     """Fused `reference.WindowAttention2d`: same constructor, same ``state_dict``, same result.
 
-    The attention is one op per direction. The products of the linear layers are PyTorch's or oneDNN's (see ``linear``),
-    and hooks on these layers do not run. Attention weights, if asked for, are computed in plain PyTorch.
+    The attention is one op per direction. The products of the linear layers are PyTorch's or oneDNN's (see ``linear``).
+    Layers that are not as built are called (docs/guide/tools.md). Attention weights, if asked for, are computed in
+    plain PyTorch.
     """
 
-    def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        return linear(x, weight, bias)
-
-    def _attend(self, qkv: Tensor) -> Tensor:
-        return window_attention(qkv, **self._arguments(qkv))
+    def forward(self, x: Tensor, need_weights: str = "none") -> Tensor | tuple[Tensor, Tensor]:
+        """Returns what `reference.WindowAttention2d` does, with the same arguments."""
+        if not as_built(self, x, self.LAYERS):
+            return super().forward(x, need_weights)
+        self._check(x, need_weights)
+        grid = self._tokens(x)
+        out = window_attention(
+            linear(grid, self.qkv.weight),
+            self.qkv.bias,
+            self.relative_position_bias_table,
+            self.heads,
+            self.window,
+            self._shift(grid),
+            pad_first=self.pad_first,
+        )
+        y = self._map(linear(out, self.proj.weight, self.proj.bias), x).to(x.dtype)
+        return y if need_weights == "none" else (y, self._look(grid, need_weights))
 
     def _tokens(self, x: Tensor) -> Tensor:
         return super()._tokens(x) if self.layout == "nhwc" or reference_asked() else token_grid(x)

@@ -21,8 +21,10 @@ def expected_saving(module: nn.Module, recipe: Recipe) -> float | None:
     """Returns the bytes that the module will no longer keep from forward to backward, in multiples of its input.
 
     Runs both forwards on tensors without data, of 32 x 32 pixels and a number of channels that the module accepts.
-    Returns None if it accepts none.
+    Returns None if it accepts none, and if it has hooks, which are not to see such tensors.
     """
+    if any(m._forward_hooks or m._forward_pre_hooks for m in module.modules()):
+        return None
     key = recipe, repr(module), str([p.shape for p in module.parameters()])
     if key not in _found:
         _found[key] = _expected(module, recipe)

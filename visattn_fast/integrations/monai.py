@@ -5,6 +5,7 @@ Source: MONAI 1.6 (Apache-2.0).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from monai.networks.blocks import (
@@ -20,59 +21,94 @@ from monai.networks.blocks import (
 from torch import Tensor, nn
 
 from .. import functional
+from ..fused.calls import call_layers
+from ..reference.as_built import AFFINE_BATCH_NORM, LINEAR, MEAN, Layers, are_plain, container, layer
 from ..reference.batch_norm import Norm
+from .looking import layers_as_gates
 from .normed import normed_gate
-from .recipe import ACTIVATIONS, Recipe, all_of, has_hooks, is_swapped, require_layers
+from .recipe import ACTIVATIONS, Recipe, swapped_gate
 from .se_like import se_layers, se_like
+from .tiers import may_fuse
+
+_PARTS = Layers({"avg_pool": MEAN})
+_LAYERS = Layers(
+    {
+        "avg_pool": MEAN,
+        "fc": container(nn.Sequential, 4),
+        **se_layers("fc.0", "fc.1", "fc.2", "fc.3", linear=LINEAR),
+    }
+)
 
 
-class FastAnyChannelSELayer(ChannelSELayer):
-    """MONAI's ChannelSELayer with any activations, which run as they are; takes the epilogue of the block around it."""
-
-    def channel_gate(self, mean: Tensor) -> Tensor:
-        return _gate(self, mean)
-
-    def forward(self, x: Tensor, residual: Tensor | None = None, activation: str | None = None) -> Tensor:
-        residual = x if self.add_residual else residual
-        return functional.gate_channels(x, self.channel_gate, residual=residual, activation=activation)
-
-
-class FastChannelSELayer(FastAnyChannelSELayer):
+class FastChannelSELayer(ChannelSELayer):
     """MONAI's ChannelSELayer, fused; takes the epilogue of the block around it, and the norm before it."""
 
     takes_norm = True  # in blocks, whose layers do not add their input
+    PARTS, LAYERS = _PARTS, _LAYERS
+
+    def channel_gate(self, mean: Tensor) -> Tensor:
+        return _channel_gate(self, mean)
 
     def forward(
         self, x: Tensor, residual: Tensor | None = None, activation: str | None = None, norm: Norm | None = None
     ) -> Tensor:
-        reduce, hidden, expand, gate = self.fc
-        residual = x if self.add_residual else residual
-        return se_like(x, reduce, hidden, expand, gate, residual, activation, norm)
+        return _gate(self, x, super().forward, residual, activation, norm)
 
 
 class FastResidualSELayer(ResidualSELayer):
     """MONAI's ResidualSELayer, fused."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        reduce, hidden, expand, gate = self.fc
-        return se_like(x, reduce, hidden, expand, gate, x)
+    PARTS, LAYERS = _PARTS, _LAYERS
 
-
-class FastAnyResidualSELayer(ResidualSELayer):
-    """MONAI's ResidualSELayer with any activations, which run as they are."""
+    def channel_gate(self, mean: Tensor) -> Tensor:
+        return _channel_gate(self, mean)
 
     def forward(self, x: Tensor) -> Tensor:
-        return functional.gate_channels(x, lambda mean: _gate(self, mean), residual=x)
+        return _gate(self, x, super().forward)
+
+
+def _channel_gate(module: ChannelSELayer, mean: Tensor) -> Tensor:
+    return module.fc(mean.flatten(1)).view(mean.shape)
+
+
+def _gate(
+    module: Any,
+    x: Tensor,
+    own: Callable[[Tensor], Tensor],
+    residual: Tensor | None = None,
+    activation: str | None = None,
+    norm: Norm | None = None,
+) -> Tensor:
+    """Computes what ``module`` does, which may add its input instead of a residual."""
+    added = x if module.add_residual else residual
+    if may_fuse(module, x, module.LAYERS):
+        reduce, hidden, expand, gate = module.fc
+        return se_like(x, reduce, hidden, expand, gate, added, activation, norm)
+    if may_fuse(module, x, module.PARTS):
+        return functional.gate_channels(x, module.channel_gate, residual=added, activation=activation)
+    return call_layers(own, x, None if module.add_residual else residual, activation)
+
+
+_look = layers_as_gates(channel="fc")
+_CHANNEL_GATE = Recipe(ChannelSELayer, FastChannelSELayer, "se", "gate_channels", look=_look)
+_EPILOGUES = {**ACTIVATIONS, nn.Identity: None}
+_SWAPPED_GATE = swapped_gate([_CHANNEL_GATE], lambda d: not d["add_residual"], "without its own input added")
 
 
 class _FastBlock(SEBlock):
+    LAYERS = Layers({"se_layer": _SWAPPED_GATE, "act": layer(*_EPILOGUES)})
+    NORM = Layers(
+        {"conv3": container(Convolution, 2), "conv3.adn": container(ADN, 1), "conv3.adn.N": AFFINE_BATCH_NORM}
+    )
+
     def forward(self, x: Tensor) -> Tensor:
+        if not may_fuse(self, x, self.LAYERS):
+            return super().forward(x)
         residual, out, activation = self.project(x), self.conv2(self.conv1(x)), _EPILOGUES[type(self.act)]
         last: Any = self.conv3
-        norm = _norm_alone(last)
-        if norm is None:
-            return self.se_layer(last(out), residual, activation)
-        return normed_gate(last.conv(out), norm, self.se_layer, residual, activation)
+        if are_plain(self._modules, self.NORM):
+            return normed_gate(last.conv(out), last.adn.N, self.se_layer, residual, activation)
+        return self.se_layer(last(out), residual, activation)
 
 
 class FastSEBlock(_FastBlock):
@@ -91,30 +127,6 @@ class FastSEResNeXtBottleneck(_FastBlock, SEResNeXtBottleneck):
     """MONAI's SEResNeXtBottleneck, fused as `FastSEBlock` is."""
 
 
-_EPILOGUES = {**ACTIVATIONS, nn.Identity: None}
-
-
-def _gate(module: ChannelSELayer, mean: Tensor) -> Tensor:
-    return module.fc(mean.flatten(1)).view(mean.shape)
-
-
-def _norm_alone(block: Any) -> nn.Module | None:
-    """Returns the norm of MONAI's ``Convolution`` if it is the only layer after the convolution; else None."""
-    adn = block._modules.get("adn")
-    if type(block) is not Convolution or type(adn) is not ADN or has_hooks(block) or has_hooks(adn):
-        return None
-    return adn._modules["N"] if list(adn._modules) == ["N"] else None
-
-
-def _why_not_block(block: Any) -> str:
-    gate = block.se_layer
-    if not (is_swapped(gate) and isinstance(gate, FastAnyChannelSELayer)):
-        return "its gate was not swapped"
-    return "its gate adds its own input" if gate.add_residual else require_layers({"act": tuple(_EPILOGUES)})(block)
-
-
-_TWO_DIMENSIONS = require_layers({"avg_pool": (nn.AdaptiveAvgPool2d,)})
-_LAYERS = all_of(se_layers("fc.0", "fc.1", "fc.2", "fc.3"), _TWO_DIMENSIONS)
 _BLOCKS = {
     SEBlock: FastSEBlock,
     SEBottleneck: FastSEBottleneck,
@@ -123,9 +135,7 @@ _BLOCKS = {
 }
 
 RECIPES = [
-    Recipe(ChannelSELayer, FastChannelSELayer, "se", _LAYERS),
-    Recipe(ChannelSELayer, FastAnyChannelSELayer, "gate_channels", _TWO_DIMENSIONS),
-    Recipe(ResidualSELayer, FastResidualSELayer, "se", _LAYERS),
-    Recipe(ResidualSELayer, FastAnyResidualSELayer, "gate_channels", _TWO_DIMENSIONS),
-    *(Recipe(block, fast, "epilogue", _why_not_block, block=True) for block, fast in _BLOCKS.items()),
+    _CHANNEL_GATE,
+    Recipe(ResidualSELayer, FastResidualSELayer, "se", "gate_channels", look=_look),
+    *(Recipe(block, fast, "epilogue", block=True) for block, fast in _BLOCKS.items()),
 ]

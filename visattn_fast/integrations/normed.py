@@ -6,15 +6,15 @@ from itertools import chain
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..backends import compiles_freely, decide
 from ..fused.normed import gate_normed_channels
 from ..fused.serve import norm_fuses_into_gate
 from ..ops.autograd import recorded
 from ..ops.gates import GATE_CHANNELS
+from ..reference.as_built import as_built
 from ..reference.batch_norm import Norm, batch_norm_step
-from .recipe import has_hooks
 
 # Elements of z from which on eager mode folds the norm: its dozen calls for scales and shifts take longer than the pass
 # that they save on a smaller map. The number for other devices than CPUs is a guess, from launches and bytes.
@@ -27,7 +27,7 @@ def is_evaluated(norm: Any) -> bool:
     return not norm.training and norm.running_mean is not None
 
 
-def is_folded(z: Tensor, norm: Any, gate: nn.Module, residual: Tensor) -> bool:
+def is_folded(z: Tensor, norm: Any, gate: Any, residual: Tensor) -> bool:
     """True if `gate_of_norm` takes the place of ``gate(norm(z), residual, ...)``. There are two cases.
 
     - Under `torch.compile`, if no backend was chosen: an op would keep Inductor from fusing the norm into its
@@ -35,7 +35,9 @@ def is_folded(z: Tensor, norm: Any, gate: nn.Module, residual: Tensor) -> bool:
     - In eager mode, if the norm is evaluated and no gradient is wanted: the norm is then part of the gate's passes
       over z, unless z is small.
     """
-    if not (torch.compiler.is_compiling() or is_evaluated(norm)) or not _is_known(norm, gate):
+    if not (torch.compiler.is_compiling() or is_evaluated(norm)) or not hasattr(gate, "channel_gate"):
+        return False
+    if not as_built(gate, z, gate.PARTS):
         return False
     if torch.compiler.is_compiling():
         return compiles_freely() and norm.momentum is not None  # the momentum of a cumulative average changes
@@ -46,13 +48,11 @@ def is_folded(z: Tensor, norm: Any, gate: nn.Module, residual: Tensor) -> bool:
     return decide(z, GATE_CHANNELS).backend in ("triton", "cpp")  # the native CUDA kernels are whole gates
 
 
-def _is_known(norm: nn.Module, gate: nn.Module) -> bool:
-    plain = type(norm) is nn.BatchNorm2d and norm.affine and not has_hooks(norm)
-    return plain and hasattr(gate, "channel_gate") and not has_hooks(gate)
-
-
 def normed_gate(z: Tensor, norm: Any, gate: Any, residual: Tensor, activation: str | None) -> Tensor:
-    """Computes ``gate(norm(z), residual, activation)``: in one op, with the norm folded, or one after the other."""
+    """Computes ``gate(norm(z), residual, activation)``: in one op, with the norm folded, or one after the other.
+
+    The caller has seen that ``norm`` is an affine batch norm as built, and ``gate`` a fused gate without hooks.
+    """
     if is_one_op(z, norm, gate, residual):
         values = Norm(norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.eps)
         return gate(z, residual=residual, activation=activation, norm=values)
@@ -61,11 +61,11 @@ def normed_gate(z: Tensor, norm: Any, gate: Any, residual: Tensor, activation: s
     return gate(norm(z), residual=residual, activation=activation)
 
 
-def is_one_op(z: Tensor, norm: Any, gate: nn.Module, residual: Tensor) -> bool:
+def is_one_op(z: Tensor, norm: Any, gate: Any, residual: Tensor) -> bool:
     """True if the gate's own op includes the norm: the norm is evaluated, and no gradient is wanted."""
     if not getattr(gate, "takes_norm", False) or torch.compiler.is_compiling():
         return False
-    if not (is_evaluated(norm) and _is_known(norm, gate)):
+    if not (is_evaluated(norm) and as_built(gate, z, gate.LAYERS)):
         return False
     return norm_fuses_into_gate(GATE_CHANNELS, z, chain((z, residual), norm.parameters(), gate.parameters()), residual)
 

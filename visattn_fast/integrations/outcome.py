@@ -30,8 +30,13 @@ class Swapped:
 
     @property
     def op(self) -> str:
-        """The name of the function in `functional` that serves it; ``"epilogue"`` for a block."""
-        return self.recipe.op
+        """The name of the function in `functional` that serves it as it is now; ``"epilogue"`` for a block."""
+        return self.recipe.plan(self.module)[0] or "its own forward"
+
+    @property
+    def note(self) -> str:
+        """The reason why it calls its layers now; empty if it calls none."""
+        return self.recipe.plan(self.module)[1]
 
     @property
     def less(self) -> str:
@@ -83,4 +88,5 @@ class Acceleration:
         lines = [
             "  ".join(cell.ljust(width) for cell, width in zip(row, [*widths, 0], strict=True)).rstrip() for row in rows
         ]
+        lines += [f"{s.name or s.kind} calls its layers: {s.note}" for s in self.swapped if s.note]
         return "\n".join([*lines, f"{len(self.swapped)} swapped, {len(self.skipped)} left alone"])

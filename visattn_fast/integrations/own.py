@@ -3,30 +3,32 @@
 from __future__ import annotations
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..catalogue import ENTRIES
 from ..models.resnet import AttentionBlock
-from .recipe import Recipe, is_fused
+from ..reference.as_built import Layers
+from .recipe import Recipe, swapped_gate
+from .tiers import may_fuse
+
+# A fused module calls its layers itself if it must, so it serves any module of its class.
+_GATES = {e.name: Recipe(e.reference, e.fast, e.name, e.name) for e in ENTRIES.values() if e.training}
 
 
 class FastAttentionBlock(AttentionBlock):
     """AttentionBlock; its gate also adds the shortcut and activates."""
 
+    LAYERS = Layers(
+        {"gate": swapped_gate([_GATES[e.name] for e in ENTRIES.values() if e.training and e.epilogue])},
+        fits=lambda d: not d["epilogue"],
+        words="its gate has the epilogue already",
+    )
+
     def forward(self, x: Tensor) -> Tensor:
+        if not may_fuse(self, x, self.LAYERS):
+            return super().forward(x)
         out = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
         return self.gate(out, residual=self.shortcut(x), activation="relu")
 
 
-_GATES = [Recipe(entry.reference, entry.fast, entry.name) for entry in ENTRIES.values() if entry.training]
-_WITH_EPILOGUE = tuple(entry.fast for entry in ENTRIES.values() if entry.epilogue)
-
-
-def _why_not_block(block: nn.Module) -> str:
-    gate = block.get_submodule("gate")
-    if block.epilogue:
-        return "its gate has the epilogue already"
-    return "" if is_fused(gate) and isinstance(gate, _WITH_EPILOGUE) else "its gate was not swapped, or has no epilogue"
-
-
-RECIPES = [*_GATES, Recipe(AttentionBlock, FastAttentionBlock, "epilogue", _why_not_block, block=True)]
+RECIPES = [*_GATES.values(), Recipe(AttentionBlock, FastAttentionBlock, "epilogue", block=True)]

@@ -5,34 +5,24 @@ from __future__ import annotations
 from typing import Any
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import functional
+from ..reference.as_built import POINTWISE, SAME_SIZE_WITHOUT_BIAS, Layers, are_plain
+
+_POINTWISE = Layers({"conv": POINTWISE})
+_MAP_CONV = Layers({"conv": SAME_SIZE_WITHOUT_BIAS})
 
 
 def pointwise(conv: Any, pooled: Tensor) -> Tensor:
     """Computes ``conv(pooled)`` for ``[N, C, 1, 1]``; a plain 1x1 convolution as a matrix product."""
-    if is_pointwise(conv):
+    if are_plain({"conv": conv}, _POINTWISE):
         return F.linear(pooled.flatten(1), conv.weight.flatten(1), conv.bias)[:, :, None, None]
     return conv(pooled)
 
 
-def is_pointwise(conv: Any) -> bool:
-    """True if the layer is a plain 1x1 convolution."""
-    return type(conv) is nn.Conv2d and conv.kernel_size == (1, 1) and conv.groups == 1 and conv.padding == (0, 0)
-
-
 def map_logit(conv: Any, maps: Tensor) -> Tensor:
     """Computes ``conv(maps)``; by our kernels if it is a plain convolution that keeps the size of the maps."""
-    if is_map_conv(conv) and conv.bias is None:
+    if are_plain({"conv": conv}, _MAP_CONV):
         return functional.conv_maps(maps, conv.weight)
     return conv(maps)
-
-
-def is_map_conv(conv: Any) -> bool:
-    """True if the layer is a plain convolution of two maps to one map of the same size."""
-    if type(conv) is not nn.Conv2d or conv.padding_mode != "zeros":
-        return False
-    size = conv.weight.shape[3]
-    plain = conv.stride == conv.dilation == (1, 1) and conv.padding == (size // 2, size // 2)
-    return plain and conv.weight.shape == (1, 2, size, size) and size % 2 == 1

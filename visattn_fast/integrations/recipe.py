@@ -1,20 +1,25 @@
-"""Recipes: which fused class takes the place of a class, and when it cannot."""
+"""Recipes: which fused class takes the place of a class, what it assumes of the module, and when it cannot serve."""
 
 from __future__ import annotations
 
+import copy
+import copyreg
 import hashlib
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from .. import modules
+from ..reference.as_built import Layer, Layers, Settings, why_not
 
 ACTIVATIONS = {nn.ReLU: "relu", nn.SiLU: "silu"}  # layer -> its name in our functions
 _OURS = frozenset(getattr(modules, name) for name in modules.__all__)
+_ANY = Layers({})
 
+Look = Callable[[Any, Tensor], dict[str, Tensor]]  # a module and its input -> its gates by name
 Check = Callable[[nn.Module], str]  # returns why a module cannot be served; an empty string if it can
 
 
@@ -27,97 +32,123 @@ def always(module: nn.Module) -> str:
 class Recipe:
     """Makes modules of one class fast: gives them a subclass that overrides forward alone.
 
-    A class may have several recipes. Their order matters, see `first_match`.
+    The subclass asks at every call how much of the module it may fuse. `plan` asks the same for `accelerate`.
 
     Attributes:
         original: the class, matched exactly.
-        fused: the subclass.
+        fused: the subclass. Its table ``LAYERS`` holds what ``op`` assumes, ``PARTS`` what ``passes`` assumes.
         op: the name of the function in `functional` that forward becomes; ``"epilogue"`` for a block.
-        why_not: the reason why a module cannot be served; an empty string if it can.
+        passes: the name of the function that serves instead if layers have to be called; empty: none does.
+        why_not: the reason why a module can never be served; an empty string if it can.
         block: True if the module is a block around a gate, and the gate takes over the block's epilogue.
+        look: returns the gates of a module of the original class; None: the class has a method ``attention``, or none.
     """
 
     original: type[nn.Module]
     fused: type[nn.Module]
     op: str
+    passes: str = ""
     why_not: Check = always
     block: bool = False
+    look: Look | None = None
 
     @property
     def gate(self) -> bool:
         """True if the module only scales its input. Attention over positions does more."""
         return not self.block and self.op not in ("window_attention", "self_attention")
 
-    def reason_against(self, module: nn.Module) -> str:
-        """Returns why the module is left alone; an empty string if it is not."""
-        for name, inner in () if self.block else module.named_modules():
-            if inner is not module and has_hooks(inner):
-                return f"{name} has hooks, which the fused forward would not run"
-        return self.why_not(module)
+    def plan(self, module: nn.Module) -> tuple[str, str]:
+        """Returns the name of the function that serves ``module`` as it is now, and why it calls its layers.
 
-
-def first_match(recipes: Sequence[Recipe], module: nn.Module) -> tuple[Recipe, str]:
-    """Tries the recipes, at least one, in order: the first without a reason against the module wins.
-
-    So a recipe that replaces a module's inner layers stands before the one that runs them as they are. If none wins,
-    returns the last recipe with its reason.
-    """
-    for recipe in recipes:
-        reason = recipe.reason_against(module)
+        The name is empty if the module is left alone. The reason is empty if the module calls no layers.
+        """
+        reason = self.why_not(module)
+        if reason:
+            return "", reason
+        reason = why_not(module, getattr(self.fused, "LAYERS", _ANY))
         if not reason:
-            break
-    return recipe, reason
+            return self.op, ""
+        if self.passes:
+            against_passes = why_not(module, getattr(self.fused, "PARTS", _ANY))
+            return ("", against_passes) if against_passes else (self.passes, reason)
+        return "", reason
 
 
-def swap(module: nn.Module, recipe: Recipe) -> None:
-    """Gives the module the fused class. Notes its own class in it, so that copies and pickles can be put back, too."""
-    module._accelerated_from = type(module)  # type: ignore[assignment]
-    module.__class__ = recipe.fused
+def swap(module: nn.Module, recipe: Recipe, name: str = "") -> None:
+    """Gives the module the fused class. Notes its qualified name in it, for messages."""
+    module._qualified_name = name  # type: ignore[assignment]
+    module.__class__ = swapped_class(recipe.fused, recipe.original)
+
+
+class SwappedModule(nn.Module):
+    """Base of every class that `swap` gives: copies stay swapped, pickles do not.
+
+    Pickles hold the original class and nothing of this package, so that they load where it is not installed.
+    """
+
+    _accelerated_from: type[nn.Module]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        reduced: Any = super().__reduce_ex__(protocol)
+        _, _, state, *others = reduced
+        kept = {key: value for key, value in state.items() if key != "_qualified_name"}
+        # copyreg.__newobj__, which object takes, is held to the present class.
+        return copyreg._reconstructor, (self._accelerated_from, object, None), kept, *others  # type: ignore[attr-defined]
+
+    def __copy__(self) -> SwappedModule:
+        twin = type(self).__new__(type(self))
+        twin.__setstate__(self.__dict__)
+        return twin
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SwappedModule:
+        twin = memo[id(self)] = type(self).__new__(type(self))
+        twin.__setstate__(copy.deepcopy(self.__dict__, memo))
+        return twin
+
+
+_swapped_classes: dict[tuple[type[nn.Module], type[nn.Module]], type[SwappedModule]] = {}
+
+
+def swapped_class(fused: type[nn.Module], original: type[nn.Module]) -> type[SwappedModule]:
+    """Returns the class that `swap` gives a module: the fused one, with the methods of `SwappedModule`."""
+    if (fused, original) not in _swapped_classes:
+        names = {"_accelerated_from": original, "__module__": fused.__module__, "__doc__": fused.__doc__}
+        _swapped_classes[fused, original] = type(fused.__name__, (SwappedModule, fused), names)
+    return _swapped_classes[fused, original]
+
+
+def swapped_gate(recipes: Sequence[Recipe], fits: Callable[[Settings], bool] | None = None, words: str = "") -> Layer:
+    """Returns the gate of a block: of a fused class of these recipes, all of which take an epilogue."""
+    swapped = (swapped_class(recipe.fused, recipe.original) for recipe in recipes)
+    kinds = frozenset((*swapped, *(recipe.fused for recipe in recipes)))
+    return Layer(kinds, fits, words, children=None, noun="a fused gate with an epilogue")
 
 
 def is_swapped(module: nn.Module) -> bool:
-    """True if `swap` gave the module its class."""
-    return "_accelerated_from" in module.__dict__
+    """True if `swap` gave the module its class, or the class that this one is derived from."""
+    return isinstance(module, SwappedModule)
 
 
 def own_class(module: nn.Module) -> type[nn.Module]:
     """Returns the module's class, or the class that it had before `swap`."""
-    return module.__dict__.get("_accelerated_from", type(module))
+    return module._accelerated_from if isinstance(module, SwappedModule) else type(module)
+
+
+def why_not_put_back(module: nn.Module) -> str:
+    """Returns why `put_back` would take off more than `swap` put on; an empty string if it would not."""
+    kind = type(module)
+    return "" if SwappedModule in kind.__bases__ else f"another tool has since made it a {kind.__name__}"
 
 
 def put_back(module: nn.Module) -> None:
     """Undoes `swap`."""
-    module.__class__ = module.__dict__.pop("_accelerated_from")
+    module.__class__ = own_class(module)
+    del module.__dict__["_qualified_name"]
 
 
 def is_fused(module: nn.Module) -> bool:
     """True if the module is swapped, or of a fused class of this package."""
     return is_swapped(module) or type(module) in _OURS
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """True if the module has a hook on its forward or backward pass."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(hooks)
-
-
-def require_layers(expected: Mapping[str, tuple[type[nn.Module], ...]]) -> Check:
-    """Requires that each inner layer of these names has exactly one of these classes."""
-
-    def why_not(module: nn.Module) -> str:
-        for name, allowed in expected.items():
-            inner = module.get_submodule(name)
-            if type(inner) not in allowed:
-                names = dict.fromkeys(c.__name__ for c in allowed)
-                return f"{name} is {type(inner).__name__}, not {' or '.join(names)}"
-        return ""
-
-    return why_not
-
-
-def all_of(*checks: Check) -> Check:
-    """Joins checks: the first reason found counts."""
-    return lambda module: next(filter(None, (check(module) for check in checks)), "")
 
 
 def fingerprint(*functions: Callable[..., Any]) -> str:

@@ -1,19 +1,19 @@
-"""Squeeze-and-excitation as other libraries spell it: one fused forward, and the check of the layers that it takes."""
+"""Squeeze-and-excitation as other libraries spell it: one fused forward, and what it assumes of the layers."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 from .. import functional
+from ..reference.as_built import POINTWISE, Layer, layer
 from ..reference.batch_norm import Norm
 from ..reference.parameter_access import weight_and_bias
-from .recipe import ACTIVATIONS, Check, require_layers
+from .recipe import ACTIVATIONS
 
 GATES: Mapping[type[nn.Module], str] = {nn.Sigmoid: "sigmoid", nn.Hardsigmoid: "hard_sigmoid"}
-_LAYERS = (nn.Linear, nn.Conv2d)
 
 
 def se_like(
@@ -40,6 +40,25 @@ def se_like(
     )  # fmt: skip
 
 
-def se_layers(reduce: str, hidden: str, expand: str, gate: str, gates: Mapping[type[nn.Module], str] = GATES) -> Check:
-    """Requires that the layers of these names are layers that `se_like` takes with these ``gates``."""
-    return require_layers({reduce: _LAYERS, hidden: tuple(ACTIVATIONS), expand: _LAYERS, gate: tuple(gates)})
+def se_layers(
+    reduce: str,
+    hidden: str,
+    expand: str,
+    gate: str,
+    gates: Mapping[type[nn.Module], str] = GATES,
+    linear: Layer = POINTWISE,
+) -> dict[str, Layer]:
+    """Returns what `se_like` assumes of the layers of these names: ``linear`` twice, and activations that it knows."""
+    return {reduce: linear, hidden: layer(*ACTIVATIONS), expand: linear, gate: layer(*gates)}
+
+
+def why_no_units(reduce: str) -> Callable[[nn.Module], str]:
+    """Returns a check that refuses a module whose layer ``reduce`` has no output."""
+
+    def why_not(module: nn.Module) -> str:
+        # Not the layer's weight: spectral norm changes with each reading.
+        squeeze = dict(module.named_modules()).get(reduce)
+        empty = squeeze is not None and any(p.numel() == 0 for p in squeeze.parameters())
+        return f"{reduce} has no hidden unit" if empty else ""
+
+    return why_not

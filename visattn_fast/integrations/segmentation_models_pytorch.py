@@ -2,34 +2,43 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from segmentation_models_pytorch.base.modules import SCSEModule
 from torch import Tensor, nn
 
 from .. import functional
-from .recipe import Recipe, require_layers
+from ..reference.as_built import MEAN, POINTWISE, RELU, SIGMOID, Layers, container
+from ..reference.parameter_access import weight_and_bias
+from .looking import layers_as_gates
+from .recipe import Recipe
+from .se_like import why_no_units
+from .tiers import may_fuse
 
 
 class FastSCSEModule(SCSEModule):
     """segmentation-models-pytorch's SCSEModule, fused."""
 
+    LAYERS = Layers(
+        {
+            "cSE": container(nn.Sequential, 5),
+            "cSE.0": MEAN,
+            "cSE.1": POINTWISE,
+            "cSE.2": RELU,
+            "cSE.3": POINTWISE,
+            "cSE.4": SIGMOID,
+            "sSE": container(nn.Sequential, 2),
+            "sSE.0": POINTWISE,
+            "sSE.1": SIGMOID,
+        }
+    )
+
     def forward(self, x: Tensor) -> Tensor:
-        squeeze: Any = self.cSE
-        pixel: Any = self.sSE[0]
-        reduce, expand = squeeze[1], squeeze[3]
-        weights = (reduce.weight, reduce.bias, expand.weight, expand.bias, pixel.weight, pixel.bias)
+        if not may_fuse(self, x, self.LAYERS):
+            return super().forward(x)
+        _, reduce, _, expand, _ = self.cSE
+        weights = (*weight_and_bias(reduce), *weight_and_bias(expand), *weight_and_bias(self.sSE[0]))
         return functional.scse(x, *weights)
 
 
-_LAYERS = {
-    "cSE.0": (nn.AdaptiveAvgPool2d,),
-    "cSE.1": (nn.Conv2d,),
-    "cSE.2": (nn.ReLU,),
-    "cSE.3": (nn.Conv2d,),
-    "cSE.4": (nn.Sigmoid,),
-    "sSE.0": (nn.Conv2d,),
-    "sSE.1": (nn.Sigmoid,),
-}
+_look = layers_as_gates(channel="cSE", spatial="sSE")
 
-RECIPES = [Recipe(SCSEModule, FastSCSEModule, "scse", require_layers(_LAYERS))]
+RECIPES = [Recipe(SCSEModule, FastSCSEModule, "scse", why_not=why_no_units("cSE.1"), look=_look)]

@@ -9,14 +9,32 @@ from torch import Tensor, nn
 
 from .. import functional
 from ..fused.linear import linear
-from .recipe import Recipe, all_of, fingerprint, require_layers
+from ..reference.as_built import LINEAR, Layers, container, layer
+from .looking import window_weights
+from .recipe import Recipe, fingerprint
+from .tiers import may_fuse
+
+_NO_DROPOUT = layer(nn.Dropout, fits=lambda d: d["p"] == 0, words="set to zero")
 
 
 class FastSwinTransformerBlock(swin_transformer.SwinTransformerBlock):
     """timm's SwinTransformerBlock, fused: no copy of the map rolls it or splits it into windows."""
 
+    LAYERS = Layers(
+        {
+            "attn": container(swin_transformer.WindowAttention, 5),
+            "attn.qkv": LINEAR,
+            "attn.attn_drop": _NO_DROPOUT,
+            "attn.proj": LINEAR,
+            "attn.proj_drop": _NO_DROPOUT,
+            "attn.softmax": layer(nn.Softmax),
+        }
+    )
+
     def _attn(self, x: Tensor) -> Tensor:
         block: Any = self
+        if not may_fuse(self, x, self.LAYERS):
+            return super()._attn(x)
         attn, sizes = block.attn, zip(block.window_size, x.shape[1:3], block.input_resolution, strict=True)
         if not block.dynamic_mask and any(-(-here // w) != -(-known // w) for w, here, known in sizes):
             return super()._attn(x)  # its mask is for another size
@@ -30,9 +48,7 @@ class FastSwinTransformerBlock(swin_transformer.SwinTransformerBlock):
 _KNOWN = "d74a720dec74c492"  # hash of the code that the class above repeats; other versions are left alone
 
 
-def _why_not_swin(block: Any) -> str:
-    if block.attn.attn_drop.p or block.attn.proj_drop.p:
-        return "attn_drop or proj_drop: other values would be dropped"
+def _why_not(block: nn.Module) -> str:
     swin, attention = swin_transformer, swin_transformer.WindowAttention
     found = fingerprint(
         swin.SwinTransformerBlock._attn, swin.SwinTransformerBlock.get_attn_mask, attention.forward,
@@ -41,15 +57,14 @@ def _why_not_swin(block: Any) -> str:
     return "" if found == _KNOWN else "unknown version of window attention"
 
 
-_LAYERS = require_layers(
-    {"attn": (swin_transformer.WindowAttention,), "attn.qkv": (nn.Linear,), "attn.proj": (nn.Linear,)}
-)
-
 RECIPES = [
     Recipe(
         swin_transformer.SwinTransformerBlock,
         FastSwinTransformerBlock,
         "window_attention",
-        all_of(_LAYERS, _why_not_swin),
-    ),
+        why_not=_why_not,
+        look=lambda block, x: window_weights(
+            block.attn, block.norm1(x), block.window_size, block.shift_size, pad_first=False
+        ),
+    )
 ]

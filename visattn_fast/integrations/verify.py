@@ -31,7 +31,8 @@ def verify(model: nn.Module, example: Any, found: Acceleration) -> None:
     kept = []
     for swapped in found.swapped:
         # A block is asked again: its gate comes before it, and may have been put back.
-        reason = swapped.recipe.reason_against(swapped.module)
+        op, reason = swapped.recipe.plan(swapped.module)
+        reason = "" if op else reason
         reason = reason or _judge(swapped, calls.get(swapped.name), model.training)
         if reason:
             put_back(swapped.module)
@@ -66,7 +67,7 @@ def _calls(model: nn.Module, arguments: tuple[Any, ...], swapped: list[Swapped])
             model(*arguments)
     finally:
         for block in blocks:
-            swap(block.module, block.recipe)
+            swap(block.module, block.recipe, block.name)
         for handle in handles:
             handle.remove()
     return calls

@@ -23,12 +23,18 @@ DIFFERENCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 2e-2, to
 
 
 class Oracle:
-    """Exact results of a run, by name, and the check that other results are as exact as they can be."""
+    """Exact results of a run, by name, and the check that other results are as exact as they can be.
 
-    def __init__(self, exact: Mapping[str, Tensor]) -> None:
+    Args:
+        exact: the results in float64.
+        rounded: those with rounded parameters and output gradient, which show how the run magnifies rounding.
+    """
+
+    def __init__(self, exact: Mapping[str, Tensor], rounded: Mapping[str, Tensor] | None = None) -> None:
         self._exact = {name: tensor.detach() for name, tensor in exact.items()}
         self._sizes = {name: largest(tensor) for name, tensor in self._exact.items()}
         self._largest = max(self._sizes.values(), default=0.0)
+        self._rounded = {} if rounded is None else self.errors(rounded)
 
     def errors(self, results: Mapping[str, Tensor]) -> dict[str, float]:
         """Returns the largest error of each tensor, relative to the largest value of the exact one.
@@ -47,29 +53,20 @@ class Oracle:
             found[name] = largest(result.double() - exact) / self._scale(name)
         return found
 
-    def check(
-        self,
-        errors: Mapping[str, float],
-        eager: Mapping[str, float],
-        dtype: torch.dtype,
-        rounded: Mapping[str, float] | None = None,
-    ) -> None:
+    def check(self, errors: Mapping[str, float], eager: Mapping[str, float], dtype: torch.dtype) -> None:
         """Holds the errors of a run to the budget.
 
         Args:
             errors: those of the run, from `errors`.
             eager: those of eager PyTorch.
             dtype: the coarsest dtype of the run.
-            rounded: those of the oracle with rounded parameters and output gradient.
 
         Raises:
             AssertionError: an error is above the budget; the message lists each.
         """
         wrong = []
         for name, error in errors.items():
-            allowed = EAGER * eager[name] + self._band(name, dtype)
-            if rounded is not None:
-                allowed += ROUNDED * rounded[name]
+            allowed = EAGER * eager[name] + self._band(name, dtype) + ROUNDED * self._rounded.get(name, 0.0)
             if not error <= allowed:
                 wrong.append(f"{name} {error:.1e} (allowed {allowed:.1e}, eager {eager[name]:.1e})")
         if wrong:

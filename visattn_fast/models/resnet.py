@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .. import reference
 from ..catalogue import ENTRIES
+from ..reference.as_built import Layer, Layers, as_built
 from ..reference.checks import check_feature_map, check_positive
 
 # CBAM's halves return gates without applying them, and self-attention over a whole large map is no gate for a block.
@@ -30,6 +31,17 @@ class AttentionBlock(nn.Module):
         attention, fused: as in `AttentionResNet`.
     """
 
+    # Fused gates that take the addition and the ReLU. Any other gate is called, and then both follow.
+    LAYERS = Layers(
+        {
+            "gate": Layer(
+                frozenset(entry.fast for entry in ENTRIES.values() if entry.epilogue),
+                children=None,
+                noun="a fused gate with an epilogue",
+            )
+        }
+    )
+
     def __init__(self, in_channels: int, channels: int, stride: int, attention: str | None, fused: bool) -> None:
         super().__init__()
         self.conv1 = _convolution(in_channels, channels, 3, stride)
@@ -47,7 +59,7 @@ class AttentionBlock(nn.Module):
         """Applies the block: ``[N, in_channels, H, W]`` -> ``[N, channels, ceil(H/stride), ceil(W/stride)]``."""
         shortcut = self.shortcut(x)
         out = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
-        if self.epilogue:
+        if self.epilogue and as_built(self, x, AttentionBlock.LAYERS):
             y: Tensor = self.gate(out, residual=shortcut, activation="relu")
             return y
         return reference.epilogue(self.gate(out), shortcut, "relu")

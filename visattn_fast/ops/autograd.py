@@ -13,6 +13,7 @@ from torch import Tensor
 from .layout import converted
 
 # Looked up once: a look-up at each call takes as long as the call itself.
+_any_requires_grad = torch._C._any_requires_grad
 _overridden, _call_boxed = torch._C._has_torch_function, torch._C._dispatch_call_boxed
 
 Gradients = Callable[..., Sequence[Tensor | None]]
@@ -75,7 +76,11 @@ class FusedOp:
 
 def recorded(arguments: Iterable[Any]) -> bool:
     """True if autograd would record a function of these arguments."""
-    return torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in arguments)
+    if not torch.is_grad_enabled():
+        return False
+    if torch.compiler.is_compiling():
+        return any(isinstance(a, Tensor) and a.requires_grad for a in arguments)
+    return _any_requires_grad(*arguments)
 
 
 def call_function(function: type[torch.autograd.Function], *args: Any) -> tuple[Tensor, ...]:

@@ -7,7 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from .batch_norm import batch_norm_without_update
+from .as_built import Layers, container, has_plain_layers, layer
+from .batch_norm import look
 from .checks import check_choice, check_feature_map, check_positive, check_weight, hidden_width
 from .custom_gates import checked
 from .parameter_access import child
@@ -41,8 +42,10 @@ def bam(
     """
     check_feature_map(x)
     check_choice("combine", combine, COMBINE)
-    of_channel = checked(channel(x.mean((2, 3), keepdim=True)), (*x.shape[:2], 1, 1), "channel")
-    of_pixel = checked(spatial(x), (x.shape[0], 1, *x.shape[2:]), "spatial")
+    of_channel, of_pixel = channel(x.mean((2, 3), keepdim=True)), spatial(x)
+    if isinstance(x, Tensor):  # not in a trace of torch.fx
+        checked(of_channel, (*x.shape[:2], 1, 1), "channel")
+        checked(of_pixel, (x.shape[0], 1, *x.shape[2:]), "spatial")
     return x * joint_gate(of_channel, of_pixel, combine)
 
 
@@ -53,8 +56,8 @@ def joint_gate(channel: Tensor, spatial: Tensor, combine: str) -> Tensor:
 
 def _look(layers: nn.Sequential, x: Tensor) -> Tensor:
     """``layers(x)``, without counting the batch or touching running statistics."""
-    for layer in layers:
-        x = batch_norm_without_update(layer, x) if isinstance(layer, nn.modules.batchnorm._BatchNorm) else layer(x)
+    for inner in layers:
+        x = look(inner, x)
     return x
 
 
@@ -126,6 +129,16 @@ class BAM(nn.Module):
     {gate_s_conv_reduce0, gate_s_bn_reduce0, gate_s_conv_di_i, gate_s_bn_di_i, gate_s_conv_final}.*``, i in 0 and 1.
     """
 
+    # Only checks read these layers. All layers are called.
+    READ = Layers(
+        {
+            "channel_att": container(ChannelBranch, 1),
+            "channel_att.gate_c": container(nn.Sequential, 5),
+            "channel_att.gate_c.gate_c_fc_0": layer(nn.Linear),
+            "channel_att.gate_c.gate_c_bn_1": layer(nn.BatchNorm1d),
+        }
+    )
+
     def __init__(self, channels: int, reduction: int = 16, dilation: int = 4, combine: str = "product") -> None:
         super().__init__()
         hidden = hidden_width(channels, reduction)
@@ -137,6 +150,9 @@ class BAM(nn.Module):
 
     def check(self, x: Tensor) -> None:
         """Raises unless x fits the weights, before any batch norm counts a batch."""
+        check_feature_map(x)
+        if not has_plain_layers(self, x, self.READ):
+            return
         check_feature_map(x, self.channels)
         _, fc, bn, *_ = child(self.channel_att, "gate_c")
         check_weight("channel_att.gate_c.gate_c_fc_0.weight", fc.weight, tuple(fc.weight.shape), x)

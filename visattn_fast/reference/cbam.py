@@ -6,10 +6,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .as_built import POINTWISE_WITHOUT_BIAS, SAME_SIZE, Layers, container, has_plain_layers
 from .checks import check_bottleneck, check_feature_map, check_spatial_kernel, hidden_width
-from .parameter_access import child, parameter
+from .parameter_access import child, parameter, weight_and_bias
 
 __all__ = ["CBAM", "ChannelAttention", "SpatialAttention", "cbam", "channel_attention", "spatial_attention"]
+
+
+CALLED_TWICE = POINTWISE_WITHOUT_BIAS._replace(twice=True)  # for the mean and for the maximum
 
 
 def channel_attention(x: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
@@ -92,6 +96,8 @@ class ChannelAttention(nn.Module):
     ``state_dict``: ``fc1.weight`` ``[R, C, 1, 1]``, ``fc2.weight`` ``[C, R, 1, 1]``.
     """
 
+    LAYERS = Layers({"fc1": CALLED_TWICE, "fc2": CALLED_TWICE})
+
     def __init__(self, channels: int, reduction: int = 8) -> None:
         super().__init__()
         hidden = hidden_width(channels, reduction)
@@ -104,11 +110,21 @@ class ChannelAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Computes the gate: ``[N, C, H, W]`` -> ``[N, C, 1, 1]``."""
-        return channel_attention(x, *self.weights())
+        if has_plain_layers(self, x, self.LAYERS):
+            w1, w2 = self.weights()
+            check_bottleneck(x, w1, None, w2, None)
+        else:
+            check_feature_map(x)
+        return self.gate(x.mean((2, 3), keepdim=True), global_maximum(x))
+
+    def gate(self, mean: Tensor, maximum: Tensor) -> Tensor:
+        """The gate from mean and maximum over H and W, each ``[N, C, 1, 1]``: ``[N, C, 1, 1]``."""
+        excited: Tensor = self.fc2(F.relu(self.fc1(mean))) + self.fc2(F.relu(self.fc1(maximum)))
+        return torch.sigmoid(excited)
 
     def attention(self, x: Tensor) -> dict[str, Tensor]:
         """The gate of x: ``{"channel": [N, C, 1, 1]}``."""
-        return {"channel": channel_attention(x, *self.weights())}
+        return {"channel": ChannelAttention.forward(self, x)}
 
 
 class SpatialAttention(nn.Module):
@@ -126,23 +142,33 @@ class SpatialAttention(nn.Module):
     ``state_dict``: ``conv1.weight`` ``[1, 2, k, k]``.
     """
 
+    LAYERS = Layers({"conv1": SAME_SIZE})
+
     def __init__(self, kernel_size: int = 7) -> None:
         super().__init__()
         if kernel_size not in (3, 7):
             raise ValueError(f"kernel_size must be 3 or 7, got {kernel_size!r}")
         self.conv1 = nn.Conv2d(2, 1, kernel_size, padding=kernel_size // 2, bias=False)
 
-    def weights(self) -> tuple[Tensor]:
-        """``(wconv,)``, as `spatial_attention` takes it."""
-        return (parameter(child(self, "conv1"), "weight"),)
+    def weights(self) -> tuple[Tensor, Tensor | None]:
+        """``(wconv, bias)``, as `spatial_attention` takes them."""
+        return weight_and_bias(child(self, "conv1"))
 
     def forward(self, x: Tensor) -> Tensor:
         """Computes the gate: ``[N, C, H, W]`` -> ``[N, 1, H, W]``."""
-        return spatial_attention(x, *self.weights())
+        check_feature_map(x)
+        if has_plain_layers(self, x, self.LAYERS):
+            check_spatial_kernel(*self.weights(), x)
+        return self.gate(torch.cat([x.mean(1, keepdim=True), x.max(dim=1, keepdim=True).values], dim=1))
+
+    def gate(self, maps: Tensor) -> Tensor:
+        """The gate from mean and maximum over C: ``[N, 2, H, W]`` -> ``[N, 1, H, W]``."""
+        logit: Tensor = self.conv1(maps)
+        return torch.sigmoid(logit)
 
     def attention(self, x: Tensor) -> dict[str, Tensor]:
         """The gate of x: ``{"spatial": [N, 1, H, W]}``."""
-        return {"spatial": spatial_attention(x, *self.weights())}
+        return {"spatial": SpatialAttention.forward(self, x)}
 
 
 class CBAM(nn.Module):
@@ -161,21 +187,34 @@ class CBAM(nn.Module):
     ``state_dict``: ``channelattention.fc1.weight``, ``channelattention.fc2.weight``, ``spatialattention.conv1.weight``.
     """
 
+    PARTS = Layers(
+        {"channelattention": container(ChannelAttention, 2), "spatialattention": container(SpatialAttention, 1)}
+    )
+    LAYERS = Layers(
+        {
+            "channelattention": container(ChannelAttention, 2),
+            "channelattention.fc1": CALLED_TWICE,
+            "channelattention.fc2": CALLED_TWICE,
+            "spatialattention": container(SpatialAttention, 1),
+            "spatialattention.conv1": SAME_SIZE,
+        }
+    )
+
     def __init__(self, channels: int, reduction: int = 8, kernel_size: int = 7) -> None:
         super().__init__()
         self.channelattention = ChannelAttention(channels, reduction)
         self.spatialattention = SpatialAttention(kernel_size)
 
-    def weights(self) -> tuple[Tensor, Tensor, Tensor]:
-        """``(w1, w2, wconv)``, as `cbam` takes them."""
+    def weights(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """``(w1, w2, wconv, bias)``, as `cbam` takes them."""
         return *child(self, "channelattention").weights(), *child(self, "spatialattention").weights()
 
     def forward(self, x: Tensor) -> Tensor:
         """Applies the attention: ``[N, C, H, W]`` -> ``[N, C, H, W]``."""
-        return cbam(x, *self.weights())
+        y: Tensor = x * self.channelattention(x)
+        return y * self.spatialattention(y)
 
     def attention(self, x: Tensor) -> dict[str, Tensor]:
         """Both gates of x: ``{"channel": [N, C, 1, 1], "spatial": [N, 1, H, W]}``."""
-        w1, w2, wconv = self.weights()
-        channel = channel_attention(x, w1, w2)
-        return {"channel": channel, "spatial": spatial_attention(x * channel, wconv)}
+        channel = self.channelattention(x)
+        return {"channel": channel, "spatial": self.spatialattention(x * channel)}

@@ -5,10 +5,12 @@ A message names the argument, what it must be, and what it is.
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.fx import Proxy
 
 from .activations import Activation, GateActivation, Ties
 
@@ -16,6 +18,13 @@ from .activations import Activation, GateActivation, Ties
 ACTIVATIONS = (None, *(code.name.lower() for code in Activation if code is not Activation.NONE))
 GATES = tuple(code.name.lower() for code in GateActivation)
 TIES = tuple(code.name.lower() for code in Ties)
+
+
+# How a tensor of other dimensions becomes a map.
+_RESHAPES = {
+    3: "; x[None] is one image [C, H, W] as a batch",
+    5: "; x.flatten(2, 3) is a volume [N, C, D, H, W] as a map, for gates that pool all positions alike",
+}
 
 
 def check_positive(name: str, value: int) -> None:
@@ -49,22 +58,39 @@ def hidden_width(channels: int, reduction: int, names: tuple[str, str] = ("chann
 def check_floating(name: str, tensor: Tensor) -> None:
     """Raises TypeError unless ``tensor`` is a tensor with a real floating-point dtype."""
     if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+        raise TypeError(_named(f"{name} must be a torch.Tensor, got {type(tensor).__name__}"))
     if not tensor.dtype.is_floating_point:
-        raise TypeError(f"{name} must have a floating-point dtype, got {tensor.dtype}")
+        raise TypeError(_named(f"{name} must have a floating-point dtype, got {tensor.dtype}"))
 
 
 def check_feature_map(x: Tensor, channels: int | None = None) -> None:
     """Raises unless x is floating-point, ``[N, C, H, W]`` with C, H, W >= 1, and C is ``channels`` if given."""
+    if not isinstance(x, Tensor) and isinstance(x, Proxy):
+        return  # torch.fx traces: there are no values yet, and no shape
     check_floating("x", x)
     shape = x.shape
     if len(shape) != 4:
-        raise ValueError(f"x must have shape [N, C, H, W], got {len(shape)} dimensions: {tuple(shape)}")
+        hint = _RESHAPES.get(len(shape), "")
+        raise ValueError(_named(f"x must have shape [N, C, H, W], got {len(shape)} dimensions: {tuple(shape)}{hint}"))
     _, c, h, w = shape
     if c == 0 or h == 0 or w == 0:
-        raise ValueError(f"x must have at least one channel and one pixel, got shape {tuple(shape)}")
+        raise ValueError(_named(f"x must have at least one channel and one pixel, got shape {tuple(shape)}"))
     if channels is not None and c != channels:
-        raise ValueError(f"x must have {channels} channels, as the weights have, got shape {tuple(shape)}")
+        raise ValueError(_named(f"x must have {channels} channels, as the weights have, got shape {tuple(shape)}"))
+
+
+def _named(message: str) -> str:
+    """Puts the qualified name of the accelerated module that makes the check before ``message``.
+
+    It is looked for on the stack, so that only a call that fails pays for it.
+    """
+    frame = None if torch.compiler.is_compiling() else sys._getframe()
+    while frame is not None:
+        module = frame.f_locals.get("self")
+        if isinstance(module, nn.Module) and module.__dict__.get("_qualified_name"):
+            return f"{module._qualified_name}: {message}"
+        frame = frame.f_back
+    return message
 
 
 def check_token_grid(x: Tensor, channels: int) -> None:
@@ -83,9 +109,9 @@ def check_weight(name: str, weight: Tensor, shape: tuple[int, ...], x: Tensor) -
 def _check_fit(name: str, weight: Tensor, found: torch.Size, shape: tuple[int, ...], device: torch.device) -> None:
     """Checks shape and device for `check_weight`. The caller passes both: on small maps each look-up costs time."""
     if found != shape and found != shape + (1,) * (len(found) - len(shape)):
-        raise ValueError(f"{name} must have shape {list(shape)}, got {list(found)}")
+        raise ValueError(_named(f"{name} must have shape {list(shape)}, got {list(found)}"))
     if weight.device != device:
-        raise ValueError(f"{name} must be on the device of x, {device}, got {weight.device}")
+        raise ValueError(_named(f"{name} must be on the device of x, {device}, got {weight.device}"))
 
 
 def check_bottleneck(

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .batch_norm import batch_norm_step
+from .as_built import BATCH_NORM, POINTWISE, Layers, has_plain_layers
+from .batch_norm import look
 from .checks import check_coordinate_gates, check_feature_map, check_positive
 from .parameter_access import child, weight_and_bias
 
@@ -102,6 +104,8 @@ class CoordAtt(nn.Module):
     ``conv_h.weight`` and ``conv_w.weight`` ``[C, M, 1, 1]``, ``conv_h.bias``, ``conv_w.bias``.
     """
 
+    LAYERS = Layers({"conv1": POINTWISE, "bn1": BATCH_NORM, "conv_h": POINTWISE, "conv_w": POINTWISE})
+
     def __init__(self, in_channels: int, out_channels: int | None = None, reduction: int = 32) -> None:
         super().__init__()
         check_positive("in_channels", in_channels)
@@ -125,19 +129,28 @@ class CoordAtt(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Applies the attention: ``[N, C, H, W]`` -> ``[N, C, H, W]``."""
-        check_feature_map(x, self.channels)
-        training, momentum = batch_norm_step(self.bn1)
-        mode: dict[str, Any] = {"training": training, "momentum": momentum, "eps": self.bn1.eps}
-        return coord_att(x, *self.weights(), **mode)
+        self.check(x)
+        height, width = self._gates(x, self.bn1)
+        return x * width * height
+
+    def _gates(self, x: Tensor, norm: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        """The gates of x, ``[N, C, H, 1]`` and ``[N, C, 1, W]``."""
+        means = torch.cat([x.mean(3, keepdim=True), x.mean(2)[:, :, :, None]], 2)  # [N, C, H + W, 1]
+        height, width = F.hardswish(norm(self.conv1(means))).split([x.shape[2], x.shape[3]], 2)
+        return torch.sigmoid(self.conv_h(height)), torch.sigmoid(self.conv_w(width.transpose(2, 3)))
+
+    def check(self, x: Tensor) -> None:
+        """Raises unless x fits the layers, before the batch norm counts the batch."""
+        if has_plain_layers(self, x, self.LAYERS):
+            batch = self.bn1.training or self.bn1.running_mean is None
+            check_coordinate_gates(*(x, *self.weights(), batch))
+        else:
+            check_feature_map(x)
 
     def attention(self, x: Tensor) -> dict[str, Tensor]:
         """The gates of x: ``{"height": [N, C, H, 1], "width": [N, C, 1, W]}``. Running statistics stay as they are."""
-        weights = list(self.weights())
-        batch = self.bn1.training or self.bn1.running_mean is None
-        if batch:
-            weights[4:6] = None, None
-        mode: dict[str, Any] = {"training": batch, "eps": self.bn1.eps}
-        height, width = coordinate_gates(x, *weights, **mode)
+        self.check(x)
+        height, width = self._gates(x, lambda z: look(self.bn1, z))
         return {"height": height, "width": width}
 
     def extra_repr(self) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from .as_built import POINTWISE_WITH_BIAS, Layers, has_plain_layers
 from .checks import check_feature_map, check_weight, hidden_width
 from .parameter_access import child, parameter, weight_and_bias
 
@@ -42,7 +43,10 @@ def criss_cross(
         TypeError: a dtype that is not floating-point.
     """
     check_criss_cross(x, wq, bq, wk, bk, wv, bv, gamma)
-    q, k, v = _project(x, wq, bq), _project(x, wk, bk), _project(x, wv, bv)
+    return _attended(x, _project(x, wq, bq), _project(x, wk, bk), _project(x, wv, bv), gamma)
+
+
+def _attended(x: Tensor, q: Tensor, k: Tensor, v: Tensor, gamma: Tensor) -> Tensor:
     column, row = cross_weights(q, k).to(v.dtype).split([x.shape[2], x.shape[3]], 3)
     out = torch.einsum("nhwj,ncjw->nchw", column, v) + torch.einsum("nhwj,nchj->nchw", row, v)
     return gamma * out + x
@@ -86,6 +90,10 @@ class CrissCross(nn.Module):
     ``[1]``.
     """
 
+    LAYERS = Layers(
+        {"query_conv": POINTWISE_WITH_BIAS, "key_conv": POINTWISE_WITH_BIAS, "value_conv": POINTWISE_WITH_BIAS}
+    )
+
     def __init__(self, channels: int, reduction: int = 8) -> None:
         super().__init__()
         hidden = hidden_width(channels, reduction)
@@ -101,14 +109,22 @@ class CrissCross(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Applies the attention: ``[N, C, H, W]`` -> ``[N, C, H, W]``."""
-        return criss_cross(x, *self.weights())
+        self.check(x)
+        return _attended(x, self.query_conv(x), self.key_conv(x), self.value_conv(x), self.gamma)
+
+    def check(self, x: Tensor) -> None:
+        """Raises unless x fits the layers."""
+        if has_plain_layers(self, x, self.LAYERS):
+            check_criss_cross(x, *self.weights())
+        else:
+            check_feature_map(x)
 
     def attention(self, x: Tensor) -> dict[str, Tensor]:
         """``{"received": [N, 1, H, W]}``: the mean weight of a position for the others in its row and column.
 
         Works row by row, without a map ``[N, H, W, H + W]``.
         """
-        check_feature_map(x, self.value_conv.in_channels)
+        self.check(x)
         q, k = self.query_conv(x), self.key_conv(x)
         (n, _, height, width), others = x.shape, max(x.shape[2] + x.shape[3] - 2, 1)
         received, rows = q.new_zeros((n, height, width)), []

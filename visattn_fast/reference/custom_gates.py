@@ -26,7 +26,10 @@ def gate_channels(x: Tensor, gate: Callable[[Tensor], Tensor]) -> Tensor:
         TypeError: a dtype that is not floating-point.
     """
     check_feature_map(x)
-    return x * checked(gate(x.mean((2, 3), keepdim=True)), (*x.shape[:2], 1, 1), "gate")
+    found = gate(x.mean((2, 3), keepdim=True))
+    if isinstance(x, Tensor):  # not in a trace of torch.fx
+        checked(found, (*x.shape[:2], 1, 1), "gate")
+    return x * found
 
 
 def gate_twice(
@@ -52,10 +55,15 @@ def gate_twice(
     even = check_choice("ties", ties, TIES) == Ties.EVEN
     if channel is not None:
         maximum = x.amax((2, 3), keepdim=True) if even else global_maximum(x)
-        x = x * checked(channel(x.mean((2, 3), keepdim=True), maximum), (*x.shape[:2], 1, 1), "channel")
+        gate = channel(x.mean((2, 3), keepdim=True), maximum)
+        if isinstance(x, Tensor):  # not in a trace of torch.fx
+            checked(gate, (*x.shape[:2], 1, 1), "channel")
+        x = x * gate
     maximum = x.amax(1, keepdim=True) if even else x.max(dim=1, keepdim=True).values
-    maps = torch.cat([x.mean(1, keepdim=True), maximum], 1)
-    return x * checked(spatial(maps), (x.shape[0], 1, *x.shape[2:]), "spatial")
+    gate = spatial(torch.cat([x.mean(1, keepdim=True), maximum], 1))
+    if isinstance(x, Tensor):
+        checked(gate, (x.shape[0], 1, *x.shape[2:]), "spatial")
+    return x * gate
 
 
 def checked(gate: Tensor, shape: tuple[int, ...], name: str) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .as_built import Layers, Settings, has_no_bias, has_plain_layers, keeps_size, layer
 from .checks import check_channel_kernel, check_feature_map, check_odd, check_positive
 from .parameter_access import child, parameter
 
@@ -45,6 +46,10 @@ def eca_kernel_size(channels: int, gamma: int = 2, b: int = 1) -> int:
     return size if size % 2 else size + 1
 
 
+def _is_eca(d: Settings) -> bool:
+    return keeps_size(d) and has_no_bias(d)
+
+
 class ECA(nn.Module):
     """Efficient channel attention (Wang et al., "ECA-Net", CVPR 2020).
 
@@ -62,6 +67,10 @@ class ECA(nn.Module):
     ``state_dict``: ``conv.weight`` ``[1, 1, k]``.
     """
 
+    LAYERS = Layers(
+        {"conv": layer(nn.Conv1d, fits=_is_eca, words="zero-padded to the size of its input, without a bias")}
+    )
+
     def __init__(self, channels: int, gamma: int = 2, b: int = 1, kernel_size: int | None = None) -> None:
         super().__init__()
         check_positive("channels", channels)
@@ -78,13 +87,24 @@ class ECA(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Applies the attention: ``[N, C, H, W]`` -> ``[N, C, H, W]``."""
-        check_feature_map(x, self.channels)
-        return eca(x, *self.weights())
+        self.check(x)
+        return x * self.gate(x.mean((2, 3), keepdim=True))
+
+    def gate(self, mean: Tensor) -> Tensor:
+        """The gate from the means over H and W: ``[N, C, 1, 1]`` -> ``[N, C, 1, 1]``."""
+        logit: Tensor = self.conv(mean[:, None, :, 0, 0])
+        return torch.sigmoid(logit)[:, 0, :, None, None]
+
+    def check(self, x: Tensor) -> None:
+        """Raises unless x is a feature map on the device of the weight. The convolution fits any number of channels."""
+        check_feature_map(x)
+        if has_plain_layers(self, x, self.LAYERS):
+            check_channel_kernel(*self.weights(), x)
 
     def attention(self, x: Tensor) -> dict[str, Tensor]:
         """The gate of x: ``{"channel": [N, C, 1, 1]}``."""
-        check_feature_map(x, self.channels)
-        return {"channel": eca_gate(x, *self.weights())}
+        self.check(x)
+        return {"channel": self.gate(x.mean((2, 3), keepdim=True))}
 
     def extra_repr(self) -> str:
         return f"channels={self.channels}"

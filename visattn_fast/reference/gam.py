@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .batch_norm import batch_norm_step, batch_norm_without_update
+from .as_built import AFFINE_BATCH_NORM, LINEAR, Layers, Settings, has_plain_layers, layer, why_not_layer
+from .batch_norm import batch_norm_step, look
 from .checks import (
     ACTIVATIONS,
     check_batch_norm,
@@ -93,13 +94,22 @@ def norm_gate(
     return x * torch.sigmoid(F.batch_norm(m, running_mean, running_var, weight, bias, training, momentum, eps))
 
 
+def _is_replicate(d: Settings) -> bool:
+    size, ones = d["kernel_size"], (1, 1)
+    kept = size[0] % 2 == size[1] % 2 == 1 and d["padding"] == (size[0] // 2, size[1] // 2)
+    return kept and d["padding_mode"] == "replicate" and d["stride"] == d["dilation"] == ones and d["groups"] == 1
+
+
+REPLICATE = layer(nn.Conv2d, fits=_is_replicate, words="padded by replication to the size of its input")
+
+
 def _convolution(conv: nn.Conv2d, x: Tensor) -> Tensor:
     """``conv(x)`` with replicate padding.
 
     Under torch.compile it pads by concatenation. Inductor (torch 2.13) may choose channels_last for the convolutions,
     and then refuses the strides of replicate padding's gradient.
     """
-    if not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() or why_not_layer(conv, REPLICATE):
         y: Tensor = conv(x)
         return y
     for dim in (2, 3):
@@ -130,6 +140,18 @@ class GAM(nn.Module):
     ``state_dict``, R = C // rate: ``linear1.weight`` ``[R, C]``, ``linear2.weight`` ``[C, R]``, ``conv1.weight``
     ``[R, C, 7, 7]``, ``conv2.weight`` ``[C, R, 7, 7]`` and their biases; the batch norms ``norm1.*`` and ``norm2.*``.
     """
+
+    CHANNEL = Layers({"linear1": LINEAR, "linear2": LINEAR})
+    NORM = Layers({"norm2": AFFINE_BATCH_NORM})
+    LAYERS = Layers(
+        {
+            "linear1": LINEAR,
+            "linear2": LINEAR,
+            "conv1": REPLICATE,
+            "conv2": REPLICATE,
+            "norm2": AFFINE_BATCH_NORM,
+        }
+    )
 
     def __init__(self, in_channels: int, out_channels: int | None = None, rate: int = 4) -> None:
         super().__init__()
@@ -166,19 +188,26 @@ class GAM(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Applies the attention: ``[N, C, H, W]`` -> ``[N, C, H, W]``."""
         self.check(x)
-        x = channel_mlp(x, *self.channel_weights())
-        m = self.convolved(x)
-        return norm_gate(x, m, *self.norm_weights(), **self.norm_step())
+        x = x * self.factor(x)
+        return x * torch.sigmoid(self.norm2(self.convolved(x)))
+
+    def factor(self, x: Tensor) -> Tensor:
+        """``linear2(relu(linear1(x)))`` over each pixel's channels, ``[N, C, H, W]``."""
+        factor: Tensor = self.linear2(F.relu(self.linear1(x.permute(0, 2, 3, 1))))
+        return factor.permute(0, 3, 1, 2)
 
     def check(self, x: Tensor, residual: Tensor | None = None, activation: str | None = None) -> None:
         """Raises unless x, residual and activation fit the module. Runs before any batch is counted."""
-        check_feature_map(x, self.channels)
-        check_weight("conv1.weight", self.conv1.weight, tuple(self.conv1.weight.shape), x)
-        bn = self.norm2
-        batch = bn.training or bn.running_mean is None
-        check_batch_norm(x, bn.weight, bn.bias, bn.running_mean, bn.running_var, batch, bn.eps)
-        check_residual(residual, x)
-        check_choice("activation", activation, ACTIVATIONS)
+        check_feature_map(x)
+        if has_plain_layers(self, x, self.LAYERS):
+            check_bottleneck(x, *self.channel_weights())
+            check_weight("conv1.weight", self.conv1.weight, tuple(self.conv1.weight.shape), x)
+            bn = self.norm2
+            batch = bn.training or bn.running_mean is None
+            check_batch_norm(x, bn.weight, bn.bias, bn.running_mean, bn.running_var, batch, bn.eps)
+        if isinstance(x, Tensor):
+            check_residual(residual, x)
+            check_choice("activation", activation, ACTIVATIONS)
 
     def attention(self, x: Tensor) -> dict[str, Tensor]:
         """The two factors of x: ``{"factor": [N, C, H, W], "element": [N, C, H, W]}``, the first without a sigmoid.
@@ -186,9 +215,9 @@ class GAM(nn.Module):
         Running statistics stay as they are.
         """
         self.check(x)
-        factor = channel_mlp_factor(x, *self.channel_weights())
-        m = self.conv2(F.relu(batch_norm_without_update(self.norm1, self.conv1(x * factor))))
-        return {"factor": factor, "element": torch.sigmoid(batch_norm_without_update(self.norm2, m))}
+        factor = self.factor(x)
+        m = self.conv2(F.relu(look(self.norm1, self.conv1(x * factor))))
+        return {"factor": factor, "element": torch.sigmoid(look(self.norm2, m))}
 
     def extra_repr(self) -> str:
         return f"in_channels={self.channels}, rate={self.rate}"

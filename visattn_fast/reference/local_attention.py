@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .as_built import MEAN, POINTWISE, RELU, SIGMOID, Layers, container, has_plain_layers
 from .checks import check_bottleneck, check_feature_map, check_floating, check_weight, hidden_width
 from .parameter_access import child, weight_and_bias
 from .se import se_gate
@@ -113,6 +114,22 @@ class LocalAttention(nn.Module):
     ``spatial_attention.0.weight`` ``[R, C, 1, 1]``, ``spatial_attention.2.weight`` ``[1, R, 1, 1]``, and their biases.
     """
 
+    LAYERS = Layers(
+        {
+            "channel_attention": container(nn.Sequential, 5),
+            "channel_attention.0": MEAN,
+            "channel_attention.1": POINTWISE,
+            "channel_attention.2": RELU,
+            "channel_attention.3": POINTWISE,
+            "channel_attention.4": SIGMOID,
+            "spatial_attention": container(nn.Sequential, 4),
+            "spatial_attention.0": POINTWISE,
+            "spatial_attention.1": RELU,
+            "spatial_attention.2": POINTWISE,
+            "spatial_attention.3": SIGMOID,
+        }
+    )
+
     def __init__(self, channels: int, reduction: int = 8) -> None:
         super().__init__()
         hidden = hidden_width(channels, reduction)
@@ -135,9 +152,17 @@ class LocalAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Applies the attention: ``[N, C, H, W]`` -> ``[N, C, H, W]``."""
-        return local_attention(x, *self.weights())
+        self.check(x)
+        return x * (self.channel_attention(x) * self.spatial_attention(x))
+
+    def check(self, x: Tensor) -> None:
+        """Raises unless x fits the layers."""
+        if has_plain_layers(self, x, self.LAYERS):
+            check_local_attention(x, *self.weights())
+        else:
+            check_feature_map(x)
 
     def attention(self, x: Tensor) -> dict[str, Tensor]:
         """Both gates of x: ``{"channel": [N, C, 1, 1], "spatial": [N, 1, H, W]}``."""
-        channel, spatial = local_gates(x, *self.weights())
-        return {"channel": channel, "spatial": spatial}
+        self.check(x)
+        return {"channel": self.channel_attention(x), "spatial": self.spatial_attention(x)}

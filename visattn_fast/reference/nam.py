@@ -6,7 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .checks import check_batch_norm, check_feature_map, check_positive, check_weight
+from .as_built import AFFINE_BATCH_NORM, Layers, has_plain_layers
+from .batch_norm import look
+from .checks import check_batch_norm, check_feature_map, check_positive
 
 __all__ = ["NAM", "nam"]
 
@@ -67,6 +69,8 @@ class NAM(nn.Module):
     ``state_dict``: the batch norm ``bn2.*``.
     """
 
+    LAYERS = Layers({"bn2": AFFINE_BATCH_NORM})
+
     def __init__(self, channels: int) -> None:
         super().__init__()
         check_positive("channels", channels)
@@ -74,15 +78,25 @@ class NAM(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Applies the attention: ``[N, C, H, W]`` -> ``[N, C, H, W]``."""
-        check_feature_map(x, self.bn2.num_features)
-        check_weight("weight", self.bn2.weight, (self.bn2.num_features,), x)
+        self.check(x)
+        return x * self.gate(self.bn2(x))
+
+    def gate(self, normed: Tensor) -> Tensor:
+        """The gate of the normed map, ``[N, C, H, W]``."""
         share = self.bn2.weight.detach().abs()
-        return x * torch.sigmoid(self.bn2(x) * (share / share.sum())[:, None, None])
+        return torch.sigmoid(normed * (share / share.sum())[:, None, None])
+
+    def check(self, x: Tensor) -> None:
+        """Raises unless x fits the batch norm, before it counts the batch."""
+        if has_plain_layers(self, x, self.LAYERS):
+            bn = self.bn2
+            check_feature_map(x, bn.num_features)
+            batch = bn.training or bn.running_mean is None
+            check_batch_norm(x, bn.weight, bn.bias, bn.running_mean, bn.running_var, batch, bn.eps)
+        else:
+            check_feature_map(x)
 
     def attention(self, x: Tensor) -> dict[str, Tensor]:
         """The gate of every element of x: ``{"element": [N, C, H, W]}``. Running statistics stay as they are."""
-        check_feature_map(x, self.bn2.num_features)
-        bn = self.bn2
-        batch = bn.training or bn.running_mean is None
-        statistics = (None, None) if batch else (bn.running_mean, bn.running_var)
-        return {"element": nam_gate(x, bn.weight, bn.bias, *statistics, batch, 0.0, bn.eps)}
+        self.check(x)
+        return {"element": self.gate(look(self.bn2, x))}

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .checks import check_bottleneck, check_weight, hidden_width
+from .as_built import MEAN, POINTWISE, RELU, SIGMOID, Layers, container, has_plain_layers
+from .checks import check_bottleneck, check_feature_map, check_weight, hidden_width
 from .parameter_access import child, weight_and_bias
 from .se import se_gate
 
@@ -73,6 +74,20 @@ class scSE(nn.Module):
     ``[1, C, 1, 1]``, and their biases.
     """
 
+    LAYERS = Layers(
+        {
+            "cSE": container(nn.Sequential, 5),
+            "cSE.0": MEAN,
+            "cSE.1": POINTWISE,
+            "cSE.2": RELU,
+            "cSE.3": POINTWISE,
+            "cSE.4": SIGMOID,
+            "sSE": container(nn.Sequential, 2),
+            "sSE.0": POINTWISE,
+            "sSE.1": SIGMOID,
+        }
+    )
+
     def __init__(self, channels: int, reduction: int = 16) -> None:
         super().__init__()
         hidden = hidden_width(channels, reduction)
@@ -93,9 +108,17 @@ class scSE(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Applies the attention: ``[N, C, H, W]`` -> ``[N, C, H, W]``."""
-        return scse(x, *self.weights())
+        self.check(x)
+        return x * (self.cSE(x) + self.sSE(x))
+
+    def check(self, x: Tensor) -> None:
+        """Raises unless x fits the layers."""
+        if has_plain_layers(self, x, self.LAYERS):
+            check_scse(x, *self.weights())
+        else:
+            check_feature_map(x)
 
     def attention(self, x: Tensor) -> dict[str, Tensor]:
         """Both gates of x: ``{"channel": [N, C, 1, 1], "spatial": [N, 1, H, W]}``."""
-        channel, spatial = scse_gates(x, *self.weights())
-        return {"channel": channel, "spatial": spatial}
+        self.check(x)
+        return {"channel": self.cSE(x), "spatial": self.sSE(x)}

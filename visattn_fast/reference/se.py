@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .checks import ACTIVATIONS, GATES, check_bottleneck, check_choice, hidden_width
+from .as_built import LINEAR, RELU, SIGMOID, Layers, container, has_plain_layers
+from .checks import ACTIVATIONS, GATES, check_bottleneck, check_choice, check_feature_map, hidden_width
 from .parameter_access import child, weight_and_bias
 
 __all__ = ["SE", "se"]
@@ -80,6 +81,8 @@ class SE(nn.Module):
     ``fc.2.bias``.
     """
 
+    LAYERS = Layers({"fc": container(nn.Sequential, 4), "fc.0": LINEAR, "fc.1": RELU, "fc.2": LINEAR, "fc.3": SIGMOID})
+
     def __init__(self, channels: int, reduction: int = 16, bias: bool = False) -> None:
         super().__init__()
         hidden = hidden_width(channels, reduction)
@@ -95,11 +98,25 @@ class SE(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Applies the attention: ``[N, C, H, W]`` -> ``[N, C, H, W]``."""
-        return se(x, *self.weights())
+        self.check(x)
+        return x * self.gate(x.mean((2, 3), keepdim=True))
+
+    def gate(self, mean: Tensor) -> Tensor:
+        """The gate from the means over H and W: ``[N, C, 1, 1]`` -> ``[N, C, 1, 1]``."""
+        gate: Tensor = self.fc(mean.flatten(1))
+        return gate[:, :, None, None]
+
+    def check(self, x: Tensor) -> None:
+        """Raises unless x fits the layers."""
+        if has_plain_layers(self, x, self.LAYERS):
+            check_bottleneck(x, *self.weights())
+        else:
+            check_feature_map(x)
 
     def attention(self, x: Tensor) -> dict[str, Tensor]:
         """The gate of x: ``{"channel": [N, C, 1, 1]}``."""
-        return {"channel": se_gate(x, *self.weights())}
+        self.check(x)
+        return {"channel": self.gate(x.mean((2, 3), keepdim=True))}
 
     def extra_repr(self) -> str:
         return f"channels={self.channels}, reduction={self.reduction}"

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from .as_built import LINEAR, Layers, has_plain_layers
 from .checks import check_choice, check_feature_map, check_floating, check_positive, check_weight
 from .masking import masked_softmax
 
@@ -147,6 +148,8 @@ class SelfAttention2d(nn.Module):
     is Swin's.
     """
 
+    QKV = Layers({"qkv": LINEAR})
+
     def __init__(
         self,
         channels: int,
@@ -210,9 +213,11 @@ class SelfAttention2d(nn.Module):
 
     def check(self, x: Tensor, need_weights: str) -> None:
         """Raises unless x is a map of C channels on the device of the weights and ``need_weights`` is known."""
-        check_feature_map(x, self.channels)
-        check_weight("qkv.weight", self.qkv.weight, (3 * self.heads * self.head_dim, self.channels), x)
         check_choice("need_weights", need_weights, NEED_WEIGHTS)
+        check_feature_map(x)
+        if has_plain_layers(self, x, self.QKV):
+            check_feature_map(x, self.channels)
+            check_weight("qkv.weight", self.qkv.weight, (3 * self.heads * self.head_dim, self.channels), x)
 
     def project(self, grid: Tensor) -> Tensor:
         """Queries, keys and values of tokens ``[N, H, W, C]``: ``[N, H, W, 3, heads, d]``."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from .as_built import LINEAR_WITHOUT_BIAS, Layers
 from .checks import check_positive
 from .masking import masked_softmax, without_padding
 from .sequence_checks import check_key_value, check_lengths, check_mask, check_pooling, check_position, check_sequence
@@ -181,6 +182,8 @@ class SequenceAttention(nn.Module):
     (concat); ``W_p.weight`` and ``v_p.weight`` (predictive).
     """
 
+    SCORE = Layers({"v": LINEAR_WITHOUT_BIAS})
+
     def __init__(
         self,
         score: str,
@@ -293,7 +296,9 @@ class SequenceAttention(nn.Module):
     def scores(self, query: Tensor, key: Tensor) -> Tensor:
         """Scores of all pairs: ``[N, Q, query_size]`` and ``[N, K, key_size]`` -> ``[N, Q, K]``."""
         if self.score == "concat":
-            return additive_score(self.W_q(query), self.W_k(key), self.v.weight[0])
+            hidden = torch.tanh(self.W_q(query)[:, :, None] + self.W_k(key)[:, None])
+            scores: Tensor = self.v(hidden)
+            return scores[..., 0]
         return (self.W(query) if self.score == "general" else query) @ key.transpose(1, 2)
 
     def attention(

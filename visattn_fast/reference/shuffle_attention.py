@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .as_built import Layers, Settings, has_plain_layers, layer
 from .checks import check_feature_map, check_positive, check_positive_number, check_weight
 
 __all__ = ["ShuffleAttention", "shuffle_attention"]
@@ -33,24 +36,35 @@ def shuffle(x: Tensor) -> Tensor:
 
 
 def _gated_and_gate(
-    x: Tensor, weights: tuple[Tensor, ...], eps: float, need_gate: bool = False
+    x: Tensor, weights: tuple[Tensor, ...], norm: Callable[[Tensor], Tensor], need_gate: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """The result of `shuffle_attention`, and the gate of every element of it, ``[N, C, H, W]``, or None."""
-    groups = check_shuffle_attention(x, weights, eps)
+    """The result of `shuffle_attention`, and the gate of every element of it, ``[N, C, H, W]``, or None.
+
+    Args:
+        x: ``[N, C, H, W]``.
+        weights: cweight, cbias, sweight and sbias.
+        norm: the group norm, of ``[N G, K, H, W]``.
+        need_gate: whether to compute the gate of every element.
+    """
     n, c, h, w = x.shape
-    width = c // (2 * groups)
-    cweight, cbias, sweight, sbias = (t.reshape(1, width, 1, 1) for t in weights[:4])
+    width = weights[0].numel()
+    groups = c // (2 * width)
+    cweight, cbias, sweight, sbias = (t.reshape(1, width, 1, 1) for t in weights)
     x0, x1 = x.reshape(n * groups, 2 * width, h, w).chunk(2, dim=1)
     gate0 = torch.sigmoid(cweight * x0.mean((2, 3), keepdim=True) + cbias)
-    if h * w == 1:  # the variance is 0, and F.group_norm refuses a single value
-        normed = (x1 - x1) + weights[5].reshape(1, width, 1, 1)
-        normed = normed + 0 * weights[4].reshape(1, width, 1, 1)
-    else:
-        normed = F.group_norm(x1, width, weights[4].flatten(), weights[5].flatten(), eps)
-    gate1 = torch.sigmoid(sweight * normed + sbias)
+    gate1 = torch.sigmoid(sweight * norm(x1) + sbias)
     y = shuffle(torch.cat([x0 * gate0, x1 * gate1], 1).reshape(n, c, h, w))
     gate = shuffle(torch.cat([gate0.expand_as(x0), gate1], 1).reshape(n, c, h, w)) if need_gate else None
     return y, gate
+
+
+def _normed(x1: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """The group norm of shuffle attention: one group for each channel."""
+    width = x1.shape[1]
+    if x1.shape[2] * x1.shape[3] == 1:  # the variance is 0, and F.group_norm refuses a single value
+        normed = (x1 - x1) + bias.reshape(1, width, 1, 1)
+        return normed + 0 * weight.reshape(1, width, 1, 1)
+    return F.group_norm(x1, width, weight.flatten(), bias.flatten(), eps)
 
 
 def shuffle_attention(
@@ -81,7 +95,15 @@ def shuffle_attention(
         ValueError: shapes or devices that do not fit.
         TypeError: a dtype that is not floating-point.
     """
-    return _gated_and_gate(x, (cweight, cbias, sweight, sbias, gn_weight, gn_bias), eps)[0]
+    weights = cweight, cbias, sweight, sbias
+    check_shuffle_attention(x, (*weights, gn_weight, gn_bias), eps)
+    return _gated_and_gate(x, weights, lambda x1: _normed(x1, gn_weight, gn_bias, eps))[0]
+
+
+def _norms_each_channel(d: Settings) -> bool:
+    own = d["_parameters"]
+    affine = own.get("weight") is not None and own.get("bias") is not None
+    return affine and d["num_groups"] == d["num_channels"]
 
 
 class ShuffleAttention(nn.Module):
@@ -97,6 +119,8 @@ class ShuffleAttention(nn.Module):
     ``state_dict``: ``cweight``, ``cbias``, ``sweight``, ``sbias`` ``[1, C / 2G, 1, 1]``, ``gn.weight`` and ``gn.bias``
     ``[C / 2G]``.
     """
+
+    LAYERS = Layers({"gn": layer(nn.GroupNorm, fits=_norms_each_channel, words="affine, with one group per channel")})
 
     def __init__(self, channels: int, groups: int = 8) -> None:
         super().__init__()
@@ -116,13 +140,27 @@ class ShuffleAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Applies the attention: ``[N, C, H, W]`` -> ``[N, C, H, W]``."""
-        check_feature_map(x, self.channels)
-        return shuffle_attention(x, *self.weights(), self.gn.eps)
+        return self._run(x)[0]
+
+    def _run(self, x: Tensor, need_gate: bool = False) -> tuple[Tensor, Tensor | None]:
+        plain = has_plain_layers(self, x, self.LAYERS)
+        if plain:
+            check_feature_map(x, self.channels)
+            check_shuffle_attention(x, self.weights(), self.gn.eps)
+        else:
+            check_feature_map(x)
+
+        def norm(x1: Tensor) -> Tensor:
+            if plain and x1.shape[2] * x1.shape[3] == 1:
+                return _normed(x1, self.gn.weight, self.gn.bias, self.gn.eps)
+            normed: Tensor = self.gn(x1)
+            return normed
+
+        return _gated_and_gate(x, (self.cweight, self.cbias, self.sweight, self.sbias), norm, need_gate)
 
     def attention(self, x: Tensor) -> dict[str, Tensor]:
         """The gate of every element, in the order of the result's channels: ``{"element": [N, C, H, W]}``."""
-        check_feature_map(x, self.channels)
-        gate = _gated_and_gate(x, self.weights(), self.gn.eps, need_gate=True)[1]
+        gate = self._run(x, need_gate=True)[1]
         assert gate is not None
         return {"element": gate}
 

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .batch_norm import batch_norm_step, batch_norm_without_update, update_running_statistics
+from .as_built import (
+    AFFINE_BATCH_NORM,
+    POINTWISE_WITH_BIAS,
+    POINTWISE_WITHOUT_BIAS,
+    RELU,
+    Layers,
+    container,
+    has_plain_layers,
+)
+from .batch_norm import batch_norm_step, look, update_running_statistics
 from .checks import check_branches, check_feature_map, check_positive, check_weight
 from .parameter_access import child, parameter, weight_and_bias
 
@@ -114,6 +124,24 @@ class SK(nn.Module):
     ``fc.0.weight`` ``[d, C, 1, 1]`` and the batch norm ``fc.1.*``; ``fcs.i.weight`` ``[C, d, 1, 1]``, ``fcs.i.bias``.
     """
 
+    # The convolutions of the branches and their batch norms are called in any case.
+    LAYERS = Layers(
+        {
+            "convs": container(nn.ModuleList, 2),
+            "convs.0": container(nn.Sequential, 3),
+            "convs.0.2": RELU,
+            "convs.1": container(nn.Sequential, 3),
+            "convs.1.2": RELU,
+            "fc": container(nn.Sequential, 3),
+            "fc.0": POINTWISE_WITHOUT_BIAS,
+            "fc.1": AFFINE_BATCH_NORM,
+            "fc.2": RELU,
+            "fcs": container(nn.ModuleList, 2),
+            "fcs.0": POINTWISE_WITH_BIAS,
+            "fcs.1": POINTWISE_WITH_BIAS,
+        }
+    )
+
     def __init__(self, channels: int, reduction: int = 16, groups: int = 1, min_width: int = 32) -> None:
         super().__init__()
         for name, value in (("channels", channels), ("reduction", reduction), ("groups", groups)):
@@ -143,9 +171,15 @@ class SK(nn.Module):
         return [(conv, norm) for conv, norm, _ in cast(Any, self.convs)]
 
     def _check(self, x: Tensor) -> None:
-        check_feature_map(x, self.channels)
-        weight = self.convs[0][0].weight  # type: ignore[index]
-        check_weight("convs.0.0.weight", weight, tuple(weight.shape), x)
+        check_feature_map(x)
+        if has_plain_layers(self, x, self.LAYERS):
+            squeeze, norm, _ = cast(Any, self.fc)
+            check_feature_map(x, squeeze.weight.shape[1])
+            check_weight("fc.0.weight", squeeze.weight, tuple(squeeze.weight.shape), x)
+            if (norm.training or norm.running_mean is None) and x.shape[0] < 2:
+                raise ValueError(
+                    f"the batch norm of pooled values needs at least 2 images in training, got {x.shape[0]}"
+                )
 
     def weights(self) -> tuple[Any, ...]:
         """``(w, norm_weight, norm_bias, running_mean, running_var, w1, b1, w2, b2)``, as `sk` takes them."""
@@ -157,7 +191,15 @@ class SK(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Applies the attention: ``[N, C, H, W]`` -> ``[N, C, H, W]``."""
-        return sk(*self.branches(x), *self.weights(), **self.norm_step()).to(x.dtype)
+        self._check(x)
+        branches = [branch(x) for branch in self.convs]
+        gate = self.gate(sum(branches[1:], branches[0]).mean((2, 3), keepdim=True), self.fc)
+        return sum(gate[:, i + 1] * branch for i, branch in enumerate(branches[1:])) + gate[:, 0] * branches[0]
+
+    def gate(self, mean: Tensor, squeeze: Callable[[Tensor], Tensor]) -> Tensor:
+        """The gates from the mean of the branches' sum: ``[N, C, 1, 1]`` -> ``[N, 2, C, 1, 1]``."""
+        hidden = squeeze(mean)
+        return torch.softmax(torch.stack([expand(hidden) for expand in self.fcs], 1), 1)
 
     def norm_step(self) -> dict[str, Any]:
         """Counts the batch in training. Returns ``training``, ``momentum`` and ``eps`` as `sk` takes them."""
@@ -168,10 +210,15 @@ class SK(nn.Module):
     def attention(self, x: Tensor) -> dict[str, Tensor]:
         """The gates of x: ``{"branch": [N, 2, C, 1, 1]}``."""
         self._check(x)
-        u1, u2 = (F.relu(batch_norm_without_update(norm, conv(x))) for conv, norm in self._layers())
-        _, norm, _ = cast(Any, self.fc)
-        gate = sk_gate((u1 + u2).mean((2, 3)), *self.weights(), training=norm.training, momentum=0.0, eps=norm.eps)
-        return {"branch": gate[:, :, :, None, None]}
+
+        def through(layers: Any, value: Tensor) -> Tensor:
+            for inner in layers:
+                value = look(inner, value)
+            return value
+
+        branches = [through(branch, x) for branch in self.convs]
+        mean = sum(branches[1:], branches[0]).mean((2, 3), keepdim=True)
+        return {"branch": self.gate(mean, lambda mean: through(self.fc, mean))}
 
     def extra_repr(self) -> str:
         return f"channels={self.channels}, reduction={self.reduction}"

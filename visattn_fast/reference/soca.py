@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .checks import check_bottleneck, hidden_width
+from .as_built import POINTWISE, RELU, SIGMOID, Layers, container, has_plain_layers
+from .checks import check_bottleneck, check_feature_map, hidden_width
 from .parameter_access import child, weight_and_bias
 
 __all__ = ["SOCA", "soca"]
@@ -88,6 +89,16 @@ class SOCA(nn.Module):
     ``conv_du.2.bias``.
     """
 
+    LAYERS = Layers(
+        {
+            "conv_du": container(nn.Sequential, 4),
+            "conv_du.0": POINTWISE,
+            "conv_du.1": RELU,
+            "conv_du.2": POINTWISE,
+            "conv_du.3": SIGMOID,
+        }
+    )
+
     def __init__(self, channels: int, reduction: int = 8) -> None:
         super().__init__()
         hidden = hidden_width(channels, reduction)
@@ -102,8 +113,17 @@ class SOCA(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Applies the attention: ``[N, C, H, W]`` -> ``[N, C, H, W]``."""
-        return soca(x, *self.weights())
+        return x * self.gate(x)
+
+    def gate(self, x: Tensor) -> Tensor:
+        """The gate of x, ``[N, C, 1, 1]``."""
+        if has_plain_layers(self, x, self.LAYERS):
+            check_bottleneck(x, *self.weights())
+        else:
+            check_feature_map(x)
+        gate: Tensor = self.conv_du(square_root(covariance(x)).mean(1)[:, :, None, None])
+        return gate
 
     def attention(self, x: Tensor) -> dict[str, Tensor]:
         """The gate of x: ``{"channel": [N, C, 1, 1]}``."""
-        return {"channel": soca_gate(x, *self.weights())}
+        return {"channel": self.gate(x)}

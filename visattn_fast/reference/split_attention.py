@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .as_built import LINEAR_WITH_BIAS, LINEAR_WITHOUT_BIAS, Layers, container, has_plain_layers
 from .checks import check_feature_map, check_positive, check_weight
 
 __all__ = ["S2MLPv2", "split_attention"]
@@ -90,13 +91,24 @@ def check_split_attention(u: Tensor, w1: Tensor, w2: Tensor) -> None:
     check_weight("w2", w2, (BRANCHES * channels, channels), u)
 
 
-class _SplitAttention(nn.Module):
-    """The parameters of `split_attention`."""
+class SplitAttention(nn.Module):
+    """The gates of `split_attention`."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.mlp1 = nn.Linear(channels, channels, bias=False)
         self.mlp2 = nn.Linear(channels, BRANCHES * channels, bias=False)
+
+    def forward(self, u: Tensor) -> Tensor:
+        """``[N, 3C, H, W]`` -> ``[N, C, H, W]``."""
+        branches = shifted_branches(u)
+        gate = self.gate(branches)
+        return gate[:, 0] * branches[0] + gate[:, 1] * branches[1] + gate[:, 2] * branches[2]
+
+    def gate(self, branches: list[Tensor]) -> Tensor:
+        """The gates of the branches, ``[N, 3, C, 1, 1]``."""
+        logits = self.mlp2(F.gelu(self.mlp1(sum_pixels(branches))))
+        return torch.softmax(logits.unflatten(1, (BRANCHES, -1)), 1)[:, :, :, None, None]
 
 
 class S2MLPv2(nn.Module):
@@ -116,17 +128,29 @@ class S2MLPv2(nn.Module):
     ``split_attention.mlp1.weight`` ``[C, C]``, ``split_attention.mlp2.weight`` ``[3C, C]``.
     """
 
+    MLP1, MLP2 = Layers({"mlp1": LINEAR_WITH_BIAS}), Layers({"mlp2": LINEAR_WITH_BIAS})
+    GATE = Layers(
+        {
+            "split_attention": container(SplitAttention, 2),
+            "split_attention.mlp1": LINEAR_WITHOUT_BIAS,
+            "split_attention.mlp2": LINEAR_WITHOUT_BIAS,
+        }
+    )
+
     def __init__(self, channels: int) -> None:
         super().__init__()
         check_positive("channels", channels)
         self.channels = channels
         self.mlp1 = nn.Linear(channels, BRANCHES * channels)
         self.mlp2 = nn.Linear(channels, channels)
-        self.split_attention = _SplitAttention(channels)
+        self.split_attention = SplitAttention(channels)
 
     def _check(self, x: Tensor) -> None:
-        check_feature_map(x, self.channels)
-        check_weight("mlp1.weight", self.mlp1.weight, (BRANCHES * self.channels, self.channels), x)
+        check_feature_map(x)
+        if has_plain_layers(self, x, self.MLP1):
+            weight = self.mlp1.weight
+            check_feature_map(x, weight.shape[1])
+            check_weight("mlp1.weight", weight, tuple(weight.shape), x)
 
     def gate_weights(self) -> tuple[Any, Any]:
         """``(w1, w2)``, as `split_attention` takes them."""
@@ -136,15 +160,14 @@ class S2MLPv2(nn.Module):
         """Applies the attention: ``[N, C, H, W]`` -> ``[N, C, H, W]``."""
         self._check(x)
         u = self.mlp1(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-        y: Tensor = self.mlp2(split_attention(u, *self.gate_weights()).permute(0, 2, 3, 1))
+        y: Tensor = self.mlp2(self.split_attention(u).permute(0, 2, 3, 1))
         return y.permute(0, 3, 1, 2).to(x.dtype)
 
     def attention(self, x: Tensor) -> dict[str, Tensor]:
         """The gates of x: ``{"branch": [N, 3, C, 1, 1]}``."""
         self._check(x)
         u = self.mlp1(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-        gate = split_gate(sum_pixels(shifted_branches(u)), *self.gate_weights())
-        return {"branch": gate[:, :, :, None, None]}
+        return {"branch": self.split_attention.gate(shifted_branches(u))}
 
     def extra_repr(self) -> str:
         return f"channels={self.channels}"

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .batch_norm import batch_norm_step, batch_norm_without_update, update_running_statistics
+from .as_built import AFFINE_BATCH_NORM, SAME_SIZE_WITHOUT_BIAS, Layers, container, has_plain_layers
+from .batch_norm import batch_norm_step, look, update_running_statistics
 from .checks import check_feature_map, check_floating, check_odd, check_weight
 from .parameter_access import child, parameter, weight_and_bias
 
@@ -166,7 +167,22 @@ class PlaneAttention(nn.Module):
 
     def look(self, plane: Tensor) -> Tensor:
         """As `forward`, without counting the batch or touching running statistics."""
-        return torch.sigmoid(batch_norm_without_update(self.conv.bn, self.conv.conv(plane)))
+        return torch.sigmoid(look(self.conv.bn, self.conv.conv(plane)))
+
+
+def _assumed(*names: str) -> Layers:
+    return Layers(
+        {
+            key: expected
+            for name in names
+            for key, expected in {
+                name: container(PlaneAttention, 1),
+                f"{name}.conv": container(NormedConv, 2),
+                f"{name}.conv.conv": SAME_SIZE_WITHOUT_BIAS,
+                f"{name}.conv.bn": AFFINE_BATCH_NORM,
+            }.items()
+        }
+    )
 
 
 class TripletAttention(nn.Module):
@@ -188,6 +204,8 @@ class TripletAttention(nn.Module):
     ``cw.conv.bn.*`` as in ``nn.BatchNorm2d(1)``.
     """
 
+    PAIR, TRIPLET = _assumed("cw", "hc"), _assumed("cw", "hc", "hw")
+
     def __init__(self, kernel_size: int = 7, spatial: bool = True) -> None:
         super().__init__()
         check_odd("kernel_size", kernel_size)
@@ -201,7 +219,15 @@ class TripletAttention(nn.Module):
 
     def check(self, x: Tensor) -> None:
         """Raises unless x is a feature map that the weights fit, before any batch norm counts a batch."""
-        check_triplet_attention(x, *(layer.gate(counts=False) for layer in self.layers()))
+        if has_plain_layers(self, x, self.assumed):
+            check_triplet_attention(x, *(layer.gate(counts=False) for layer in self.layers()))
+        else:
+            check_feature_map(x)
+
+    @property
+    def assumed(self) -> Layers:
+        """The assumptions of the fused forward about the layers."""
+        return self.PAIR if self.hw is None else self.TRIPLET
 
     def forward(self, x: Tensor) -> Tensor:
         """``[N, C, H, W]`` -> ``[N, C, H, W]``."""

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
+from .as_built import LINEAR, Layers, has_plain_layers
 from .checks import check_choice, check_feature_map, check_floating, check_positive, check_token_grid, check_weight
 from .self_attention import NEED_WEIGHTS
 from .window_geometry import Windows, check_window, effective_shift, relative_position
@@ -40,10 +40,7 @@ def split_windows(qkv: Tensor, bias: Tensor | None, heads: int, windows: Windows
 
 def join_windows(out: Tensor, windows: Windows) -> Tensor:
     """``[N, windows, heads, L, d]`` -> ``[N, H, W, C]``; undoes padding and shift."""
-    placed = out.transpose(2, 3).flatten(3).flatten(1, 2)
-    tokens = placed[:, windows.positions(out.device)]
-    joined: Tensor = tokens.unflatten(1, (windows.height, windows.width))
-    return joined
+    return _placed(out.transpose(2, 3).flatten(3), windows)
 
 
 def window_attention(
@@ -107,6 +104,23 @@ def check_window_attention(
     return window, shift
 
 
+def _placed(out: Tensor, windows: Windows) -> Tensor:
+    """``[N, windows, L, C]`` -> ``[N, H, W, C]``; undoes padding and shift."""
+    tokens = out.flatten(1, 2)[:, windows.positions(out.device)]
+    placed: Tensor = tokens.unflatten(1, (windows.height, windows.width))
+    return placed
+
+
+def _received(weights: Tensor, windows: Windows, need_weights: str) -> Tensor:
+    """The weights ``[N, windows, heads, L, L]``, or their mean over each window's queries, ``[N, heads, H, W]``."""
+    if need_weights == "full":
+        return weights
+    # Queries that are padding do not count.
+    there = (windows.tokens(weights.device) < windows.height * windows.width).to(weights.dtype)
+    received = (there[:, None, None] @ weights).mT / there.sum(1)[:, None, None, None]  # [N, windows, heads, L, 1]
+    return join_windows(received, windows).permute(0, 3, 1, 2)
+
+
 class WindowAttention2d(nn.Module):
     """Self-attention inside (shifted) windows of a map (Liu et al., "Swin Transformer", ICCV 2021).
 
@@ -132,6 +146,8 @@ class WindowAttention2d(nn.Module):
     ``proj.weight`` ``[C, C]``, ``proj.bias``, ``relative_position_bias_table`` ``[(2 window_h - 1) (2 window_w - 1),
     heads]``. Loading skips torchvision's buffer ``relative_position_index``.
     """
+
+    LAYERS = Layers({"qkv": LINEAR, "proj": LINEAR})
 
     def __init__(
         self,
@@ -169,46 +185,44 @@ class WindowAttention2d(nn.Module):
                 ``[N, heads, H, W]``; ``"full"``: also all weights, ``[N, windows, heads, L, L]``, padding included.
         """
         self._check(x, need_weights)
-        qkv = self._linear(self._tokens(x), self.qkv.weight)
-        y = self._map(self._linear(self._attend(qkv), self.proj.weight, self.proj.bias), x).to(x.dtype)
-        return y if need_weights == "none" else (y, self._weights(qkv, need_weights))
+        grid = self._tokens(x)
+        windows = self._windows(grid)
+        q, k, v = self._projected(grid, windows)
+        weights = self._weights(q, k, windows)
+        out = self.proj((weights.to(v.dtype) @ v).transpose(2, 3).flatten(3))  # [N, windows, L, C]
+        y = self._map(_placed(out, windows), x).to(x.dtype)
+        return y if need_weights == "none" else (y, _received(weights, windows, need_weights))
 
     def attention(self, x: Tensor) -> dict[str, Tensor]:
         """``{"received": [N, heads, H, W]}``: the mean weight of each token over the queries of its window."""
         self._check(x)
-        return {"received": self._weights(self._linear(self._tokens(x), self.qkv.weight), "mean")}
+        return {"received": self._look(self._tokens(x), "mean")}
 
-    def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        return functional.linear(x, weight, bias)
+    def _look(self, grid: Tensor, need_weights: str) -> Tensor:
+        """The weights of forward, from tokens ``[N, H, W, C]``."""
+        windows = self._windows(grid)
+        q, k, _ = self._projected(grid, windows)
+        return _received(self._weights(q, k, windows), windows, need_weights)
 
-    def _attend(self, qkv: Tensor) -> Tensor:
-        """``[N, H, W, 3C]`` -> ``[N, H, W, C]``."""
-        return window_attention(qkv, **self._arguments(qkv))
+    def _windows(self, grid: Tensor) -> Windows:
+        return Windows(grid.shape[1], grid.shape[2], self.window, self._shift(grid), self.pad_first)
 
-    def _arguments(self, qkv: Tensor) -> dict[str, Any]:
-        """The arguments of `window_attention` for ``qkv``, other than ``qkv`` itself."""
-        axes = zip(self.shift, qkv.shape[1:3], self.window, strict=True)
-        return {
-            "bias": self.qkv.bias,
-            "table": self.relative_position_bias_table,
-            "heads": self.heads,
-            "window": self.window,
-            "shift": tuple(step and effective_shift(step, size, window) for step, size, window in axes),
-            "pad_first": self.pad_first,
-        }
+    def _shift(self, grid: Tensor) -> tuple[int, int]:
+        axes = zip(self.shift, grid.shape[1:3], self.window, strict=True)
+        shift_h, shift_w = (step and effective_shift(step, size, window) for step, size, window in axes)
+        return shift_h, shift_w
 
-    def _weights(self, qkv: Tensor, need_weights: str) -> Tensor:
-        arguments = self._arguments(qkv)
-        windows = Windows(qkv.shape[1], qkv.shape[2], self.window, arguments["shift"], self.pad_first)
-        q, k, _ = split_windows(qkv, arguments["bias"], self.heads, windows)
+    def _projected(self, grid: Tensor, windows: Windows) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of tokens ``[N, H, W, C]``, ``[N, windows, heads, L, d]`` each."""
+        n, _, _, channels = grid.shape
+        tokens = torch.cat([grid.flatten(1, 2), grid.new_zeros(n, 1, channels)], 1)  # the last one is padding
+        qkv: Tensor = self.qkv(tokens[:, windows.tokens(grid.device)])
+        q, k, v = qkv.unflatten(3, (3, self.heads, -1)).permute(3, 0, 1, 4, 2, 5).unbind(0)
+        return q, k, v
+
+    def _weights(self, q: Tensor, k: Tensor, windows: Windows) -> Tensor:
         scale = (self.channels // self.heads) ** -0.5
-        weights = window_weights(q, k, arguments["table"].to(q.dtype), windows, scale)
-        if need_weights == "full":
-            return weights
-        # Queries that are padding do not count.
-        there = (windows.tokens(qkv.device) < windows.height * windows.width).to(weights.dtype)
-        received = (there[:, None, None] @ weights).mT / there.sum(1)[:, None, None, None]  # [N, windows, heads, L, 1]
-        return join_windows(received, windows).permute(0, 3, 1, 2)
+        return window_weights(q, k, self.relative_position_bias_table.to(q.dtype), windows, scale)
 
     def _tokens(self, x: Tensor) -> Tensor:
         return x if self.layout == "nhwc" else x.permute(0, 2, 3, 1)
@@ -222,7 +236,8 @@ class WindowAttention2d(nn.Module):
             check_feature_map(x, self.channels)
         else:
             check_token_grid(x, self.channels)
-        check_weight("qkv.weight", self.qkv.weight, (3 * self.channels, self.channels), x)
+        if has_plain_layers(self, x, self.LAYERS):
+            check_weight("qkv.weight", self.qkv.weight, (3 * self.channels, self.channels), x)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         state_dict.pop(f"{prefix}relative_position_index", None)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 from collections.abc import Callable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..catalogue import ENTRIES, feature_map
 from ..measure.accuracy import Oracle
@@ -79,13 +80,27 @@ class Contest:
         return [own[name] for name, _ in self.plain.named_parameters()]
 
     def oracle(self) -> Oracle:
-        """Runs the reference in float64."""
+        """Runs the reference in float64, exactly and with rounded parameters and output gradient."""
         plain = ENTRIES[self.case.op].reference(**ENTRIES[self.case.op].arguments(self.case.shape[1]))
         plain.load_state_dict(self.plain.state_dict())
         x = self.x.detach().double().requires_grad_(self.x.requires_grad)
         plain = plain.to(self.device).double().train(self.plain.training)
-        exact = step(self.case.mode, plain, (x,), (x, *plain.parameters()), self.grad.double())()
-        return Oracle(dict(zip(self.names, exact, strict=True)))
+        exact, rounded = (self._in_float64(plain, x, noise) for noise in (0.0, torch.finfo(self.dtype).eps))
+        return Oracle(exact, rounded)
+
+    def _in_float64(self, plain: nn.Module, x: Tensor, noise: float) -> dict[str, Tensor]:
+        """Runs the reference with parameters and output gradient that deviate by ``noise``, relatively."""
+        module, generator = copy.deepcopy(plain), torch.Generator(self.device).manual_seed(0)
+
+        def deviating(t: Tensor) -> Tensor:
+            return t * (1 + noise * torch.randn(t.shape, generator=generator, dtype=t.dtype, device=t.device))
+
+        with torch.no_grad():
+            for p in module.parameters() if noise else ():
+                p.copy_(deviating(p))
+            grad = deviating(self.grad.double()) if noise else self.grad.double()
+        results = step(self.case.mode, module, (x,), (x, *module.parameters()), grad)()
+        return dict(zip(self.names, results, strict=True))
 
     def errors(self, results: Results, oracle: Oracle) -> dict[str, float]:
         """Returns the errors of a run's results, by name, as `Oracle.errors` does."""

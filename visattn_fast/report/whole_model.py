@@ -206,7 +206,7 @@ def without_attention(model: nn.Module) -> nn.Module | None:
     """
     model = copy.deepcopy(model)
     recipes = known()
-    names = [n for n, m in model.named_modules() if any(r.gate for r in recipes.get(type(m), ()))]
+    names = [n for n, m in model.named_modules() if type(m) in recipes and recipes[type(m)].gate]
     for name in names:
         parent, _, last = name.rpartition(".")
         if not any(name.startswith(f"{outer}.") for outer in names):
