@@ -288,6 +288,7 @@ _ENTRIES = (
             "channel_scale_fwd",
             "channel_scale_bwd",
             "soca_gate_bwd",
+            "channel_covariance_bwd",
             "channel_input_grad",
         ),
     ),

@@ -51,6 +51,19 @@ def test_example_checks_blocks_after_their_gates():
     assert [s.speedup for s in found.swapped] == [2.0] * 8
 
 
+@pytest.mark.parametrize("norm", ["GroupNorm1", "LayerNorm2d"])
+@pytest.mark.usefixtures("seconds")
+def test_blocks_with_any_norm_pass_the_example(norm):
+    """In eval mode too, where a batch norm would be folded."""
+    layer = getattr(library("timm.layers"), norm)
+    model = timm_model("resnet10t", block_args={"attn_layer": "se"}, norm_layer=layer)().eval()
+    plain, x = copy.deepcopy(model), feature_map((2, 3, 32, 32))
+    found = vf.accelerate(model, x)
+    assert len(found.swapped) == 8
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), plain(x), rtol=1e-4, atol=1e-4)
+
+
 def test_copies_stay_accelerated_and_can_be_restored():
     model, x = small(), feature_map((2, 3, 8, 8))
     want = small()(x)
@@ -159,6 +172,8 @@ def test_subclass_is_left_alone():
     found = vf.accelerate(model)
     assert {s.name: s.note for s in found.swapped} == {"hooked": "fc.0 has hooks", "known": ""}
     assert str(found).splitlines()[-2:] == ["hooked calls its layers: fc.0 has hooks", "2 swapped, 1 left alone"]
+    model["known"].fc[3] = nn.Hardsigmoid()
+    assert str(found).splitlines()[-2] == "known calls its layers: fc.3 is Hardsigmoid, not Sigmoid"
     assert {s.name: s.reason for s in found.skipped} == {"mine": "is a subclass, whose forward may be its own"}
     assert {n: type(model[n]) for n in ("mine", "fast")} == {n: kinds[n] for n in ("mine", "fast")}
 

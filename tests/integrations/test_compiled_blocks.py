@@ -16,6 +16,7 @@ from torch._functorch.partitioners import min_cut_rematerialization_partition
 import visattn_fast as vf
 from blocks import C, accelerated, block
 from cases import run
+from known_modules import MODULES
 from visattn_fast.catalogue import feature_map
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -108,3 +109,34 @@ def test_hooks_and_chosen_backends_keep_norm_and_gate_apart():
     fast = accelerated("se").eval()
     fast.bn3.momentum = None
     assert "se_fwd" in ops(fast)
+
+
+def _hook(module: nn.Module) -> None:
+    module.register_forward_hook(lambda *_: None)
+
+
+# A module, and what is done to a layer of it.
+ALTERED: dict[str, tuple[Callable[[], nn.Module], str, Callable[[nn.Module], object]]] = {
+    "other activation": (MODULES["timm SEModule"], "act", lambda _: nn.GELU()),
+    "hook": (MODULES["timm SEModule"], "fc1", _hook),
+    "parametrization": (MODULES["timm SEModule"], "fc1", nn.utils.parametrizations.spectral_norm),
+    "hook on the pooling": (MODULES["torchvision SqueezeExcitation"], "avgpool", _hook),
+    "hook inside a CBAM": (MODULES["timm CbamModule"], "spatial.conv", _hook),
+    "other activation of a block": (lambda: block("se"), "act3", lambda _: nn.GELU()),
+    "other norm of a block": (lambda: block("cbam", "BasicBlock"), "bn2", lambda _: nn.GroupNorm(4, C).double()),
+    "hook on the gate of a block": (lambda: block("eca", "BasicBlock"), "se", _hook),
+}
+
+
+@pytest.mark.parametrize("name", ALTERED)
+def test_altered_layers_leave_one_graph(name):
+    """The rule adds guards to a compiled model, and no break."""
+    torch._dynamo.reset()
+    build, layer, alter = ALTERED[name]
+    module, x = build().double().eval(), feature_map((2, C, 12, 11), dtype=torch.float64)
+    vf.accelerate(module)
+    other = alter(module.get_submodule(layer))
+    if isinstance(other, nn.Module):
+        module.set_submodule(layer, other)
+    compiled = torch.compile(module, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(x), module(x), rtol=1e-9, atol=1e-9)

@@ -14,6 +14,7 @@ import visattn_fast as vf
 from known_modules import MODULES, C
 from outside import library, timm_model
 from visattn_fast.catalogue import ENTRIES, feature_map
+from visattn_fast.models import AttentionResNet
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the tracers
 OUTSIDE = [name for name in MODULES if name not in ENTRIES]
@@ -34,6 +35,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "timm cbam": timm_model("resnet10t", block_args={"attn_layer": "cbam"}),
     "timm efficientnet_b0": timm_model("efficientnet_b0"),
     "torchvision mobilenet_v3_small": lambda: library("torchvision.models").mobilenet_v3_small(num_classes=10),
+    "AttentionResNet": lambda: AttentionResNet("cbam", width=16, fused=False),
     "torchvision swin_t": lambda: library("torchvision.models.swin_transformer").SwinTransformer(
         [4, 4], 16, [2, 2], [1, 2], [7, 7], num_classes=10
     ),

@@ -81,7 +81,7 @@ def accelerate(
                 op, reason = recipe.plan(module)
                 if op:
                     swap(module, recipe, name)
-                    found.swapped.append(Swapped(name, module, recipe, op, reason))
+                    found.swapped.append(Swapped(name, module, recipe))
                     parts.update(_parts(module))
                 else:
                     found.skipped.append(Skipped(name, type(module).__name__, reason))

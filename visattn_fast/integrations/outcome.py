@@ -17,8 +17,6 @@ class Swapped:
         name: its qualified name.
         module: the module itself.
         recipe: the recipe that it was swapped by.
-        op: the name of the function in `functional` that serves it; ``"epilogue"`` for a block.
-        note: why it calls its layers instead of a function that replaces them; empty if it calls none.
         saved_bytes: bytes that it no longer keeps from forward to backward, measured on the example; None without one.
         speedup: time of the original over its own, measured on the example, forward and backward, or forward alone if
             the model is in eval mode; None without an example.
@@ -27,10 +25,18 @@ class Swapped:
     name: str
     module: nn.Module
     recipe: Recipe
-    op: str
-    note: str = ""
     saved_bytes: int | None = None
     speedup: float | None = None
+
+    @property
+    def op(self) -> str:
+        """The name of the function in `functional` that serves it as it is now; ``"epilogue"`` for a block."""
+        return self.recipe.plan(self.module)[0] or "its own forward"
+
+    @property
+    def note(self) -> str:
+        """The reason why it calls its layers now; empty if it calls none."""
+        return self.recipe.plan(self.module)[1]
 
     @property
     def less(self) -> str:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from . import flops
 from .declare import composed_op
 from .layout import accumulation_dtype, empty_small
 from .library import define
@@ -73,6 +74,7 @@ additive_score_bwd = define(
     None,
     _additive_score_bwd_reference,
     ("shape of q", "shape of k", "shape of v"),
+    flops_of=lambda grad, *args: flops.count_gradient(reference.additive_score, args),
 )
 
 

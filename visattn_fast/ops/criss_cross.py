@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from . import flops
 from .declare import composed_op
 from .layout import accumulation_dtype, empty_map, empty_small, to_map
 from .library import define
@@ -137,6 +138,17 @@ def _criss_cross_bwd_reference(
     return dx, dweight, dbias, dgamma
 
 
+def _criss_cross_bwd_flops(grad: Tensor, x: Tensor, weight: Tensor, gamma: Tensor, *_: Tensor) -> int:
+    hidden = (weight.shape[0] - x.shape[1]) // 2
+
+    def mathematics(x: Tensor, weight: Tensor, bias: Tensor, gamma: Tensor) -> Tensor:
+        split = (t.split([hidden, hidden, x.shape[1]]) for t in (weight, bias))
+        (wq, wk, wv), (bq, bk, bv) = split
+        return reference.criss_cross(x, wq, bq, wk, bk, wv, bv, gamma)
+
+    return flops.count_gradient(mathematics, (x, weight, empty_small(x, weight.shape[0]), gamma))
+
+
 criss_cross_fwd = define(
     "criss_cross_fwd(Tensor x, Tensor weight, Tensor bias, Tensor gamma)"
     " -> (Tensor y, Tensor packed, Tensor out, Tensor lse)",
@@ -152,6 +164,7 @@ criss_cross_bwd = define(
     _criss_cross_bwd_reference,
     ("like x", "shape of weight", "P", "1"),
     weights={"weight": "P C"},
+    flops_of=_criss_cross_bwd_flops,
 )
 
 

@@ -34,6 +34,7 @@ from typing import Any
 
 from torch import Tensor
 
+from . import flops
 from .autograd import FusedOp, Gradients, fused_function, in_dtype_of_x
 from .epilogue import residual_gradient_shape, with_epilogue
 from .library import define, define_infer, define_normed
@@ -118,6 +119,14 @@ def gate_op(
 
         return made
 
+    def backward_flops(*args: Any) -> int:
+        """Counts the backward pass of ``mathematics``. Weights and options that backward does not get count nothing."""
+        given = dict(zip((argument.split()[-1] for argument in bwd_arguments), args, strict=True))
+        tensors = [given[key] if key in given else allocated(shapes[key], given, shapes) for key in weights]
+        values = [given.get(option.split()[-1], 1) for option in _listed(options)]
+        constants = [1 + i for i, key in enumerate(weights) if key in statistics]
+        return flops.count_gradient(mathematics, (given["x"], *tensors, *values), constants)
+
     inputs = ["Tensor grad", "Tensor x", *(schema[key] for key in read)]
     bwd_arguments = [*inputs, *residual, *saved, *code, *_listed(late)]
     bwd_results = [f"Tensor d{key}" for key in ("x", *maps, *(["residual"] if epilogue else []), *small)]
@@ -132,6 +141,7 @@ def gate_op(
         ),
         weights=shapes,
         gradients_of=[_owner(key, weights) for key in small],
+        flops_of=backward_flops,
     )
     names = ["x", *weights, *(["residual"] if epilogue else [])]
     numbers = [argument.split()[-1] for argument in (*code, *_listed(options))]

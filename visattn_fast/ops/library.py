@@ -8,12 +8,14 @@ library share ``CUDA`` with Triton.
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
+from . import flops
 from .autograd import without_autocast
 from .layout import accumulation_dtype, empty_map
 from .shapes import Shape, fake_of
@@ -56,6 +58,7 @@ def define(
     fake: Callable[..., Any] | Sequence[Shape],
     gradients_of: Sequence[str] = (),
     weights: Mapping[str, str] | None = None,
+    flops_of: Callable[..., int] | None = None,
 ) -> Any:
     """Declares an op and returns its overload.
 
@@ -68,6 +71,8 @@ def define(
         gradients_of: the arguments whose gradients are the last results. Kernels round each of these sums once, to the
             dtype of its weight. ``reference`` and ``fake`` need not: their results are converted here.
         weights: the declared shapes of arguments, which give the letters in ``fake`` their sizes.
+        flops_of: counts the floating-point operations that plain PyTorch would make in the op's place, as in `flops`,
+            from the op's arguments on the meta device. None: those of ``reference``.
     """
     name = schema[: schema.index("(")]
     arguments = [a.split()[-1] for a in schema[len(name) + 1 : schema.index(")")].split(",")]
@@ -80,7 +85,9 @@ def define(
     LIBRARY.impl(name, without_autocast(reference), "CompositeExplicitAutograd")
     torch.library.register_fake(f"visattn_fast::{name}", fake, lib=LIBRARY)
     OPS[name] = Op(reference, launcher, schema, positions)
-    return getattr(torch.ops.visattn_fast, name).default
+    op = getattr(torch.ops.visattn_fast, name)
+    flops.register(op, flops_of or functools.partial(flops.count, reference))
+    return op.default
 
 
 def _rounded(function: Callable[..., Any], gradients_of: Sequence[int]) -> Callable[..., Any]:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .. import reference
 from ..reference.self_attention import split_heads
+from . import flops
 from .declare import composed_op
 from .layout import accumulation_dtype, empty_small, zeros_small
 from .library import define
@@ -229,6 +230,12 @@ def _empty_dtable(given: Arguments) -> Tensor:
     return empty_small(given["qkv"], *((0,) if table is None else table.shape))
 
 
+def _attention_bwd_flops(
+    grad: Tensor, qkv: Tensor, table: Tensor | None, key_mask: Tensor | None, out: Tensor, lse: Tensor, scale: float
+) -> int:
+    return flops.count_gradient(_mathematics, (qkv, table, key_mask, scale))
+
+
 attention_fwd = define(
     "attention_fwd(Tensor qkv, Tensor? table, Tensor? key_mask, float scale) -> (Tensor out, Tensor lse)",
     "self_attention",
@@ -242,6 +249,7 @@ attention_bwd = define(
     "self_attention",
     _attention_bwd_reference,
     (_empty_dqkv, _empty_dtable),
+    flops_of=_attention_bwd_flops,
 )
 attention_mean = define(
     "attention_mean(Tensor qkv, Tensor? table, Tensor? key_mask, Tensor lse, float scale) -> Tensor mean",

@@ -15,7 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
-from ..reference.soca import STEPS, trace
+from ..reference.soca import STEPS, square_root, trace
+from ..reference.soca import covariance as plain_covariance
+from . import flops
 from .autograd import without_autocast
 from .channel_scale import channel_input_grad, channel_mean, channel_scale_bwd, channel_scale_fwd
 from .declare import composed_op
@@ -52,6 +54,23 @@ covariance = define(
     None,
     _covariance_reference,
     ("N C C",),
+    flops_of=lambda x, mean: flops.count(plain_covariance, x),
+)
+
+
+def _covariance_bwd_reference(dcov: Tensor, x: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
+    # dx = 2 / HW dcov (x - mean); the part of the mean is the same for all pixels of a channel.
+    dmean = torch.baddbmm(empty_small(x, 1, 1, 1), mean[:, None], dcov, beta=0, alpha=-2)[:, 0]
+    return dmean, torch.mul(dcov, 2 / (x.shape[2] * x.shape[3]), out=torch.empty_like(dcov, dtype=x.dtype))
+
+
+# dmean: the gradient of the mean; factor: what x is multiplied by in dx. It counts that product, made in place.
+covariance_bwd = define(
+    "channel_covariance_bwd(Tensor dcov, Tensor x, Tensor mean) -> (Tensor dmean, Tensor factor)",
+    None,
+    _covariance_bwd_reference,
+    ("N C", "N C C : x"),
+    flops_of=lambda dcov, x, mean: flops.count_gradient(plain_covariance, (x,)),
 )
 
 
@@ -193,6 +212,10 @@ def _soca_gate_bwd_reference(
     return dcov, dw1, dz1.sum(0), dw2, dz2.sum(0)
 
 
+def _plain_gate(cov: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None) -> Tensor:
+    return F.linear(F.relu(F.linear(square_root(cov).mean(1), w1.flatten(1), b1)), w2.flatten(1), b2)
+
+
 soca_gate_fwd = define(
     "soca_gate_fwd(Tensor cov, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2)"
     " -> (Tensor pooled, Tensor hidden, Tensor gate)",
@@ -200,6 +223,7 @@ soca_gate_fwd = define(
     _soca_gate_fwd_reference,
     ("N C", "N R", "N C"),
     weights={"cov": "N C C", "w1": "R C"},
+    flops_of=lambda *args: flops.count(_plain_gate, *args),
 )
 soca_gate_bwd = define(
     "soca_gate_bwd(Tensor dgate, Tensor cov, Tensor w1, Tensor w2, Tensor pooled, Tensor hidden, Tensor gate)"
@@ -208,6 +232,7 @@ soca_gate_bwd = define(
     _soca_gate_bwd_reference,
     ("shape of cov", "shape of w1", "R", "shape of w2", "C"),
     weights={"cov": "N C C", "w1": "R C"},
+    flops_of=lambda dgate, cov, w1, w2, *_: flops.count_gradient(_plain_gate, (cov, w1, None, w2, None)),
 )
 
 
@@ -225,20 +250,18 @@ def _gradients(grad: Tensor, tensors: Any, small: Any, options: Any) -> tuple[Te
     (x, w1, _, w2, _, residual), (mean, cov, pooled, hidden, gate) = tensors, small
     dgate, dresidual = channel_scale_bwd(grad, x, gate, residual, *options)
     dcov, dw1, db1, dw2, db2 = soca_gate_bwd(dgate, cov, w1, w2, pooled, hidden, gate)
-    # dx = g gate + 2 / HW dcov (x - mean); the part of the mean is the same for all pixels of a channel.
-    dmean = torch.baddbmm(empty_small(x, 1, 1, 1), mean[:, None], dcov, beta=0, alpha=-2)[:, 0]
+    dmean, factor = covariance_bwd(dcov, x, mean)
     dx = channel_input_grad(dresidual if options[0] else grad, x, gate, dmean)
-    scaled = torch.mul(dcov, 2 / (x.shape[2] * x.shape[3]), out=torch.empty_like(dcov, dtype=x.dtype))
-    _add_product(dx, scaled, x)
+    _add_product(dx, factor, x)
     return dx, dw1, db1, dw2, db2, dresidual
 
 
-def _add_product(dx: Tensor, dcov: Tensor, x: Tensor) -> None:
-    """Adds ``dcov x`` to dx in place, a product of matrices for each image."""
+def _add_product(dx: Tensor, factor: Tensor, x: Tensor) -> None:
+    """Adds ``factor x`` to dx in place, a product of matrices for each image."""
     if memory_format(dx) == torch.channels_last:
-        dx.permute(0, 2, 3, 1).flatten(1, 2).baddbmm_(x.permute(0, 2, 3, 1).flatten(1, 2), dcov)
+        dx.permute(0, 2, 3, 1).flatten(1, 2).baddbmm_(x.permute(0, 2, 3, 1).flatten(1, 2), factor)
     else:
-        dx.flatten(2).baddbmm_(dcov, x.flatten(2))
+        dx.flatten(2).baddbmm_(factor, x.flatten(2))
 
 
 SOCA = composed_op(

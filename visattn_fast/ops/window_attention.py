@@ -10,6 +10,7 @@ from torch import Tensor
 from .. import reference
 from ..reference.window_attention import join_windows, split_windows, window_weights
 from ..reference.window_geometry import Windows, relative_position
+from . import flops
 from .declare import composed_op
 from .layout import accumulation_dtype, empty_small, zeros_small
 from .library import define
@@ -71,6 +72,7 @@ window_attention_bwd = define(
     _window_attention_bwd_reference,
     (lambda given: empty_small(qkv := given["qkv"], *qkv.shape, dtype=qkv.dtype), "Q", "shape of table"),
     weights={"qkv": "N H W Q"},
+    flops_of=lambda grad, *args: flops.count_gradient(_mathematics, args),
 )
 
 
