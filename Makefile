@@ -74,6 +74,7 @@ $(VENV)/installed: constraints.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch setuptools wheel ninja
 	VISATTN_BUILD_EXT=0 $(PIP) --no-build-isolation --editable .[dev]
+	$(PIP) --no-deps ultralytics
 	touch $@
 
 $(VENV)/built: $(VENV)/installed setup.py csrc/toolchain.py $(SOURCES)

@@ -25,7 +25,7 @@ def ia3(peft, names):
 
 
 def is_dense(layer):
-    """True if peft can stand for the layer: it forgets groups, dilation and padding mode, of plain layers too."""
+    """True if peft can stand for the layer. It forgets groups, dilation and padding mode: findings/peft_padding_mode.sh."""
     return isinstance(layer, nn.Linear) or (layer.groups, {*layer.dilation}, layer.padding_mode) == (1, {1}, "zeros")
 
 
@@ -33,7 +33,8 @@ def is_pointwise(layer):
     return layer.kernel_size == (1, 1) and layer.groups == 1
 
 
-# The layers that an adapter takes, and its configuration. OFT forgets padding, and takes tokens of a Linear for maps.
+# The layers that an adapter takes, and its configuration. OFT forgets padding, and takes a Linear's tokens for maps:
+# findings/peft_oft_takes_tokens_for_maps.sh.
 ADAPTERS = {
     "lora": (MATRICES, is_dense, lora),
     "dora": (MATRICES, is_dense, lambda peft, names: lora(peft, names, use_dora=True)),

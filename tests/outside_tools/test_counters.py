@@ -1,4 +1,4 @@
-"""What counts operations, parameters and layers counts the same in fused models as in plain ones."""
+"""Counters of operations and parameters count the same in fused models as in plain ones."""
 
 from __future__ import annotations
 

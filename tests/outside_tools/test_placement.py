@@ -34,7 +34,9 @@ def dispatch_model(model, folder):
 
 @pytest.mark.parametrize("when", ["after", "before"])
 @pytest.mark.parametrize("offload", [cpu_offload, disk_offload, dispatch_model], ids=lambda f: f.__name__)
-@pytest.mark.parametrize("name", [name for name in TWINS if name != "nam"])  # NAM itself reads a weight outside its layer
+@pytest.mark.parametrize(
+    "name", [name for name in TWINS if name != "nam"]
+)  # NAM itself reads a weight outside its layer
 def test_offloaded_layers_run(name, offload, when, tmp_path):
     """``when``: the layers are offloaded after, or before, the model is accelerated."""
     plain, fast = (model.eval() for model in twins(name))

@@ -10,8 +10,8 @@ from twins import images, twins
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-# The plain networks that Torch-Pruning prunes. It does not follow channels through ECA's convolution along them, through
-# the maps [mean, maximum] of spatial gates, and through shuffled channels.
+# The plain networks that Torch-Pruning prunes. It loses channels in ECA's convolution along them, in the maps [mean,
+# maximum] of spatial gates, and where channels are shuffled: findings/torch_pruning_gates.sh.
 PRUNED = ("se", "coord_att", "gam", "nam", "soca")
 PRUNED += ("timm_se", "timm_coord", "timm_swin", "torchvision_se", "monai_se")
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -13,6 +15,10 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+
+# At import Ultralytics looks for the network, and writes its settings.
+os.environ.setdefault("YOLO_OFFLINE", "1")
+os.environ.setdefault("YOLO_CONFIG_DIR", tempfile.gettempdir())
 
 _ULTRALYTICS = "ultralytics.nn.modules.conv"
 _needs_torchvision = ("peft", "ptflops", "segmentation_models_pytorch", "timm", "torchvision", "ultralytics")
@@ -31,8 +37,7 @@ def library(name: str) -> ModuleType:
 def ultralytics_modules() -> ModuleType:
     """Imports Ultralytics' convolution modules, or stand-ins if it is not installed.
 
-    The stand-ins, `ultralytics_gates`, have the names, parameters and mathematics of its three gates. Ultralytics
-    itself is not among the test requirements, since it installs many other packages.
+    The stand-ins, `ultralytics_gates`, have the names, parameters and mathematics of its three gates.
     """
     if importlib.util.find_spec("ultralytics") is not None:
         return library(_ULTRALYTICS)

@@ -83,6 +83,10 @@ def training_step(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
     optimizer = torch.optim.SGD(trained.values(), 0.1)
     y = model(x)
     y.square().sum().backward()
-    found = {"y": y.detach(), "x": x.grad, **{f"grad {n}": p.grad.clone() for n, p in trained.items() if p.grad is not None}}
+    found = {
+        "y": y.detach(),
+        "x": x.grad,
+        **{f"grad {n}": p.grad.clone() for n, p in trained.items() if p.grad is not None},
+    }
     optimizer.step()
     return found | {n: t.clone() for n, t in model.state_dict().items()}
