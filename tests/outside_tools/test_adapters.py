@@ -25,7 +25,10 @@ def ia3(peft, names):
 
 
 def is_dense(layer):
-    """True if peft can stand for the layer. It forgets groups, dilation and padding mode: findings/peft_padding_mode.sh."""
+    """True if peft can stand for the layer.
+
+    It forgets groups, dilation and padding mode of a convolution: findings/peft_padding_mode.sh.
+    """
     return isinstance(layer, nn.Linear) or (layer.groups, {*layer.dilation}, layer.padding_mode) == (1, {1}, "zeros")
 
 

@@ -28,7 +28,7 @@ head:
   - [[4], 1, Detect, [nc]]
 """
 OPTIONS = {"epochs": 2, "batch": 4, "imgsz": 64, "device": "cpu", "optimizer": "SGD", "lr0": 0.01, "amp": False}
-OPTIONS |= {"plots": False, "pretrained": False, "verbose": False, "workers": 0}
+OPTIONS |= {"plots": False, "pretrained": False, "verbose": False, "workers": 0, "save_period": 1}
 
 
 def write_data(folder: Path) -> Path:
