@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 _ULTRALYTICS = "ultralytics.nn.modules.conv"
-_needs_torchvision = ("segmentation_models_pytorch", "timm", "torchvision", "ultralytics")
+_needs_torchvision = ("peft", "ptflops", "segmentation_models_pytorch", "timm", "torchvision", "ultralytics")
 
 
 def library(name: str) -> ModuleType:
