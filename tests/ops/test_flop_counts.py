@@ -18,20 +18,37 @@ from visattn_fast.ops.library import OPS
 CHANNELS = 16
 
 
-def counted(function):
-    """Returns the result of a function, and its count."""
-    with flop_counter.FlopCounterMode(display=False) as counter:
+class Untracked:
+    """Takes the place of the counter's ModuleTracker, whose global hooks make fused modules call their layers."""
+
+    parents = ("Global",)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+
+def counted(function, tracked=False):
+    """Returns the result of a function, and its count. Ops serve fused modules unless modules are ``tracked``."""
+    counter = flop_counter.FlopCounterMode(display=False)
+    if not tracked:
+        counter.mod_tracker = Untracked()
+    with counter:
         result = function()
     return result, counter.get_total_flops()
 
 
-def counts(module, training=True, grad_mode=True, **epilogue):
+def counts(module, training=True, grad_mode=True, tracked=False, **epilogue):
     """Returns the counts of forward and, with ``grad_mode``, of backward; then the names of our ops that ran."""
     module.train(training)
-    x = feature_map((2, CHANNELS, 8, 8), "nchw", torch.float32).requires_grad_(grad_mode)
+    # Whole windows: the plain layers of window attention also compute padding, which the fused ones leave out.
+    size = 14 if isinstance(module, reference.WindowAttention2d) else 8
+    x = feature_map((2, CHANNELS, size, size), "nchw", torch.float32).requires_grad_(grad_mode)
     with torch.set_grad_enabled(grad_mode), RecordedOps() as ops:
-        y, forward = counted(lambda: module(x, **epilogue))
-        backward = counted(y.sum().backward)[1] if grad_mode else 0
+        y, forward = counted(lambda: module(x, **epilogue), tracked)
+        backward = counted(y.sum().backward, tracked)[1] if grad_mode else 0
     return (forward, backward), ops.names
 
 
@@ -51,6 +68,13 @@ grad_modes = pytest.mark.parametrize("grad_mode", [True, False], ids=["grad", "n
 @grad_modes
 def test_modules_count_what_their_plain_twins_count(entry, training, grad_mode):
     same_counts(entry.pair(CHANNELS), training=training, grad_mode=grad_mode)
+
+
+@entries
+def test_tracked_modules_count_what_their_plain_twins_count(entry):
+    """The counter as users make it, with its hooks on every module."""
+    fast, plain = entry.pair(CHANNELS)
+    assert counts(fast, tracked=True)[0] == counts(plain, tracked=True)[0]
 
 
 @pytest.mark.parametrize("entry", [*BIASED.values(), *CUSTOM.values()], ids=lambda e: e.fast.__name__)

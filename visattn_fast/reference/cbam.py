@@ -43,9 +43,13 @@ def global_maximum(x: Tensor) -> Tensor:
     """Maximum over H and W, ``[N, C, 1, 1]``; its gradient goes to the first of equal maxima.
 
     Exported programs take a reduction, which every runtime has. In eager mode a reduction is slower, and its gradient
-    is shared among equal maxima.
+    is shared among equal maxima. On GPUs the gradient of a pooled maximum is not deterministic, and PyTorch refuses it.
     """
-    return x.amax((2, 3), keepdim=True) if torch.compiler.is_exporting() else F.adaptive_max_pool2d(x, 1)
+    if torch.compiler.is_exporting():
+        return x.amax((2, 3), keepdim=True)
+    if torch.are_deterministic_algorithms_enabled():
+        return x.flatten(2).max(2).values[:, :, None, None]
+    return F.adaptive_max_pool2d(x, 1)
 
 
 def spatial_attention(x: Tensor, wconv: Tensor, bias: Tensor | None = None) -> Tensor:
