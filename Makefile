@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
-SOURCES := $(wildcard csrc/common/*.h csrc/cpu/*.h csrc/cpu/*.cpp)
+SOURCES := $(wildcard csrc/common/*.h csrc/cpu/*.h csrc/cpu/*.cpp csrc/python/*.cpp)
 CUDA_SOURCES := $(wildcard csrc/cuda/*.* csrc/cuda/emulation/*.*)
 # Test processes. Threads of two of them share the cores, and wait asleep; the interpreter needs one thread each.
 PROCESSES ?= 2
@@ -67,7 +67,7 @@ build: $(VENV)/installed ## build a source distribution and a wheel
 	$(BIN)/python -m build
 
 clean: ## remove .venv and every build output
-	rm -rf $(VENV) build dist site *.egg-info visattn_fast/*.so
+	rm -rf $(VENV) build dist site *.egg-info visattn_fast/*.so visattn_fast/reference/*.so
 
 # torch first: without build isolation, the native kernels are compiled against it.
 $(VENV)/installed: constraints.txt pyproject.toml

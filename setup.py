@@ -32,14 +32,17 @@ def give_up(why: str, library: str = "native") -> None:
 
 
 def extensions() -> list[Extension]:
-    """Returns the native libraries: plain shared objects for torch.ops.load_library, not Python modules."""
+    """Returns the native libraries: shared objects for torch.ops.load_library, and one Python module."""
     if CHOICE == "0" and CUDA_CHOICE != "only":
         return []
     if find_spec("torch") is None:
         give_up("torch is not installed here (pip install --no-build-isolation uses the installed one)")
         return []
     common = sorted(glob("csrc/common/*.h"))
-    found = {"_C": (sorted(glob("csrc/cpu/*.cpp")), common + sorted(glob("csrc/cpu/*.h")))}
+    found = {
+        "reference._layers": (["csrc/python/layers.cpp"], []),
+        "_C": (sorted(glob("csrc/cpu/*.cpp")), common + sorted(glob("csrc/cpu/*.h"))),
+    }
     if CUDA_CHOICE in ("1", "only"):
         sources = sorted(glob("csrc/cuda/*.cu")) + sorted(glob("csrc/cuda/*.cpp"))  # the slowest to compile come first
         found["_CUDA"] = sources, common + sorted([*glob("csrc/cuda/*.cuh"), *glob("csrc/cuda/*.h")])
@@ -54,7 +57,7 @@ class BuildNative(build_ext):
     """Builds the libraries on all cores; after a failure the install is pure Python."""
 
     def get_ext_filename(self, ext_name: str) -> str:
-        return os.path.join(*ext_name.split(".")) + ".so"  # without an interpreter's tag: it does not use Python
+        return os.path.join(*ext_name.split(".")) + ".so"  # without an interpreter's tag: each serves all of them
 
     def get_export_symbols(self, ext: Extension) -> list[str]:
         return []
@@ -65,7 +68,8 @@ class BuildNative(build_ext):
         for extension in wanted:
             self.extensions, self.compiler = [extension], compiler
             try:
-                TOOLCHAIN.use_torch(extension)
+                if not extension.name.endswith("_layers"):
+                    TOOLCHAIN.use_torch(extension)
                 if extension.name.endswith("_CUDA"):
                     self.nvcc = TOOLCHAIN.use_cuda(extension)
                 super().run()

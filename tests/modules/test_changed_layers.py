@@ -12,6 +12,7 @@ import visattn_fast as vf
 from cases import feature_map
 from changes import CHANGES, assert_same_in_every_mode
 from visattn_fast import catalogue
+from visattn_fast.reference import as_built
 
 ENTRIES = {name: e for name, e in catalogue.ENTRIES.items() if e.training and list(e.pair(32)[1].children())}
 
@@ -44,3 +45,21 @@ def test_the_plain_module_calls_every_layer(entry):
         layer.register_forward_hook(lambda *_, n=n: seen.add(n))
     plain(feature_map((2, 32, 7, 6), "nchw", torch.float32))
     assert seen == layers.keys()
+
+
+native = pytest.mark.skipif(as_built._native is None, reason="the native library is not built")
+
+
+@native
+@pytest.mark.parametrize("name", [None, *CHANGES])
+@pytest.mark.parametrize("entry", ENTRIES.values(), ids=ENTRIES.keys())
+def test_native_check_agrees_with_the_one_in_python(entry, name):
+    """It may only say yes where the one in Python does; to layers that nobody touched, both do."""
+    module = entry.pair(32)[0]
+    changed = CHANGES[name](module) if name else 0
+    tables = [table for table in vars(type(module).__mro__[1]).values() if isinstance(table, as_built.Layers)]
+    assert tables or entry.name in ("bam", "self_attention")
+    for table in tables:
+        found = as_built._native(module.__dict__, table, table.fits, as_built.PLAIN, as_built._GLOBAL_HOOKS)
+        assert found == as_built._is_untouched(module.__dict__, table)
+        assert found or changed or entry.name == "triplet_attention"

@@ -12,14 +12,15 @@ from .recipe import Recipe, swapped_gate
 from .tiers import may_fuse
 
 # A fused module calls its layers itself if it must, so it serves any module of its class.
-_GATES = {e.name: Recipe(e.reference, e.fast, e.name, e.name) for e in ENTRIES.values() if e.training}
+# Among entries of one class, the first names it.
+_GATES = {e.reference: Recipe(e.reference, e.fast, e.name, e.name) for e in reversed(ENTRIES.values())}
 
 
 class FastAttentionBlock(AttentionBlock):
     """AttentionBlock; its gate also adds the shortcut and activates."""
 
     LAYERS = Layers(
-        {"gate": swapped_gate([_GATES[e.name] for e in ENTRIES.values() if e.training and e.epilogue])},
+        {"gate": swapped_gate([_GATES[e.reference] for e in ENTRIES.values() if e.epilogue])},
         fits=lambda d: not d["epilogue"],
         words="its gate has the epilogue already",
     )

@@ -13,7 +13,11 @@ from torch import Tensor
 from .layout import converted
 
 # Looked up once: a look-up at each call takes as long as the call itself.
-_any_requires_grad = torch._C._any_requires_grad
+_compiling, _recording, _any_requires_grad = (
+    torch.compiler.is_compiling,
+    torch.is_grad_enabled,
+    torch._C._any_requires_grad,
+)
 _overridden, _call_boxed = torch._C._has_torch_function, torch._C._dispatch_call_boxed
 
 Gradients = Callable[..., Sequence[Tensor | None]]
@@ -50,23 +54,17 @@ class FusedOp:
     compiled_plain: bool = False
     in_torch: str = ""
 
-    def __call__(self, *args: Any, update: Update | None = None) -> tuple[Tensor, ...]:
-        """Calls the fused function. Returns all its results, or only y if an op for inference serves.
-
-        Args:
-            args: the tensors and options of the function.
-            update: called once with the small results, to update running statistics. Only for ops without ``infer``.
-        """
-        if update is not None:
-            return self._call_and_update(args, update)
+    def __call__(self, *args: Any) -> tuple[Tensor, ...]:
+        """Calls the fused function. Returns all its results, or only y if an op for inference serves."""
         if recorded(args):
             return record(self.function, *args)
         # Under Dynamo the forward op serves: Inductor drops the results that are not used.
-        if self.infer is not None and args[0].is_cpu and not torch.compiler.is_compiling():
+        if self.infer is not None and args[0].is_cpu and not _compiling():
             return (_call_op(self.infer, args),)
         return self.function.forward(*args)
 
-    def _call_and_update(self, args: tuple[Any, ...], update: Update) -> tuple[Tensor, ...]:
+    def call_and_update(self, update: Update, *args: Any) -> tuple[Tensor, ...]:
+        """Calls the fused function, and ``update`` once with its small results. Only for ops without ``infer``."""
         if recorded(args) and not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active():
             return record(updating(self.function), *args, update)
         results = self(*args)
@@ -76,9 +74,9 @@ class FusedOp:
 
 def recorded(arguments: Iterable[Any]) -> bool:
     """True if autograd would record a function of these arguments."""
-    if not torch.is_grad_enabled():
+    if not _recording():
         return False
-    if torch.compiler.is_compiling():
+    if _compiling():
         return any(isinstance(a, Tensor) and a.requires_grad for a in arguments)
     return _any_requires_grad(*arguments)
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 from weakref import WeakKeyDictionary
 
 import torch
@@ -23,9 +23,15 @@ from torch import Tensor, nn
 from torch.nn.modules import module as _module
 from torch.nn.utils import parametrize
 
-_logger = logging.getLogger("visattn_fast")
+try:
+    from ._layers import untouched as _native
+except ImportError:  # not built, or PyPy
+    _native = None
 
-PLAIN = frozenset({Tensor, nn.Parameter})  # exact types of parameters
+_logger = logging.getLogger("visattn_fast")
+_compiling = torch.compiler.is_compiling  # looked up once: a look-up at each call costs time
+
+PLAIN = (nn.Parameter, Tensor)  # exact types of parameters
 _GLOBAL_HOOKS = (
     _module._global_forward_hooks,
     _module._global_forward_pre_hooks,
@@ -34,6 +40,7 @@ _GLOBAL_HOOKS = (
 )
 
 Settings = Mapping[str, Any]  # a layer's __dict__
+Check: TypeAlias = "Callable[[Settings], bool] | Fit"
 
 # Called with each module that calls its layers, and the reason, by `explain`.
 listeners: list[Callable[[nn.Module, str], None]] = []
@@ -53,7 +60,7 @@ class Layer(NamedTuple):
     """
 
     kinds: frozenset[type]
-    fits: Callable[[Settings], bool] | None = None
+    fits: Check | None = None
     words: str = ""
     children: int | None = 0
     noun: str = ""
@@ -65,8 +72,8 @@ class _Step(NamedTuple):
 
     parent: int
     key: str
-    kinds: frozenset[type]
-    fits: Callable[[Settings], bool] | None
+    kinds: tuple[type, ...]
+    fits: Check | None
     children: int | None
     name: str
 
@@ -81,17 +88,15 @@ class Layers(tuple[_Step, ...]):
     """
 
     expected: Mapping[str, Layer]
-    fits: Callable[[Settings], bool] | None
+    fits: Check | None
     words: str
 
-    def __new__(
-        cls, expected: Mapping[str, Layer], fits: Callable[[Settings], bool] | None = None, words: str = ""
-    ) -> Layers:
+    def __new__(cls, expected: Mapping[str, Layer], fits: Check | None = None, words: str = "") -> Layers:
         order = ["", *expected]
         steps = []
         for name, layer in expected.items():
             outer, _, key = name.rpartition(".")
-            steps.append(_Step(order.index(outer), key, layer.kinds, layer.fits, layer.children, name))
+            steps.append(_Step(order.index(outer), key, tuple(layer.kinds), layer.fits, layer.children, name))
         layers = super().__new__(cls, steps)
         layers.expected = dict(expected)
         layers.fits, layers.words = fits, words
@@ -114,7 +119,7 @@ def _change_something(hooks: Mapping[int, Any]) -> bool:
     return not all(getattr(hook, "observes_input", False) for hook in hooks.values())
 
 
-def layer(*kinds: type, fits: Callable[[Settings], bool] | None = None, words: str = "") -> Layer:
+def layer(*kinds: type, fits: Check | None = None, words: str = "") -> Layer:
     """Returns a `Layer` without children."""
     return Layer(frozenset(kinds), fits, words)
 
@@ -129,55 +134,71 @@ def _has(name: str, d: Settings) -> bool:
     return d["_parameters"].get(name) is not None or d.get(name) is not None
 
 
-def _has_bias(d: Settings) -> bool:
-    return _has("bias", d)
+class _Fit(NamedTuple):
+    names: tuple[str, ...] = ()
+    allowed: Mapping[Any, tuple[Any, ...]] = {}
+    parameters: tuple[tuple[str, bool], ...] = ()
 
 
-def has_no_bias(d: Settings) -> bool:
-    """True if a layer adds nothing to its products."""
-    return not _has("bias", d)
+class Fit(_Fit):
+    """Demands settings of a layer, as data, which the native check reads.
+
+    Attributes:
+        names: settings; ``allowed`` maps the value of the first to those of the others.
+        allowed: first value -> the others.
+        parameters: name -> whether the layer must have this parameter, as pairs.
+    """
+
+    __slots__ = ()
+
+    def __call__(self, d: Settings) -> bool:
+        """True if the layer, of which ``d`` is the ``__dict__``, has these settings and parameters."""
+        if self.names:
+            first, *others = self.names
+            if self.allowed.get(d[first]) != tuple([d[name] for name in others]):
+                return False
+        return all(_has(name, d) is there for name, there in self.parameters)
 
 
-def _is_affine(d: Settings) -> bool:
-    return _has("weight", d) and _has("bias", d)
+_CONVOLUTION = ("kernel_size", "padding", "stride", "dilation", "groups", "padding_mode")
+_1X1 = {(1, 1): ((1, 1), (0, 0), 1)}
 
 
-def is_pointwise(d: Settings) -> bool:
-    """True if a convolution is a matrix product over channels."""
-    return (d["kernel_size"], d["stride"], d["padding"], d["groups"]) == ((1, 1), (1, 1), (0, 0), 1)
+def _of_same_size(padding_mode: str) -> dict[Any, tuple[Any, ...]]:
+    """Odd kernel, the same along all axes -> the other settings of a convolution that keeps the size of its input."""
+    return {
+        (k,) * axes: ((k // 2,) * axes, (1,) * axes, (1,) * axes, 1, padding_mode)
+        for k in range(1, 64, 2)
+        for axes in (1, 2)
+    }
 
 
-def keeps_size(d: Settings) -> bool:
-    """True if a convolution has an odd kernel, the same along all axes, and zero-pads to the size of its input."""
-    settings = d["padding"], d["stride"], d["dilation"], d["groups"], d["padding_mode"]
-    return settings == _SAME_SIZE.get(d["kernel_size"])
-
-
-# Kernel size -> the settings that `keeps_size` demands.
-_SAME_SIZE = {
-    (k,) * axes: ((k // 2,) * axes, (1,) * axes, (1,) * axes, 1, "zeros") for k in range(1, 64, 2) for axes in (1, 2)
-}
-
+_WITH_BIAS, _WITHOUT_BIAS = (("bias", True),), (("bias", False),)
+is_pointwise = Fit(("kernel_size", "stride", "padding", "groups"), _1X1)
+keeps_size = Fit(_CONVOLUTION, _of_same_size("zeros"))
+replicates = Fit(_CONVOLUTION, _of_same_size("replicate"))
 
 RELU, SIGMOID = layer(nn.ReLU), layer(nn.Sigmoid)
-MEAN = layer(nn.AdaptiveAvgPool2d, fits=lambda d: d["output_size"] in (1, (1, 1)), words="the mean of the map")
+MEAN = layer(nn.AdaptiveAvgPool2d, fits=Fit(("output_size",), {1: (), (1, 1): ()}), words="the mean of the map")
 LINEAR = layer(nn.Linear)
-LINEAR_WITH_BIAS = layer(nn.Linear, fits=_has_bias, words="with a bias")
-LINEAR_WITHOUT_BIAS = layer(nn.Linear, fits=has_no_bias, words="without a bias")
+LINEAR_WITH_BIAS = layer(nn.Linear, fits=Fit(parameters=_WITH_BIAS), words="with a bias")
+LINEAR_WITHOUT_BIAS = layer(nn.Linear, fits=Fit(parameters=_WITHOUT_BIAS), words="without a bias")
 POINTWISE = layer(nn.Conv2d, fits=is_pointwise, words="1x1, with stride 1, no padding and one group")
 POINTWISE_WITH_BIAS = layer(
-    nn.Conv2d, fits=lambda d: is_pointwise(d) and _has_bias(d), words="1x1, with one group and a bias"
+    nn.Conv2d, fits=is_pointwise._replace(parameters=_WITH_BIAS), words="1x1, with one group and a bias"
 )
 POINTWISE_WITHOUT_BIAS = layer(
-    nn.Conv2d, fits=lambda d: is_pointwise(d) and has_no_bias(d), words="1x1, with one group and without a bias"
+    nn.Conv2d, fits=is_pointwise._replace(parameters=_WITHOUT_BIAS), words="1x1, with one group and without a bias"
 )
 SAME_SIZE = layer(nn.Conv2d, fits=keeps_size, words="zero-padded to the size of its input, with stride and dilation 1")
 SAME_SIZE_WITHOUT_BIAS = layer(
-    nn.Conv2d, fits=lambda d: keeps_size(d) and has_no_bias(d), words=f"{SAME_SIZE.words}, without a bias"
+    nn.Conv2d, fits=keeps_size._replace(parameters=_WITHOUT_BIAS), words=f"{SAME_SIZE.words}, without a bias"
 )
+SAME_SIZE_1D_WITHOUT_BIAS = SAME_SIZE_WITHOUT_BIAS._replace(kinds=frozenset({nn.Conv1d}))
+REPLICATE = layer(nn.Conv2d, fits=replicates, words="padded by replication to the size of its input")
 ABSENT = layer(type(None))
 BATCH_NORM = layer(nn.BatchNorm2d)
-AFFINE_BATCH_NORM = layer(nn.BatchNorm2d, fits=_is_affine, words="affine")
+AFFINE_BATCH_NORM = layer(nn.BatchNorm2d, fits=Fit(parameters=(("weight", True), ("bias", True))), words="affine")
 
 
 def as_built(module: nn.Module, x: Any, layers: Layers) -> bool:
@@ -192,7 +213,11 @@ def as_built(module: nn.Module, x: Any, layers: Layers) -> bool:
     """
     if not isinstance(x, Tensor):
         return False
-    if _is_untouched(module.__dict__, layers):
+    d = module.__dict__
+    if _native is not None and not _compiling():
+        if _native(d, layers, layers.fits, PLAIN, _GLOBAL_HOOKS):
+            return True
+    elif _is_untouched(d, layers):
         return True
     reason = why_not(module, layers)
     if reason and not torch.compiler.is_compiling():
@@ -202,21 +227,28 @@ def as_built(module: nn.Module, x: Any, layers: Layers) -> bool:
 
 def has_plain_layers(module: nn.Module, x: Any, layers: Layers) -> bool:
     """True if x is a tensor, and checks may read the weights: the layers are as built and have no parametrization."""
-    return isinstance(x, Tensor) and _is_untouched(module.__dict__, layers)
+    return isinstance(x, Tensor) and is_untouched(module.__dict__, layers)
 
 
 def are_plain(modules: Mapping[str, Any], layers: Layers) -> bool:
     """Answers `as_built` for layers by name, instead of a module that has them. Tells nobody."""
-    return _is_untouched({"_parameters": {}, "_modules": modules}, layers) or not _why_not(modules, layers)
+    return is_untouched({"_parameters": {}, "_modules": modules}, layers) or not _why_not(modules, layers)
 
 
-def _is_untouched(d: Settings, layers: Layers) -> bool:
+def is_untouched(d: dict[str, Any], layers: Layers) -> bool:
     """The fast form of `why_not`, for a module without parametrizations: on small maps each microsecond shows.
 
     Args:
         d: the ``__dict__`` of the module.
         layers: what the module assumes.
     """
+    if _native is not None and not _compiling():
+        return bool(_native(d, layers, layers.fits, PLAIN, _GLOBAL_HOOKS)) or _is_untouched(d, layers)
+    return _is_untouched(d, layers)
+
+
+def _is_untouched(d: Settings, layers: Layers) -> bool:
+    """`is_untouched` in Python, which torch.compile traces."""
     if any(_GLOBAL_HOOKS) or (layers.fits and not layers.fits(d)):
         return False
     own = d["_parameters"]

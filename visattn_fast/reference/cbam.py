@@ -211,7 +211,9 @@ class CBAM(nn.Module):
 
     def weights(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """``(w1, w2, wconv, bias)``, as `cbam` takes them."""
-        return *child(self, "channelattention").weights(), *child(self, "spatialattention").weights()
+        channel, spatial = child(self, "channelattention"), child(self, "spatialattention")
+        w1, w2 = parameter(child(channel, "fc1"), "weight"), parameter(child(channel, "fc2"), "weight")
+        return w1, w2, *weight_and_bias(child(spatial, "conv1"))
 
     def forward(self, x: Tensor) -> Tensor:
         """Applies the attention: ``[N, C, H, W]`` -> ``[N, C, H, W]``."""

@@ -129,10 +129,14 @@ def check_bottleneck(
         raise ValueError(f"{names[0]} must have shape [R, C] with R >= 1, got {list(shape)}")
     hidden, channels = shape[0], shape[1]
     check_feature_map(x, channels)
-    device = x.device
-    _check_fit(names[0], w1, shape, (hidden, channels), device)
     check_floating(names[2], w2)
-    _check_fit(names[2], w2, w2.shape, (channels, hidden), device)
+    device = x.device
+    # On small maps each call costs time: only what does not fit is looked at again.
+    here = x.is_cpu and w1.is_cpu and w2.is_cpu
+    if len(shape) > 2 or not (here or w1.device == device):
+        _check_fit(names[0], w1, shape, (hidden, channels), device)
+    if w2.shape != (channels, hidden) or not (here or w2.device == device):
+        _check_fit(names[2], w2, w2.shape, (channels, hidden), device)
     if b1 is not None:
         check_weight(names[1], b1, (hidden,), x)
     if b2 is not None:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .as_built import Layers, Settings, has_no_bias, has_plain_layers, keeps_size, layer
+from .as_built import SAME_SIZE_1D_WITHOUT_BIAS, Layers, has_plain_layers
 from .checks import check_channel_kernel, check_feature_map, check_odd, check_positive
 from .parameter_access import child, parameter
 
@@ -46,10 +46,6 @@ def eca_kernel_size(channels: int, gamma: int = 2, b: int = 1) -> int:
     return size if size % 2 else size + 1
 
 
-def _is_eca(d: Settings) -> bool:
-    return keeps_size(d) and has_no_bias(d)
-
-
 class ECA(nn.Module):
     """Efficient channel attention (Wang et al., "ECA-Net", CVPR 2020).
 
@@ -67,9 +63,7 @@ class ECA(nn.Module):
     ``state_dict``: ``conv.weight`` ``[1, 1, k]``.
     """
 
-    LAYERS = Layers(
-        {"conv": layer(nn.Conv1d, fits=_is_eca, words="zero-padded to the size of its input, without a bias")}
-    )
+    LAYERS = Layers({"conv": SAME_SIZE_1D_WITHOUT_BIAS})
 
     def __init__(self, channels: int, gamma: int = 2, b: int = 1, kernel_size: int | None = None) -> None:
         super().__init__()

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .as_built import AFFINE_BATCH_NORM, LINEAR, Layers, Settings, has_plain_layers, layer, why_not_layer
+from .as_built import AFFINE_BATCH_NORM, LINEAR, REPLICATE, Layers, has_plain_layers, why_not_layer
 from .batch_norm import batch_norm_step, look
 from .checks import (
     ACTIVATIONS,
@@ -92,15 +92,6 @@ def norm_gate(
     """
     check_norm_gate(x, m, weight, bias, running_mean, running_var, training, eps)
     return x * torch.sigmoid(F.batch_norm(m, running_mean, running_var, weight, bias, training, momentum, eps))
-
-
-def _is_replicate(d: Settings) -> bool:
-    size, ones = d["kernel_size"], (1, 1)
-    kept = size[0] % 2 == size[1] % 2 == 1 and d["padding"] == (size[0] // 2, size[1] // 2)
-    return kept and d["padding_mode"] == "replicate" and d["stride"] == d["dilation"] == ones and d["groups"] == 1
-
-
-REPLICATE = layer(nn.Conv2d, fits=_is_replicate, words="padded by replication to the size of its input")
 
 
 def _convolution(conv: nn.Conv2d, x: Tensor) -> Tensor:
