@@ -16,8 +16,12 @@ from importlib.util import find_spec
 from types import SimpleNamespace
 
 from setuptools import Extension, setup
-from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+
+try:
+    from setuptools.command.bdist_wheel import bdist_wheel
+except ImportError:
+    raise SystemExit("visattn_fast is built with setuptools >= 77: pip install --upgrade setuptools") from None
 
 TOOLCHAIN = SimpleNamespace(**runpy.run_path(os.path.join(os.path.dirname(__file__), "csrc", "toolchain.py")))
 CHOICE = os.environ.get("VISATTN_BUILD_EXT", "")

@@ -58,6 +58,11 @@ class Entry:
     partial_gradients: tuple[str, ...] = ()
     inference: bool = False
 
+    @property
+    def main(self) -> bool:
+        """True unless the entry is the eval mode of a module that has another entry."""
+        return not self.name.endswith("_eval")
+
     def pair(self, channels: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> tuple[nn.Module, nn.Module]:
         """Makes a fast and a reference module with equal parameters, drawn from ``seed``.
 

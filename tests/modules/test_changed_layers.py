@@ -14,7 +14,7 @@ from changes import CHANGES, assert_same_in_every_mode
 from visattn_fast import catalogue
 from visattn_fast.reference import as_built
 
-ENTRIES = {name: e for name, e in catalogue.ENTRIES.items() if e.training and list(e.pair(32)[1].children())}
+ENTRIES = {name: e for name, e in catalogue.ENTRIES.items() if e.main and list(e.pair(32)[1].children())}
 
 
 @pytest.mark.parametrize("how", ["fused", "before", "after"])

@@ -72,7 +72,7 @@ MODULES: dict[str, Callable[[], nn.Module]] = {
     "ultralytics ChannelAttention": lambda: ultralytics("ChannelAttention", C),
     "ultralytics SpatialAttention": lambda: ultralytics("SpatialAttention", 3),
     "smp SCSEModule": lambda: library("segmentation_models_pytorch.base.modules").SCSEModule(C),
-    **{name: lambda e=e: e.reference(**e.arguments(C)) for name, e in ENTRIES.items() if e.training},
+    **{name: lambda e=e: e.reference(**e.arguments(C)) for name, e in ENTRIES.items() if e.main},
 }
 
 

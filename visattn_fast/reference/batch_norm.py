@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -33,15 +32,7 @@ def batch_norm_step(bn: nn.modules.batchnorm._BatchNorm) -> tuple[bool, float]:
     Returns:
         True if it takes the batch's statistics, else False; and the momentum of the running statistics. Without a
         momentum in ``bn`` their average is cumulative; without a count of batches too, they stay as they are.
-
-    Raises:
-        RuntimeError: ``bn`` would take the statistics of several processes, as SyncBatchNorm does.
     """
-    if isinstance(bn, nn.SyncBatchNorm) and bn.training and _several_processes():
-        raise RuntimeError(
-            "SyncBatchNorm: this module computes its batch norm itself, from the batch of its own process; "
-            "leave it out of convert_sync_batchnorm, or put its batch norm in eval mode"
-        )
     if not (bn.training and bn.track_running_stats):
         return bn.training or bn.running_mean is None, 0.0
     count = bn.num_batches_tracked
@@ -50,10 +41,6 @@ def batch_norm_step(bn: nn.modules.batchnorm._BatchNorm) -> tuple[bool, float]:
     if bn.momentum is not None:
         return True, bn.momentum
     return True, 0.0 if count is None else 1.0 / float(count)
-
-
-def _several_processes() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 @torch.no_grad()

@@ -45,7 +45,7 @@ CONTENDERS = {
 DEFAULT_CONTENDERS = tuple(name for name, contender in CONTENDERS.items() if not contender.asked)
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 QUICK_MODULES = ("se", "eca", "cbam")
-MODULES = tuple(name for name, entry in ENTRIES.items() if entry.training)
+MODULES = tuple(name for name, entry in ENTRIES.items() if entry.main)
 Shape = tuple[int, int, int, int]
 
 
