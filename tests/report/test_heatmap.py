@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,14 @@ from visattn_fast.models.rotation import rotated_crops  # noqa: E402
 from visattn_fast.report import heatmap, overlays  # noqa: E402
 
 PHOTOGRAPH = Path(__file__).parents[2] / "examples" / "china.jpg"
+
+
+@pytest.fixture(autouse=True)
+def own_open_of_pillow(monkeypatch):
+    """Ultralytics, which other tests import, replaces it: findings/ultralytics_replaces_image_open.sh."""
+    patches = sys.modules.get("ultralytics.utils.patches")
+    if patches is not None:
+        monkeypatch.setattr(image_module, "open", patches._image_open)
 
 
 def heatmap_of(path: Path, *options: str) -> int:
