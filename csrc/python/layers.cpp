@@ -1,6 +1,5 @@
-// The native form of `_is_untouched` in visattn_fast/reference/as_built.py, for every Python from 3.10 on. It says yes
-// only where the Python form does; where it says no, the Python form decides. In Python, the question takes a fifth of a
-// gate's call on a small map.
+// The native form of `_is_untouched` in visattn_fast/reference/as_built.py, for every Python from 3.10 on: on small maps
+// the time of the question shows. It says yes only where the Python form does. Where it says no, Python decides.
 #define Py_LIMITED_API 0x030A0000
 #include <Python.h>
 

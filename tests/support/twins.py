@@ -16,7 +16,6 @@ from cases import feature_map
 from outside import library, ultralytics_modules
 from visattn_fast import catalogue
 
-MATRICES = (nn.Linear, nn.Conv1d, nn.Conv2d)
 _GATES_ALONE = ("channel_attention", "spatial_attention")  # they return no map; CBAM holds both
 
 

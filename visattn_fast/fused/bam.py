@@ -13,9 +13,10 @@ from ..backends import decide
 from ..ops.autograd import call_function
 from ..ops.bam import BAM, Branches, JointScale
 from ..reference.bam import COMBINE
-from ..reference.checks import ACTIVATIONS, check_choice, check_feature_map
+from ..reference.checks import check_choice, check_feature_map
 from ..reference.custom_gates import checked
 from .calls import call_layers
+from .gates import last_pass
 from .serve import check_epilogue
 
 __all__ = ["FastBAM", "bam"]
@@ -65,10 +66,7 @@ def bam(
     of_channel = checked(channel(mean.to(x.dtype)[:, :, None, None]), (n, c, 1, 1), "channel").flatten(1)
     of_pixel = checked(spatial(again), (n, 1, h, w), "spatial")[:, 0]
     tensors = (x, of_channel.to(mean.dtype), of_pixel.to(mean.dtype))
-    if residual is None or residual.dtype == x.dtype:
-        return call_function(JointScale, *tensors, residual, *carriers, code, added)[0]
-    y = call_function(JointScale, *tensors, None, *carriers, 0, added)[0]  # the sum is wider than the op's result
-    return reference.epilogue(y, residual, ACTIVATIONS[code])
+    return last_pass(JointScale, tensors, residual, carriers, code, added)
 
 
 class FastBAM(reference.BAM):

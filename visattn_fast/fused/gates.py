@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,7 +57,7 @@ def gate_channels(
         return reference.epilogue(reference.gate_channels(x, gate).to(x.dtype), residual, activation)
     mean, *carriers = call_function(Mean, x, 0)
     found = checked(gate(mean.to(x.dtype)[:, :, None, None]), (*x.shape[:2], 1, 1), "gate")
-    return _scaled(ChannelScale, (x, found.flatten(1).to(mean.dtype)), residual, carriers, code)
+    return last_pass(ChannelScale, (x, found.flatten(1).to(mean.dtype)), residual, carriers, code)
 
 
 def gate_twice(
@@ -111,7 +112,7 @@ def gate_twice(
         gate = checked(channel(mean, maximum), (n, c, 1, 1), "channel").flatten(1).to(pooled.dtype)
     maps, _ = call_function(PoolChannels, x, gate, *for_maps, share_ties)
     pixel = checked(spatial(maps.to(x.dtype)), (n, 1, h, w), "spatial").flatten(0, 1).to(pooled.dtype)
-    return _scaled(ChannelSpatialScale, (x, gate, pixel), residual, (for_grad, for_channel, for_pixel), code)
+    return last_pass(ChannelSpatialScale, (x, gate, pixel), residual, (for_grad, for_channel, for_pixel), code)
 
 
 def conv_maps(maps: Tensor, wconv: Tensor) -> Tensor:
@@ -137,11 +138,19 @@ def conv_maps(maps: Tensor, wconv: Tensor) -> Tensor:
     return MAP_CONV(wide, wconv)[0].to(maps.dtype)
 
 
-def _scaled(
-    function: type, tensors: tuple[Tensor, ...], residual: Tensor | None, carriers: Sequence[Tensor], code: int
+def last_pass(
+    function: type,
+    tensors: tuple[Tensor, ...],
+    residual: Tensor | None,
+    carriers: Sequence[Tensor],
+    code: int,
+    *options: Any,
 ) -> Tensor:
-    """The last pass: one op, unless the residual has another dtype; the op would round the sum to x's dtype."""
+    """Scales x and applies the epilogue: one op, unless the residual has another dtype.
+
+    The op would round the sum to x's dtype.
+    """
     if residual is not None and residual.dtype != tensors[0].dtype:
-        y = call_function(function, *tensors, None, *carriers, 0)[0]
+        y = call_function(function, *tensors, None, *carriers, 0, *options)[0]
         return reference.epilogue(y, residual, ACTIVATIONS[code])
-    return call_function(function, *tensors, residual, *carriers, code)[0]
+    return call_function(function, *tensors, residual, *carriers, code, *options)[0]

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from segmentation_models_pytorch.base.modules import SCSEModule
-from torch import Tensor, nn
+from torch import Tensor
 
-from .. import functional
-from ..reference.as_built import MEAN, POINTWISE, RELU, SIGMOID, Layers, container
+from .. import functional, reference
 from ..reference.parameter_access import weight_and_bias
 from .looking import layers_as_gates
 from .recipe import Recipe
@@ -17,19 +16,7 @@ from .tiers import may_fuse
 class FastSCSEModule(SCSEModule):
     """segmentation-models-pytorch's SCSEModule, fused."""
 
-    LAYERS = Layers(
-        {
-            "cSE": container(nn.Sequential, 5),
-            "cSE.0": MEAN,
-            "cSE.1": POINTWISE,
-            "cSE.2": RELU,
-            "cSE.3": POINTWISE,
-            "cSE.4": SIGMOID,
-            "sSE": container(nn.Sequential, 2),
-            "sSE.0": POINTWISE,
-            "sSE.1": SIGMOID,
-        }
-    )
+    LAYERS = reference.scSE.LAYERS  # its layers have the same names
 
     def forward(self, x: Tensor) -> Tensor:
         if not may_fuse(self, x, self.LAYERS):
