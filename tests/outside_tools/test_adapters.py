@@ -10,8 +10,9 @@ from torch import nn
 
 import visattn_fast as vf
 from cases import RecordedOps
+from changes import MATRICES
 from outside import library
-from twins import MATRICES, TWINS, images, inner_layers, training_step, twins
+from twins import TWINS, images, inner_layers, training_step, twins
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -11,8 +11,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import visattn_fast as vf
+from changes import MATRICES
 from outside import library
-from twins import MATRICES, TWINS, images, inner_layers, training_step, twins
+from twins import TWINS, images, inner_layers, training_step, twins
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 import visattn_fast as vf
+from changes import MATRICES
 from outside import library
-from twins import MATRICES, TWINS, images, inner_layers, training_step, twins
+from twins import TWINS, images, inner_layers, training_step, twins
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 WITH_LINEAR = ("se", "bam", "gam", "window_attention", "split_attention", "self_attention", "timm_swin")
