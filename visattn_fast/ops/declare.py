@@ -59,7 +59,7 @@ def gate_op(
     empty_if_absent: Sequence[str] = (),
     backward_options: str | None = None,
     derived: Mapping[str, Callable[[Arguments], Any]] | None = None,
-    result: Shape = "like x",
+    result: str = "like x",
     epilogue: bool = True,
     infer: bool = False,
     normed: bool = False,
