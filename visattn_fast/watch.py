@@ -10,11 +10,9 @@ from __future__ import annotations
 
 import inspect
 import logging
-import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
@@ -23,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .integrations.accelerate import look_at
+from .integrations.traceless import eager, same_randomness
 from .reference.as_built import observer
 
 _logger = logging.getLogger(__name__)
@@ -225,7 +224,7 @@ def _run(
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     looking = _looking.set(True)
     try:
-        with torch.no_grad(), _eager(), _same_randomness(model):
+        with torch.no_grad(), eager(), same_randomness((*model.parameters(), *model.buffers())):
             torch.func.functional_call(model, buffers, args, kwargs)
     finally:
         _looking.reset(looking)
@@ -303,16 +302,3 @@ def _unwrapped(model: nn.Module) -> nn.Module:
 def _is_compiled(module: nn.Module) -> bool:
     """True if ``module`` is a result of ``torch.compile``."""
     return "_orig_mod" in module._modules
-
-
-def _eager() -> AbstractContextManager[object]:
-    """Makes compiled modules run eagerly, with their hooks. Does nothing unless Dynamo is imported."""
-    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
-
-
-def _same_randomness(model: nn.Module) -> AbstractContextManager[None]:
-    """Restores the random generators of the CPU and of the model's devices on exit."""
-    devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
-    accelerators = [device for device in devices if device.type in ("cuda", "xpu")]
-    kind = accelerators[0].type if accelerators else "cuda"
-    return torch.random.fork_rng(accelerators, device_type=kind)
