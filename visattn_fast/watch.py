@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from . import replicas
 from .integrations.accelerate import look_at
 from .integrations.traceless import eager, same_randomness
 from .reference.as_built import observer
@@ -117,10 +118,11 @@ def watch_gates(
 ) -> GateWatch:
     """Passes the statistics of every gate of ``model`` to ``log``, in every ``every``-th training step from the first.
 
-    A training step is a call of ``model`` in training mode. Results, gradients, buffers and random generators stay
-    the same. DistributedDataParallel may wrap the model before or after this call; torch.compile only before. Hooks
-    inside a compiled graph do nothing, so the watch of a ``torch.compile(model)`` runs the model once more in each step
-    that it reports, eagerly and without gradients. A model compiled later is not watched.
+    A training step is a call of ``model`` in training mode. One that raises does not count. Results, gradients, buffers
+    and random generators stay the same. DistributedDataParallel and DataParallel may wrap the model before or after
+    this call; of DataParallel's replicas the first is watched. torch.compile may wrap it only before. Hooks inside a
+    compiled graph do nothing, so the watch of a ``torch.compile(model)`` runs the model once more in each step that it
+    reports, eagerly and without gradients. A model compiled later is not watched.
 
     Args:
         model: any module, as in `attention_maps`.
@@ -158,7 +160,8 @@ class GateWatch:
     def __init__(self, log: Callable[[GateStatistics], object], every: int) -> None:
         self._log, self._every = log, every
         self._compiled = False
-        self._step = -1
+        self._step = -1  # the last training step that returned
+        self._running = False  # True from the beginning of a training step to its end
         self._found: Found | None = None  # gates of the current step; None if it is not reported
         self._handles: list[RemovableHandle] = []
 
@@ -183,24 +186,33 @@ class GateWatch:
         self._handles.append(model.register_forward_pre_hook(self._begin, with_kwargs=True))
         self._handles.append(model.register_forward_hook(self._end))
 
+    def _is_blind(self) -> bool:
+        """True in compiled code, in a run that only looks at gates, and in all replicas but the first."""
+        return torch.compiler.is_compiling() or _looking.get() or replicas.place() > 0
+
     def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if torch.compiler.is_compiling() or _looking.get() or not (model.training and self._handles):
+        if self._is_blind():
             return
-        self._step += 1
-        self._found = [] if self._step % self._every == 0 else None
-        if self._compiled and self._found is not None:
+        self._found = None  # of a step that raised
+        self._running = bool(model.training and self._handles)
+        if not self._running or (self._step + 1) % self._every:
+            return
+        self._found = []
+        if self._compiled:
             self._found = _run(_unwrapped(model), args, kwargs, _summary)
 
     def _look(self, name: str, gate: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if not (torch.compiler.is_compiling() or _looking.get() or self._found is None):
+        if not self._is_blind() and self._found is not None:
             with torch.no_grad():
                 self._found.append((name, {k: _summary(g) for k, g in _gates_of(gate, args, kwargs).items()}))
 
     def _end(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if torch.compiler.is_compiling() or _looking.get() or self._found is None:
+        if self._is_blind() or not self._running:
             return
+        self._running = False
+        self._step += 1
         found, self._found = self._found, None
-        for name, kind, summary in _named(found):
+        for name, kind, summary in _named(found or []):
             self._log(GateStatistics(self._step, name, kind, *summary.tolist()))
 
 

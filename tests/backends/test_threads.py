@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import _thread
-import contextlib
 import contextvars
 import threading
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from torch import nn
 from torch.nn.parallel.parallel_apply import parallel_apply
 
 import visattn_fast as vf
+from replicas import stand_in_accelerator
 from visattn_fast.backends import decide, preference, reference_asked
 from visattn_fast.ops.se import SE
 
@@ -86,22 +86,9 @@ def test_contexts_that_end_in_any_order_leave_no_choice():
     assert preference() == "auto"
 
 
-@pytest.fixture
-def accelerator(monkeypatch):
-    """Lets `parallel_apply` run on CPUs: its threads are the same."""
-    fakes = {
-        "current_stream": lambda device: contextlib.nullcontext(),
-        "device_index": lambda device: contextlib.nullcontext(),
-        "is_available": lambda: True,
-        "current_accelerator": lambda: torch.device("cpu"),
-    }
-    for name, fake in fakes.items():
-        monkeypatch.setattr(torch.accelerator, name, fake)
-
-
-@pytest.mark.usefixtures("accelerator")
-def test_replicas_of_data_parallel_follow_their_caller():
+def test_replicas_of_data_parallel_follow_their_caller(monkeypatch):
     """While another thread has a choice of its own."""
+    stand_in_accelerator(monkeypatch)
 
     def call() -> list[str]:
         return parallel_apply([Seen(), Seen(), Seen()], [([],)] * 3, devices=[0, 1, 2])

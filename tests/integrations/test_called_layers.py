@@ -17,6 +17,7 @@ from alterations import ALTERATIONS
 from blocks import GATED, inputs
 from cases import RecordedOps, run
 from known_modules import C, spread_statistics
+from replicas import replica
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -157,16 +158,6 @@ def test_hooks_see_what_the_library_shows_them(name):
         module(x)
     for layer in hooked:
         torch.testing.assert_close(seen["fast", layer], seen["plain", layer], rtol=1e-10, atol=1e-10)
-
-
-def replica(module: nn.Module) -> nn.Module:
-    """Returns what DataParallel makes of a module for another device: parameters are tensors in the instances."""
-    twin = module._replicate_for_data_parallel()
-    for name, child in module._modules.items():
-        twin._modules[name] = None if child is None else replica(child)
-    for name, parameter in module._parameters.items():
-        setattr(twin, name, None if parameter is None else parameter * 1)
-    return twin
 
 
 @pytest.mark.parametrize("name", GATED)
