@@ -23,6 +23,7 @@ from torch.utils.hooks import RemovableHandle
 from . import replicas
 from .integrations.accelerate import look_at
 from .integrations.traceless import eager, same_randomness
+from .ops.autograd import in_autocast
 from .reference.as_built import observer
 
 _logger = logging.getLogger(__name__)
@@ -298,7 +299,7 @@ def _gates_of(gate: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     weight = next(gate.parameters(), None)
     for name, value in inputs.items():
         floating = isinstance(value, Tensor) and value.is_floating_point()
-        if weight is not None and floating and not torch.is_autocast_enabled(value.device.type):
+        if weight is not None and floating and not in_autocast(value):
             inputs[name] = value.to(weight.dtype)
     look = look_at(gate)
     gates: dict[str, Tensor] = look(gate, *inputs.values()) if look else gate.attention(**inputs)  # type: ignore[operator]
