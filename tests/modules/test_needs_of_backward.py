@@ -47,6 +47,7 @@ EPILOGUES: dict[str, Callable[[], Callable[..., torch.Tensor]]] = {
 }
 
 
+@pytest.mark.interpreted
 @layouts
 @pytest.mark.parametrize("name", EPILOGUES)
 def test_residual_without_activation_is_not_kept(name, layout):
@@ -117,6 +118,7 @@ INPUT_GRADIENTS = {
 }
 
 
+@pytest.mark.interpreted
 @pytest.mark.parametrize("activation", [None, "relu"])
 @pytest.mark.parametrize("name", INPUT_GRADIENTS)
 def test_frozen_input_costs_no_pass(name, activation):
@@ -134,6 +136,7 @@ def test_frozen_input_costs_no_pass(name, activation):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.interpreted
 def test_frozen_branches_cost_no_pass():
     """The same for selective kernels and split attention, whose maps are not the module's input."""
     sk, (v1, v2) = ENTRIES["sk"].pair(16, torch.float64)[0], (feature_map((2, 16, 5, 4), dtype=torch.float64),) * 2
