@@ -1,0 +1,201 @@
+"""Errors of every module against float64, beside eager PyTorch's: ``python -m tools.numerics``.
+
+Prints the tables of docs/guide/numerics.md. An error is the largest difference from the reference in float64, relative
+to the largest value of the tensor. ``--guard`` lists instead the tensors that the fused module gets more than twice as
+wrong as eager PyTorch does, and fails if there are any.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from visattn_fast.catalogue import ENTRIES, LAYOUTS, Entry, feature_map
+from visattn_fast.measure.accuracy import EAGER, Oracle
+
+Shape = tuple[int, int, int, int]
+
+UNITS = 4  # units in the last place by which either may be wrong by luck
+SHAPES: tuple[Shape, ...] = ((2, 64, 28, 28), (2, 64, 14, 14))  # a module takes the first that it supports
+TALL: Shape = (1, 1, 4096, 4104)  # more pixels than float32 has integers
+TALL_MODULES = ("eca", "channel_attention", "spatial_attention", "simam", "coord_att", "triplet_attention", "scse")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def _rank_one(x: Tensor) -> Tensor:
+    return x[:, :, :1, :1] * x[:, :1]
+
+
+def _ill_conditioned(x: Tensor) -> Tensor:
+    return x * torch.logspace(0, -3, x.shape[1], dtype=x.dtype)[:, None, None]
+
+
+# What becomes of a map drawn from a normal distribution in float64.
+INPUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "standard": lambda x: x,
+    "mean 100": lambda x: x + 100,
+    "mean 1000": lambda x: x + 1000,
+    "0.1": lambda x: torch.full_like(x, 0.1),
+    "rank 1": _rank_one,
+    "ill-conditioned": _ill_conditioned,
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A module of the catalogue and the map that it gets."""
+
+    entry: Entry
+    shape: Shape
+    layout: str
+    dtype: str
+    input: str = "standard"
+
+    def x(self) -> Tensor:
+        """Draws the map."""
+        x = INPUTS[self.input](feature_map(self.shape, "nchw", torch.float64))
+        return x.to(DTYPES[self.dtype]).contiguous(memory_format=LAYOUTS[self.layout])
+
+    def __str__(self) -> str:
+        return f"{self.entry.name} {'x'.join(map(str, self.shape))} {self.layout} {self.dtype} {self.input}"
+
+
+@dataclass(frozen=True)
+class Errors:
+    """The errors of a case's tensors by name: ``y``, ``dx``, and ``d`` before the name of a parameter."""
+
+    case: Case
+    fused: dict[str, float]
+    eager: dict[str, float]
+    compiled: dict[str, float]
+
+    def worse(self) -> list[str]:
+        """Returns a line for each tensor that the fused module gets wrong by more than `EAGER` times eager's error."""
+        ulp = torch.finfo(DTYPES[self.case.dtype]).eps
+        return [
+            f"{self.case} {name}: {error:.1e}, eager {self.eager[name]:.1e}"
+            for name, error in self.fused.items()
+            if not error <= EAGER * self.eager[name] + UNITS * ulp
+        ]
+
+
+def results(module: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """Returns y and all gradients, for a gradient of y drawn from a normal distribution."""
+    module = copy.deepcopy(module)
+    x = x.detach().requires_grad_()
+    y = module(x)
+    grad = feature_map(tuple(y.shape), "nchw", torch.float64, seed=1).to(x.dtype)
+    parameters = dict(module.named_parameters())
+    wanted = {"dx": x, **{f"d{name}": p for name, p in parameters.items()}}
+    found = torch.autograd.grad(y, list(wanted.values()), grad, allow_unused=True)
+    return {"y": y.detach(), **{n: d for n, d in zip(wanted, found, strict=True) if d is not None}}
+
+
+def measure(case: Case, with_compile: bool = False) -> Errors:
+    """Returns the errors of the fused module, of eager PyTorch, and on request of torch.compile."""
+    x, dtype = case.x(), DTYPES[case.dtype]
+    fast, plain = case.entry.pair(case.shape[1], dtype)
+    exact = results(copy.deepcopy(plain).double(), x.double())
+    found = {"fused": results(fast, x), "eager": results(plain, x)}
+    if with_compile:
+        torch.compiler.reset()
+        found["compiled"] = _compiled(plain, x)
+    errors = {who: _errors(Oracle(exact), run) for who, run in found.items()}
+    return Errors(case, errors["fused"], errors["eager"], errors.get("compiled", {}))
+
+
+def _errors(oracle: Oracle, run: dict[str, Tensor]) -> dict[str, float]:
+    """Returns the error of each tensor; infinity if it is not finite."""
+    finite = {name: t if t.isfinite().all() else torch.zeros_like(t) for name, t in run.items()}
+    return {name: e if finite[name] is run[name] else float("inf") for name, e in oracle.errors(finite).items()}
+
+
+def _compiled(plain: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    module = copy.deepcopy(plain)
+    module.forward = torch.compile(module.forward)  # type: ignore[method-assign]
+    return results(module, x)
+
+
+def cases(inputs: Sequence[str], only: Sequence[str] = (), shapes: Sequence[Shape] = SHAPES) -> Iterator[Case]:
+    """Yields a case for each input, module, layout and dtype, on the first shape that the module supports."""
+    for name in inputs:
+        for entry in ENTRIES.values():
+            shape = next((s for s in shapes if entry.supports(s)), None)
+            if shape is None or (only and entry.name not in only):
+                continue
+            for dtype in DTYPES:
+                for layout in LAYOUTS:
+                    yield Case(entry, shape, layout, dtype, name)
+
+
+class Section(NamedTuple):
+    """A table of the page."""
+
+    heading: str
+    cases: list[Case]
+
+
+def sections(only: Sequence[str] = ()) -> list[Section]:
+    """Returns the tables."""
+    tall = [e for e in TALL_MODULES if not only or e in only]
+    return [
+        Section("Standard input", list(cases(("standard",), only))),
+        Section("A mean of 100 and of 1,000 standard deviations", list(cases(("mean 100", "mean 1000"), only))),
+        Section("Covariances that are hard to invert", list(cases(("rank 1", "ill-conditioned"), only or ("soca",)))),
+        Section(
+            f"More than 2^24 pixels: {TALL[2]} x {TALL[3]}, one channel",
+            [Case(ENTRIES[e], TALL, "nchw", "fp32", name) for name in ("standard", "0.1") for e in tall],
+        ),
+    ]
+
+
+def table(found: Sequence[Errors]) -> str:
+    """Returns a table in Markdown: for y, dx and the worst parameter gradient, the errors of each contender."""
+    lines = [
+        "| module | input | dtype | layout | y | dx | parameters |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for e in found:
+        case = e.case
+        cells = [case.entry.name, case.input, case.dtype, case.layout]
+        lines.append(f"| {' | '.join([*cells, *_figures(e)])} |")
+    return "\n".join(lines)
+
+
+def _figures(e: Errors) -> list[str]:
+    """Returns the cells ``fused / eager [/ compiled]`` of y, dx and the parameters."""
+    runs = [run for run in (e.fused, e.eager, e.compiled) if run]
+    worst = [
+        [run["y"], run["dx"], max((v for n, v in run.items() if n not in ("y", "dx")), default=-1.0)] for run in runs
+    ]
+    return ["" if column[0] < 0 else " / ".join(f"{v:.1e}" for v in column) for column in zip(*worst, strict=True)]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.numerics", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--compile", action="store_true", help="also measure torch.compile, which takes minutes")
+    parser.add_argument("--guard", action="store_true", help="list what is more than twice as wrong as eager, and fail")
+    parser.add_argument("--only", nargs="+", default=[], metavar="MODULE", help="names of the catalogue")
+    given = parser.parse_args(arguments)
+    wrong: list[str] = []
+    for section in sections(given.only):
+        found = [measure(case, given.compile) for case in section.cases]
+        wrong += [line for errors in found for line in errors.worse()]
+        if found and not given.guard:
+            print(f"### {section.heading}\n\n{table(found)}\n")
+    if given.guard:
+        print(*wrong, sep="\n", end="\n" if wrong else "")
+    return bool(given.guard and wrong)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
