@@ -177,20 +177,22 @@ VF_INLINE inline void round_line(A* line, int64_t channels, const double* total)
   });
 }
 
-// Lines of up to kRows values are added up in place. Longer ones move to doubles after each kRows values.
+constexpr int64_t kPixels = 32;  // that are added up in A, one by one: not in vectors, as along dense rows
+
+// Lines of up to kPixels values are added up in place. Longer ones move to doubles after each kPixels values.
 template <class T, bool kProduct>
 void pixel_sums(const T* x, int64_t ld, const T* g, const Shape& s, Lines<const Acc<T>> gate,
                 Lines<Acc<T>> out, int64_t c0, int64_t c1) {
   using A = Acc<T>;
   const int64_t channels = c1 - c0, pitch = whole_vectors<A>(channels);
-  Buffer<double> of_rows(s.W > kRows ? 4 * pitch : 0), of_columns(s.H > kRows ? s.W * pitch : 0);
+  Buffer<double> of_rows(s.W > kPixels ? 4 * pitch : 0), of_columns(s.H > kPixels ? s.W * pitch : 0);
   double *row_totals = of_rows.get(), *column_totals = of_columns.get();
   simd([=]() VF_INLINE {
     const auto rows = [&](int64_t h, auto count) VF_INLINE {
       constexpr int R = decltype(count)::value;
-      for (int64_t w = 0; w < s.W; w += kRows) {
-        const int64_t end = w + kRows < s.W ? w + kRows : s.W;
-        pixel_rows<T, kProduct, R>(x, ld, g, s, gate, out, h, w, end, c0, c1, h % kRows == 0);
+      for (int64_t w = 0; w < s.W; w += kPixels) {
+        const int64_t end = w + kPixels < s.W ? w + kPixels : s.W;
+        pixel_rows<T, kProduct, R>(x, ld, g, s, gate, out, h, w, end, c0, c1, h % kPixels == 0);
         for (int r = 0; row_totals && r < R; ++r) {
           move_line(out.row(c0, h + r), channels, row_totals + r * pitch, w > 0);
         }
@@ -200,7 +202,7 @@ void pixel_sums(const T* x, int64_t ld, const T* g, const Shape& s, Lines<const 
       }
     };
     for (int64_t h = 0; h < s.H;) {
-      const int64_t first = h, end = h + kRows < s.H ? h + kRows : s.H;
+      const int64_t first = h, end = h + kPixels < s.H ? h + kPixels : s.H;
       for (; h + 4 <= end; h += 4) rows(h, std::integral_constant<int, 4>{});
       for (; h < end; ++h) rows(h, std::integral_constant<int, 1>{});
       for (int64_t w = 0; column_totals && w < s.W; ++w) {

@@ -112,12 +112,12 @@ class PlaneTotals {
 template <class A, int K, class Add>
 VF_INLINE inline void add_in_chunks(int64_t rows, int64_t cols, A* const (&sums)[K],
                                     double* const (&totals)[K], const Add& add) {
-  if (!totals[0]) return add(int64_t{0}, rows);
-  for (int64_t r = 0; r < rows; r += kRows) {
-    add(r, r + kRows < rows ? r + kRows : rows);
-    for (int i = 0; i < K; ++i) flush(sums[i], totals[i], cols);
+  const int64_t step = totals[0] ? kRows : rows;
+  for (int64_t r = 0; r < rows; r += step) {
+    add(r, r + step < rows ? r + step : rows);
+    for (int i = 0; totals[0] && i < K; ++i) flush(sums[i], totals[i], cols);
   }
-  for (int i = 0; i < K; ++i) round_to(sums[i], totals[i], cols);
+  for (int i = 0; totals[0] && i < K; ++i) round_to(sums[i], totals[i], cols);
 }
 
 }  // namespace visattn

@@ -82,9 +82,9 @@ class _Bias:
 
 
 def _centred(v: Tensor, key_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Returns v ``[N, heads, L, d]`` minus its mean over the keys that are not masked, and the mean ``[N, heads, 1, d]``.
+    """Returns v minus its mean over the keys that are not masked, and the mean ``[N, heads, 1, d]``.
 
-    Where the mean is not finite, 0 takes its place. v has zeros at masked keys.
+    v ``[N, heads, L, d]`` has zeros at masked keys. Where the mean is not finite, 0 takes its place.
     """
     keys: Tensor | int = (
         v.shape[2] if key_mask is None else key_mask.flatten(1).sum(1).clamp_(min=1)[:, None, None, None]
