@@ -26,7 +26,7 @@ Shape = tuple[int, int, int, int]
 
 SHAPE: Shape = (4, 64, 20, 20)
 TALL: Shape = (1, 1, 4096, 4104)  # more pixels than float32 has integers
-TALL_MODULES = ("eca", "channel_attention", "spatial_attention", "simam", "coord_att", "triplet_attention", "scse")
+TALL_MODULES = ("eca", "spatial_attention", "simam")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
