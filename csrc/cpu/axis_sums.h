@@ -24,18 +24,17 @@ VF_INLINE inline int64_t first_guarded(const Shape& s, int64_t ld, int64_t c1) {
 }
 
 // Adds R rows of a plane to columns [W], which is padded. `rows` receives a vector for each row, whose lanes
-// are still to be summed.
-template <class T, bool kProduct, int R>
+// are still to be summed. kLong rows have several chunks.
+template <class T, bool kProduct, bool kLong, int R>
 VF_INLINE inline void plane_rows(const T* x, const T* g, int64_t W, bool free, const Acc<T>* gate_h,
                                  const Acc<T>* gate_w, Acc<T>* rows, Acc<T>* columns) {
   using A = Acc<T>;
   Vec<A> weight[R];
   Wide<A> total[R] = {};
   for (int r = 0; r < R; ++r) weight[r] = set1<A>(kProduct ? gate_h[r] : A(1));
+  Vec<A> part[R] = {};
   for (int64_t w0 = 0; w0 < W; w0 += kChunk * kLanes<A>) {
     const int64_t count = W - w0 < kChunk * kLanes<A> ? W - w0 : kChunk * kLanes<A>;
-    Vec<A> part[R];
-    for (int r = 0; r < R; ++r) part[r] = set1<A>(0);
     const auto add = [&](int64_t i, auto lanes) VF_INLINE {
       const int64_t w = w0 + i;
       Vec<A> across = set1<A>(0), of_column = across;
@@ -59,9 +58,11 @@ VF_INLINE inline void plane_rows(const T* x, const T* g, int64_t W, bool free, c
     for (int64_t i = 0; i < whole; i += kLanes<A>) add(i, Full{});
     if (rest && free) add(whole, Masked{rest});
     if (rest && !free) add(whole, Tail{rest});
-    for (int r = 0; r < R; ++r) total[r] += widen<A>(part[r]);
+    for (int r = 0; kLong && r < R; ++r) total[r] += widen<A>(part[r]), part[r] = set1<A>(0);
   }
-  for (int r = 0; r < R; ++r) store(rows + r * kLanes<A>, __builtin_convertvector(total[r], Vec<A>));
+  for (int r = 0; r < R; ++r) {
+    store(rows + r * kLanes<A>, kLong ? __builtin_convertvector(total[r], Vec<A>) : part[r]);
+  }
 }
 
 // out[i] = the sum of vector i's lanes, in the order of sum_lanes, for as many vectors as a vector has lanes.
@@ -79,7 +80,7 @@ VF_INLINE inline Vec<A> sums_of_vectors(const A* vectors) {
 
 // Sums for channels [c0, c1) of an nchw image: weighted with gate if kProduct, else divided to means; gate is
 // then null.
-template <class T, bool kProduct>
+template <class T, bool kProduct, bool kLong>
 void plane_sums(const T* x, int64_t ld, const T* g, const Shape& s, Lines<const Acc<T>> gate,
                 Lines<Acc<T>> out, int64_t c0, int64_t c1) {
   using A = Acc<T>;
@@ -103,8 +104,8 @@ void plane_sums(const T* x, int64_t ld, const T* g, const Shape& s, Lines<const 
         const auto rows = [&](auto count) VF_INLINE {
           constexpr int R = decltype(count)::value;
           for (; h + R <= end; h += R) {
-            plane_rows<T, kProduct, R>(px + h * W, pg + h * W, W, free, row_gate + h, padded, vectors + h * L,
-                                       sums);
+            plane_rows<T, kProduct, kLong, R>(px + h * W, pg + h * W, W, free, row_gate + h, padded,
+                                              vectors + h * L, sums);
           }
         };
         rows(std::integral_constant<int, 4>{});
@@ -220,8 +221,10 @@ void axis_sums(const T* x, int64_t ld, const T* g, const Shape& s, Lines<const A
                Lines<Acc<T>> out, int64_t c0, int64_t c1) {
   if (out.nhwc) {
     pixel_sums<T, kProduct>(x, ld, g, s, gate, out, c0, c1);
+  } else if (s.W > kChunk * kLanes<Acc<T>>) {
+    plane_sums<T, kProduct, true>(x, ld, g, s, gate, out, c0, c1);
   } else {
-    plane_sums<T, kProduct>(x, ld, g, s, gate, out, c0, c1);
+    plane_sums<T, kProduct, false>(x, ld, g, s, gate, out, c0, c1);
   }
 }
 
