@@ -23,6 +23,7 @@ from .channel_scale import channel_input_grad, channel_mean, channel_scale_bwd, 
 from .declare import composed_op
 from .layout import as_matrices, empty_small, memory_format
 from .library import define
+from .signature import MAP
 
 _BLOCK = 1 << 18  # elements of x centred at a time; on a GPU 32 times as many, because there launches cost the most
 
@@ -54,6 +55,7 @@ covariance = define(
     None,
     _covariance_reference,
     ("N C C",),
+    {"x": MAP, "mean": "N C"},
     flops_of=lambda x, mean: flops.count(plain_covariance, x),
 )
 
@@ -70,6 +72,7 @@ covariance_bwd = define(
     None,
     _covariance_bwd_reference,
     ("N C", "N C C : x"),
+    {"x": MAP, "dcov": "N C C", "mean": "N C"},
     flops_of=lambda dcov, x, mean: flops.count_gradient(plain_covariance, (x,)),
 )
 
@@ -195,11 +198,19 @@ def _soca_gate_fwd_reference(
     return pooled, hidden, torch.sigmoid(F.linear(hidden, w2, b2))
 
 
+def _layer_gradients(
+    dgate: Tensor, w1: Tensor, w2: Tensor, pooled: Tensor, hidden: Tensor, gate: Tensor
+) -> tuple[Tensor, ...]:
+    """Returns the gradients of the first layer's result, of w1, b1, w2 and b2."""
+    dz2 = dgate * gate * (1 - gate)
+    dz1 = torch.where(hidden <= 0, 0.0, dz2 @ w2.flatten(1).to(gate.dtype))
+    return dz1, (dz1.t() @ pooled).view(w1.shape), dz1.sum(0), (dz2.t() @ hidden).view(w2.shape), dz2.sum(0)
+
+
 def _soca_gate_bwd_reference(
     dgate: Tensor, cov: Tensor, w1: Tensor, w2: Tensor, pooled: Tensor, hidden: Tensor, gate: Tensor
 ) -> tuple[Tensor, ...]:
-    dz2 = dgate * gate * (1 - gate)
-    dz1 = torch.where(hidden <= 0, 0.0, dz2 @ w2.flatten(1).to(cov.dtype))
+    dz1, *dlayers = _layer_gradients(dgate, w1, w2, pooled, hidden, gate)
     dpooled = (dz1 @ w1.flatten(1).to(cov.dtype))[:, None]
     total = trace(cov)
     da = _root(cov / total).gradient(_ones(cov), dpooled * total.sqrt())
@@ -208,21 +219,21 @@ def _soca_gate_bwd_reference(
     dtotal = dtotal - (da * cov).sum((1, 2), keepdim=True) / total**2
     dtotal = torch.where(total == cov.diagonal(dim1=1, dim2=2).sum(1)[:, None, None], dtotal, 0.0)
     dcov = da / total + dtotal * torch.eye(cov.shape[1], dtype=cov.dtype, device=cov.device)
-    dw1, dw2 = (dz1.t() @ pooled).view(w1.shape), (dz2.t() @ hidden).view(w2.shape)
-    return dcov, dw1, dz1.sum(0), dw2, dz2.sum(0)
+    return dcov, *dlayers
 
 
 def _plain_gate(cov: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None) -> Tensor:
     return F.linear(F.relu(F.linear(square_root(cov).mean(1), w1.flatten(1), b1)), w2.flatten(1), b2)
 
 
+_LAYERS = {"cov": "N C C : sums", "w1": "R C : floating", "w2": "C R : floating"}
 soca_gate_fwd = define(
     "soca_gate_fwd(Tensor cov, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2)"
     " -> (Tensor pooled, Tensor hidden, Tensor gate)",
     None,
     _soca_gate_fwd_reference,
     ("N C", "N R", "N C"),
-    weights={"cov": "N C C", "w1": "R C"},
+    {**_LAYERS, "b1": "R : floating", "b2": "C : floating"},
     flops_of=lambda *args: flops.count(_plain_gate, *args),
 )
 soca_gate_bwd = define(
@@ -231,7 +242,7 @@ soca_gate_bwd = define(
     None,
     _soca_gate_bwd_reference,
     ("shape of cov", "shape of w1", "R", "shape of w2", "C"),
-    weights={"cov": "N C C", "w1": "R C"},
+    {**_LAYERS, "dgate": "N C", "pooled": "N C", "hidden": "N R", "gate": "N C"},
     flops_of=lambda dgate, cov, w1, w2, *_: flops.count_gradient(_plain_gate, (cov, w1, None, w2, None)),
 )
 
@@ -246,9 +257,11 @@ def _forward(
     return channel_scale_fwd(x, gate, residual, activation), mean, cov, pooled, hidden, gate
 
 
-def _gradients(grad: Tensor, tensors: Any, small: Any, options: Any) -> tuple[Tensor | None, ...]:
+def _gradients(grad: Tensor, tensors: Any, small: Any, options: Any, needs: Any) -> tuple[Tensor | None, ...]:
     (x, w1, _, w2, _, residual), (mean, cov, pooled, hidden, gate) = tensors, small
     dgate, dresidual = channel_scale_bwd(grad, x, gate, residual, *options)
+    if not needs[0]:
+        return None, *_layer_gradients(dgate, w1, w2, pooled, hidden, gate)[1:], dresidual
     dcov, dw1, db1, dw2, db2 = soca_gate_bwd(dgate, cov, w1, w2, pooled, hidden, gate)
     dmean, factor = covariance_bwd(dcov, x, mean)
     dx = channel_input_grad(dresidual if options[0] else grad, x, gate, dmean)
@@ -265,5 +278,11 @@ def _add_product(dx: Tensor, factor: Tensor, x: Tensor) -> None:
 
 
 SOCA = composed_op(
-    "soca", without_autocast(_forward), without_autocast(_gradients), reference.soca, epilogue=True, tiny=196
+    "soca",
+    without_autocast(_forward),
+    without_autocast(_gradients),
+    reference.soca,
+    epilogue=True,
+    partial=True,
+    tiny=196,
 )

@@ -26,6 +26,7 @@ from .layout import accumulation_dtype, converted, empty_small, memory_format, t
 from .library import define
 from .map_conv import map_conv, map_conv_bwd
 from .shapes import Arguments
+from .signature import MAP
 
 _AXES = (2, 3, 1)  # pooled for the face of C and W, of H and C, of H and W
 FIELDS = 5  # tensors of a gate: convolution, weight, bias, mean and variance
@@ -116,17 +117,20 @@ def _empty_faces(*sizes: int, dtype: torch.dtype | None = None) -> Callable[[Arg
     return allocate
 
 
+_GATED = {"x": MAP, "gates": "N F", "F": "C*W+C*H | C*W+C*H+H*W"}
 triplet_pool = define(  # argmax: the index of each maximum along its axis, the first of equal ones
     "triplet_pool(Tensor x, bool spatial) -> (Tensor pooled, Tensor argmax)",
     "triplet_attention",
     _triplet_pool_reference,
     (_empty_faces(2), _empty_faces(dtype=torch.int32)),
+    {"x": MAP},
 )
 triplet_scale = define(
     "triplet_scale(Tensor x, Tensor gates, Tensor? residual, int activation) -> Tensor y",
     "triplet_attention",
     _triplet_scale_reference,
     ("like x",),
+    {**_GATED, "residual": "like x"},
 )
 triplet_scale_bwd = define(
     "triplet_scale_bwd(Tensor grad, Tensor x, Tensor gates, Tensor? residual, int activation)"
@@ -134,12 +138,14 @@ triplet_scale_bwd = define(
     "triplet_attention",
     _triplet_scale_bwd_reference,
     ("shape of gates", residual_gradient_shape),
+    {**_GATED, "residual": "like x", "grad": "like x"},
 )
 triplet_input_grad = define(  # reads the layout of x, not its values
     "triplet_input_grad(Tensor grad, Tensor x, Tensor gates, Tensor dpooled, Tensor argmax) -> Tensor dx",
     "triplet_attention",
     _triplet_input_grad_reference,
     ("like x",),
+    {**_GATED, "grad": "like x", "dpooled": "N 2 F", "argmax": "N F : int32"},
 )
 
 
@@ -182,7 +188,9 @@ def _forward(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
 
 
 @without_autocast
-def _gradients(grad: Tensor, tensors: Sequence[Any], small: Sequence[Tensor], options: Any) -> tuple[Any, ...]:
+def _gradients(
+    grad: Tensor, tensors: Sequence[Any], small: Sequence[Tensor], options: Any, needs: Sequence[bool]
+) -> tuple[Any, ...]:
     x, *weights, residual = tensors
     (pooled, argmax, opened, *_), (activation, *eps) = small, options
     dgates, dresidual = triplet_scale_bwd(grad, x, opened, residual, activation)
@@ -202,7 +210,8 @@ def _gradients(grad: Tensor, tensors: Sequence[Any], small: Sequence[Tensor], op
         dplane, dfilters = map_conv_bwd(dz, plane.contiguous(), filters)
         dpooled.append(dplane.flatten(2))
         found += [dfilters.mT if turned else dfilters, dweight, dbias, None, None]
-    dx = triplet_input_grad(dresidual if activation else grad, x, opened, torch.cat(dpooled, 2), argmax)
+    upstream = dresidual if activation else grad
+    dx = triplet_input_grad(upstream, x, opened, torch.cat(dpooled, 2), argmax) if needs[0] else None
     return dx, *found, *(None,) * (3 * FIELDS - len(found)), dresidual
 
 
@@ -216,4 +225,6 @@ def _mathematics(x: Tensor, *args: Any) -> Tensor:
     return reference.triplet_attention(x, *gates)
 
 
-TRIPLET_ATTENTION = composed_op("triplet_attention", _forward, _gradients, _mathematics, epilogue=True, options=3)
+TRIPLET_ATTENTION = composed_op(
+    "triplet_attention", _forward, _gradients, _mathematics, epilogue=True, options=3, partial=True
+)
