@@ -11,6 +11,7 @@
 #include "parallel.h"
 #include "simd.h"
 #include "simd_lanes.h"
+#include "wide_sums.h"
 
 namespace visattn {
 
@@ -23,20 +24,17 @@ VF_INLINE inline int64_t first_guarded(const Shape& s, int64_t ld, int64_t c1) {
 }
 
 // Adds R rows of a plane to columns [W], which is padded. `rows` receives a vector for each row, whose lanes
-// are still to be summed.
-template <class T, bool kProduct, int R>
+// are still to be summed. kLong rows have several chunks.
+template <class T, bool kProduct, bool kLong, int R>
 VF_INLINE inline void plane_rows(const T* x, const T* g, int64_t W, bool free, const Acc<T>* gate_h,
                                  const Acc<T>* gate_w, Acc<T>* rows, Acc<T>* columns) {
   using A = Acc<T>;
-  Vec<A> weight[R], total[R];
-  for (int r = 0; r < R; ++r) {
-    weight[r] = set1<A>(kProduct ? gate_h[r] : A(1));
-    total[r] = set1<A>(0);
-  }
+  Vec<A> weight[R];
+  Wide<A> total[R] = {};
+  for (int r = 0; r < R; ++r) weight[r] = set1<A>(kProduct ? gate_h[r] : A(1));
+  Vec<A> part[R] = {};
   for (int64_t w0 = 0; w0 < W; w0 += kChunk * kLanes<A>) {
     const int64_t count = W - w0 < kChunk * kLanes<A> ? W - w0 : kChunk * kLanes<A>;
-    Vec<A> part[R];
-    for (int r = 0; r < R; ++r) part[r] = set1<A>(0);
     const auto add = [&](int64_t i, auto lanes) VF_INLINE {
       const int64_t w = w0 + i;
       Vec<A> across = set1<A>(0), of_column = across;
@@ -60,9 +58,11 @@ VF_INLINE inline void plane_rows(const T* x, const T* g, int64_t W, bool free, c
     for (int64_t i = 0; i < whole; i += kLanes<A>) add(i, Full{});
     if (rest && free) add(whole, Masked{rest});
     if (rest && !free) add(whole, Tail{rest});
-    for (int r = 0; r < R; ++r) total[r] += part[r];
+    for (int r = 0; kLong && r < R; ++r) total[r] += widen<A>(part[r]), part[r] = set1<A>(0);
   }
-  for (int r = 0; r < R; ++r) store(rows + r * kLanes<A>, total[r]);
+  for (int r = 0; r < R; ++r) {
+    store(rows + r * kLanes<A>, kLong ? __builtin_convertvector(total[r], Vec<A>) : part[r]);
+  }
 }
 
 // out[i] = the sum of vector i's lanes, in the order of sum_lanes, for as many vectors as a vector has lanes.
@@ -80,7 +80,7 @@ VF_INLINE inline Vec<A> sums_of_vectors(const A* vectors) {
 
 // Sums for channels [c0, c1) of an nchw image: weighted with gate if kProduct, else divided to means; gate is
 // then null.
-template <class T, bool kProduct>
+template <class T, bool kProduct, bool kLong>
 void plane_sums(const T* x, int64_t ld, const T* g, const Shape& s, Lines<const Acc<T>> gate,
                 Lines<Acc<T>> out, int64_t c0, int64_t c1) {
   using A = Acc<T>;
@@ -88,6 +88,8 @@ void plane_sums(const T* x, int64_t ld, const T* g, const Shape& s, Lines<const 
   Buffer<A> columns(s.W), column_gate(s.W), of_rows((s.H + L) * L);
   A *sums = columns.get(), *padded = column_gate.get(), *vectors = of_rows.get();
   const int64_t H = s.H, W = s.W, P = s.P;
+  ColumnTotals<A> totals(H, W);
+  double* const total[] = {totals.of(0)};
   simd([=]() VF_INLINE {
     const int64_t guarded = first_guarded<A>(s, ld, c1);
     for (int64_t c = c0; c < c1; ++c) {
@@ -95,35 +97,39 @@ void plane_sums(const T* x, int64_t ld, const T* g, const Shape& s, Lines<const 
       const A* row_gate = kProduct ? gate.row(c, 0) : nullptr;
       const bool free = c < guarded;
       for (int64_t w = 0; w < W; w += L) store(sums + w, set1<A>(0));
+      for (int64_t w = 0; total[0] && w < W; w += L) store_wide<A>(total[0] + w, Wide<A>{});
       if constexpr (kProduct) std::memcpy(padded, gate.column(c, 0), static_cast<size_t>(W) * sizeof(A));
-      int64_t h = 0;
-      const auto rows = [&](auto count) VF_INLINE {
-        constexpr int R = decltype(count)::value;
-        for (; h + R <= H; h += R) {
-          plane_rows<T, kProduct, R>(px + h * W, pg + h * W, W, free, row_gate + h, padded, vectors + h * L,
-                                     sums);
-        }
-      };
-      rows(std::integral_constant<int, 4>{});
-      rows(std::integral_constant<int, 1>{});
+      A* const of_columns[] = {sums};
+      add_in_chunks(H, W, of_columns, total, [&](int64_t h, int64_t end) VF_INLINE {
+        const auto rows = [&](auto count) VF_INLINE {
+          constexpr int R = decltype(count)::value;
+          for (; h + R <= end; h += R) {
+            plane_rows<T, kProduct, kLong, R>(px + h * W, pg + h * W, W, free, row_gate + h, padded,
+                                              vectors + h * L, sums);
+          }
+        };
+        rows(std::integral_constant<int, 4>{});
+        rows(std::integral_constant<int, 1>{});
+      });
       const auto put = [&](A* to, int64_t i, int64_t count, Vec<A> v, int64_t by) VF_INLINE {
         if constexpr (!kProduct) v = v / static_cast<A>(by);
         if (free || i + L <= count) return store(to + i, v);
         store(to + i, v, Tail{static_cast<int>(count - i)});
       };
-      for (h = 0; h < H; h += L) put(out.row(c, 0), h, H, sums_of_vectors(vectors + h * L), W);
+      for (int64_t h = 0; h < H; h += L) put(out.row(c, 0), h, H, sums_of_vectors(vectors + h * L), W);
       for (int64_t w = 0; w < W; w += L) put(out.column(c, 0), w, W, load(sums + w), H);
     }
   });
 }
 
-// R image rows of an nhwc image, from row h on, for channels [c0, c1). Adds to the columns.
+// Pixels [w0, w1) of R image rows of an nhwc image, from row h on, for channels [c0, c1). Overwrites the rows'
+// sums, and with `fresh` those of the columns; else it adds to the columns.
 template <class T, bool kProduct, int R>
 VF_INLINE inline void pixel_rows(const T* x, int64_t ld, const T* g, const Shape& s,
                                  const Lines<const Acc<T>>& gate, const Lines<Acc<T>>& out, int64_t h,
-                                 int64_t c0, int64_t c1) {
+                                 int64_t w0, int64_t w1, int64_t c0, int64_t c1, bool fresh) {
   using A = Acc<T>;
-  for (int64_t w = 0; w < s.W; ++w) {
+  for (int64_t w = w0; w < w1; ++w) {
     const T *px[R], *pg[R];
     A* rows[R];
     const A* row_gate[R];
@@ -136,7 +142,7 @@ VF_INLINE inline void pixel_rows(const T* x, int64_t ld, const T* g, const Shape
     }
     A* columns = out.column(c0, w);
     const A* column_gate = kProduct ? gate.column(c0, w) : nullptr;
-    const bool first = w == 0;
+    const bool first = w == w0;
     for_vectors<A>(c1 - c0, [&](int64_t c, auto lanes) VF_INLINE {
       Vec<A> across = set1<A>(0), of_column = across;
       if constexpr (kProduct) of_column = load(column_gate + c, lanes);
@@ -151,18 +157,62 @@ VF_INLINE inline void pixel_rows(const T* x, int64_t ld, const T* g, const Shape
         across += v;
         store(rows[r] + c, first ? along : load(rows[r] + c, lanes) + along, lanes);
       }
-      store(columns + c, h == 0 ? across : load(columns + c, lanes) + across, lanes);
+      store(columns + c, fresh ? across : load(columns + c, lanes) + across, lanes);
     });
   }
 }
 
+// total = line, or with `add` total += line.
+template <class A>
+VF_INLINE inline void move_line(const A* line, int64_t channels, double* total, bool add) {
+  for_vectors<A>(channels, [&](int64_t c, auto lanes) VF_INLINE {
+    const Wide<A> v = widen<A>(load(line + c, lanes));
+    store_wide<A>(total + c, add ? load_wide<A>(total + c) + v : v);
+  });
+}
+
+template <class A>
+VF_INLINE inline void round_line(A* line, int64_t channels, const double* total) {
+  for_vectors<A>(channels, [&](int64_t c, auto lanes) VF_INLINE {
+    store(line + c, __builtin_convertvector(load_wide<A>(total + c), Vec<A>), lanes);
+  });
+}
+
+constexpr int64_t kPixels = 32;  // that are added up in A, one by one: not in vectors, as along dense rows
+
+// Lines of up to kPixels values are added up in place. Longer ones move to doubles after each kPixels values.
 template <class T, bool kProduct>
 void pixel_sums(const T* x, int64_t ld, const T* g, const Shape& s, Lines<const Acc<T>> gate,
                 Lines<Acc<T>> out, int64_t c0, int64_t c1) {
+  using A = Acc<T>;
+  const int64_t channels = c1 - c0, pitch = whole_vectors<A>(channels);
+  Buffer<double> of_rows(s.W > kPixels ? 4 * pitch : 0), of_columns(s.H > kPixels ? s.W * pitch : 0);
+  double *row_totals = of_rows.get(), *column_totals = of_columns.get();
   simd([=]() VF_INLINE {
-    int64_t h = 0;
-    for (; h + 4 <= s.H; h += 4) pixel_rows<T, kProduct, 4>(x, ld, g, s, gate, out, h, c0, c1);
-    for (; h < s.H; ++h) pixel_rows<T, kProduct, 1>(x, ld, g, s, gate, out, h, c0, c1);
+    const auto rows = [&](int64_t h, auto count) VF_INLINE {
+      constexpr int R = decltype(count)::value;
+      for (int64_t w = 0; w < s.W; w += kPixels) {
+        const int64_t end = w + kPixels < s.W ? w + kPixels : s.W;
+        pixel_rows<T, kProduct, R>(x, ld, g, s, gate, out, h, w, end, c0, c1, h % kPixels == 0);
+        for (int r = 0; row_totals && r < R; ++r) {
+          move_line(out.row(c0, h + r), channels, row_totals + r * pitch, w > 0);
+        }
+      }
+      for (int r = 0; row_totals && r < R; ++r) {
+        round_line(out.row(c0, h + r), channels, row_totals + r * pitch);
+      }
+    };
+    for (int64_t h = 0; h < s.H;) {
+      const int64_t first = h, end = h + kPixels < s.H ? h + kPixels : s.H;
+      for (; h + 4 <= end; h += 4) rows(h, std::integral_constant<int, 4>{});
+      for (; h < end; ++h) rows(h, std::integral_constant<int, 1>{});
+      for (int64_t w = 0; column_totals && w < s.W; ++w) {
+        move_line(out.column(c0, w), channels, column_totals + w * pitch, first > 0);
+      }
+    }
+    for (int64_t w = 0; column_totals && w < s.W; ++w) {
+      round_line(out.column(c0, w), channels, column_totals + w * pitch);
+    }
   });
 }
 
@@ -171,8 +221,10 @@ void axis_sums(const T* x, int64_t ld, const T* g, const Shape& s, Lines<const A
                Lines<Acc<T>> out, int64_t c0, int64_t c1) {
   if (out.nhwc) {
     pixel_sums<T, kProduct>(x, ld, g, s, gate, out, c0, c1);
+  } else if (s.W > kChunk * kLanes<Acc<T>>) {
+    plane_sums<T, kProduct, true>(x, ld, g, s, gate, out, c0, c1);
   } else {
-    plane_sums<T, kProduct>(x, ld, g, s, gate, out, c0, c1);
+    plane_sums<T, kProduct, false>(x, ld, g, s, gate, out, c0, c1);
   }
 }
 

@@ -19,6 +19,7 @@
 #include "simd_lanes.h"
 #include "simd_math.h"
 #include "tensor.h"
+#include "wide_sums.h"
 
 namespace visattn {
 namespace {
@@ -71,33 +72,31 @@ void joint_grad(Matrix<const T> x, Gate<Acc<T>> branch, const T* grad, const T* 
 }
 
 // The gradients of both branches in one block: per_row and per_column (padded) are sums of g x s (1 - s), for
-// a product of the branches times the other branch. Rows are added up in chunks.
+// a product of the branches times the other branch.
 template <class T, bool kSum>
 void joint_sums(Matrix<const T> x, Matrix<const T> g, Gate<Acc<T>> branch, Acc<T>* per_row,
                 Acc<T>* per_column) {
   using A = Acc<T>;
-  constexpr int64_t kRows = 64;
-  Buffer<A> chunk(x.cols);
-  A* part = chunk.get();
+  ColumnTotals<A> totals(x.rows, x.cols);
+  double* const total[] = {totals.of(0)};
   simd([=]() VF_INLINE {
     for (int64_t c = 0; c < x.cols; c += kLanes<A>) store(per_column + c, set1<A>(0));
-    for (int64_t r = 0; r < x.rows; ++r) {
+    const auto add_row = [&](int64_t r) VF_INLINE {
       const T *px = x.row(r), *pg = g.row(r);
       const Vec<A> row = set1<A>(branch.row[r]);
-      Vec<A> total = set1<A>(0);
+      RowTotal<A> of_row;
       for_vectors<A>(x.cols, [&](int64_t c, auto lanes) VF_INLINE {
         const Vec<A> column = load(branch.column + c), s = joint<kSum>(row, column);
         const Vec<A> d = load(px + c, lanes) * load(pg + c, lanes) * (s * (1 - s));
-        total += kSum ? d : d * column;
-        store(part + c, load(part + c) + (kSum ? d : d * row));
+        of_row.add(kSum ? d : d * column);
+        store(per_column + c, load(per_column + c) + (kSum ? d : d * row));
       });
-      per_row[r] = sum_lanes<A>(total);
-      if ((r + 1) % kRows != 0 && r + 1 != x.rows) continue;
-      for (int64_t c = 0; c < x.cols; c += kLanes<A>) {
-        store(per_column + c, load(per_column + c) + load(part + c));
-        store(part + c, set1<A>(0));
-      }
-    }
+      per_row[r] = of_row.sum();
+    };
+    A* const sums[] = {per_column};
+    add_in_chunks(x.rows, x.cols, sums, total, [&](int64_t r, int64_t end) VF_INLINE {
+      for (; r < end; ++r) add_row(r);
+    });
   });
 }
 

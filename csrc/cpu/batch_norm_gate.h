@@ -29,8 +29,9 @@ class BatchGate {
     STD_TORCH_CHECK(weight.numel() == C_ && bias.numel() == C_, "weight and bias must have ", C_,
                     " elements");
     const Tensor w = weight_as(weight, kDtype<A>), b = weight_as(bias, kDtype<A>);
-    A sum = 0;
-    for (int64_t c = 0; c < C_; ++c) sum += std::abs(data<A>(w)[c]);
+    double total = 0;
+    for (int64_t c = 0; c < C_; ++c) total += std::abs(data<A>(w)[c]);
+    const A sum = static_cast<A>(total);
     for (int64_t c = 0; c < C_; ++c) {
       share_[c] = kOther ? A(1) : std::abs(data<A>(w)[c]) / sum;
       gain_[c] = data<A>(w)[c] * share_[c];

@@ -13,6 +13,7 @@
 #include "parallel.h"
 #include "simd.h"
 #include "tensor.h"
+#include "wide_sums.h"
 
 namespace visattn {
 namespace {
@@ -62,14 +63,15 @@ Tensor branch_mean(Tensor v1, Tensor v2) {
         in.each_part(workers, [&](int64_t r0, int64_t r1, int64_t i) {
           A* sum = sums.part(in.nhwc ? i : 0);
           if (in.nhwc) std::fill_n(sum, s.C, A(0));
+          ColumnTotals<A> totals(in.nhwc ? r1 - r0 : 0, s.C);
+          double* const total[] = {totals.of(0)};
+          A* const sums_of_part[] = {sum};
           simd([&, sum]() VF_INLINE {
-            for (int64_t r = r0; r < r1; ++r) {
-              if (in.nhwc) {
-                add_rows<T, kAct, K>(in.row(n, r), s.C, sum);
-              } else {
-                sum[r] = row_total<T, kAct, K>(in.row(n, r), s.P);
-              }
-            }
+            for (int64_t r = r0; !in.nhwc && r < r1; ++r) sum[r] = row_total<T, kAct, K>(in.row(n, r), s.P);
+            if (!in.nhwc) return;
+            add_in_chunks(r1 - r0, s.C, sums_of_part, total, [&](int64_t b, int64_t e) VF_INLINE {
+              for (; b < e; ++b) add_rows<T, kAct, K>(in.row(n, r0 + b), s.C, sum);
+            });
           });
         });
         A* out = data<A>(mean) + n * s.C;
@@ -130,17 +132,21 @@ Tensor branch_dot(Tensor grad, Tensor v1, Tensor v2) {
         in.each_part(workers, [&](int64_t r0, int64_t r1, int64_t i) {
           const Rows<A, K> dots = {{first.part(in.nhwc ? i : 0), second.part(in.nhwc ? i : 0)}};
           for (int k = 0; k < K && in.nhwc; ++k) std::fill_n(dots.p[k], s.C, A(0));
+          ColumnTotals<A> totals(in.nhwc ? r1 - r0 : 0, s.C, K);
+          double* const total[K] = {totals.of(0), totals.of(1)};
+          const T* pg = g.image<T>(n);
           simd([&, dots]() VF_INLINE {
-            for (int64_t r = r0; r < r1; ++r) {
-              const T* pg = g.image<T>(n) + r * g.ld;
-              if (in.nhwc) {
-                add_dots<T, kAct, K>(pg, in.row(n, r), s.C, dots);
-              } else {
-                A dot[K];
-                row_dots<T, kAct, K>(pg, in.row(n, r), s.P, dot);
-                dots.p[0][r] = dot[0], dots.p[1][r] = dot[1];
-              }
+            for (int64_t r = r0; !in.nhwc && r < r1; ++r) {
+              A dot[K];
+              row_dots<T, kAct, K>(pg + r * g.ld, in.row(n, r), s.P, dot);
+              dots.p[0][r] = dot[0], dots.p[1][r] = dot[1];
             }
+            if (!in.nhwc) return;
+            add_in_chunks(r1 - r0, s.C, dots.p, total, [&](int64_t b, int64_t e) VF_INLINE {
+              for (int64_t r = r0 + b; r < r0 + e; ++r) {
+                add_dots<T, kAct, K>(pg + r * g.ld, in.row(n, r), s.C, dots);
+              }
+            });
           });
         });
         A* out = data<A>(dgate) + n * K * s.C;

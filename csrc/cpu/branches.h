@@ -10,6 +10,7 @@
 #include "matrix.h"
 #include "simd.h"
 #include "simd_lanes.h"
+#include "wide_sums.h"
 
 namespace visattn {
 
@@ -33,7 +34,7 @@ struct Factor {
 template <class T, int kAct, int K>
 VF_INLINE inline Acc<T> row_total(const Rows<const T, K>& x, int64_t cols) {
   using A = Acc<T>;
-  Vec<A> total = set1<A>(0);
+  Wide<A> total = {};
   for (int64_t c0 = 0; c0 < cols; c0 += kChunk * kLanes<A>) {
     const int64_t count = std::min(cols - c0, kChunk * kLanes<A>);
     Vec<A> part[K];
@@ -41,9 +42,9 @@ VF_INLINE inline Acc<T> row_total(const Rows<const T, K>& x, int64_t cols) {
     for_vectors<A>(count, [&](int64_t i, auto lanes) VF_INLINE {
       for (int k = 0; k < K; ++k) part[k] += activate<kAct>(load(x.p[k] + c0 + i, lanes));
     });
-    for (int k = 0; k < K; ++k) total += part[k];
+    for (int k = 0; k < K; ++k) total += widen<A>(part[k]);
   }
-  return sum_lanes<A>(total);
+  return static_cast<Acc<T>>(sum_wide<A>(total));
 }
 
 // sum[c] += the rows' elements in column c.
@@ -60,8 +61,7 @@ VF_INLINE inline void add_rows(const Rows<const T, K>& x, int64_t cols, Acc<T>* 
 template <class T, int kAct, int K>
 VF_INLINE inline void row_dots(const T* grad, const Rows<const T, K>& x, int64_t cols, Acc<T> (&dot)[K]) {
   using A = Acc<T>;
-  Vec<A> total[K];
-  for (int k = 0; k < K; ++k) total[k] = set1<A>(0);
+  Wide<A> total[K] = {};
   for (int64_t c0 = 0; c0 < cols; c0 += kChunk * kLanes<A>) {
     const int64_t count = std::min(cols - c0, kChunk * kLanes<A>);
     Vec<A> part[K];
@@ -70,9 +70,9 @@ VF_INLINE inline void row_dots(const T* grad, const Rows<const T, K>& x, int64_t
       const Vec<A> g = load(grad + c0 + i, lanes);
       for (int k = 0; k < K; ++k) part[k] += g * activate<kAct>(load(x.p[k] + c0 + i, lanes));
     });
-    for (int k = 0; k < K; ++k) total[k] += part[k];
+    for (int k = 0; k < K; ++k) total[k] += widen<A>(part[k]);
   }
-  for (int k = 0; k < K; ++k) dot[k] = sum_lanes<A>(total[k]);
+  for (int k = 0; k < K; ++k) dot[k] = static_cast<A>(sum_wide<A>(total[k]));
 }
 
 // dot[k][c] += grad * row k, column by column.

@@ -15,8 +15,8 @@
 
 namespace visattn {
 
-// One value for each channel and part (nhwc) or for each channel (nchw), and the fixed order in which parts
-// are added.
+// One value for each channel and part (nhwc) or for each channel (nchw), and their sums over the parts, in
+// order and in double.
 template <class A>
 class ChannelPartials {
  public:
@@ -25,10 +25,16 @@ class ChannelPartials {
   A* part(int64_t i) { return values_.get() + i * stride_; }
 
   void sum(A* out) {
-    std::copy_n(part(0), C_, out);
-    for (int64_t i = 1; i < parts_; ++i) {
-      const A* p = part(i);
-      for (int64_t c = 0; c < C_; ++c) out[c] += p[c];
+    if (parts_ == 1) return void(std::copy_n(part(0), C_, out));
+    constexpr int64_t kSums = 64;
+    for (int64_t c0 = 0; c0 < C_; c0 += kSums) {
+      const int64_t count = std::min(C_ - c0, kSums);
+      double sums[kSums] = {};
+      for (int64_t i = 0; i < parts_; ++i) {
+        const A* p = part(i) + c0;
+        for (int64_t c = 0; c < count; ++c) sums[c] += p[c];
+      }
+      for (int64_t c = 0; c < count; ++c) out[c0 + c] = static_cast<A>(sums[c]);
     }
   }
 

@@ -6,6 +6,7 @@
 
 #include "matrix.h"
 #include "simd.h"
+#include "wide_sums.h"
 
 namespace visattn {
 
@@ -44,6 +45,8 @@ template <class T, bool kMax, bool kScale>
 void column_stats(Matrix<const T> x, const Acc<T>* scale, Acc<T>* sum, Acc<T>* max = nullptr,
                   Index<Acc<T>>* at = nullptr) {
   using A = Acc<T>;
+  ColumnTotals<A> totals(x.rows, x.cols);
+  double* const total[] = {totals.of(0)};
   simd([=]() VF_INLINE {
     for (int64_t c = 0; c < x.cols; c += kLanes<A>) {
       store(sum + c, set1<A>(0));
@@ -52,13 +55,15 @@ void column_stats(Matrix<const T> x, const Acc<T>* scale, Acc<T>* sum, Acc<T>* m
         store_index<A>(at + c, IVec<A>{});
       }
     }
-    int64_t r = 0;
-    for (; r + 8 <= x.rows; r += 8) column_stats_group<T, kMax, kScale, 8>(x, r, scale, sum, max, at);
-    for (; r < x.rows; ++r) column_stats_group<T, kMax, kScale, 1>(x, r, scale, sum, max, at);
+    A* const sums[] = {sum};
+    add_in_chunks(x.rows, x.cols, sums, total, [&](int64_t r, int64_t end) VF_INLINE {
+      for (; r + 8 <= end; r += 8) column_stats_group<T, kMax, kScale, 8>(x, r, scale, sum, max, at);
+      for (; r < end; ++r) column_stats_group<T, kMax, kScale, 1>(x, r, scale, sum, max, at);
+    });
     if constexpr (kMax) {
       for (int64_t c = 0; c < x.cols; ++c) {
         if (sum[c] == sum[c]) continue;
-        for (r = 0; r < x.rows; ++r) {
+        for (int64_t r = 0; r < x.rows; ++r) {
           const A v = static_cast<A>(x.row(r)[c]) * (kScale ? scale[r] : A(1));
           if (v != v) {
             max[c] = v, at[c] = static_cast<Index<A>>(r);

@@ -11,6 +11,7 @@
 #include "parallel.h"
 #include "row_stats.h"
 #include "simd.h"
+#include "wide_sums.h"
 
 namespace visattn {
 
@@ -20,20 +21,27 @@ struct Pooled {
   int64_t pitch, size;
   Buffer<A> sum, max;
   Buffer<Index<A>> at;
+  PlaneTotals<A> totals;
 
-  Pooled(int64_t B, int64_t D, bool flat)
-      : pitch(flat ? D : whole_vectors<A>(D)), size(B * pitch), sum(size), max(size), at(size) {}
+  Pooled(int64_t planes, int64_t B, int64_t D, bool flat)
+      : pitch(flat ? D : whole_vectors<A>(D)),
+        size(B * pitch),
+        sum(size),
+        max(size),
+        at(size),
+        totals(planes, size) {}
 };
 
-// Adds planes [a0, a1) to the part.
+// Adds planes [a0, a1) to the part, which has planes [begin, end).
 template <class T>
-void pool_planes(const Cube<const T>& q, int64_t a0, int64_t a1, bool first, Pooled<Acc<T>>& out) {
+void pool_planes(const Cube<const T>& q, int64_t begin, int64_t end, int64_t a0, int64_t a1,
+                 Pooled<Acc<T>>& out) {
   using A = Acc<T>;
   A *sum = out.sum.get(), *max = out.max.get();
   Index<A>* at = out.at.get();
   const int64_t size = out.size, pitch = out.pitch;
   simd([=]() VF_INLINE {
-    for (int64_t i = 0; first && i < size; i += kLanes<A>) {
+    for (int64_t i = 0; a0 == begin && i < size; i += kLanes<A>) {
       store(sum + i, set1<A>(0));
       store(max + i, set1<A>(-std::numeric_limits<A>::infinity()));
       store_index<A>(at + i, IVec<A>{});
@@ -49,6 +57,7 @@ void pool_planes(const Cube<const T>& q, int64_t a0, int64_t a1, bool first, Poo
       }
     }
   });
+  out.totals.move(sum, a1 - begin, a1 == end);
 }
 
 // into += from. Parts are merged in order, so that the first of equal maxima stays.

@@ -91,12 +91,12 @@ std::tuple<Tensor, Tensor, Tensor> eca_bwd(Tensor grad, Tensor x, Tensor weight,
       std::fill_n(dmean, s.C, A(0));
       for (int64_t j = 0; j < k; ++j) {
         const Tap tap(j, k, s.C);
-        A sum = 0;
+        double sum = 0;
         for (int64_t c = tap.begin; c < tap.end; ++c) {
           sum += dz[c] * mu[n * s.C + c + tap.shift];
           dmean[c + tap.shift] += data<A>(w)[j] * dz[c];
         }
-        dw_images[n * k + j] = sum;
+        dw_images[n * k + j] = static_cast<A>(sum);
       }
     };
     auto [dx, dresidual] = scale_channels_bwd<T>(grad, feature_map(x), s, residual, sg, activation, dmean_of);

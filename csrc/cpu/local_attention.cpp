@@ -89,7 +89,7 @@ struct HiddenPixel {
       mask_rows(grad, pixels, d);
       const int64_t ld = grad.nhwc ? C : padded;
       const auto add = [=](int64_t i, int64_t j, Vec<A> v, auto lanes)
-                           VF_INLINE { store(out + i * ld + j, load(out + i * ld + j, lanes) + v, lanes); };
+                           VF_INLINE { store(out + i * ld + j, v, lanes); };
       if (grad.nhwc) {
         gemm<A>(Broadcast<A>{d, 1, padded}, x.p, x.ld, R, C, pixels, R, add);
       } else {
@@ -97,10 +97,8 @@ struct HiddenPixel {
       }
     });
     column_stats<A, false, false>(Matrix<const A>{d, padded, pixels, padded}, nullptr, ps);
-    for (int64_t r = 0; r < padded; ++r) out[sums + r] += ps[r];
-    A total;
-    row_stats<A, false, false>(Matrix<const A>{grad.dz, pixels, 1, pixels}, nullptr, &total);
-    out[sums + padded] += total;
+    std::copy_n(ps, padded, out + sums);
+    row_stats<A, false, false>(Matrix<const A>{grad.dz, pixels, 1, pixels}, nullptr, out + sums + padded);
   }
 
   void input_grad(const Matrix<const T>& g, PixelGrad<A> grad, const A* channel, const A* spatial,

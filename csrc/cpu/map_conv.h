@@ -10,6 +10,7 @@
 #include "simd.h"
 #include "simd_lanes.h"
 #include "tensor.h"
+#include "wide_sums.h"
 
 namespace visattn {
 
@@ -103,6 +104,27 @@ void conv_input_grad(const Framed<A>& dq, const A* turned, int64_t k, int64_t be
   });
 }
 
+// The sum of the H x W values whose vectors row(y)(x) returns.
+template <class A, class Row>
+VF_INLINE inline A sum_of_rows(int64_t H, int64_t W, const Row& row) {
+  constexpr int64_t kStretch = kChunk * kLanes<A>;
+  const int64_t rows = std::max<int64_t>(1, kStretch / std::max<int64_t>(1, W));  // short rows share a chunk
+  Wide<A> total = {};
+  for (int64_t y0 = 0; y0 < H; y0 += rows) {
+    const int64_t y1 = y0 + rows < H ? y0 + rows : H;
+    for (int64_t x0 = 0; x0 < W; x0 += kStretch) {
+      const int64_t x1 = x0 + kStretch < W ? x0 + kStretch : W;
+      Vec<A> part = set1<A>(0);
+      for (int64_t y = y0; y < y1; ++y) {
+        const auto values = row(y);
+        for (int64_t x = x0; x < x1; x += kLanes<A>) part += values(x);
+      }
+      total += widen<A>(part);
+    }
+  }
+  return static_cast<A>(sum_wide<A>(total));
+}
+
 // dw [2, k, k] of one image: the correlation of the maps with dq.
 template <class A>
 void conv_weight_grad(const Framed<A>* maps, const Framed<A>& dq, int64_t k, int64_t H, int64_t W,
@@ -114,14 +136,10 @@ void conv_weight_grad(const Framed<A>* maps, const Framed<A>& dq, int64_t k, int
       for (int64_t row = begin; row < end; ++row) {  // rows of both kernels
         const int64_t m = row / k, i = row % k;
         for (int64_t j = 0; j < k; ++j) {
-          Vec<A> total = set1<A>(0);
-          for (int64_t y = 0; y < H; ++y) {
+          dw[row * k + j] = sum_of_rows<A>(H, W, [&](int64_t y) VF_INLINE {
             const A *g = grad->at(y, 0), *in = maps[m].at(y + i - pad, j - pad);
-            Vec<A> part = set1<A>(0);
-            for (int64_t x = 0; x < W; x += kLanes<A>) part += load(g + x) * load(in + x);
-            total += part;
-          }
-          dw[row * k + j] = sum_lanes<A>(total);
+            return [=](int64_t x) VF_INLINE { return load(g + x) * load(in + x); };
+          });
         }
       }
     });
@@ -133,13 +151,10 @@ template <class A>
 void conv_bias_grad(const Framed<A>& dq, int64_t H, int64_t W, A* dbias) {
   const Framed<A>* grad = &dq;
   simd([=]() VF_INLINE {
-    Vec<A> total = set1<A>(0);
-    for (int64_t y = 0; y < H; ++y) {
-      Vec<A> part = set1<A>(0);
-      for (int64_t x = 0; x < W; x += kLanes<A>) part += load(grad->at(y, x));
-      total += part;
-    }
-    *dbias = sum_lanes<A>(total);
+    *dbias = sum_of_rows<A>(H, W, [&](int64_t y) VF_INLINE {
+      const A* g = grad->at(y, 0);
+      return [=](int64_t x) VF_INLINE { return load(g + x); };
+    });
   });
 }
 

@@ -97,9 +97,14 @@ void batch_outer(int64_t batch, const A* a, int64_t rows, const A* b, int64_t co
 // out[c] = sum_n a[n, c], n ascending.
 template <class A>
 void batch_sum(int64_t batch, const A* a, int64_t cols, A* out) {
-  for (int64_t c = 0; c < cols; ++c) out[c] = 0;
-  for (int64_t n = 0; n < batch; ++n) {
-    for (int64_t c = 0; c < cols; ++c) out[c] += a[n * cols + c];
+  constexpr int64_t kSums = 64;
+  for (int64_t c0 = 0; c0 < cols; c0 += kSums) {
+    const int64_t count = std::min(cols - c0, kSums);
+    double sums[kSums] = {};
+    for (int64_t n = 0; n < batch; ++n) {
+      for (int64_t c = 0; c < count; ++c) sums[c] += a[n * cols + c0 + c];
+    }
+    for (int64_t c = 0; c < count; ++c) out[c0 + c] = static_cast<A>(sums[c]);
   }
 }
 

@@ -9,6 +9,7 @@
 #include "parallel.h"
 #include "simd.h"
 #include "simd_lanes.h"
+#include "wide_sums.h"
 
 namespace visattn {
 
@@ -29,12 +30,11 @@ Moments<Acc<T>> row_moments(const T* row, int64_t cols) {
     const int64_t whole = cols - cols % (2 * L);
     Wide<A> total = {}, other = {};
     for (int64_t c = 0; c < whole; c += 2 * L) {
-      total += __builtin_convertvector(load(row + c), Wide<A>);
-      other += __builtin_convertvector(load(row + c + L), Wide<A>);
+      total += widen<A>(load(row + c));
+      other += widen<A>(load(row + c + L));
     }
     total += other;
-    double sum = 0, second = 0;
-    for (int i = 0; i < L; ++i) sum += total[i];
+    double sum = sum_wide<A>(total), second = 0;
     for (int64_t c = whole; c < cols; ++c) sum += static_cast<A>(row[c]);
     const A mean = static_cast<A>(sum / static_cast<double>(cols));
     for (int64_t c0 = 0; c0 < whole; c0 += kChunk * L) {
@@ -64,6 +64,8 @@ void column_moments(Matrix<const T> x, Acc<T>* mean, Acc<T>* second) {
   column_stats<T, false, false>(x, nullptr, mean);
   Buffer<A> rest(x.cols);
   A* shift = rest.get();
+  ColumnTotals<A> totals(x.rows, x.cols, 2);
+  double* const total[] = {totals.of(0), totals.of(1)};
   simd([=]() VF_INLINE {
     for (int64_t c = 0; c < x.cols; c += kLanes<A>) {
       store(mean + c, load(mean + c) / static_cast<A>(x.rows));
@@ -85,9 +87,11 @@ void column_moments(Matrix<const T> x, Acc<T>* mean, Acc<T>* second) {
         store(shift + c, load(shift + c) + apart);
       });
     };
-    int64_t r = 0;
-    for (; r + 8 <= x.rows; r += 8) group(r, std::integral_constant<int, 8>{});
-    for (; r < x.rows; ++r) group(r, std::integral_constant<int, 1>{});
+    A* const sums[] = {second, shift};
+    add_in_chunks(x.rows, x.cols, sums, total, [&](int64_t r, int64_t end) VF_INLINE {
+      for (; r + 8 <= end; r += 8) group(r, std::integral_constant<int, 8>{});
+      for (; r < end; ++r) group(r, std::integral_constant<int, 1>{});
+    });
     for (int64_t c = 0; c < x.cols; c += kLanes<A>) {
       Vec<A> d = load(shift + c) / static_cast<A>(x.rows);
       d = d == d ? d : Vec<A>{};

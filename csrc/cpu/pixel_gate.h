@@ -101,7 +101,7 @@ struct PixelGrad {
 
 //  - dmean_of(n, dgate [C], dmean [C]) turns the channel gate's gradient into the gradient of the channel
 //    means.
-//  - pixel.weight_grad(block of x, PixelGrad, out) adds a block's share of the spatial weights' gradients to
+//  - pixel.weight_grad(block of x, PixelGrad, out) writes a block's share of the spatial weights' gradients to
 //    `out`.
 //  - pixel.input_grad(block of g, PixelGrad, channel gate, spatial gate, dmean / P, dx) writes the block's
 //    dx.
@@ -130,8 +130,9 @@ MapGrads pixel_gate_bwd(const Tensor& grad, const FeatureMap& x, const Shape& s,
       const T* pr = image_or_null<T>(res, n);
       T* kept = act ? data<T>(out.dresidual) + n * image : nullptr;
       const auto upstream = matrix<const T>(act ? kept : g.image<T>(n), s, nhwc, g.ld);
-      // A lone thread adds the blocks' shares in the same order.
+      // A lone thread needs the memory of one share: it adds each to the totals at once.
       ChannelPartials<A> shares(size, workers.alone() ? 1 : blocks.count);
+      Buffer<double> totals(workers.alone() ? size : 0);
       workers.each(blocks.count, [&](int64_t b, int64_t e) {
         for (; b < e; ++b) {
           const int64_t p0 = blocks.begin(b), p1 = blocks.end(b), skip = nhwc ? p0 * s.C : p0;
@@ -147,10 +148,15 @@ MapGrads pixel_gate_bwd(const Tensor& grad, const FeatureMap& x, const Shape& s,
             products<T, true, true>(xs, gs, of_channel, of_pixel, dots.part(b), &dz[p0]);
           }
           for (int64_t p = p0; p < p1; ++p) dz[p] *= gate_s[p] * (1 - gate_s[p]);
-          pixel.weight_grad(xs, PixelGrad<A>{nhwc, n, p0, &dz[p0]}, shares.part(workers.alone() ? 0 : b));
+          A* share = shares.part(workers.alone() ? 0 : b);
+          pixel.weight_grad(xs, PixelGrad<A>{nhwc, n, p0, &dz[p0]}, share);
+          for (int64_t i = 0; workers.alone() && i < size; ++i) totals[i] += share[i];
         }
       });
-      shares.sum(dweights + n * size);
+      if (!workers.alone()) shares.sum(dweights + n * size);
+      for (int64_t i = 0; workers.alone() && i < size; ++i) {
+        dweights[n * size + i] = static_cast<A>(totals[i]);
+      }
       dots.sum(dgate.get());
       dmean_of(n, dgate.get(), dmean.get());
       for (int64_t c = 0; c < s.C; ++c) dmean[c] /= static_cast<A>(s.P);

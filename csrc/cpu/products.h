@@ -8,6 +8,7 @@
 #include "parallel.h"
 #include "simd.h"
 #include "simd_lanes.h"
+#include "wide_sums.h"
 
 namespace visattn {
 
@@ -16,12 +17,13 @@ VF_INLINE inline void products_group(const Matrix<const T>& a, const Matrix<cons
                                      const Acc<T>* u, const Acc<T>* v, Acc<T>* per_row, Acc<T>* per_column) {
   using A = Acc<T>;
   const T *pa[R], *pb[R];
-  Vec<A> weight[R], total[R];
+  Vec<A> weight[R];
+  Wide<A> total[R];
   for (int r = 0; r < R; ++r) {
     pa[r] = a.row(r0 + r);
     pb[r] = b.row(r0 + r);
     weight[r] = set1<A>(u ? u[r0 + r] : A(1));
-    total[r] = set1<A>(0);
+    total[r] = Wide<A>{};
   }
   // A short row's last elements cost less one by one than as a vector that is filled and emptied.
   const int64_t cols = kColumn ? a.cols : a.cols - a.cols % kLanes<A>;
@@ -43,40 +45,34 @@ VF_INLINE inline void products_group(const Matrix<const T>& a, const Matrix<cons
       }
       if constexpr (kColumn) store(per_column + c, load(per_column + c) + across);
     });
-    for (int r = 0; r < R; ++r) total[r] += part[r];
+    for (int r = 0; r < R; ++r) total[r] += widen<A>(part[r]);
   }
   if constexpr (kRow) {
     for (int r = 0; r < R; ++r) {
-      A sum = sum_lanes<A>(total[r]);
+      double sum = sum_wide<A>(total[r]);
       for (int64_t c = cols; c < a.cols; ++c) sum += static_cast<A>(pa[r][c]) * static_cast<A>(pb[r][c]);
-      per_row[r0 + r] = sum;
+      per_row[r0 + r] = static_cast<A>(sum);
     }
   }
 }
 
 // Both sums together take both weights (null for ones); one sum alone is unweighted. Overwrites per_column,
-// which is padded, and sums rows in chunks, as rows sum columns.
+// which is padded.
 template <class T, bool kRow, bool kColumn>
 void products(Matrix<const T> a, Matrix<const T> b, const Acc<T>* u, const Acc<T>* v, Acc<T>* per_row,
               Acc<T>* per_column) {
   using A = Acc<T>;
-  constexpr int64_t kRows = 64;
-  Buffer<A> chunk(kColumn && a.rows > kRows ? a.cols : 0);
-  A* part = a.rows > kRows ? chunk.get() : per_column;
+  ColumnTotals<A> totals(kColumn ? a.rows : 0, a.cols);
+  double* const total[] = {totals.of(0)};
   simd([=]() VF_INLINE {
     if constexpr (kColumn) {
       for (int64_t c = 0; c < a.cols; c += kLanes<A>) store(per_column + c, set1<A>(0));
     }
-    for (int64_t r = 0; r < a.rows;) {
-      const int64_t end = r + kRows < a.rows ? r + kRows : a.rows;
-      for (; r + 4 <= end; r += 4) products_group<T, kRow, kColumn, 4>(a, b, r, u, v, per_row, part);
-      for (; r < end; ++r) products_group<T, kRow, kColumn, 1>(a, b, r, u, v, per_row, part);
-      if (!kColumn || part == per_column) continue;
-      for (int64_t c = 0; c < a.cols; c += kLanes<A>) {
-        store(per_column + c, load(per_column + c) + load(part + c));
-        store(part + c, set1<A>(0));
-      }
-    }
+    A* const sums[] = {per_column};
+    add_in_chunks(a.rows, a.cols, sums, total, [&](int64_t r, int64_t end) VF_INLINE {
+      for (; r + 4 <= end; r += 4) products_group<T, kRow, kColumn, 4>(a, b, r, u, v, per_row, per_column);
+      for (; r < end; ++r) products_group<T, kRow, kColumn, 1>(a, b, r, u, v, per_row, per_column);
+    });
   });
 }
 

@@ -7,6 +7,7 @@
 #include "matrix.h"
 #include "simd.h"
 #include "simd_lanes.h"
+#include "wide_sums.h"
 
 namespace visattn {
 
@@ -28,7 +29,7 @@ VF_INLINE inline int64_t find_in_block(const T* row, const Acc<T>* scale, int64_
 
 // Sums a row's columns from `begin` on, and updates the maximum and its index, ignoring NaN.
 template <class T, bool kScale>
-VF_INLINE inline void finish_row(const T* row, const Acc<T>* scale, int64_t begin, int64_t cols, Acc<T>* sum,
+VF_INLINE inline void finish_row(const T* row, const Acc<T>* scale, int64_t begin, int64_t cols, double* sum,
                                  Acc<T>* max, int64_t* index) {
   for (int64_t c = begin; c < cols; ++c) {
     const Acc<T> v = static_cast<Acc<T>>(row[c]) * (kScale ? scale[c] : Acc<T>(1));
@@ -56,11 +57,12 @@ VF_INLINE inline void row_stats_group(const Matrix<const T>& x, int64_t r0, cons
   constexpr int L = kLanes<A>;
   const A lowest = -std::numeric_limits<A>::infinity();
   const T* row[R];
-  Vec<A> total[R], top[R];
+  Wide<A> total[R];
+  Vec<A> top[R];
   IVec<A> where[R];
   for (int r = 0; r < R; ++r) {
     row[r] = x.row(r0 + r);
-    total[r] = set1<A>(0);
+    total[r] = Wide<A>{};
     top[r] = set1<A>(lowest);
     where[r] = IVec<A>{};
   }
@@ -88,7 +90,7 @@ VF_INLINE inline void row_stats_group(const Matrix<const T>& x, int64_t r0, cons
         }
       }
     }
-    for (int r = 0; r < R; ++r) total[r] += part[r];
+    for (int r = 0; r < R; ++r) total[r] += widen<A>(part[r]);
   }
   int64_t done = whole;
   if constexpr (!kMax) {
@@ -96,18 +98,20 @@ VF_INLINE inline void row_stats_group(const Matrix<const T>& x, int64_t r0, cons
       for (int r = 0; r < R; ++r) {
         Vec<A> v = load(row[r] + done);
         if constexpr (kScale) v = v * load(scale + done);
-        total[r] += v;
+        total[r] += widen<A>(v);
       }
     }
   }
   for (int r = 0; r < R; ++r) {
-    A s = sum_lanes<A>(total[r]), m = lowest;
+    double total_of_row = sum_wide<A>(total[r]);
+    A m = lowest;
     int64_t index = 0;
     if (kMax && whole) {
       max_lanes<A>(top[r], where[r], &m, &index);
       index = find_in_block<T, kScale>(row[r], scale, index, m);
     }
-    finish_row<T, kScale>(row[r], scale, done, x.cols, &s, &m, &index);
+    finish_row<T, kScale>(row[r], scale, done, x.cols, &total_of_row, &m, &index);
+    const A s = static_cast<A>(total_of_row);
     sum[r0 + r] = s;
     if constexpr (kMax) {
       if (s != s)
@@ -146,8 +150,10 @@ VF_INLINE inline void short_row_stats(const Matrix<const T>& x, int64_t r0, cons
     total[r + 1] = sum_b, top[r + 1] = top_b, where[r + 1] = at_b;
   }
   transpose(total), transpose(top), transpose(where);
+  for (int half = L / 2; half > 0; half /= 2) {
+    for (int j = 0; j < half; ++j) total[j] += total[j + half];
+  }
   for (int j = 1; j < L; ++j) {
-    total[0] += total[j];
     const auto other_wins = (top[j] > top[0]) | ((top[j] == top[0]) & (where[j] < where[0]));
     where[0] = other_wins ? where[j] : where[0];
     top[0] = greater(top[j], top[0]);
@@ -157,7 +163,9 @@ VF_INLINE inline void short_row_stats(const Matrix<const T>& x, int64_t r0, cons
   if (!nan && whole == x.cols) return;
   for (int64_t r = r0; r < r0 + L; ++r) {
     int64_t index = at[r];
-    finish_row<T, kScale>(x.row(r), scale, whole, x.cols, sum + r, max + r, &index);
+    double total_of_row = sum[r];
+    finish_row<T, kScale>(x.row(r), scale, whole, x.cols, &total_of_row, max + r, &index);
+    sum[r] = static_cast<A>(total_of_row);
     if (sum[r] != sum[r]) find_nan<T, kScale>(x.row(r), scale, x.cols, max + r, &index);
     at[r] = static_cast<Index<A>>(index);
   }

@@ -45,11 +45,9 @@ struct LinearPixel {
   void weight_grad(const Matrix<const T>& x, PixelGrad<A> grad, A* out) const {
     Buffer<A> share(C);
     channel_sums<T, true>(x, grad.nhwc, grad.dz, share.get());
-    for (int64_t c = 0; c < C; ++c) out[c] += share[c];
+    std::copy_n(share.get(), C, out);
     const int64_t pixels = grad.nhwc ? x.rows : x.cols;
-    A total;
-    row_stats<A, false, false>(Matrix<const A>{grad.dz, pixels, 1, pixels}, nullptr, &total);
-    out[C] += total;
+    row_stats<A, false, false>(Matrix<const A>{grad.dz, pixels, 1, pixels}, nullptr, out + C);
   }
 
   void input_grad(const Matrix<const T>& g, PixelGrad<A> grad, const A* channel, const A* spatial,

@@ -11,6 +11,7 @@
 #include "simd.h"
 #include "simd_lanes.h"
 #include "simd_math.h"
+#include "wide_sums.h"
 
 namespace visattn {
 
@@ -206,11 +207,13 @@ void self_gate_sums_columns(Matrix<const T> x, const T* scaled, GateArrays<Acc<T
                             const T* residual, T* kept, T* dx, T* dscaled, int64_t ld, Acc<T>* lower,
                             Acc<T>* upper) {
   using A = Acc<T>;
+  ColumnTotals<A> totals(x.rows, x.cols, 2);
+  double* const total[] = {totals.of(0), totals.of(1)};
   simd([=]() VF_INLINE {
     constexpr int K = Algebra::kShuffled ? 2 : 1;
     const int64_t count = x.cols / K;
     for (int64_t c = 0; c < x.cols; ++c) lower[c] = upper[c] = 0;
-    for_row_groups<true>(x, [&](int64_t r0, auto group) VF_INLINE {
+    const auto add_group = [&](int64_t r0, auto group) VF_INLINE {
       constexpr int R = decltype(group)::value;
       const auto k = arrays;
       A* const out[2] = {lower, upper};
@@ -250,6 +253,11 @@ void self_gate_sums_columns(Matrix<const T> x, const T* scaled, GateArrays<Acc<T
           }
         }
       });
+    };
+    A* const sums[] = {lower, upper};
+    add_in_chunks(x.rows, x.cols, sums, total, [&](int64_t begin, int64_t end) VF_INLINE {
+      const Matrix<const T> rows{x.row(begin), x.ld, end - begin, x.cols};
+      for_row_groups<true>(rows, [&](int64_t r, auto group) VF_INLINE { add_group(begin + r, group); });
     });
   });
 }

@@ -78,20 +78,26 @@ class Shuffle {
 
   // The gradients of the six weights, over images and groups in order.
   void weight_grads(const std::array<A*, 6>& dw) {
-    for (A* d : dw) std::fill_n(d, K_, A(0));
+    Buffer<double> sums(6 * K_);
+    const auto sum = [&](int64_t weight, int64_t j) -> double& { return sums[weight * K_ + j]; };
     for (int64_t n = 0; n < N_; ++n) {
       for (int64_t c = 0; c < C_; ++c) {
         const int64_t i = n * C_ + c, j = c % K_;
         const A r = sum_r_[i], normed = rstd_[i] * sum_rd_[i];
         if (spatial(c)) {
-          dw[2][j] += w_[4][j] * normed + w_[5][j] * r;
-          dw[3][j] += r;
-          dw[4][j] += w_[2][j] * normed;
-          dw[5][j] += w_[2][j] * r;
+          sum(2, j) += w_[4][j] * normed + w_[5][j] * r;
+          sum(3, j) += r;
+          sum(4, j) += w_[2][j] * normed;
+          sum(5, j) += w_[2][j] * r;
         } else {
-          dw[0][j] += mean_[i] * r;
-          dw[1][j] += r;
+          sum(0, j) += mean_[i] * r;
+          sum(1, j) += r;
         }
+      }
+    }
+    for (size_t weight = 0; weight < 6; ++weight) {
+      for (int64_t j = 0; j < K_; ++j) {
+        dw[weight][j] = static_cast<A>(sum(static_cast<int64_t>(weight), j));
       }
     }
   }

@@ -13,6 +13,7 @@
 #include "parallel.h"
 #include "simd.h"
 #include "tensor.h"
+#include "wide_sums.h"
 
 namespace visattn {
 namespace {
@@ -122,18 +123,6 @@ VF_INLINE inline void gather_row(const T* a, const T* b, const Factor<Acc<T>, kP
   });
 }
 
-// Pixels that are summed before they are added to a total: the gates' logits are large sums of these totals,
-// so blocks keep the rounding small.
-constexpr int64_t kBlock = 32;
-
-template <class A>
-void flush(A* block, A* sum, int64_t size) {
-  for (int64_t c = 0; c < size; ++c) {
-    sum[c] += block[c];
-    block[c] = 0;
-  }
-}
-
 Tensor shift_total(Tensor u) {
   return dispatch(u, [&](auto type) {
     using T = decltype(type);
@@ -145,23 +134,26 @@ Tensor shift_total(Tensor u) {
       ChannelPartials<A> sums(s.C, in.nhwc ? in.parts.count : 1);
       for (int64_t n = begin; n < end; ++n) {
         workers.each(in.parts.count, [&](int64_t b, int64_t e) {
-          Buffer<A> block(in.nhwc ? s.C : 0);
           Buffer<T> planes(in.nhwc ? 0 : 2 * s.P);
           for (int64_t i = b; i < e; ++i) {
             A* sum = sums.part(in.nhwc ? i : 0);
+            const int64_t first = in.parts.begin(i), last = in.parts.end(i);
             if (in.nhwc) std::fill_n(sum, s.C, A(0));
+            ColumnTotals<A> totals(in.nhwc ? last - first : 0, s.C);
+            A* const sums_of_part[] = {sum};
+            double* const wide[] = {totals.of(0)};
             simd([&]() VF_INLINE {
-              const int64_t first = in.parts.begin(i), last = in.parts.end(i);
-              for (int64_t r = first; r < last; ++r) {
-                if (in.nhwc) {
-                  in.each_quarter(n, r, [&](int64_t c, int64_t c1, const Rows<const T, K>& x) VF_INLINE {
-                    add_rows<T, kNone, K>(x, c1 - c, block.get() + c);
-                  });
-                  if ((r + 1 - first) % kBlock == 0 || r + 1 == last) flush(block.get(), sum, s.C);
-                } else {
-                  sum[r] = row_total<T, kNone, K>(in.shifted_planes(n, r, planes.get()), s.P);
-                }
+              for (int64_t r = first; !in.nhwc && r < last; ++r) {
+                sum[r] = row_total<T, kNone, K>(in.shifted_planes(n, r, planes.get()), s.P);
               }
+              if (!in.nhwc) return;
+              add_in_chunks(last - first, s.C, sums_of_part, wide, [&](int64_t r, int64_t end) VF_INLINE {
+                for (; r < end; ++r) {
+                  in.each_quarter(n, first + r,
+                                  [&](int64_t c, int64_t c1, const Rows<const T, K>& x)
+                                      VF_INLINE { add_rows<T, kNone, K>(x, c1 - c, sum + c); });
+                }
+              });
             });
           }
         });
@@ -230,20 +222,25 @@ Tensor shift_dot(Tensor grad, Tensor u) {
               dot.p[k] = dots[k].part(in.nhwc ? i : 0);
               if (in.nhwc) std::fill_n(dot.p[k], s.C, A(0));
             }
+            const int64_t first = in.parts.begin(i), last = in.parts.end(i);
+            ColumnTotals<A> totals(in.nhwc ? last - first : 0, s.C, K);
+            double* const wide[K] = {totals.of(0), totals.of(1), totals.of(2)};
+            const T* pg = g.image<T>(n);
             simd([&]() VF_INLINE {
-              for (int64_t r = in.parts.begin(i); r < in.parts.end(i); ++r) {
-                const T* pg = g.image<T>(n) + r * g.ld;
-                if (in.nhwc) {
+              for (int64_t r = first; !in.nhwc && r < last; ++r) {
+                A total[K];
+                row_dots<T, kNone, K>(pg + r * g.ld, in.shifted_planes(n, r, planes.get()), s.P, total);
+                for (int k = 0; k < K; ++k) dot.p[k][r] = total[k];
+              }
+              if (!in.nhwc) return;
+              add_in_chunks(last - first, s.C, dot.p, wide, [&](int64_t b1, int64_t e1) VF_INLINE {
+                for (int64_t r = first + b1; r < first + e1; ++r) {
                   in.each_quarter(n, r, [&](int64_t c, int64_t c1, const Rows<const T, K>& x) VF_INLINE {
                     const Rows<A, K> to = {{dot.p[0] + c, dot.p[1] + c, dot.p[2] + c}};
-                    add_dots<T, kNone, K>(pg + c, x, c1 - c, to);
+                    add_dots<T, kNone, K>(pg + r * g.ld + c, x, c1 - c, to);
                   });
-                } else {
-                  A total[K];
-                  row_dots<T, kNone, K>(pg, in.shifted_planes(n, r, planes.get()), s.P, total);
-                  for (int k = 0; k < K; ++k) dot.p[k][r] = total[k];
                 }
-              }
+              });
             });
           }
         });

@@ -42,7 +42,7 @@ std::tuple<Tensor, Tensor> triplet_pool(Tensor x, bool spatial) {
       const Split parts = plane_parts(shape.A);
       std::vector<Pooled<A>> across;
       for (int64_t i = 0; i < parts.count; ++i) {
-        across.emplace_back(f.bd < 0 ? 0 : shape.B, shape.D, shape.flat());
+        across.emplace_back(parts.size, f.bd < 0 ? 0 : shape.B, shape.D, shape.flat());
       }
       for (int64_t n = begin; n < end; ++n) {
         const auto q = cube_of(map.image<T>(n), s, map.nhwc, map.ld);
@@ -53,7 +53,7 @@ std::tuple<Tensor, Tensor> triplet_pool(Tensor x, bool spatial) {
             for (int64_t a0 = parts.begin(b); a0 < parts.end(b); a0 += kPlanes) {
               const int64_t a1 = std::min(a0 + kPlanes, parts.end(b));
               pool_inside(q, f, a0, a1, out);
-              if (f.bd >= 0) pool_planes(q, a0, a1, a0 == parts.begin(b), across[b]);
+              if (f.bd >= 0) pool_planes(q, parts.begin(b), parts.end(b), a0, a1, across[b]);
             }
           }
         });
@@ -114,7 +114,10 @@ std::tuple<Tensor, Tensor> triplet_scale_bwd(Tensor grad, Tensor x, Tensor gates
       const auto shape = cube_of<T>(nullptr, s, map.nhwc, map.ld);
       const Split parts = plane_parts(shape.A);
       const int64_t pitch = shape.flat() ? shape.B * shape.D : shape.D;
-      ChannelPartials<A> across(f.bd < 0 ? 0 : shape.B * shape.D, parts.count);
+      const int64_t face = f.bd < 0 ? 0 : shape.B * shape.D;
+      ChannelPartials<A> across(face, parts.count);
+      std::vector<PlaneTotals<A>> totals;
+      for (int64_t i = 0; i < parts.count; ++i) totals.emplace_back(parts.size, face);
       Gates<T> gate(shape.A, shape.B, shape.D);
       for (int64_t n = begin; n < end; ++n) {
         const auto q = cube_of(map.image<T>(n), s, map.nhwc, map.ld);
@@ -125,18 +128,19 @@ std::tuple<Tensor, Tensor> triplet_scale_bwd(Tensor grad, Tensor x, Tensor gates
         if (act) gate.set(f, data<A>(given) + n * f.size, q);
         workers.each(parts.count, [&](int64_t b, int64_t e) {
           for (; b < e; ++b) {
-            if (f.bd >= 0) std::fill_n(across.part(b), shape.B * shape.D, A(0));
+            std::fill_n(across.part(b), face, A(0));
             for (int64_t a0 = parts.begin(b); a0 < parts.end(b); a0 += kPlanes) {
               const int64_t a1 = std::min(a0 + kPlanes, parts.end(b));
               if (activation == kRelu) scale_planes<T, kRelu, true>(q, gate, g, pr, kept, a0, a1);
               if (activation == kSilu) scale_planes<T, kSilu, true>(q, gate, g, pr, kept, a0, a1);
               sum_planes(q, gs, f, a0, a1, across.part(b), pitch, out);
+              totals[b].move(across.part(b), a1 - parts.begin(b), a1 == parts.end(b));
             }
           }
         });
         if (f.bd < 0) continue;
         across.sum(out + f.bd);
-        for (int64_t i = 0; i < shape.B * shape.D; ++i) out[f.bd + i] /= static_cast<A>(f.count());
+        for (int64_t i = 0; i < face; ++i) out[f.bd + i] /= static_cast<A>(f.count());
       }
     });
     return std::make_tuple(dgates, dresidual);

@@ -16,6 +16,7 @@
 #include "simd.h"
 #include "simd_lanes.h"
 #include "ties.h"
+#include "wide_sums.h"
 
 namespace visattn {
 
@@ -54,11 +55,13 @@ template <class T, bool kPixelColumns>
 void shared_sums(Matrix<const T> x, const Acc<T>* channel, const Acc<T>* dmean, const Acc<T>* value,
                  const Acc<T>* share, Acc<T>* out) {
   using A = Acc<T>;
+  ColumnTotals<A> totals(kPixelColumns ? 0 : x.rows, x.cols);
+  double* const total[] = {totals.of(0)};
   simd([=]() VF_INLINE {
     for (int64_t c = 0; !kPixelColumns && c < x.cols; c += kLanes<A>) store(out + c, set1<A>(0));
-    for (int64_t r = 0; r < x.rows; ++r) {
+    const auto add_row = [&](int64_t r) VF_INLINE {
       const T* row = x.row(r);
-      Vec<A> total = set1<A>(0);
+      RowTotal<A> of_row;
       for_vectors<A>(x.cols, [&](int64_t c, auto lanes) VF_INLINE {
         const auto of_pixel = [&](const A* p)
                                   VF_INLINE { return kPixelColumns ? load(p + c) : set1<A>(p[r]); };
@@ -66,13 +69,17 @@ void shared_sums(Matrix<const T> x, const Acc<T>* channel, const Acc<T>* dmean, 
                      u = v * (kPixelColumns ? set1<A>(channel[r]) : load(channel + c));
         const Vec<A> d = v * (of_pixel(dmean) + (u == of_pixel(value) ? of_pixel(share) : set1<A>(0)));
         if constexpr (kPixelColumns) {
-          total += d;
+          of_row.add(d);
         } else {
           store(out + c, load(out + c) + d);
         }
       });
-      if constexpr (kPixelColumns) out[r] = sum_lanes<A>(total);
-    }
+      if constexpr (kPixelColumns) out[r] = of_row.sum();
+    };
+    A* const sums[] = {out};
+    add_in_chunks(x.rows, x.cols, sums, total, [&](int64_t r, int64_t end) VF_INLINE {
+      for (; r < end; ++r) add_row(r);
+    });
   });
 }
 
@@ -92,10 +99,13 @@ void map_sums(const Matrix<const T>& image, bool nhwc, int64_t p0, int64_t p1, c
   } else {
     row_stats<T, false, true>(x, dmean + p0, out);
   }
+  const int64_t channels = nhwc ? x.cols : x.rows;
+  Buffer<double> at_maxima(channels);
   for (int64_t p = p0; p < p1; ++p) {
     const int64_t c = maxima.at[p];
-    if (c >= 0) out[c] += static_cast<A>(*element(image, nhwc, c, p)) * maxima.grad[p];
+    if (c >= 0) at_maxima[c] += static_cast<A>(*element(image, nhwc, c, p)) * maxima.grad[p];
   }
+  for (int64_t c = 0; c < channels; ++c) out[c] += static_cast<A>(at_maxima[c]);
 }
 
 // dx as in InputGrad, without the unique maxima. All members are padded, with a value for each channel or

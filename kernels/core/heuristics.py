@@ -14,6 +14,7 @@ from .layout import Layout
 INNER_BLOCK = 256  # elements along the dense axis: a warp reads 512 bytes of bfloat16 in 16-byte loads
 PROGRAMS = 1024  # about eight per streaming multiprocessor of the largest chips
 MIN_STEPS = 4  # tiles that are worth a partial result and its share of a second launch
+MAX_STEPS = 64  # tiles that a program adds up in sequence: each addition rounds, and equal values round alike
 TILE = 2048  # elements of a tile that accumulates
 SCALE_TILE = 4096  # elements of a tile that is read and written once
 PLANE_TILE = 16384  # elements of a tile of whole planes, kept in registers between two uses
@@ -127,6 +128,11 @@ def split(programs: int, tiles: int, all_programs: int = PROGRAMS) -> tuple[int,
     return cdiv(tiles, steps), steps
 
 
+def summed_steps(steps: int, tiles: int) -> int:
+    """Returns `steps`, or fewer for a long sum. Its partials, which are added as a tree, stay below `PROGRAMS`."""
+    return min(steps, max(MAX_STEPS, cdiv(tiles, PROGRAMS)))
+
+
 class Reduction(NamedTuple):
     """How programs share a reduction: blocks along the kept axis, splits of `steps` tiles along the reduced one."""
 
@@ -148,7 +154,8 @@ def reduction(
     t = tile(layout, elements, inner_block, per_thread)
     blocks_c, blocks_p = cdiv(layout.C, t.BLOCK_C), cdiv(layout.HW, t.BLOCK_P)
     kept, reduced = (blocks_p, blocks_c) if over_c else (blocks_c, blocks_p)
-    return Reduction(t, kept, *split(layout.N * kept, reduced, programs))
+    steps = summed_steps(split(layout.N * kept, reduced, programs)[1], reduced)
+    return Reduction(t, kept, cdiv(reduced, steps), steps)
 
 
 def vector_block(length: int, limit: int = 256) -> int:

@@ -16,6 +16,7 @@ from ..core.heuristics import TILE, cdiv, next_power_of_2, vector_block
 from ..core.launch import launch
 
 INDEX_MAX = tl.constexpr(2**31 - 1)
+CHAIN = tl.constexpr(32)  # partials that a lane adds up in sequence, before it adds their sum to that of all
 
 
 @triton.jit
@@ -70,12 +71,17 @@ def pair_sums(partials_ptr, k, L, rows, BLOCK_S: tl.constexpr):
     acc_ty = partials_ptr.dtype.element_ty
     firsts = tl.zeros([BLOCK_S, k.shape[0]], acc_ty)
     seconds = tl.zeros([BLOCK_S, k.shape[0]], acc_ty)
-    for start in range(0, rows, BLOCK_S):
-        row = start + tl.arange(0, BLOCK_S)
-        mask = (row < rows)[:, None] & (k < L)[None, :]
-        at = partials_ptr + row[:, None].to(tl.int64) * 2 * L + k[None, :]
-        firsts += tl.load(at, mask=mask, other=0.0)
-        seconds += tl.load(at + L, mask=mask, other=0.0)
+    for chain in range(0, rows, CHAIN * BLOCK_S):
+        first = tl.zeros([BLOCK_S, k.shape[0]], acc_ty)
+        second = tl.zeros([BLOCK_S, k.shape[0]], acc_ty)
+        for start in range(chain, tl.minimum(chain + CHAIN * BLOCK_S, rows), BLOCK_S):
+            row = start + tl.arange(0, BLOCK_S)
+            mask = (row < rows)[:, None] & (k < L)[None, :]
+            at = partials_ptr + row[:, None].to(tl.int64) * 2 * L + k[None, :]
+            first += tl.load(at, mask=mask, other=0.0)
+            second += tl.load(at + L, mask=mask, other=0.0)
+        firsts += first
+        seconds += second
     return tl.sum(firsts, 0), tl.sum(seconds, 0)
 
 
@@ -124,10 +130,13 @@ def _combine_kernel(
     m = (tl.program_id(0) // blocks).to(tl.int64)
     k = tl.program_id(0) % blocks * BLOCK_L + tl.arange(0, BLOCK_L)
     total = tl.zeros([BLOCK_S, BLOCK_L], acc_ty)
-    for start in range(0, splits, BLOCK_S):
-        s = start + tl.arange(0, BLOCK_S)
-        mask = (s < splits)[:, None] & (k < L)[None, :]
-        total += tl.load(partials_ptr + (m * splits + s[:, None]) * L + k[None, :], mask=mask, other=0.0).to(acc_ty)
+    for chain in range(0, splits, CHAIN * BLOCK_S):
+        part = tl.zeros([BLOCK_S, BLOCK_L], acc_ty)
+        for start in range(chain, tl.minimum(chain + CHAIN * BLOCK_S, splits), BLOCK_S):
+            s = start + tl.arange(0, BLOCK_S)
+            mask = (s < splits)[:, None] & (k < L)[None, :]
+            part += tl.load(partials_ptr + (m * splits + s[:, None]) * L + k[None, :], mask=mask, other=0.0).to(acc_ty)
+        total += part
     out = tl.sum(total, 0) / divisor
     if gate_ptr is not None:
         out *= gate_grad(tl.load(gate_ptr + m * L + k, mask=k < L, other=0.0).to(acc_ty), GATE_ACTIVATION)

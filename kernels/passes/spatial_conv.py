@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from ..core.activations import sigmoid
-from ..core.heuristics import cdiv, next_power_of_2, split, vector_block
+from ..core.heuristics import cdiv, next_power_of_2, split, summed_steps, vector_block
 from ..core.launch import launch
 from .weight_grads import RowSum, empty_row_sum
 
@@ -163,7 +163,9 @@ def conv_gate_bwd(
     K = wconv.shape[-1]
     dmaps, rows = torch.empty_like(maps), 2 * K
     block, block_s = vector_block(H * W), vector_block(H * W, 512)
-    splits, steps = split(N * rows, cdiv(H * W, block_s))
+    tiles = cdiv(H * W, block_s)
+    steps = summed_steps(split(N * rows, tiles)[1], tiles)
+    splits = cdiv(tiles, steps)
     partials = maps.new_empty((N * splits, rows * K))
     bias_partials = maps.new_empty((0 if bias is None else N * splits, 1))
     weight_programs = N * rows * splits

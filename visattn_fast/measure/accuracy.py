@@ -64,13 +64,19 @@ class Oracle:
         Raises:
             AssertionError: an error is above the budget; the message lists each.
         """
+        if wrong := self.above_budget(errors, eager, dtype):
+            raise AssertionError(f"error against float64 above the budget: {', '.join(wrong)}")
+
+    def above_budget(
+        self, errors: Mapping[str, float], eager: Mapping[str, float], dtype: torch.dtype, rounded: float = ROUNDED
+    ) -> list[str]:
+        """Returns a text for each error above the budget, which allows ``rounded`` times the effect of rounding."""
         wrong = []
         for name, error in errors.items():
-            allowed = EAGER * eager[name] + self._band(name, dtype) + ROUNDED * self._rounded.get(name, 0.0)
+            allowed = EAGER * eager[name] + self._band(name, dtype) + rounded * self._rounded.get(name, 0.0)
             if not error <= allowed:
                 wrong.append(f"{name} {error:.1e} (allowed {allowed:.1e}, eager {eager[name]:.1e})")
-        if wrong:
-            raise AssertionError(f"error against float64 above the budget: {', '.join(wrong)}")
+        return wrong
 
     def _cancels(self, name: str) -> bool:
         return self._sizes[name] <= CANCELLED * self._largest

@@ -18,6 +18,7 @@ _compiling, _recording, _any_requires_grad = (
     torch.is_grad_enabled,
     torch._C._any_requires_grad,
 )
+_exporting, _tracing = torch.compiler.is_exporting, torch._C._get_tracing_state
 _overridden, _call_boxed = torch._C._has_torch_function, torch._C._dispatch_call_boxed
 _is_batched, _is_legacy_batched = torch._C._functorch.is_batchedtensor, torch._C._functorch.is_legacy_batchedtensor
 
@@ -121,10 +122,15 @@ def in_autocast(x: Tensor) -> bool:
 
 
 def mixed(mathematics: Callable[..., Tensor], x: Tensor, *arguments: Any) -> Tensor:
-    """``mathematics(x, *arguments)`` in x's dtype. If dtypes differ outside autocast, all tensors are widened first."""
+    """``mathematics(x, *arguments)`` in x's dtype. If dtypes differ outside autocast, all tensors are widened first.
+
+    So are float16 tensors on CPUs, but not in exports: a sum over pixels, or the gradient of a gate, which is one, may
+    be more than float16 holds, 65504.
+    """
     tensors = [t for t in (x, *arguments) if isinstance(t, Tensor)]
     dtypes = {t.dtype for t in tensors}
-    if len(dtypes) == 1 or in_autocast(x):
+    too_narrow = x.dtype == torch.float16 and x.is_cpu and not (_exporting() or _tracing())
+    if (len(dtypes) == 1 and not too_narrow) or in_autocast(x):
         return mathematics(x, *arguments).to(x.dtype)
     widest = torch.float64 if torch.float64 in dtypes else torch.float32
     return mathematics(*(t.to(widest) if isinstance(t, Tensor) else t for t in (x, *arguments))).to(x.dtype)

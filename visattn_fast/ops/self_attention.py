@@ -3,6 +3,9 @@
 On CPUs PyTorch's fused attention serves, for a few rows of queries at a time: their bias is a small part of the whole.
 The result and the logarithms of the softmax sums (lse) are saved for backward. With a bias, backward computes the
 weights of these rows again, from lse.
+
+Both directions subtract the mean of the values from them, and forward adds it to the result. A score's gradient is the
+difference of a product with its value and one with the result, which would cancel if all values lie far from zero.
 """
 
 from __future__ import annotations
@@ -78,6 +81,19 @@ class _Bias:
                 yield queries, bias[None] if self.shut is None else bias + self.shut
 
 
+def _centred(v: Tensor, key_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Returns v minus its mean over the keys that are not masked, and the mean ``[N, heads, 1, d]``.
+
+    v ``[N, heads, L, d]`` has zeros at masked keys. Where the mean is not finite, 0 takes its place.
+    """
+    keys: Tensor | int = (
+        v.shape[2] if key_mask is None else key_mask.flatten(1).sum(1).clamp_(min=1)[:, None, None, None]
+    )
+    mean = v.sum(2, keepdim=True, dtype=accumulation_dtype(v)) / keys
+    mean.masked_fill_(~mean.isfinite(), 0.0)
+    return (v - mean).to(v.dtype), mean
+
+
 def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
     """Returns the attended values ``[N, heads, queries, d]`` and lse ``[N, heads, queries]``."""
     if q.is_cpu and k.shape[2] >= _FLASH:
@@ -97,8 +113,10 @@ def _attention_fwd_reference(
     lse = empty_small(qkv, n, heads, height * width)
     if n:
         q, k, v = split_heads(qkv, key_mask)
+        v, mean = _centred(v, key_mask)
         for i, bias in _Bias(qkv, table, key_mask).whole_blocks():
             o, norm = _attend(q[:, :, i], k, v, bias, scale)
+            o = o.add_(mean)
             if o.shape[2] == height * width:  # a single block is the whole result
                 out, lse = o.transpose(1, 2).to(qkv.dtype).contiguous(), norm.contiguous()
             else:
@@ -116,7 +134,7 @@ class _Products:
     def __init__(self, qkv: Tensor, table: Tensor | None, key_mask: Tensor | None, lse: Tensor, scale: float) -> None:
         _, height, width, _, self.heads, _ = qkv.shape
         a = accumulation_dtype(qkv)
-        self.q, self.k, self.v = (t.to(a).contiguous() for t in split_heads(qkv, key_mask))
+        self.q, self.k = (t.to(a).contiguous() for t in split_heads(qkv, key_mask)[:2])
         self.lse, self.scale, self.bias = lse[..., None], scale, _Bias(qkv, table, key_mask)
         self.row_weights = self.heads * height * width**2
 
@@ -175,24 +193,26 @@ def _attention_bwd_reference(
     lse = lse.masked_fill(lse == -torch.inf, 0.0)  # images without keys: -inf would make NaN
     if key_mask is not None:
         grad = grad.masked_fill(~key_mask.flatten(1).any(1)[:, None, None, None, None], 0.0)
-    tensors = (*split_heads(qkv, key_mask), *(t.flatten(1, 2).transpose(1, 2) for t in (grad, out)))
+    g, o = (t.flatten(1, 2).transpose(1, 2) for t in (grad, out))
+    q, k, v = split_heads(qkv, key_mask)
+    v, mean = _centred(v, key_mask)
+    o = (o - mean).to(o.dtype)
     found = split_heads(dqkv, None)
     if table is None and qkv.is_cpu and n:
-        q, k, v, g, o = tensors
         bias = _Bias(qkv, None, key_mask).shut
         gradients = _flash_backward(g, q, k, v, o, lse, 0.0, False, attn_mask=bias, scale=scale)
         for into, gradient in zip(found, gradients, strict=True):
             into.copy_(gradient)
         return dqkv.to(qkv.dtype), dtable
-    g, o = (t.to(a).contiguous() for t in tensors[3:])
+    g, o, v = (t.to(a).contiguous() for t in (g, o, v))
     delta = (g * o).sum(3, keepdim=True)
     dq, dk, dv = found
     products = _Products(qkv, table, key_mask, lse, scale)
     for images, i, p in products.blocks():
         q, upstream = (t[images, :, i].flatten(0, 1) for t in (products.q, g))
-        k, v = (t[images].flatten(0, 1) for t in (products.k, products.v))
+        k, values = (t[images].flatten(0, 1) for t in (products.k, v))
         dv[images] += (p.mT @ upstream).unflatten(0, (-1, heads))
-        ds = (upstream @ v.mT).sub_(delta[images, :, i].flatten(0, 1)).mul_(p)
+        ds = (upstream @ values.mT).sub_(delta[images, :, i].flatten(0, 1)).mul_(p)
         dq[images, :, i] = (ds @ k).mul_(scale).unflatten(0, (-1, heads))
         dk[images] += (ds.mT @ q).mul_(scale).unflatten(0, (-1, heads))
         if table is not None:

@@ -14,9 +14,15 @@ def simam_gate(x: Tensor, e_lambda: float = 1e-4) -> Tensor:
     """The gate that `simam` multiplies x by, ``[N, C, H, W]``."""
     check_feature_map(x)
     check_positive_number("e_lambda", e_lambda)
-    squares = (x - x.mean((2, 3), keepdim=True)).square()
-    variance = squares.sum((2, 3), keepdim=True) / max(x.shape[2] * x.shape[3] - 1, 1)
-    return torch.sigmoid(squares / (4 * (variance + e_lambda)) + 0.5)
+    d = x - x.mean((2, 3), keepdim=True)
+    floor: Tensor | float = e_lambda
+    if x.dtype == torch.float16:  # the square of d is to stay below its largest number, 65504
+        unit = (d.detach().abs().amax((2, 3), keepdim=True) / 128).clamp(min=1)
+        d, floor = d / unit, e_lambda / unit / unit
+    mean = d.square().mean((2, 3), keepdim=True)  # in float16 the sum may be too large
+    pixels = x.shape[2] * x.shape[3]
+    variance = mean + mean / (pixels - 1) if pixels > 1 else mean
+    return torch.sigmoid((d / (2 * (variance + floor).sqrt())).square() + 0.5)
 
 
 def simam(x: Tensor, e_lambda: float = 1e-4) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from ...core.heuristics import cdiv, next_power_of_2
+from ...core.heuristics import cdiv, next_power_of_2, summed_steps
 from ...core.layout import Layout
 
 TILE_BYTES = 8192  # of a tile of x: 32 for each thread of 8 warps, which keep as many elements of the face [B, D]
@@ -159,6 +159,7 @@ def cube_grid(layout: Layout, itemsize: int, spatial: bool) -> CubeGrid:
     blocks_b, blocks_d, tiles = cdiv(B, block_b), cdiv(D, block_d), cdiv(A, block_a)
     programs = N * blocks_b * blocks_d
     steps = min(max(cdiv(tiles, cdiv(MOST_PROGRAMS, max(programs, 1))), cdiv(PLANES, block_a)), tiles)
+    steps = summed_steps(steps, tiles)
     splits = cdiv(tiles, steps)
     tile = CubeTile(layout.channels_last, spatial, align, block_a, block_b, block_d, num_warps)
     return CubeGrid(tile, size, programs, splits, steps, FacePartials(blocks_d, blocks_b, splits))

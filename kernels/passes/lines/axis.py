@@ -14,6 +14,7 @@ from ...core.activations import NONE, activate, activation_grad
 from ...core.heuristics import cdiv
 from ...core.launch import launch
 from ...core.layout import Layout, accumulation_dtype
+from ..partials import CHAIN
 from .axis_tiles import (
     ELEMENTS,
     AxisSizes,
@@ -126,9 +127,12 @@ def _combine_lines_kernel(
     i = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     is_row = i < H * C if CHANNELS_LAST else i % (H + W) < H
     total = tl.zeros([BLOCK], out_ptr.dtype.element_ty)
-    for k in range(partials):
-        mask = (i < length) & (k < tl.where(is_row, row_partials, column_partials))
-        total += tl.load(partials_ptr + (n * partials + k) * length + i, mask=mask, other=0.0)
+    for first in range(0, partials, CHAIN):
+        part = tl.zeros([BLOCK], total.dtype)
+        for k in range(first, tl.minimum(first + CHAIN, partials)):
+            mask = (i < length) & (k < tl.where(is_row, row_partials, column_partials))
+            part += tl.load(partials_ptr + (n * partials + k) * length + i, mask=mask, other=0.0)
+        total += part
     divisor = tl.where(is_row, row_divisor, column_divisor).to(total.dtype)
     tl.store(out_ptr + n * length + i, total / divisor, mask=i < length)
 

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ...core.heuristics import PROGRAMS, cdiv, next_power_of_2
+from ...core.heuristics import PROGRAMS, cdiv, next_power_of_2, summed_steps
 from ...core.layout import Layout, canonical
 
 # A tile is one warp's if its loads are wide: no sum over an axis waits for other warps, and a plane's addresses and its
@@ -149,6 +149,7 @@ def axis_grid(layout: Layout, itemsize: int, elements: int = ELEMENTS) -> AxisGr
     programs = layout.N * cdiv(layout.C, block_c) * blocks_j
     least = cdiv(MIN_ROWS if layout.channels_last else MIN_PLANE_ROWS, block_r * G)
     steps = min(max(cdiv(tiles, cdiv(MOST_PROGRAMS * ELEMENTS, max(programs * elements, 1))), least), tiles)
+    steps = summed_steps(steps, tiles)
     tile = AxisTile(layout.channels_last, align, G, block_c, block_r, block_j, num_warps)
     return AxisGrid(tile, programs, cdiv(tiles, steps), steps, blocks_j)
 
