@@ -1,8 +1,13 @@
-"""Loads the native kernels once, or records why it cannot."""
+"""Loads the native kernels once, or records why it cannot.
+
+For developers: VISATTN_LIBRARY, read on first use, is the path of another build of the CPU library, as `make sanitize`
+and `make portable` use.
+"""
 
 from __future__ import annotations
 
 import functools
+import os
 import threading
 from pathlib import Path
 
@@ -15,6 +20,12 @@ _HOW_TO_BUILD = {
 _lock = threading.Lock()
 
 
+def build_of(library: Path) -> Path:
+    """Returns ``library``, or the build that VISATTN_LIBRARY chooses instead of the CPU library."""
+    chosen = os.environ.get("VISATTN_LIBRARY")
+    return Path(chosen) if chosen and library is LIBRARY else library
+
+
 def load(library: Path = LIBRARY) -> str | None:
     """Registers the kernels of ``library``. Returns None, or the reason why it has none."""
     with _lock:
@@ -25,12 +36,13 @@ def load(library: Path = LIBRARY) -> str | None:
 def _load(library: Path) -> str | None:
     import torch
 
-    if not library.exists():
-        return f"the native library was not built: {_HOW_TO_BUILD[library]}"
+    path = build_of(library)
+    if not path.exists():
+        return f"the native library was not built: {_HOW_TO_BUILD[library] if path is library else path}"
     if torch.torch_version.TorchVersion(torch.__version__) < "2.11":
         return f"the native library needs torch >= 2.11, found {torch.__version__}"
     try:
-        torch.ops.load_library(library)
+        torch.ops.load_library(path)
     except (OSError, RuntimeError) as error:
         return f"the native library does not load: {error}"
     return None
