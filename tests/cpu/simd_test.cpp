@@ -27,8 +27,8 @@ template <class V>
 void expect(V found, V wanted, const char* what, int64_t at) {
   ++compared;
   if (found == wanted || (found != found && wanted != wanted)) return;
-  std::printf("%s, element %lld: %.17g, not %.17g\n", what, static_cast<long long>(at), static_cast<double>(found),
-              static_cast<double>(wanted));
+  std::printf("%s, element %lld: %.17g, not %.17g\n", what, static_cast<long long>(at),
+              static_cast<double>(found), static_cast<double>(wanted));
   std::exit(1);
 }
 
@@ -147,10 +147,10 @@ void loops() {
   for (int64_t count = 0; count < 40; ++count) {
     std::vector<A> once(count), covered(count);
     simd([&]() VF_INLINE {
-      for_vectors<A>(count, [&](int64_t c, auto part) VF_INLINE {
-        store(once.data() + c, load(once.data() + c, part) + 1, part);
-      });
-      cover_vectors<A>(count, [&](int64_t c, auto part) VF_INLINE { store(covered.data() + c, set1<A>(1), part); });
+      for_vectors<A>(count, [&](int64_t c, auto part)
+                                VF_INLINE { store(once.data() + c, load(once.data() + c, part) + 1, part); });
+      cover_vectors<A>(count,
+                       [&](int64_t c, auto part) VF_INLINE { store(covered.data() + c, set1<A>(1), part); });
     });
     for (int64_t c = 0; c < count; ++c) {
       expect(once[c], A(1), "for_vectors", c);
@@ -284,5 +284,6 @@ int main() {
 #else
   const int level = 0;
 #endif
-  std::printf("%lld values, level %d, vectors of %d bytes\n", static_cast<long long>(compared), level, kVectorBytes);
+  std::printf("%lld values, level %d, vectors of %d bytes\n", static_cast<long long>(compared), level,
+              kVectorBytes);
 }
