@@ -91,6 +91,8 @@ class BuildNative(build_ext):
                 if extension.name.endswith("_CUDA"):
                     self.nvcc = TOOLCHAIN.use_cuda(extension)
                 super().run()
+                if not os.path.exists(self.get_ext_fullpath(extension.name)):
+                    raise RuntimeError("the compiler wrote no library")
                 built.append(extension)
             except Exception as error:
                 why = f"{type(error).__name__}: {error}"

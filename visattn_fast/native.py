@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
+import struct
 import threading
 from pathlib import Path
 
@@ -36,13 +37,31 @@ def load(library: Path = LIBRARY) -> str | None:
 def _load(library: Path) -> str | None:
     import torch
 
+    from . import __version__
+
     path = build_of(library)
+    how = _HOW_TO_BUILD[library] if path is library else f"VISATTN_LIBRARY is {path}"
     if not path.exists():
-        return f"the native library was not built: {_HOW_TO_BUILD[library] if path is library else path}"
+        return f"the native library was not built: {how}"
     if torch.torch_version.TorchVersion(torch.__version__) < "2.11":
         return f"the native library needs torch >= 2.11, found {torch.__version__}"
     try:
+        if not _whole(path.read_bytes(), __version__):
+            return f"the native library is damaged or not of version {__version__}: {how}"
         torch.ops.load_library(path)
     except (OSError, RuntimeError) as error:
-        return f"the native library does not load: {error}"
+        return f"the native library does not load: {error.__cause__ or error}"
     return None
+
+
+def _whole(data: bytes, version: str) -> bool:
+    """True if ``data`` is a library of this version that is not cut short.
+
+    The dynamic linker ends the process at a file cut short, and a kernel may do so that takes other arguments.
+    """
+    if data.startswith(b"\x7fELF\2\1"):  # 64 bits, little-endian; the table of sections ends the file
+        (table,) = struct.unpack_from("<Q", data.ljust(64), 0x28)
+        entry, count = struct.unpack_from("<HH", data.ljust(64), 0x3A)
+        if table + entry * count > len(data):
+            return False
+    return f"visattn_fast library {version}\0".encode() in data

@@ -1,0 +1,3 @@
+#include "../common/version.h"
+
+VISATTN_MARK_LIBRARY
