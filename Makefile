@@ -43,7 +43,7 @@ portable: $(VENV)/built ## run the CPU kernels' tests as other processors, and x
 	ATEN_CPU_CAPABILITY=default $(BIN)/python -m pytest --numprocesses $(PROCESSES) $(KERNEL_TESTS)
 
 determinism: $(VENV)/built ## run every module 100 times, with several numbers of threads; compare the bits
-	$(BIN)/python -m tools.determinism
+	OMP_WAIT_POLICY=passive $(BIN)/python -m tools.determinism
 
 bench: $(VENV)/built ## run the benchmarks
 	$(BIN)/python -m pytest bench --benchmark-only

@@ -4,6 +4,6 @@
 
 #define VISATTN_VERSION "0.1.0"
 
-#define VISATTN_MARK_LIBRARY                                                                 \
-  extern "C" __attribute__((used, visibility("default"))) const char visattn_fast_version[]; \
+#define VISATTN_MARK_LIBRARY                                                           \
+  extern "C" __attribute__((visibility("default"))) const char visattn_fast_version[]; \
   const char visattn_fast_version[] = "visattn_fast library " VISATTN_VERSION;

@@ -61,3 +61,9 @@ def test_every_allocation_of_the_kernels_may_fail(tmp_path):
     done = subprocess.run([sys.executable, "-c", CODE], env=environment, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert int(done.stdout) > 100
+
+
+def test_no_kernel_hides_what_failed_in_a_thread():
+    """PyTorch's loop replaces an exception by one that names neither the failure nor the kernel."""
+    sources = [path for path in (ROOT / "csrc" / "cpu").iterdir() if path.name != "parallel.h"]
+    assert not [path.name for path in sources if "stable::parallel_for" in path.read_text()]
