@@ -15,7 +15,7 @@ _EVERYWHERE = ["-std=c++20", "-O3"]
 FLAGS = [*_EVERYWHERE, "-g0", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]
 FLAGS += ["-Wall", "-Wno-psabi", "-Wno-unknown-pragmas"]
 # Builds of the CPU library for tests: name -> flags. `make sanitize` and `make portable` run tests with them.
-# GCC takes half an hour longer for the checks left out, most of them of each capture of each lambda.
+# With the checks left out, most of them of a lambda's captures, GCC takes more than twice as long.
 _SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 _SANITIZERS += ["-fno-sanitize=null,alignment,vptr,object-size", "-fno-sanitize-address-use-after-scope"]
 VARIANTS = {

@@ -1,9 +1,9 @@
 """Runs each module again and again, forward and backward, and counts the runs whose bits differ.
 
-Run it as ``python -m tools.determinism``, or with ``make determinism``. Both the fused and the plain module run under ``torch.use_deterministic_algorithms(True)``. The first number of a cell
-counts runs with the same number of threads, the second those with another one. "raises": PyTorch has no deterministic
-algorithm. It exits with 1 if a fused run differs with the same number of threads, or if a module without PyTorch's
-products differs at all.
+Run it as ``python -m tools.determinism``, or with ``make determinism``. Both the fused and the plain module run under
+``torch.use_deterministic_algorithms(True)``. The first number of a cell counts runs that differ with the same number of
+threads, the second those that differ from one thread. "raises": PyTorch has no deterministic algorithm. The exit status
+is 1 if a fused run differs with the same number of threads, or at all if PyTorch computes no sums inside the module.
 """
 
 from __future__ import annotations
