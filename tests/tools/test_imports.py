@@ -23,7 +23,7 @@ BESIDE = {
     "measure": ("report", "integrations"),
     "native": ("report", "backends", "ops"),
     "kernels": ("ops",),
-    NAME: ("cli", "report"),  # for the version
+    NAME: ("cli", "report", "native"),  # for the version
 }
 # The same for the folders of kernels.
 FLOORS = "experimental -> ops -> attention, passes -> core"
