@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
-SOURCES := $(wildcard csrc/common/*.h csrc/cpu/*.h csrc/cpu/*.cpp csrc/python/*.cpp)
+SOURCES := $(wildcard csrc/common/*.h csrc/common/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp csrc/python/*.cpp)
 CUDA_SOURCES := $(wildcard csrc/cuda/*.* csrc/cuda/emulation/*.*)
 FORMATTED := $(SOURCES) $(CUDA_SOURCES) tests/cpu/simd_test.cpp tests/faults/failing_malloc.c
 # Test processes. Threads of two of them share the cores, and wait asleep; the interpreter needs one thread each.

@@ -44,16 +44,16 @@ def extensions() -> list[Extension]:
     if find_spec("torch") is None:
         give_up("torch is not installed here (pip install --no-build-isolation uses the installed one)")
         return []
-    common = sorted(glob("csrc/common/*.h"))
+    common, shared = sorted(glob("csrc/common/*.h")), sorted(glob("csrc/common/*.cpp"))
     found = {
         "reference._layers": (["csrc/python/layers.cpp"], []),
-        "_C": (sorted(glob("csrc/cpu/*.cpp")), common + sorted(glob("csrc/cpu/*.h"))),
+        "_C": (shared + sorted(glob("csrc/cpu/*.cpp")), common + sorted(glob("csrc/cpu/*.h"))),
     }
     if VARIANT:
         found = {"_C": found["_C"]}
     elif CUDA_CHOICE in ("1", "only"):
         sources = sorted(glob("csrc/cuda/*.cu")) + sorted(glob("csrc/cuda/*.cpp"))  # the slowest to compile come first
-        found["_CUDA"] = sources, common + sorted([*glob("csrc/cuda/*.cuh"), *glob("csrc/cuda/*.h")])
+        found["_CUDA"] = sources + shared, common + sorted([*glob("csrc/cuda/*.cuh"), *glob("csrc/cuda/*.h")])
     extra = TOOLCHAIN.VARIANTS[VARIANT] if VARIANT else []
     options = {"extra_compile_args": TOOLCHAIN.FLAGS + extra, "extra_link_args": extra}
     return [

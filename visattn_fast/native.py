@@ -6,6 +6,7 @@ and `make portable` use.
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import os
 import struct
@@ -19,6 +20,8 @@ _HOW_TO_BUILD = {
     CUDA_LIBRARY: "make ext-cuda, or VISATTN_BUILD_CUDA=1 pip install -v --no-build-isolation with nvcc builds it",
 }
 _lock = threading.Lock()
+# What the arguments of each op must be, by its name: the texts and numbers of `visattn_fast.ops.signature`.
+signatures: dict[str, tuple[str, list[int]]] = {}
 
 
 def build_of(library: Path) -> Path:
@@ -46,10 +49,12 @@ def _load(library: Path) -> str | None:
     if torch.torch_version.TorchVersion(torch.__version__) < "2.11":
         return f"the native library needs torch >= 2.11, found {torch.__version__}"
     try:
+        # Loading registers the kernels, and they cannot be taken back: this is found out before.
         if not _whole(path.read_bytes(), __version__):
             return f"the native library is damaged or not of version {__version__}: {how}"
         torch.ops.load_library(path)
-    except (OSError, RuntimeError) as error:
+        _declare(ctypes.CDLL(str(path)))
+    except (OSError, RuntimeError, AttributeError) as error:
         return f"the native library does not load: {error.__cause__ or error}"
     return None
 
@@ -65,3 +70,11 @@ def _whole(data: bytes, version: str) -> bool:
         if table + entry * count > len(data):
             return False
     return f"visattn_fast library {version}\0".encode() in data
+
+
+def _declare(library: ctypes.CDLL) -> None:
+    """Tells the library what the arguments of each op must be. It refuses calls of ops that it has not been told of."""
+    for name, (text, numbers) in signatures.items():
+        table = (ctypes.c_int64 * len(numbers))(*numbers)
+        if library.visattn_declare(name.encode(), text.encode(), table):
+            raise RuntimeError(f"it cannot read the declaration of {name}")

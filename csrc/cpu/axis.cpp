@@ -235,8 +235,8 @@ Tensor axis_input_grad(Tensor grad, Tensor x, Tensor gates, Tensor dmeans) {
 }  // namespace visattn
 
 STABLE_TORCH_LIBRARY_IMPL(visattn_fast, CPU, m) {
-  m.impl("axis_mean", TORCH_BOX(&visattn::axis_mean));
-  m.impl("axis_scale", TORCH_BOX(&visattn::axis_scale));
-  m.impl("axis_scale_bwd", TORCH_BOX(&visattn::axis_scale_bwd));
-  m.impl("axis_input_grad", TORCH_BOX(&visattn::axis_input_grad));
+  visattn::implement<visattn::axis_mean>(m, "axis_mean");
+  visattn::implement<visattn::axis_scale>(m, "axis_scale");
+  visattn::implement<visattn::axis_scale_bwd>(m, "axis_scale_bwd");
+  visattn::implement<visattn::axis_input_grad>(m, "axis_input_grad");
 }

@@ -257,7 +257,7 @@ Tensor bam_input_grad(Tensor grad, Tensor x, Tensor channel, Tensor spatial, std
 }  // namespace visattn
 
 STABLE_TORCH_LIBRARY_IMPL(visattn_fast, CPU, m) {
-  m.impl("bam_scale", TORCH_BOX(&visattn::bam_scale));
-  m.impl("bam_scale_bwd", TORCH_BOX(&visattn::bam_scale_bwd));
-  m.impl("bam_input_grad", TORCH_BOX(&visattn::bam_input_grad));
+  visattn::implement<visattn::bam_scale>(m, "bam_scale");
+  visattn::implement<visattn::bam_scale_bwd>(m, "bam_scale_bwd");
+  visattn::implement<visattn::bam_input_grad>(m, "bam_input_grad");
 }

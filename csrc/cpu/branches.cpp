@@ -193,8 +193,8 @@ std::tuple<Tensor, Tensor> branch_grad(Tensor grad, Tensor v1, Tensor v2, Tensor
 }  // namespace visattn
 
 STABLE_TORCH_LIBRARY_IMPL(visattn_fast, CPU, m) {
-  m.impl("branch_mean", TORCH_BOX(&visattn::branch_mean));
-  m.impl("branch_sum", TORCH_BOX(&visattn::branch_sum));
-  m.impl("branch_dot", TORCH_BOX(&visattn::branch_dot));
-  m.impl("branch_grad", TORCH_BOX(&visattn::branch_grad));
+  visattn::implement<visattn::branch_mean>(m, "branch_mean");
+  visattn::implement<visattn::branch_sum>(m, "branch_sum");
+  visattn::implement<visattn::branch_dot>(m, "branch_dot");
+  visattn::implement<visattn::branch_grad>(m, "branch_grad");
 }

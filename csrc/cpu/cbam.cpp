@@ -200,6 +200,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cbam_bwd(
 }  // namespace visattn
 
 STABLE_TORCH_LIBRARY_IMPL(visattn_fast, CPU, m) {
-  m.impl("cbam_fwd", TORCH_BOX(&visattn::cbam_fwd));
-  m.impl("cbam_bwd", TORCH_BOX(&visattn::cbam_bwd));
+  visattn::implement<visattn::cbam_fwd>(m, "cbam_fwd");
+  visattn::implement<visattn::cbam_bwd>(m, "cbam_bwd");
 }

@@ -89,6 +89,6 @@ std::tuple<Tensor, Tensor, Tensor> channel_attention_bwd(Tensor grad, Tensor x, 
 }  // namespace visattn
 
 STABLE_TORCH_LIBRARY_IMPL(visattn_fast, CPU, m) {
-  m.impl("channel_attention_fwd", TORCH_BOX(&visattn::channel_attention_fwd));
-  m.impl("channel_attention_bwd", TORCH_BOX(&visattn::channel_attention_bwd));
+  visattn::implement<visattn::channel_attention_fwd>(m, "channel_attention_fwd");
+  visattn::implement<visattn::channel_attention_bwd>(m, "channel_attention_bwd");
 }

@@ -144,9 +144,9 @@ Tensor channel_input_grad(Tensor grad, Tensor x, Tensor gate, std::optional<Tens
 }  // namespace visattn
 
 STABLE_TORCH_LIBRARY_IMPL(visattn_fast, CPU, m) {
-  m.impl("channel_mean", TORCH_BOX(&visattn::channel_mean));
-  m.impl("channel_scale_fwd", TORCH_BOX(&visattn::channel_scale_fwd));
-  m.impl("channel_scale_bwd", TORCH_BOX(&visattn::channel_scale_bwd));
-  m.impl("channel_affine", TORCH_BOX(&visattn::channel_affine));
-  m.impl("channel_input_grad", TORCH_BOX(&visattn::channel_input_grad));
+  visattn::implement<visattn::channel_mean>(m, "channel_mean");
+  visattn::implement<visattn::channel_scale_fwd>(m, "channel_scale_fwd");
+  visattn::implement<visattn::channel_scale_bwd>(m, "channel_scale_bwd");
+  visattn::implement<visattn::channel_affine>(m, "channel_affine");
+  visattn::implement<visattn::channel_input_grad>(m, "channel_input_grad");
 }

@@ -110,8 +110,8 @@ std::tuple<Tensor, Tensor, Tensor> eca_bwd(Tensor grad, Tensor x, Tensor weight,
 }  // namespace visattn
 
 STABLE_TORCH_LIBRARY_IMPL(visattn_fast, CPU, m) {
-  m.impl("eca_fwd", TORCH_BOX(&visattn::eca_fwd));
-  m.impl("eca_infer", TORCH_BOX(&visattn::eca_infer));
-  m.impl("eca_normed", TORCH_BOX(&visattn::eca_normed));
-  m.impl("eca_bwd", TORCH_BOX(&visattn::eca_bwd));
+  visattn::implement<visattn::eca_fwd>(m, "eca_fwd");
+  visattn::implement<visattn::eca_infer>(m, "eca_infer");
+  visattn::implement<visattn::eca_normed>(m, "eca_normed");
+  visattn::implement<visattn::eca_bwd>(m, "eca_bwd");
 }

@@ -320,6 +320,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> line_gates_bw
 }  // namespace visattn
 
 STABLE_TORCH_LIBRARY_IMPL(visattn_fast, CPU, m) {
-  m.impl("line_gates_fwd", TORCH_BOX(&visattn::line_gates_fwd));
-  m.impl("line_gates_bwd", TORCH_BOX(&visattn::line_gates_bwd));
+  visattn::implement<visattn::line_gates_fwd>(m, "line_gates_fwd");
+  visattn::implement<visattn::line_gates_bwd>(m, "line_gates_bwd");
 }

@@ -269,6 +269,6 @@ local_attention_bwd(Tensor grad, Tensor x, Tensor w1, Tensor w2, Tensor p1, std:
 }  // namespace visattn
 
 STABLE_TORCH_LIBRARY_IMPL(visattn_fast, CPU, m) {
-  m.impl("local_attention_fwd", TORCH_BOX(&visattn::local_attention_fwd));
-  m.impl("local_attention_bwd", TORCH_BOX(&visattn::local_attention_bwd));
+  visattn::implement<visattn::local_attention_fwd>(m, "local_attention_fwd");
+  visattn::implement<visattn::local_attention_bwd>(m, "local_attention_bwd");
 }

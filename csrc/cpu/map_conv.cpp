@@ -85,6 +85,6 @@ std::tuple<Tensor, Tensor> map_conv_bwd(Tensor grad, Tensor maps, Tensor w) {
 }  // namespace visattn
 
 STABLE_TORCH_LIBRARY_IMPL(visattn_fast, CPU, m) {
-  m.impl("map_conv", TORCH_BOX(&visattn::map_conv));
-  m.impl("map_conv_bwd", TORCH_BOX(&visattn::map_conv_bwd));
+  visattn::implement<visattn::map_conv>(m, "map_conv");
+  visattn::implement<visattn::map_conv_bwd>(m, "map_conv_bwd");
 }

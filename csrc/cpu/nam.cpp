@@ -47,6 +47,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> nam_bwd(Tensor grad, Tensor x, Tensor
 }  // namespace visattn
 
 STABLE_TORCH_LIBRARY_IMPL(visattn_fast, CPU, m) {
-  m.impl("nam_fwd", TORCH_BOX(&visattn::nam_fwd));
-  m.impl("nam_bwd", TORCH_BOX(&visattn::nam_bwd));
+  visattn::implement<visattn::nam_fwd>(m, "nam_fwd");
+  visattn::implement<visattn::nam_bwd>(m, "nam_bwd");
 }

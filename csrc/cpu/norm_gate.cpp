@@ -63,6 +63,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> norm_gate_bwd(Tensor grad, Te
 }  // namespace visattn
 
 STABLE_TORCH_LIBRARY_IMPL(visattn_fast, CPU, m) {
-  m.impl("norm_gate_fwd", TORCH_BOX(&visattn::norm_gate_fwd));
-  m.impl("norm_gate_bwd", TORCH_BOX(&visattn::norm_gate_bwd));
+  visattn::implement<visattn::norm_gate_fwd>(m, "norm_gate_fwd");
+  visattn::implement<visattn::norm_gate_bwd>(m, "norm_gate_bwd");
 }

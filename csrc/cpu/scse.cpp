@@ -123,6 +123,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> scse_
 }  // namespace visattn
 
 STABLE_TORCH_LIBRARY_IMPL(visattn_fast, CPU, m) {
-  m.impl("scse_fwd", TORCH_BOX(&visattn::scse_fwd));
-  m.impl("scse_bwd", TORCH_BOX(&visattn::scse_bwd));
+  visattn::implement<visattn::scse_fwd>(m, "scse_fwd");
+  visattn::implement<visattn::scse_bwd>(m, "scse_bwd");
 }

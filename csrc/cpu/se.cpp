@@ -136,8 +136,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> se_bwd(
 }  // namespace visattn
 
 STABLE_TORCH_LIBRARY_IMPL(visattn_fast, CPU, m) {
-  m.impl("se_fwd", TORCH_BOX(&visattn::se_fwd));
-  m.impl("se_infer", TORCH_BOX(&visattn::se_infer));
-  m.impl("se_normed", TORCH_BOX(&visattn::se_normed));
-  m.impl("se_bwd", TORCH_BOX(&visattn::se_bwd));
+  visattn::implement<visattn::se_fwd>(m, "se_fwd");
+  visattn::implement<visattn::se_infer>(m, "se_infer");
+  visattn::implement<visattn::se_normed>(m, "se_normed");
+  visattn::implement<visattn::se_bwd>(m, "se_bwd");
 }

@@ -149,6 +149,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> shuff
 }  // namespace visattn
 
 STABLE_TORCH_LIBRARY_IMPL(visattn_fast, CPU, m) {
-  m.impl("shuffle_attention_fwd", TORCH_BOX(&visattn::shuffle_attention_fwd));
-  m.impl("shuffle_attention_bwd", TORCH_BOX(&visattn::shuffle_attention_bwd));
+  visattn::implement<visattn::shuffle_attention_fwd>(m, "shuffle_attention_fwd");
+  visattn::implement<visattn::shuffle_attention_bwd>(m, "shuffle_attention_bwd");
 }

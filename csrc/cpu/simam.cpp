@@ -78,6 +78,6 @@ std::tuple<Tensor, Tensor> simam_bwd(Tensor grad, Tensor x, std::optional<Tensor
 }  // namespace visattn
 
 STABLE_TORCH_LIBRARY_IMPL(visattn_fast, CPU, m) {
-  m.impl("simam_fwd", TORCH_BOX(&visattn::simam_fwd));
-  m.impl("simam_bwd", TORCH_BOX(&visattn::simam_bwd));
+  visattn::implement<visattn::simam_fwd>(m, "simam_fwd");
+  visattn::implement<visattn::simam_bwd>(m, "simam_bwd");
 }

@@ -113,6 +113,6 @@ std::tuple<Tensor, Tensor, Tensor> spatial_attention_bwd(Tensor grad, Tensor x, 
 }  // namespace visattn
 
 STABLE_TORCH_LIBRARY_IMPL(visattn_fast, CPU, m) {
-  m.impl("spatial_attention_fwd", TORCH_BOX(&visattn::spatial_attention_fwd));
-  m.impl("spatial_attention_bwd", TORCH_BOX(&visattn::spatial_attention_bwd));
+  visattn::implement<visattn::spatial_attention_fwd>(m, "spatial_attention_fwd");
+  visattn::implement<visattn::spatial_attention_bwd>(m, "spatial_attention_bwd");
 }

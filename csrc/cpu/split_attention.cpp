@@ -336,8 +336,8 @@ Tensor shift_grad(Tensor grad, Tensor u, Tensor gate, Tensor dtotal) {
 }  // namespace visattn
 
 STABLE_TORCH_LIBRARY_IMPL(visattn_fast, CPU, m) {
-  m.impl("shift_total", TORCH_BOX(&visattn::shift_total));
-  m.impl("shift_sum", TORCH_BOX(&visattn::shift_sum));
-  m.impl("shift_dot", TORCH_BOX(&visattn::shift_dot));
-  m.impl("shift_grad", TORCH_BOX(&visattn::shift_grad));
+  visattn::implement<visattn::shift_total>(m, "shift_total");
+  visattn::implement<visattn::shift_sum>(m, "shift_sum");
+  visattn::implement<visattn::shift_dot>(m, "shift_dot");
+  visattn::implement<visattn::shift_grad>(m, "shift_grad");
 }

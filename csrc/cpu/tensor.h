@@ -9,6 +9,7 @@
 #include <optional>
 #include <type_traits>
 
+#include "../common/signature.h"
 #include "../common/tensor.h"
 #include "simd.h"
 

@@ -179,8 +179,8 @@ Tensor triplet_input_grad(Tensor grad, Tensor x, Tensor gates, Tensor dpooled, T
 }  // namespace visattn
 
 STABLE_TORCH_LIBRARY_IMPL(visattn_fast, CPU, m) {
-  m.impl("triplet_pool", TORCH_BOX(&visattn::triplet_pool));
-  m.impl("triplet_scale", TORCH_BOX(&visattn::triplet_scale));
-  m.impl("triplet_scale_bwd", TORCH_BOX(&visattn::triplet_scale_bwd));
-  m.impl("triplet_input_grad", TORCH_BOX(&visattn::triplet_input_grad));
+  visattn::implement<visattn::triplet_pool>(m, "triplet_pool");
+  visattn::implement<visattn::triplet_scale>(m, "triplet_scale");
+  visattn::implement<visattn::triplet_scale_bwd>(m, "triplet_scale_bwd");
+  visattn::implement<visattn::triplet_input_grad>(m, "triplet_input_grad");
 }

@@ -255,10 +255,10 @@ Tensor twofold_input_grad(Tensor grad, Tensor x, Tensor channel, Tensor spatial,
 }  // namespace visattn
 
 STABLE_TORCH_LIBRARY_IMPL(visattn_fast, CPU, m) {
-  m.impl("pool_pixels", TORCH_BOX(&visattn::pool_pixels));
-  m.impl("pool_channels", TORCH_BOX(&visattn::pool_channels));
-  m.impl("pool_channels_bwd", TORCH_BOX(&visattn::pool_channels_bwd));
-  m.impl("twofold_scale", TORCH_BOX(&visattn::twofold_scale));
-  m.impl("twofold_scale_bwd", TORCH_BOX(&visattn::twofold_scale_bwd));
-  m.impl("twofold_input_grad", TORCH_BOX(&visattn::twofold_input_grad));
+  visattn::implement<visattn::pool_pixels>(m, "pool_pixels");
+  visattn::implement<visattn::pool_channels>(m, "pool_channels");
+  visattn::implement<visattn::pool_channels_bwd>(m, "pool_channels_bwd");
+  visattn::implement<visattn::twofold_scale>(m, "twofold_scale");
+  visattn::implement<visattn::twofold_scale_bwd>(m, "twofold_scale_bwd");
+  visattn::implement<visattn::twofold_input_grad>(m, "twofold_input_grad");
 }

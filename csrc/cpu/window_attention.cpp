@@ -113,6 +113,6 @@ std::tuple<Tensor, Tensor, Tensor> window_attention_bwd(Tensor grad, Tensor qkv,
 }  // namespace visattn
 
 STABLE_TORCH_LIBRARY_IMPL(visattn_fast, CPU, m) {
-  m.impl("window_attention_fwd", TORCH_BOX(&visattn::window_attention_fwd));
-  m.impl("window_attention_bwd", TORCH_BOX(&visattn::window_attention_bwd));
+  visattn::implement<visattn::window_attention_fwd>(m, "window_attention_fwd");
+  visattn::implement<visattn::window_attention_bwd>(m, "window_attention_bwd");
 }

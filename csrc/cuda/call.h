@@ -13,6 +13,7 @@
 
 #include "../common/geometry.h"
 #include "../common/plan.h"
+#include "../common/signature.h"
 #include "../common/tensor.h"
 #include "launch.h"
 #include "portable.h"

@@ -144,6 +144,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> cbam_bwd(
 }  // namespace visattn::cuda
 
 STABLE_TORCH_LIBRARY_IMPL(visattn_fast_cuda, CUDA, m) {
-  m.impl("cbam_fwd", TORCH_BOX(&visattn::cuda::cbam_fwd));
-  m.impl("cbam_bwd", TORCH_BOX(&visattn::cuda::cbam_bwd));
+  visattn::implement<visattn::cuda::cbam_fwd>(m, "cbam_fwd");
+  visattn::implement<visattn::cuda::cbam_bwd>(m, "cbam_bwd");
 }

@@ -50,6 +50,6 @@ std::tuple<Tensor, Tensor, Tensor> eca_bwd(Tensor grad, Tensor x, Tensor weight,
 }  // namespace visattn::cuda
 
 STABLE_TORCH_LIBRARY_IMPL(visattn_fast_cuda, CUDA, m) {
-  m.impl("eca_fwd", TORCH_BOX(&visattn::cuda::eca_fwd));
-  m.impl("eca_bwd", TORCH_BOX(&visattn::cuda::eca_bwd));
+  visattn::implement<visattn::cuda::eca_fwd>(m, "eca_fwd");
+  visattn::implement<visattn::cuda::eca_bwd>(m, "eca_bwd");
 }

@@ -72,6 +72,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> se_bwd(
 }  // namespace visattn::cuda
 
 STABLE_TORCH_LIBRARY_IMPL(visattn_fast_cuda, CUDA, m) {
-  m.impl("se_fwd", TORCH_BOX(&visattn::cuda::se_fwd));
-  m.impl("se_bwd", TORCH_BOX(&visattn::cuda::se_bwd));
+  visattn::implement<visattn::cuda::se_fwd>(m, "se_fwd");
+  visattn::implement<visattn::cuda::se_bwd>(m, "se_bwd");
 }

@@ -23,4 +23,4 @@ def test_cpp_enumeration_has_the_codes_of_python(name):
 
 
 def test_library_has_the_version_of_the_package():
-    assert f'#define VISATTN_VERSION "{vf.__version__}"' in (COMMON / "version.h").read_text()
+    assert f'"visattn_fast library {vf.__version__}";' in (COMMON / "version.cpp").read_text()

@@ -9,12 +9,19 @@ from ..ops.cbam import CBAM
 from ..ops.channel_attention import CHANNEL_ATTENTION
 from ..ops.spatial_attention import SPATIAL_ATTENTION
 from ..reference.as_built import as_built
-from ..reference.checks import check_bottleneck, check_feature_map, check_spatial_kernel
+from ..reference.checks import check_bottleneck, check_spatial_kernel
 from .calls import call_layers
 from .gates import gate_twice
 from .serve import serve
 
 __all__ = ["FastCBAM", "FastChannelAttention", "FastSpatialAttention", "cbam", "channel_attention", "spatial_attention"]
+
+
+def _check(x: Tensor, w1: Tensor, w2: Tensor, wconv: Tensor | None = None, bias: Tensor | None = None) -> None:
+    """Raises unless the layers of the channel gate, and the convolution of the spatial gate if given, fit x."""
+    check_bottleneck(x, w1, None, w2, None)
+    if wconv is not None:
+        check_spatial_kernel(x, wconv, bias)
 
 
 def cbam(
@@ -49,9 +56,7 @@ def cbam(
 
     Source: Woo et al., "CBAM: Convolutional Block Attention Module", ECCV 2018.
     """
-    check_bottleneck(x, w1, None, w2, None)
-    check_spatial_kernel(wconv, bias, x)
-    return serve(CBAM, (x, w1, w2, wconv, bias), residual=residual, activation=activation)
+    return serve(CBAM, (x, w1, w2, wconv, bias), check=_check, residual=residual, activation=activation)
 
 
 def channel_attention(x: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
@@ -71,8 +76,7 @@ def channel_attention(x: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
         ValueError: shapes or devices that do not fit.
         RuntimeError: the backend asked for cannot serve this call.
     """
-    check_bottleneck(x, w1, None, w2, None)
-    return serve(CHANNEL_ATTENTION, (x, w1, w2))
+    return serve(CHANNEL_ATTENTION, (x, w1, w2), check=_check)
 
 
 def spatial_attention(x: Tensor, wconv: Tensor, *, bias: Tensor | None = None) -> Tensor:
@@ -93,9 +97,7 @@ def spatial_attention(x: Tensor, wconv: Tensor, *, bias: Tensor | None = None) -
         ValueError: shapes or devices that do not fit, an even k.
         RuntimeError: the backend asked for cannot serve this call.
     """
-    check_feature_map(x)
-    check_spatial_kernel(wconv, bias, x)
-    return serve(SPATIAL_ATTENTION, (x, wconv, bias))
+    return serve(SPATIAL_ATTENTION, (x, wconv, bias), check=check_spatial_kernel)
 
 
 class FastChannelAttention(reference.ChannelAttention):

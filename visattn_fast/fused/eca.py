@@ -8,7 +8,7 @@ from .. import reference
 from ..ops.eca import ECA
 from ..reference.as_built import as_built
 from ..reference.batch_norm import Norm
-from ..reference.checks import check_channel_kernel, check_feature_map
+from ..reference.checks import check_channel_kernel
 from .gates import gate_channels
 from .serve import serve
 
@@ -46,9 +46,7 @@ def eca(
 
     Source: Wang et al., "ECA-Net", CVPR 2020.
     """
-    check_feature_map(x)
-    check_channel_kernel(weight, x)
-    return serve(ECA, (x, weight), residual=residual, activation=activation, norm=norm)
+    return serve(ECA, (x, weight), check=check_channel_kernel, residual=residual, activation=activation, norm=norm)
 
 
 class FastECA(reference.ECA):

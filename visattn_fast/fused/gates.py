@@ -131,7 +131,7 @@ def conv_maps(maps: Tensor, wconv: Tensor) -> Tensor:
         RuntimeError: the backend asked for cannot serve this call.
     """
     check_feature_map(maps, 2)
-    check_spatial_kernel(wconv, None, maps)
+    check_spatial_kernel(maps, wconv, None)
     if not decide(maps, MAP_CONV).fused:
         return MAP_CONV.plain(maps, wconv)
     wide = maps.double() if maps.dtype == torch.float64 else maps.float()

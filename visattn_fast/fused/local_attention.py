@@ -52,8 +52,7 @@ def local_attention(
         RuntimeError: the backend asked for cannot serve this call.
     """
     tensors = (x, w1, b1, w2, b2, p1, q1, p2, q2)
-    check_local_attention(*tensors)
-    return serve(LOCAL_ATTENTION, tensors, residual=residual, activation=activation)
+    return serve(LOCAL_ATTENTION, tensors, check=check_local_attention, residual=residual, activation=activation)
 
 
 class FastLocalAttention(reference.LocalAttention):

@@ -51,8 +51,7 @@ def scse(
     Source: Roy et al., "Concurrent Spatial and Channel 'Squeeze & Excitation' in Fully Convolutional Networks",
     MICCAI 2018.
     """
-    check_scse(x, w1, b1, w2, b2, ws, bs)
-    return serve(SCSE, (x, w1, b1, w2, b2, ws, bs), residual=residual, activation=activation)
+    return serve(SCSE, (x, w1, b1, w2, b2, ws, bs), check=check_scse, residual=residual, activation=activation)
 
 
 class FastscSE(reference.scSE):

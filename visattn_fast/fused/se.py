@@ -57,10 +57,17 @@ def se(
 
     Source: Hu et al., "Squeeze-and-Excitation Networks", CVPR 2018.
     """
-    check_bottleneck(x, w1, b1, w2, b2)
     hidden = 1 + check_choice("hidden_activation", hidden_activation, _HIDDEN)
     gate = check_choice("gate_activation", gate_activation, GATES)
-    return serve(SE, (x, w1, b1, w2, b2), options=(hidden, gate), residual=residual, activation=activation, norm=norm)
+    return serve(
+        SE,
+        (x, w1, b1, w2, b2),
+        check=check_bottleneck,
+        options=(hidden, gate),
+        residual=residual,
+        activation=activation,
+        norm=norm,
+    )
 
 
 class FastSE(reference.SE):

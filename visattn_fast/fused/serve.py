@@ -10,16 +10,19 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..backends import decide
+from ..backends import Decision, decide
 from ..ops.autograd import FusedOp, Update, recorded
 from ..reference.batch_norm import Norm, update_running_statistics
 from ..reference.checks import ACTIVATIONS, check_batch_norm, check_choice, check_residual
+
+_compiling = torch.compiler.is_compiling  # looked up once: a look-up at each call shows on small maps
 
 
 def serve(
     op: FusedOp,
     tensors: tuple[Any, ...],
     *,
+    check: Callable[..., None] | None = None,
     options: tuple[Any, ...] = (),
     residual: Tensor | None = None,
     activation: str | None = None,
@@ -31,7 +34,9 @@ def serve(
 
     Args:
         op: the op to call.
-        tensors: x and the weights, checked by the caller. For an op with an epilogue, x is ``[N, C, H, W]``.
+        tensors: x and the weights. For an op with an epilogue, x is ``[N, C, H, W]``.
+        check: called with ``tensors``; raises unless they fit each other. None: the caller has checked them. Native
+            kernels check what they get, in less time: then this is called only if they refuse, to say what is wrong.
         options: the op's numbers.
         residual: x's shape, or None; checked here.
         activation: None, ``"relu"`` or ``"silu"``; checked here.
@@ -50,15 +55,44 @@ def serve(
     """
     if norm is not None:
         z, *weights = tensors
+        if check is not None:
+            check(*tensors)
         check_batch_norm(z, *norm[:4], False, norm.eps)
         if op.normed is not None and norm_fuses_into_gate(op, z, (*tensors, residual, *norm[:4]), residual):
             code = check_epilogue(z, residual, activation)
             return op.normed(z, *norm, *weights, residual, code, *options)
         tensors = (norm.apply(z), *weights)
+    rest = options, residual, activation, plain, update
+    if check is None or _compiling():
+        if check is not None:
+            check(*tensors)
+        return _serve(op, tensors, decide(tensors[0], op), *rest)
+    try:
+        decision = decide(tensors[0], op)
+        if decision.backend != "cpp":
+            check(*tensors)
+        return _serve(op, tensors, decision, *rest)
+    except (AttributeError, RuntimeError):
+        check(*tensors)
+        check_epilogue(tensors[0], residual, activation)
+        raise
+
+
+def _serve(
+    op: FusedOp,
+    tensors: tuple[Any, ...],
+    decision: Decision,
+    options: tuple[Any, ...],
+    residual: Tensor | None,
+    activation: str | None,
+    plain: Callable[[], Tensor] | None,
+    update: Update | None,
+) -> Tensor:
+    """Serves a call as decided; see `serve`."""
     x = tensors[0]
-    nothing = residual is None and activation is None  # asked here: on small maps each microsecond shows
+    nothing = residual is None and activation is None
     code = 0 if nothing or not op.epilogue else check_epilogue(x, residual, activation)
-    if not decide(x, op).fused:
+    if not decision.fused:
         y = op.plain(*tensors, *options) if plain is None else plain()
         return reference.epilogue(y, residual, activation) if op.epilogue else y
     call = op if update is None else functools.partial(op.call_and_update, update)

@@ -63,6 +63,10 @@ def sk(
     """
     norm = norm_weight, norm_bias
     check_branches(v1, v2, w, *norm, running_mean, running_var, w1, b1, w2, b2, training=training)
+    if v1.dtype != v2.dtype:
+        wide = torch.promote_types(v1.dtype, v2.dtype)
+        weights = w, *norm, running_mean, running_var, w1, b1, w2, b2
+        return sk(v1.to(wide), v2.to(wide), *weights, training=training, momentum=momentum, eps=eps).to(v1.dtype)
 
     def plain() -> Tensor:
         # The running statistics are updated in place: `mixed` must not replace them by copies in another dtype.

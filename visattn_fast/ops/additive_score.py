@@ -62,18 +62,20 @@ def _additive_score_bwd_reference(grad: Tensor, q: Tensor, k: Any, v: Tensor) ->
     return dq.mul_(v), dk.mul_(v), dv
 
 
+_SCORED = {"q": "N Q h : floating strided", "k": "N K h : floating strided", "v": "h : floating"}
 additive_score_fwd = define(
     "additive_score_fwd(Tensor q, Tensor k, Tensor v) -> Tensor scores",
     None,
     _additive_score_fwd_reference,
     ("N Q K : q",),
-    weights={"q": "N Q", "k": "N K"},
+    _SCORED,
 )
 additive_score_bwd = define(
     "additive_score_bwd(Tensor grad, Tensor q, Tensor k, Tensor v) -> (Tensor dq, Tensor dk, Tensor dv)",
     None,
     _additive_score_bwd_reference,
     ("shape of q", "shape of k", "shape of v"),
+    {**_SCORED, "grad": "N Q K : q strided"},
     flops_of=lambda grad, *args: flops.count_gradient(reference.additive_score, args),
 )
 

@@ -13,6 +13,7 @@ from .epilogue import finish, residual_gradient, residual_gradient_shape, start_
 from .layout import accumulation_dtype, empty_small, memory_format, to_map
 from .library import define
 from .shapes import Arguments
+from .signature import MAP
 
 
 def _empty_lines(x: Tensor) -> Tensor:
@@ -63,12 +64,14 @@ def _lines(given: Arguments) -> Tensor:
     return _empty_lines(given["x"])
 
 
-axis_mean = define("axis_mean(Tensor x) -> Tensor", "axis", _axis_mean_reference, (_lines,))
+_GATED = {"x": MAP, "gates": "N C H+W : lines of x"}
+axis_mean = define("axis_mean(Tensor x) -> Tensor", "axis", _axis_mean_reference, (_lines,), {"x": MAP})
 axis_scale = define(
     "axis_scale(Tensor x, Tensor gates, Tensor? residual, int activation) -> Tensor",
     "axis",
     _axis_scale_reference,
     ("like x",),
+    {**_GATED, "residual": "like x"},
 )
 axis_scale_bwd = define(
     "axis_scale_bwd(Tensor grad, Tensor x, Tensor gates, Tensor? residual, int activation)"
@@ -76,10 +79,12 @@ axis_scale_bwd = define(
     "axis",
     _axis_scale_bwd_reference,
     (_lines, residual_gradient_shape),
+    {**_GATED, "residual": "like x", "grad": "like x"},
 )
 axis_input_grad = define(  # reads the layout of x, not its values
     "axis_input_grad(Tensor grad, Tensor x, Tensor gates, Tensor dmeans) -> Tensor",
     "axis",
     _axis_input_grad_reference,
     ("like x",),
+    {**_GATED, "grad": "like x", "dmeans": "N C H+W : lines of x"},
 )

@@ -25,8 +25,9 @@ from .epilogue import finish, residual_gradient, residual_gradient_shape, start_
 from .gates import carriers, mean, save
 from .layout import accumulation_dtype, to_map
 from .library import define
+from .signature import MAP
 
-_SHAPES = {"channel": "N C", "spatial": "N H W"}  # the results of the branches, in the accumulation dtype
+_GATED = {"x": MAP, "channel": "N C", "spatial": "N H W"}
 
 
 def _gate(channel: Tensor, spatial: Tensor, added: bool) -> Tensor:
@@ -71,7 +72,7 @@ bam_scale = define(
     "bam",
     _bam_scale_reference,
     ("like x",),
-    weights=_SHAPES,
+    {**_GATED, "residual": "like x"},
 )
 bam_scale_bwd = define(
     "bam_scale_bwd(Tensor grad, Tensor x, Tensor channel, Tensor spatial, Tensor? residual, int activation, bool added)"
@@ -79,7 +80,7 @@ bam_scale_bwd = define(
     "bam",
     _bam_scale_bwd_reference,
     ("N C", "N H W", residual_gradient_shape),
-    weights=_SHAPES,
+    {**_GATED, "residual": "like x", "grad": "like x"},
 )
 bam_input_grad = define(  # reads the layout of x, not its values
     "bam_input_grad(Tensor grad, Tensor x, Tensor channel, Tensor spatial, Tensor? dmean, Tensor? dbranch, bool added)"
@@ -87,7 +88,7 @@ bam_input_grad = define(  # reads the layout of x, not its values
     "bam",
     _bam_input_grad_reference,
     ("like x",),
-    weights=_SHAPES,
+    {**_GATED, "grad": "like x", "dmean": "N C", "dbranch": "like x"},
 )
 
 

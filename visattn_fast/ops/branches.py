@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .layout import accumulation_dtype, to_map
 from .library import define
+from .signature import MAP
 
 
 def _rectified(v1: Tensor, v2: Tensor) -> Tensor:
@@ -33,27 +34,32 @@ def _branch_grad_reference(grad: Tensor, v1: Tensor, v2: Tensor, gate: Tensor, d
     return first, second
 
 
+_BRANCHES = {"v1": MAP, "v2": "like v1"}
 branch_mean = define(
     "branch_mean(Tensor v1, Tensor v2) -> Tensor mean",
     "branches",
     _branch_mean_reference,
     ("N C",),
+    _BRANCHES,
 )
 branch_sum = define(
     "branch_sum(Tensor v1, Tensor v2, Tensor gate) -> Tensor y",
     "branches",
     _branch_sum_reference,
     ("like v1",),
+    {**_BRANCHES, "gate": "N 2 C"},
 )
 branch_dot = define(
     "branch_dot(Tensor grad, Tensor v1, Tensor v2) -> Tensor dgate",
     "branches",
     _branch_dot_reference,
     ("N 2 C",),
+    {**_BRANCHES, "grad": "like v1"},
 )
 branch_grad = define(
     "branch_grad(Tensor grad, Tensor v1, Tensor v2, Tensor gate, Tensor dmean) -> (Tensor dv1, Tensor dv2)",
     "branches",
     _branch_grad_reference,
     ("like v1", "like v1"),
+    {**_BRANCHES, "grad": "like v1", "gate": "N 2 C", "dmean": "N C"},
 )

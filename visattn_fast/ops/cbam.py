@@ -63,14 +63,14 @@ def _backward(
 
 CBAM = gate_op(
     "cbam",
-    weights={"w1": "R C", "w2": "C R", "wconv": "1 2 K K", "bias": "1 or None"},
+    weights={"w1": "R C", "w2": "C R", "wconv": "1 2 2*k+1 2*k+1", "bias": "1 or None"},
     saves={
         "pooled": "N 2 C",
-        "argmax_hw": "N C : int32",
+        "argmax_hw": "N C : int32 in 0..H*W-1",
         "hidden": "N 2 R",
         "channel_gate": "N C",
         "maps": "N 2 H W",
-        "argmax_c": "N H W : int32",
+        "argmax_c": "N H W : int32 in 0..C-1",
         "spatial_gate": "N H W",
     },
     empty_if_absent=("bias",),

@@ -32,7 +32,7 @@ CHANNEL_ATTENTION = gate_op(
     "channel_attention",
     weights={"w1": "R C", "w2": "C R"},
     result="N C 1 1 : x",
-    saves={"pooled": "N 2 C", "argmax_hw": "N C : int32", "hidden": "N 2 R"},
+    saves={"pooled": "N 2 C", "argmax_hw": "N C : int32 in 0..H*W-1", "hidden": "N 2 R"},
     epilogue=False,
     forward=_forward,
     backward=_backward,

@@ -14,8 +14,10 @@ from torch import Tensor
 
 from .. import reference
 from .declare import composed_op
-from .layout import accumulation_dtype, empty_map, empty_small, memory_format, zeros_small
+from .layout import accumulation_dtype, empty_small, memory_format, zeros_small
 from .library import define
+from .shapes import Arguments
+from .signature import MAP
 
 
 def _rows(x: Tensor) -> tuple[Tensor, bool]:
@@ -78,25 +80,22 @@ def _channel_mlp_bwd_reference(
     return _as_map(dx, x), dw1.view(w1.shape), db1, dw2.view(w2.shape), db2
 
 
-def _hidden_like(x: Tensor, w1: Tensor) -> Tensor:
-    n, _, h, w = x.shape
-    return torch.empty((n, w1.shape[0], h, w), dtype=x.dtype, device=x.device, memory_format=memory_format(x))
+def _hidden(given: Arguments) -> Tensor:
+    """Allocates the hidden map, in x's memory format, from the op's arguments by name; empty unless it is kept."""
+    x, units = given["x"], given["w1"].shape[0]
+    shape = x.shape[0], units, *x.shape[2:]
+    kept = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
+    return kept if given["keep"] else empty_small(x, 0, dtype=x.dtype)
 
 
-def _channel_mlp_fwd_fake(
-    x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, keep: bool
-) -> tuple[Tensor, ...]:
-    if not keep:
-        return empty_map(x), *_nothing(x)
-    return empty_map(x), _hidden_like(x, w1), empty_map(x)
-
-
+_LAYERS = {"x": MAP, "w1": "R C : floating", "w2": "C R : floating"}
 channel_mlp_fwd = define(
     "channel_mlp_fwd(Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, bool keep)"
     " -> (Tensor y, Tensor hidden, Tensor factor)",
     None,
     _channel_mlp_fwd_reference,
-    _channel_mlp_fwd_fake,
+    ("like x", _hidden, lambda given: "like x" if given["keep"] else "0 : x"),
+    {**_LAYERS, "b1": "R : floating", "b2": "C : floating"},
 )
 channel_mlp_bwd = define(
     "channel_mlp_bwd(Tensor grad, Tensor x, Tensor w1, Tensor w2, Tensor hidden, Tensor factor)"
@@ -104,7 +103,7 @@ channel_mlp_bwd = define(
     None,
     _channel_mlp_bwd_reference,
     ("like x", "shape of w1", "R", "shape of w2", "C"),
-    weights={"w1": "R C"},
+    {**_LAYERS, "grad": "like x", "hidden": "N R H W : x strided", "factor": "like x"},
 )
 
 

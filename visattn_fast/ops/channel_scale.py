@@ -9,6 +9,7 @@ from ..reference.checks import ACTIVATIONS
 from .epilogue import finish, residual_gradient, residual_gradient_shape, start_backward
 from .layout import accumulation_dtype, to_map
 from .library import define
+from .signature import MAP
 
 
 def _channel_mean_reference(x: Tensor) -> Tensor:
@@ -41,11 +42,13 @@ def _channel_input_grad_reference(grad: Tensor, x: Tensor, gate: Tensor, dmean: 
     return to_map(dx, x)
 
 
+_SCALED = {"x": MAP, "gate": "N C", "residual": "like x"}
 channel_mean = define(
     "channel_mean(Tensor x) -> Tensor mean",
     "channel_scale",
     _channel_mean_reference,
     ("N C",),
+    {"x": MAP},
 )
 # y = act(x * gate + residual); gate [N, C] in the accumulation dtype.
 channel_scale_fwd = define(
@@ -53,6 +56,7 @@ channel_scale_fwd = define(
     "channel_scale",
     _channel_scale_fwd_reference,
     ("like x",),
+    _SCALED,
 )
 # y = act(x * scale + shift + residual); scale and shift [N, C] in the accumulation dtype. For inference: it has no
 # gradient.
@@ -61,6 +65,7 @@ channel_affine = define(
     "channel_scale",
     _channel_affine_reference,
     ("like x",),
+    {"x": MAP, "scale": "N C", "shift": "N C", "residual": "like x"},
 )
 # dgate = sum over the pixels of g' x with g' = grad * act'(x * gate + residual); dresidual = g', empty without an
 # activation, when it equals grad.
@@ -70,6 +75,7 @@ channel_scale_bwd = define(
     "channel_scale",
     _channel_scale_bwd_reference,
     ("N C", residual_gradient_shape),
+    {**_SCALED, "grad": "like x"},
 )
 # dx = grad * gate + dmean / HW, in x's memory format. Reads the layout of x, not its values.
 channel_input_grad = define(
@@ -77,4 +83,5 @@ channel_input_grad = define(
     "channel_scale",
     _channel_input_grad_reference,
     ("like x",),
+    {"x": MAP, "grad": "like x", "gate": "N C", "dmean": "N C"},
 )

@@ -19,6 +19,7 @@ from . import flops
 from .declare import composed_op
 from .layout import accumulation_dtype, empty_map, empty_small, to_map
 from .library import define
+from .signature import MAP
 
 _BLOCK = 1 << 16  # weights computed at a time
 _PIXELS = 1 << 10  # pixels of each image summed at a time: rounding grows with the length of a sum
@@ -149,21 +150,22 @@ def _criss_cross_bwd_flops(grad: Tensor, x: Tensor, weight: Tensor, gamma: Tenso
     return flops.count_gradient(mathematics, (x, weight, empty_small(x, weight.shape[0]), gamma))
 
 
+_LAYERS = {"x": MAP, "weight": "C+2*d C : floating", "d": "1..", "gamma": "1 : floating"}
 criss_cross_fwd = define(
     "criss_cross_fwd(Tensor x, Tensor weight, Tensor bias, Tensor gamma)"
     " -> (Tensor y, Tensor packed, Tensor out, Tensor lse)",
     None,
     _criss_cross_fwd_reference,
-    ("like x", "N H W P", "N H W C", "N H W"),
-    weights={"weight": "P C"},
+    ("like x", "N H W C+2*d", "N H W C", "N H W"),
+    {**_LAYERS, "bias": "C+2*d : floating"},
 )
 criss_cross_bwd = define(
     "criss_cross_bwd(Tensor grad, Tensor x, Tensor weight, Tensor gamma, Tensor packed, Tensor out, Tensor lse)"
     " -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dgamma)",
     None,
     _criss_cross_bwd_reference,
-    ("like x", "shape of weight", "P", "1"),
-    weights={"weight": "P C"},
+    ("like x", "shape of weight", "C+2*d", "1"),
+    {**_LAYERS, "grad": "like x", "packed": "N H W C+2*d", "out": "N H W C", "lse": "N H W"},
     flops_of=_criss_cross_bwd_flops,
 )
 

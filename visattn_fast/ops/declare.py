@@ -37,19 +37,22 @@ from torch import Tensor
 from . import flops
 from .autograd import FusedOp, Gradients, fused_function, in_dtype_of_x
 from .epilogue import residual_gradient_shape, with_epilogue
-from .library import define, define_infer, define_normed
+from .library import OPS, define, define_infer, define_normed
 from .shapes import Arguments, Shape, allocated
+from .signature import MAP
 
 
 def gate_op(
     name: str,
     *,
     weights: Mapping[str, str],
-    saves: Mapping[str, Shape],
+    saves: Mapping[str, str],
     forward: Callable[..., Any],
     backward: Callable[..., Any],
     mathematics: Callable[..., Tensor],
     options: str = "",
+    ranges: Mapping[str, str] | None = None,
+    limits: Mapping[str, str] | None = None,
     kernels: str = "",
     unread: Sequence[str] = (),
     statistics: Sequence[str] = (),
@@ -70,10 +73,12 @@ def gate_op(
         name: the stem of the family, as in the file names of all layers.
         weights: name -> shape, in the order of the arguments. ``"R or None"``: the weight is optional. ``"like x"``: it
             is a map.
-        saves: name -> shape of the small results that forward returns after y and backward takes.
+        saves: name -> text of the small results that forward returns after y and backward takes.
         forward, backward: the ops in plain PyTorch, with the arguments of the schemas, by position.
         mathematics: ``(x, *weights, *options) -> y`` in differentiable PyTorch, without the epilogue.
         options: numbers after the activation, as in a schema: ``"float eps"``.
+        ranges: option -> range, as in `signature`.
+        limits: letter -> its range or values, as in `signature`.
         kernels: the module of ``visattn_fast.kernels.ops`` with the launchers, if not named after the family.
         unread: weights that backward does not take, such as biases; it returns their gradients all the same.
         statistics: weights that have no gradient, such as running means; backward does not take them either.
@@ -98,34 +103,34 @@ def gate_op(
     saved = [*gate, *(f"Tensor {key}" for key in saves)]
     late = options if backward_options is None else backward_options
 
+    fits = {key: shape if shape == "like x" else f"{shape} : floating" for key, shape in shapes.items()}
+    x_and_rest = {"x": MAP}, {"residual": "like x"} if epilogue else {}
+    bounds = {**(limits or {}), **(ranges or {})}
+
     arguments = ["Tensor x", *schema.values(), *residual, *code, *_listed(options)]
     results = ["Tensor y"] * epilogue + saved
     forward_op = define(
         f"{name}_fwd({', '.join(arguments)}) -> ({', '.join(results)})",
         kernels or name,
         forward,
-        (result, *saves.values()),
-        weights=shapes,
+        (result, *(text.partition(" in ")[0] for text in saves.values())),
+        {**x_and_rest[0], **fits, **x_and_rest[1], **bounds},
     )
 
     def gradient(key: str) -> Shape:
         """The declared gradient of a weight: shaped like the weight, or as declared if backward does not get it."""
-
-        def made(given: Arguments) -> Tensor:
-            weight = given.get(key)
-            if weight is not None:
-                return allocated(f"shape of {key}", given, shapes)
-            return allocated("0" if key in empty_if_absent else shapes[key], given, shapes)
-
-        return made
+        absent = "0" if key in empty_if_absent else shapes[key]
+        return lambda given: absent if given.get(key) is None else f"shape of {key}"
 
     def backward_flops(*args: Any) -> int:
         """Counts the backward pass of ``mathematics``. Weights and options that backward does not get count nothing."""
-        given = dict(zip((argument.split()[-1] for argument in bwd_arguments), args, strict=True))
-        tensors = [given[key] if key in given else allocated(shapes[key], given, shapes) for key in weights]
+        signature = OPS[f"{name}_bwd"].signature
+        given = dict(zip(signature.names, args, strict=True))
+        x, sizes = given["x"], signature.check(args)[1]
+        tensors = [given[key] if key in given else allocated(shapes[key], given, sizes, x) for key in weights]
         values = [given.get(option.split()[-1], 1) for option in _listed(options)]
         constants = [1 + i for i, key in enumerate(weights) if key in statistics]
-        return flops.count_gradient(mathematics, (given["x"], *tensors, *values), constants)
+        return flops.count_gradient(mathematics, (x, *tensors, *values), constants)
 
     inputs = ["Tensor grad", "Tensor x", *(schema[key] for key in read)]
     bwd_arguments = [*inputs, *residual, *saved, *code, *_listed(late)]
@@ -139,7 +144,15 @@ def gate_op(
             *([residual_gradient_shape] if epilogue else []),
             *(gradient(key) for key in small),
         ),
-        weights=shapes,
+        {
+            **x_and_rest[0],
+            **{key: fits[key] for key in read},
+            **x_and_rest[1],
+            "grad": "like x" if epilogue else result,
+            **({} if epilogue else {"gate": result}),
+            **saves,
+            **{key: text for key, text in bounds.items() if key in late or key in (limits or {})},
+        },
         gradients_of=[_owner(key, weights) for key in small],
         flops_of=backward_flops,
     )

@@ -40,7 +40,7 @@ def _backward(
 
 ECA = gate_op(
     "eca",
-    weights={"weight": "1 1 K"},
+    weights={"weight": "1 1 2*k+1"},
     saves={"mean": "N C", "gate": "N C"},
     forward=_forward,
     backward=_backward,

@@ -15,10 +15,12 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .. import native
 from . import flops
 from .autograd import without_autocast
-from .layout import accumulation_dtype, empty_map
+from .layout import accumulation_dtype
 from .shapes import Shape, fake_of
+from .signature import Signature
 
 LIBRARY = torch.library.Library("visattn_fast", "DEF")
 
@@ -27,21 +29,25 @@ class Op(NamedTuple):
     """A declared op.
 
     Attributes:
-        reference: the implementation in plain PyTorch.
+        reference: the implementation in plain PyTorch, with the check of the arguments in front of it.
         launcher: the module of ``visattn_fast.kernels.ops`` with the Triton launcher of the op's name. None: no Triton
             kernel; a C++ kernel or PyTorch's operations serve.
         schema: ``name(arguments) -> results``.
+        signature: what its arguments must be.
         gradients_of: positions of the arguments whose gradients are the last results, in these arguments' dtypes.
     """
 
     reference: Callable[..., Any]
     launcher: str | None
     schema: str
+    signature: Signature
     gradients_of: Sequence[int] = ()
 
 
 OPS: dict[str, Op] = {}
 NATIVE_LIBRARY = torch.library.Library("visattn_fast_cuda", "DEF")  # the same schemas, of the native kernels
+
+_NORM = ("norm_weight", "norm_bias", "norm_mean", "norm_var")
 
 # The kernels for CUDA by the op's name, and whether the native ones are chosen.
 _TRITON: dict[str, Callable[..., Any]] = {}
@@ -55,9 +61,9 @@ def define(
     schema: str,
     launcher: str | None,
     reference: Callable[..., Any],
-    fake: Callable[..., Any] | Sequence[Shape],
+    results: Sequence[Shape],
+    arguments: Mapping[str, str],
     gradients_of: Sequence[str] = (),
-    weights: Mapping[str, str] | None = None,
     flops_of: Callable[..., int] | None = None,
 ) -> Any:
     """Declares an op and returns its overload.
@@ -67,24 +73,24 @@ def define(
         launcher: the module of ``visattn_fast.kernels.ops`` whose function ``name`` is the Triton implementation.
             None: no Triton kernel; a C++ kernel or PyTorch's operations serve.
         reference: the implementation in plain PyTorch.
-        fake: allocates the results: a function of the arguments, or the shape of each result as in `shapes`.
+        results: the shape of each result, as in `shapes`.
+        arguments: what each argument must be, as in `signature`. Every call of every implementation is held to it.
         gradients_of: the arguments whose gradients are the last results. Kernels round each of these sums once, to the
-            dtype of its weight. ``reference`` and ``fake`` need not: their results are converted here.
-        weights: the declared shapes of arguments, which give the letters in ``fake`` their sizes.
+            dtype of its weight. ``reference`` need not: its results are converted here, and those of the fake.
         flops_of: counts the floating-point operations that plain PyTorch would make in the op's place, as in `flops`,
             from the op's arguments on the meta device. None: those of ``reference``.
     """
-    name = schema[: schema.index("(")]
-    arguments = [a.split()[-1] for a in schema[len(name) + 1 : schema.index(")")].split(",")]
-    positions = [arguments.index(weight) for weight in gradients_of]
-    if not callable(fake):
-        fake = fake_of(arguments, fake, weights or {})
-    reference, fake = _rounded(reference, positions), _rounded(fake, positions)
+    signature = Signature(schema, arguments)
+    name = signature.name
+    positions = [signature.names.index(weight) for weight in gradients_of]
+    fake = _rounded(fake_of(signature, results), positions)
+    checked_reference = _checked(_rounded(reference, positions), signature)
     # Kernels read any strides. Without this tag Inductor would copy maps to the layout that eager mode gives them.
     LIBRARY.define(schema, tags=(torch.Tag.flexible_layout,))
-    LIBRARY.impl(name, without_autocast(reference), "CompositeExplicitAutograd")
+    LIBRARY.impl(name, without_autocast(checked_reference), "CompositeExplicitAutograd")
     torch.library.register_fake(f"visattn_fast::{name}", fake, lib=LIBRARY)
-    OPS[name] = Op(reference, launcher, schema, positions)
+    OPS[name] = Op(checked_reference, launcher, schema, signature, positions)
+    native.signatures[name] = signature.table()
     op = getattr(torch.ops.visattn_fast, name)
     flops.register(op, flops_of or functools.partial(flops.count, reference))
     return op.default
@@ -102,6 +108,11 @@ def _rounded(function: Callable[..., Any], gradients_of: Sequence[int]) -> Calla
     return rounded if gradients_of else function
 
 
+def _checked(function: Callable[..., Any], signature: Signature) -> Callable[..., Any]:
+    """Puts the check of the arguments in front of ``function``."""
+    return lambda *args: function(*signature.fit(args))
+
+
 def define_infer(name: str) -> Any:
     """Declares ``<name>_infer``, which returns only y of ``<name>_fwd``, and returns its overload.
 
@@ -109,9 +120,9 @@ def define_infer(name: str) -> Any:
     library may implement it; otherwise it calls the forward op.
     """
     forward = getattr(torch.ops.visattn_fast, f"{name}_fwd").default
-    arguments = OPS[f"{name}_fwd"].schema.removeprefix(f"{name}_fwd").partition(" ->")[0]
-    schema = f"{name}_infer{arguments} -> Tensor y"
-    return define(schema, None, lambda *args: forward(*args)[0], lambda x, *rest: empty_map(x))
+    op = OPS[f"{name}_fwd"]
+    schema = f"{name}_infer{op.schema.removeprefix(f'{name}_fwd').partition(' ->')[0]} -> Tensor y"
+    return define(schema, None, lambda *args: forward(*args)[0], ("like x",), op.signature.texts)
 
 
 def define_normed(name: str) -> Any:
@@ -121,8 +132,9 @@ def define_normed(name: str) -> Any:
     and the forward op follows.
     """
     forward = getattr(torch.ops.visattn_fast, f"{name}_fwd").default
-    arguments = OPS[f"{name}_fwd"].schema.partition("(Tensor x, ")[2].partition(") ->")[0]
-    norm = "Tensor norm_weight, Tensor norm_bias, Tensor norm_mean, Tensor norm_var, float eps"
+    op = OPS[f"{name}_fwd"]
+    rest = op.schema.partition("(Tensor x, ")[2].partition(") ->")[0]
+    norm = f"{', '.join(f'Tensor {key}' for key in _NORM)}, float eps"
 
     def plain(z: Any, weight: Any, bias: Any, mean: Any, var: Any, eps: float, *rest: Any) -> Any:
         a = accumulation_dtype(z)
@@ -130,9 +142,10 @@ def define_normed(name: str) -> Any:
         d = (z - mean.to(a)[:, None, None]) * gain[:, None, None]
         return forward((d + bias.to(a)[:, None, None]).to(z.dtype), *rest)[0]
 
-    return define(
-        f"{name}_normed(Tensor z, {norm}, {arguments}) -> Tensor y", None, plain, lambda z, *rest: empty_map(z)
-    )
+    arguments = {"z": op.signature.texts["x"], **dict.fromkeys(_NORM, "C : floating"), "eps": "0.."}
+    arguments |= {key: text.replace("like x", "like z") for key, text in op.signature.texts.items() if key != "x"}
+    schema = f"{name}_normed(Tensor z, {norm}, {rest}) -> Tensor y"
+    return define(schema, None, plain, ("like z",), arguments)
 
 
 def register_triton(dispatch_key: str) -> None:
@@ -145,10 +158,11 @@ def register_triton(dispatch_key: str) -> None:
         if op.launcher is None:
             continue
         launchers = importlib.import_module(f"visattn_fast.kernels.ops.{op.launcher}")
+        launcher = _checked(getattr(launchers, name), op.signature)
         if dispatch_key == "CUDA":
-            _TRITON[name] = getattr(launchers, name)
+            _TRITON[name] = launcher
         else:
-            LIBRARY.impl(name, getattr(launchers, name), dispatch_key)
+            LIBRARY.impl(name, launcher, dispatch_key)
     if dispatch_key == "CUDA":
         _share_cuda()
 
@@ -173,8 +187,8 @@ def register_cuda(load: Callable[[], str | None], chosen: Callable[[], bool]) ->
     _native_chosen = chosen
     for name in OPS:
         if torch._C._dispatch_has_kernel_for_dispatch_key(f"{NATIVE_LIBRARY.ns}::{name}", "CUDA"):
-            native = getattr(getattr(torch.ops, NATIVE_LIBRARY.ns), name).default
-            _NATIVE[name] = _rounded(native, OPS[name].gradients_of)
+            kernel = getattr(getattr(torch.ops, NATIVE_LIBRARY.ns), name).default
+            _NATIVE[name] = _rounded(kernel, OPS[name].gradients_of)
     _share_cuda()
     return None
 
@@ -185,12 +199,12 @@ def cuda_kernel(name: str, native_chosen: bool) -> Callable[..., Any]:
     Raises:
         RuntimeError: the native kernels were asked for, and this op has none.
     """
-    native, triton = _NATIVE.get(name), _TRITON.get(name)
+    own, triton = _NATIVE.get(name), _TRITON.get(name)
     # A native forward may have Triton's backward, and the other way round: both save and read the same tensors.
-    if native_chosen and native is None and name.replace("_bwd", "_fwd") not in _NATIVE:
+    if native_chosen and own is None and name.replace("_bwd", "_fwd") not in _NATIVE:
         served = ", ".join(sorted(_NATIVE)) or "none"
         raise RuntimeError(f"backend 'cuda' has no kernel for {name}; it has {served}")
-    return native if native_chosen and native else triton or native or OPS[name].reference
+    return own if native_chosen and own else triton or own or OPS[name].reference
 
 
 def _share_cuda() -> None:

@@ -125,7 +125,10 @@ def _batch_statistic(given: Arguments) -> Tensor:
     return empty_small(given["means"], 0 if given["mean"] is not None else given["w1"].shape[0])
 
 
-_SHAPES = {"means": "N C L", "w1": "M C"}
+_NORM = dict.fromkeys(("bn_weight", "bn_bias", "mean", "var"), "M : floating")
+_LAYERS = {"means": "N C L : sums lines of means", "height": "1..L-1", "w1": "M C : floating", **_NORM, "eps": "0.."}
+_LAYERS |= dict.fromkeys(("w_h", "w_w"), "C M : floating")
+_BIASES = {"b1": "M : floating", "b_h": "C : floating", "b_w": "C : floating"}
 line_gates_fwd = define(
     "line_gates_fwd(Tensor means, SymInt height, Tensor w1, Tensor? b1, Tensor? bn_weight, Tensor? bn_bias,"
     " Tensor? mean, Tensor? var, Tensor w_h, Tensor? b_h, Tensor w_w, Tensor? b_w, float eps)"
@@ -133,7 +136,7 @@ line_gates_fwd = define(
     "line_gates",
     _line_gates_fwd_reference,
     (_like_means, "N L M", _batch_statistic, _batch_statistic),
-    weights=_SHAPES,
+    {**_LAYERS, **_BIASES},
 )
 # sums [3, M]: gradients of the norm's bias, the norm's weight, and b1.
 line_gates_bwd = define(
@@ -143,6 +146,6 @@ line_gates_bwd = define(
     "line_gates",
     _line_gates_bwd_reference,
     (_like_means, "3 M", "C", "C", "shape of w1", "shape of w_h", "shape of w_w"),
-    weights=_SHAPES,
+    {**_LAYERS, "dgates": "N C L : lines of means", "gates": "N C L : lines of means", "z": "N L M"},
     gradients_of=("w1", "w_h", "w_w"),
 )

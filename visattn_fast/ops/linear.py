@@ -31,11 +31,17 @@ def _linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
+def _rows(x: Tensor, width: int) -> Tensor:
+    """Allocates rows of another width than those of x."""
+    return empty_small(x, *x.shape[:-1], width, dtype=x.dtype)
+
+
 linear_fwd = define(
     "linear_fwd(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
     None,
     _linear_reference,
-    lambda x, weight, bias: empty_small(x, *x.shape[:-1], weight.shape[0], dtype=x.dtype),
+    (lambda given: _rows(given["x"], given["weight"].shape[0]),),
+    {"x": "* K : floating strided", "weight": "M K : x strided", "bias": "M : x"},
 )
 
 

@@ -12,9 +12,8 @@ from torch import Tensor
 from .. import reference
 from .declare import gate_op
 from .epilogue import finish, residual_gradient, start_backward
-from .layout import accumulation_dtype, empty_small, to_map
+from .layout import accumulation_dtype, to_map
 from .scse import mean_gate, mean_gate_backward
-from .shapes import Arguments
 
 _WORD = 32  # hidden units whose signs share an int32
 
@@ -87,12 +86,6 @@ def _unpack(signs: Tensor, units: int) -> Tensor:
     return (signs[:, r // _WORD] >> (r % _WORD).int()[:, None, None]) & 1 != 0
 
 
-def _empty_signs(given: Arguments) -> Tensor:
-    """Allocates the packed signs, ``[N, words, H, W]``, from the op's arguments by name."""
-    (n, _, h, w), units = given["x"].shape, given["p1"].shape[0]
-    return empty_small(given["x"], n, (units + _WORD - 1) // _WORD, h, w, dtype=torch.int32)
-
-
 LOCAL_ATTENTION = gate_op(
     "local_attention",
     weights={
@@ -105,7 +98,13 @@ LOCAL_ATTENTION = gate_op(
         "p2": "1 Q",
         "q2": "1 or None",
     },
-    saves={"mean": "N C", "hidden": "N R", "channel_gate": "N C", "spatial_gate": "N H W", "signs": _empty_signs},
+    saves={
+        "mean": "N C",
+        "hidden": "N R",
+        "channel_gate": "N C",
+        "spatial_gate": "N H W",
+        "signs": "N (Q+31)//32 H W : int32",
+    },
     unread=("b1", "b2", "q2"),
     forward=_forward,
     backward=_backward,

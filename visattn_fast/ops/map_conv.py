@@ -25,18 +25,21 @@ def _map_conv_bwd_reference(grad: Tensor, maps: Tensor, w: Tensor) -> tuple[Tens
     return dmaps.contiguous(), dw
 
 
+_MAPS = {"maps": "N 2 H W : sums", "w": "1 2 2*k+1 2*k+1 : floating"}
 # Maps and results are in an accumulation dtype.
 map_conv = define(
     "map_conv(Tensor maps, Tensor w) -> Tensor",
     None,
     _map_conv_reference,
     ("N 1 H W",),
+    _MAPS,
 )
 map_conv_bwd = define(
     "map_conv_bwd(Tensor grad, Tensor maps, Tensor w) -> (Tensor dmaps, Tensor dw)",
     None,
     _map_conv_bwd_reference,
     ("shape of maps", "shape of w"),
+    {**_MAPS, "grad": "N 1 H W"},
 )
 
 

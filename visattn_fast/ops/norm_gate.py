@@ -73,6 +73,7 @@ NORM_GATE = gate_op(
     weights={"m": "like x", "weight": "C", "bias": "C", "mean": "C or None", "var": "C or None"},
     statistics=("mean", "var"),
     options="float eps",
+    ranges={"eps": "0.."},
     backward_options="float eps, bool fixed",
     derived={"fixed": lambda given: given["mean"] is not None},
     saves={"mean": "C", "var": "C"},

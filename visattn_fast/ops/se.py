@@ -56,7 +56,8 @@ def _backward(
 ) -> tuple[Tensor, ...]:
     a = accumulation_dtype(x)
     grad = start_backward(grad, x, gate[:, :, None, None], residual, activation)
-    slope = torch.where((gate <= 0) | (gate >= 1), 0.0, 1 / 6) if gate_activation else gate * (1 - gate)
+    # Not torch.where of two numbers, which makes float32 of 1 / 6.
+    slope = (~((gate <= 0) | (gate >= 1))).to(a) / 6 if gate_activation else gate * (1 - gate)
     dz2 = (grad * x).sum((2, 3)) * slope
     dz1 = activation_gradient(dz2 @ w2.flatten(1).to(a), hidden, hidden_activation)
     dmean = dz1 @ w1.flatten(1).to(a)
@@ -85,6 +86,7 @@ SE = gate_op(
     "se",
     weights={"w1": "R C", "b1": "R or None", "w2": "C R", "b2": "C or None"},
     options="int hidden_activation, int gate_activation",
+    ranges={"hidden_activation": "1..2", "gate_activation": "0..1"},
     saves={"mean": "N C", "hidden": "N R", "gate": "N C"},
     unread=("b1", "b2"),
     forward=_forward,

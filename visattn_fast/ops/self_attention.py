@@ -213,12 +213,8 @@ def _attention_mean_reference(
     return total.div_(height * width).unflatten(2, (height, width))
 
 
-_QKV = {"qkv": "N H W 3 heads d"}
-
-
-def _empty_lse(given: Arguments) -> Tensor:
-    n, height, width, _, heads, _ = given["qkv"].shape
-    return empty_small(given["qkv"], n, heads, height * width)
+_QKV = {"qkv": "N H W 3 heads d : floating strided", "key_mask": "N H W : bool"}
+_QKV |= {"table": "2*th-1 2*tw-1 heads : floating", "th": "H..", "tw": "W.."}
 
 
 def _empty_dqkv(given: Arguments) -> Tensor:
@@ -240,8 +236,8 @@ attention_fwd = define(
     "attention_fwd(Tensor qkv, Tensor? table, Tensor? key_mask, float scale) -> (Tensor out, Tensor lse)",
     "self_attention",
     _attention_fwd_reference,
-    ("N H W heads d : qkv", _empty_lse),
-    weights=_QKV,
+    ("N H W heads d : qkv", "N heads H*W"),
+    _QKV,
 )
 attention_bwd = define(
     "attention_bwd(Tensor grad, Tensor qkv, Tensor? table, Tensor? key_mask, Tensor out, Tensor lse, float scale)"
@@ -249,6 +245,7 @@ attention_bwd = define(
     "self_attention",
     _attention_bwd_reference,
     (_empty_dqkv, _empty_dtable),
+    {**_QKV, "grad": "N H W heads d : qkv strided", "out": "N H W heads d : qkv", "lse": "N heads H*W"},
     flops_of=_attention_bwd_flops,
 )
 attention_mean = define(
@@ -256,7 +253,7 @@ attention_mean = define(
     "self_attention",
     _attention_mean_reference,
     ("N heads H W",),
-    weights=_QKV,
+    {**_QKV, "lse": "N heads H*W"},
 )
 
 

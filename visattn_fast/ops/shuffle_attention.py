@@ -115,6 +115,8 @@ SHUFFLE_ATTENTION = gate_op(
     "shuffle_attention",
     weights=dict.fromkeys(("cweight", "cbias", "sweight", "sbias"), "1 D 1 1") | {"gn_weight": "D", "gn_bias": "D"},
     options="float eps",
+    ranges={"eps": "0.."},
+    limits={"C": "C//(2*D)*(2*D)"},
     backward_options="",
     saves={"mean": "N C", "rstd": "N C"},
     forward=_forward,

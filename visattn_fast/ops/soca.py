@@ -23,6 +23,7 @@ from .channel_scale import channel_input_grad, channel_mean, channel_scale_bwd, 
 from .declare import composed_op
 from .layout import as_matrices, empty_small, memory_format
 from .library import define
+from .signature import MAP
 
 _BLOCK = 1 << 18  # elements of x centred at a time; on a GPU 32 times as many, because there launches cost the most
 
@@ -54,6 +55,7 @@ covariance = define(
     None,
     _covariance_reference,
     ("N C C",),
+    {"x": MAP, "mean": "N C"},
     flops_of=lambda x, mean: flops.count(plain_covariance, x),
 )
 
@@ -70,6 +72,7 @@ covariance_bwd = define(
     None,
     _covariance_bwd_reference,
     ("N C", "N C C : x"),
+    {"x": MAP, "dcov": "N C C", "mean": "N C"},
     flops_of=lambda dcov, x, mean: flops.count_gradient(plain_covariance, (x,)),
 )
 
@@ -216,13 +219,14 @@ def _plain_gate(cov: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tens
     return F.linear(F.relu(F.linear(square_root(cov).mean(1), w1.flatten(1), b1)), w2.flatten(1), b2)
 
 
+_LAYERS = {"cov": "N C C : sums", "w1": "R C : floating", "w2": "C R : floating"}
 soca_gate_fwd = define(
     "soca_gate_fwd(Tensor cov, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2)"
     " -> (Tensor pooled, Tensor hidden, Tensor gate)",
     None,
     _soca_gate_fwd_reference,
     ("N C", "N R", "N C"),
-    weights={"cov": "N C C", "w1": "R C"},
+    {**_LAYERS, "b1": "R : floating", "b2": "C : floating"},
     flops_of=lambda *args: flops.count(_plain_gate, *args),
 )
 soca_gate_bwd = define(
@@ -231,7 +235,7 @@ soca_gate_bwd = define(
     None,
     _soca_gate_bwd_reference,
     ("shape of cov", "shape of w1", "R", "shape of w2", "C"),
-    weights={"cov": "N C C", "w1": "R C"},
+    {**_LAYERS, "dgate": "N C", "pooled": "N C", "hidden": "N R", "gate": "N C"},
     flops_of=lambda dgate, cov, w1, w2, *_: flops.count_gradient(_plain_gate, (cov, w1, None, w2, None)),
 )
 

@@ -35,9 +35,9 @@ def _backward(
 
 SPATIAL_ATTENTION = gate_op(
     "spatial_attention",
-    weights={"wconv": "1 2 K K", "bias": "1 or None"},
+    weights={"wconv": "1 2 2*k+1 2*k+1", "bias": "1 or None"},
     result="N 1 H W : x",
-    saves={"maps": "N 2 H W", "argmax_c": "N H W : int32"},
+    saves={"maps": "N 2 H W", "argmax_c": "N H W : int32 in 0..C-1"},
     empty_if_absent=("bias",),
     epilogue=False,
     forward=_forward,

@@ -16,7 +16,7 @@ from .. import reference
 from ..reference.split_attention import ALONG_H, ALONG_W, BRANCHES, shifted_branches
 from .autograd import without_autocast
 from .declare import composed_op
-from .layout import accumulation_dtype, empty_map, empty_small, memory_format
+from .layout import accumulation_dtype, empty_map, memory_format
 from .library import define
 
 
@@ -54,29 +54,34 @@ def _shift_grad_reference(grad: Tensor, u: Tensor, gate: Tensor, dtotal: Tensor)
     return empty_map(u).copy_(torch.cat(moved, 1))
 
 
+_BRANCHES = "N 3*c H W : floating strided"
 shift_total = define(
     "shift_total(Tensor u) -> Tensor total",
     "split_attention",
     lambda u: _stacked(u).sum((1, 3, 4)),
-    lambda u: empty_small(u, u.shape[0], u.shape[1] // BRANCHES),
+    ("N c",),
+    {"u": _BRANCHES},
 )
 shift_sum = define(
     "shift_sum(Tensor u, Tensor gate) -> Tensor y",
     "split_attention",
     lambda u, gate: _branch_map(u).copy_((_stacked(u) * gate[:, :, :, None, None]).sum(1)),
-    lambda u, gate: _branch_map(u),
+    (lambda given: _branch_map(given["u"]),),
+    {"u": _BRANCHES, "gate": "N 3 c"},
 )
 shift_dot = define(
     "shift_dot(Tensor grad, Tensor u) -> Tensor dgate",
     "split_attention",
     lambda grad, u: (_stacked(u) * grad[:, None]).sum((3, 4)),
-    lambda grad, u: empty_small(u, *_gate_shape(u)),
+    ("N 3 c",),
+    {"u": _BRANCHES, "grad": "N c H W : u strided"},
 )
 shift_grad = define(
     "shift_grad(Tensor grad, Tensor u, Tensor gate, Tensor dtotal) -> Tensor du",
     "split_attention",
     _shift_grad_reference,
-    lambda grad, u, gate, dtotal: empty_map(u),
+    ("like u",),
+    {"u": _BRANCHES, "grad": "N c H W : u strided", "gate": "N 3 c", "dtotal": "N c"},
 )
 
 

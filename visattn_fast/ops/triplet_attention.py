@@ -26,6 +26,7 @@ from .layout import accumulation_dtype, converted, empty_small, memory_format, t
 from .library import define
 from .map_conv import map_conv, map_conv_bwd
 from .shapes import Arguments
+from .signature import MAP
 
 _AXES = (2, 3, 1)  # pooled for the face of C and W, of H and C, of H and W
 FIELDS = 5  # tensors of a gate: convolution, weight, bias, mean and variance
@@ -116,17 +117,20 @@ def _empty_faces(*sizes: int, dtype: torch.dtype | None = None) -> Callable[[Arg
     return allocate
 
 
+_GATED = {"x": MAP, "gates": "N F", "F": "C*W+C*H | C*W+C*H+H*W"}
 triplet_pool = define(  # argmax: the index of each maximum along its axis, the first of equal ones
     "triplet_pool(Tensor x, bool spatial) -> (Tensor pooled, Tensor argmax)",
     "triplet_attention",
     _triplet_pool_reference,
     (_empty_faces(2), _empty_faces(dtype=torch.int32)),
+    {"x": MAP},
 )
 triplet_scale = define(
     "triplet_scale(Tensor x, Tensor gates, Tensor? residual, int activation) -> Tensor y",
     "triplet_attention",
     _triplet_scale_reference,
     ("like x",),
+    {**_GATED, "residual": "like x"},
 )
 triplet_scale_bwd = define(
     "triplet_scale_bwd(Tensor grad, Tensor x, Tensor gates, Tensor? residual, int activation)"
@@ -134,12 +138,14 @@ triplet_scale_bwd = define(
     "triplet_attention",
     _triplet_scale_bwd_reference,
     ("shape of gates", residual_gradient_shape),
+    {**_GATED, "residual": "like x", "grad": "like x"},
 )
 triplet_input_grad = define(  # reads the layout of x, not its values
     "triplet_input_grad(Tensor grad, Tensor x, Tensor gates, Tensor dpooled, Tensor argmax) -> Tensor dx",
     "triplet_attention",
     _triplet_input_grad_reference,
     ("like x",),
+    {**_GATED, "grad": "like x", "dpooled": "N 2 F", "argmax": "N F : int32"},
 )
 
 

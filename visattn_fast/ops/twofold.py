@@ -16,6 +16,7 @@ from .cbam_halves import pool_pixels as _first_of_pixels
 from .epilogue import finish, residual_gradient, residual_gradient_shape, start_backward
 from .layout import accumulation_dtype, to_map
 from .library import define
+from .signature import MAP
 
 
 def _joint_gate(channel: Tensor, spatial: Tensor) -> Tensor:
@@ -89,11 +90,14 @@ def _twofold_input_grad_reference(
     return to_map(du * channel[:, :, None, None] + (dmean + shared).view(x.shape), x)
 
 
+_GATES = {"channel": "N C", "spatial": "N H W"}
+_AT_CHANNEL = "N H W : int32 in -C..C-1"
 pool_pixels = define(
     "pool_pixels(Tensor x, bool even) -> (Tensor pooled, Tensor at)",
     "twofold",
     _pool_pixels_reference,
     ("N 2 C", "N C : int32"),
+    {"x": MAP},
 )
 # The maps of u = x * gate; u is never stored.
 pool_channels = define(
@@ -101,12 +105,14 @@ pool_channels = define(
     "twofold",
     _pool_channels_reference,
     ("N 2 H W", "N H W : int32"),
+    {"x": MAP, "gate": "N C"},
 )
 pool_channels_bwd = define(
     "pool_channels_bwd(Tensor x, Tensor gate, Tensor maps, Tensor dmaps, Tensor at) -> Tensor dgate",
     "twofold",
     _pool_channels_bwd_reference,
     ("N C",),
+    {"x": MAP, "gate": "N C", "maps": "N 2 H W", "dmaps": "N 2 H W", "at": _AT_CHANNEL},
 )
 # y = act(x * channel * spatial + residual)
 twofold_scale = define(
@@ -114,6 +120,7 @@ twofold_scale = define(
     "twofold",
     _twofold_scale_reference,
     ("like x",),
+    {"x": MAP, **_GATES, "residual": "like x"},
 )
 twofold_scale_bwd = define(
     "twofold_scale_bwd(Tensor grad, Tensor x, Tensor channel, Tensor spatial, Tensor? residual, int activation)"
@@ -121,6 +128,7 @@ twofold_scale_bwd = define(
     "twofold",
     _twofold_scale_bwd_reference,
     ("N C", "N H W", residual_gradient_shape),
+    {"x": MAP, **_GATES, "residual": "like x", "grad": "like x"},
 )
 # dx = (grad spatial + dmean_map / C + dmax_map at its maxima) channel + dmean / HW + dmax at its maxima. Reads x only
 # where maxima are equal.
@@ -130,4 +138,13 @@ twofold_input_grad = define(
     "twofold",
     _twofold_input_grad_reference,
     ("like x",),
+    {
+        "x": MAP,
+        "grad": "like x",
+        **_GATES,
+        **dict.fromkeys(("maps", "dmaps"), "N 2 H W"),
+        "at_c": _AT_CHANNEL,
+        **dict.fromkeys(("pooled", "dpooled"), "N 2 C"),
+        "at_hw": "N C : int32 in -H*W..H*W-1",
+    },
 )

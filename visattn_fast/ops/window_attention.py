@@ -59,19 +59,24 @@ def _window_attention_bwd_reference(
 
 
 _GEOMETRY = "int heads, int window_h, int window_w, int shift_h, int shift_w, float scale, int pad_first"
+_ARGUMENTS = dict.fromkeys(("heads", "window_h", "window_w"), "1..")
+_ARGUMENTS |= {"shift_h": "0..window_h-1", "shift_w": "0..window_w-1", "pad_first": "0..1"}
+_ARGUMENTS |= {"qkv": "N H W 3*heads*d : floating strided", "bias": "3*heads*d : floating"}
+_ARGUMENTS |= {"table": "(2*window_h-1)*(2*window_w-1) heads : floating"}
 window_attention_fwd = define(
     f"window_attention_fwd(Tensor qkv, Tensor? bias, Tensor table, {_GEOMETRY}) -> Tensor out",
     "window_attention",
     _window_attention_fwd_reference,
-    (lambda given: _empty_out(given["qkv"]),),
+    ("N H W heads*d : qkv",),
+    _ARGUMENTS,
 )
 window_attention_bwd = define(
     f"window_attention_bwd(Tensor grad, Tensor qkv, Tensor? bias, Tensor table, {_GEOMETRY})"
     " -> (Tensor dqkv, Tensor dbias, Tensor dtable)",
     "window_attention",
     _window_attention_bwd_reference,
-    (lambda given: empty_small(qkv := given["qkv"], *qkv.shape, dtype=qkv.dtype), "Q", "shape of table"),
-    weights={"qkv": "N H W Q"},
+    ("N H W 3*heads*d : qkv", "3*heads*d", "shape of table"),
+    {**_ARGUMENTS, "grad": "N H W heads*d : qkv strided"},
     flops_of=lambda grad, *args: flops.count_gradient(_mathematics, args),
 )
 

@@ -69,8 +69,7 @@ def spatial_attention(x: Tensor, wconv: Tensor, bias: Tensor | None = None) -> T
         ValueError: shapes or devices that do not fit, an even k.
         TypeError: a dtype that is not floating-point.
     """
-    check_feature_map(x)
-    check_spatial_kernel(wconv, bias, x)
+    check_spatial_kernel(x, wconv, bias)
     maps = torch.cat([x.mean(1, keepdim=True), x.max(dim=1, keepdim=True).values], dim=1)
     return torch.sigmoid(F.conv2d(maps, wconv, bias, padding=wconv.shape[3] // 2))
 
@@ -160,9 +159,10 @@ class SpatialAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Computes the gate: ``[N, C, H, W]`` -> ``[N, 1, H, W]``."""
-        check_feature_map(x)
         if has_plain_layers(self, x, self.LAYERS):
-            check_spatial_kernel(*self.weights(), x)
+            check_spatial_kernel(x, *self.weights())
+        else:
+            check_feature_map(x)
         return self.gate(torch.cat([x.mean(1, keepdim=True), x.max(dim=1, keepdim=True).values], dim=1))
 
     def gate(self, maps: Tensor) -> Tensor:

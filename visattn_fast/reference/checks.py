@@ -171,8 +171,9 @@ def check_coordinate_gates(
         raise ValueError("running_mean and running_var must be given unless training")
 
 
-def check_channel_kernel(weight: Tensor, x: Tensor) -> None:
-    """Raises unless ``weight`` is ``[1, 1, k]`` with odd k, on x's device."""
+def check_channel_kernel(x: Tensor, weight: Tensor) -> None:
+    """Raises unless x is a feature map and ``weight`` is ``[1, 1, k]`` with odd k, on x's device."""
+    check_feature_map(x)
     check_floating("weight", weight)
     if weight.dim() != 3:
         raise ValueError(f"weight must have shape [1, 1, k], got {list(weight.shape)}")
@@ -180,8 +181,9 @@ def check_channel_kernel(weight: Tensor, x: Tensor) -> None:
     check_weight("weight", weight, (1, 1, weight.shape[2]), x)
 
 
-def check_spatial_kernel(wconv: Tensor, bias: Tensor | None, x: Tensor) -> None:
-    """Raises unless ``wconv`` is ``[1, 2, k, k]`` with odd k and ``bias`` is ``[1]`` or None, on x's device."""
+def check_spatial_kernel(x: Tensor, wconv: Tensor, bias: Tensor | None) -> None:
+    """Raises unless x is a feature map, ``wconv`` ``[1, 2, k, k]`` with odd k, and ``bias`` ``[1]`` or None."""
+    check_feature_map(x)
     check_floating("wconv", wconv)
     if wconv.dim() != 4:
         raise ValueError(f"wconv must have shape [1, 2, k, k], got {list(wconv.shape)}")

@@ -34,8 +34,7 @@ def eca(x: Tensor, weight: Tensor) -> Tensor:
 
 def eca_gate(x: Tensor, weight: Tensor) -> Tensor:
     """The gate that `eca` multiplies x by, ``[N, C, 1, 1]``."""
-    check_feature_map(x)
-    check_channel_kernel(weight, x)
+    check_channel_kernel(x, weight)
     gate = torch.sigmoid(F.conv1d(x.mean((2, 3))[:, None], weight, padding=weight.shape[2] // 2))
     return gate[:, 0, :, None, None]
 
@@ -91,9 +90,10 @@ class ECA(nn.Module):
 
     def check(self, x: Tensor) -> None:
         """Raises unless x is a feature map on the device of the weight. The convolution fits any number of channels."""
-        check_feature_map(x)
         if has_plain_layers(self, x, self.LAYERS):
-            check_channel_kernel(*self.weights(), x)
+            check_channel_kernel(x, *self.weights())
+        else:
+            check_feature_map(x)
 
     def attention(self, x: Tensor) -> dict[str, Tensor]:
         """The gate of x: ``{"channel": [N, C, 1, 1]}``."""

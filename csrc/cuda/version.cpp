@@ -1,3 +1,0 @@
-#include "../common/version.h"
-
-VISATTN_MARK_LIBRARY

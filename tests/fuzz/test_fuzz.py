@@ -1,0 +1,44 @@
+"""Some hundreds of random cases; `make fuzz` runs thousands. Cases that once failed are listed and run first."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from fuzzing import Case, cases, check_accelerated, check_module, check_raw
+from known_modules import MODULES
+from visattn_fast import catalogue
+from visattn_fast.ops.library import OPS
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+quick = settings(
+    max_examples=12, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
+)
+FAILED: list[Case] = []
+
+
+@pytest.mark.parametrize("name", catalogue.ENTRIES)
+@quick
+@given(st.data())
+def test_modules(name, data):
+    check_module(data.draw(cases([name])))
+
+
+@pytest.mark.parametrize("name", MODULES)
+@settings(quick, max_examples=3)
+@given(st.data())
+def test_accelerated(name, data):
+    check_accelerated(data.draw(cases([name], st.just(32))))
+
+
+@pytest.mark.parametrize("name", OPS)
+@settings(quick, max_examples=6)
+@given(st.integers(0, 1 << 30))
+def test_raw_ops(name, seed):
+    check_raw(name, seed)
+
+
+@pytest.mark.parametrize("case", FAILED, ids=str)
+def test_cases_that_once_failed(case):
+    (check_module if case.name in catalogue.ENTRIES else check_accelerated)(case)
