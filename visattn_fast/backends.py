@@ -8,16 +8,18 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import native
+from . import native, replicas
 from .ops.autograd import FusedOp
 from .ops.library import register_cuda, register_triton
 
@@ -33,7 +35,44 @@ _TRITON_KEYS = {"cuda": "CUDA", "xpu": "XPU", "cpu": "CPU"}  # cpu only under th
 _TRITON_PROVEN = ()
 _CUDA_FASTER = ()  # device types on which the native CUDA kernels pass their tests and are faster than Triton's
 
-_preference = "auto"
+
+class _Choice:
+    """An open `use_backend`."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+
+_open: dict[int, list[_Choice]] = {}  # thread -> its open choices
+
+
+def _choice_of(thread: int | None) -> str:
+    """Returns the innermost open choice of a thread; ``"auto"`` if it has none."""
+    choices = _open.get(thread) if thread is not None else None
+    return choices[-1].name if choices else "auto"
+
+
+class _OfThread(threading.local):
+    """The choice in force in each thread: its innermost open one, or the one that it began with.
+
+    Attributes:
+        name: the choice; None in threads that Python did not start. Autograd runs backward passes in such threads.
+        at_first: the choice that the thread began with: that of DataParallel's caller in the threads of its replicas.
+        choices: the open choices, innermost last.
+    """
+
+    def __init__(self) -> None:  # runs at the first access in each thread
+        foreign = isinstance(threading.current_thread(), threading._DummyThread)
+        self.at_first = None if foreign else _choice_of(replicas.caller())
+        self.name = self.at_first
+        self.choices: list[_Choice] = []
+
+
+_here = _OfThread()
+_ever_chosen = False  # spares programs that never choose the look-up in `_here`
+_handed_over = ContextVar("chosen_backend", default="auto")  # PyTorch hands it to autograd's threads
+
+_probing = threading.RLock()
 
 # Looked up once: a look-up at each call takes as long as the call itself.
 _exporting, _tracing = torch.compiler.is_exporting, torch._C._get_tracing_state
@@ -115,12 +154,16 @@ def backends(device: str | torch.device = "cpu") -> dict[str, Backend]:
         device: a device or its type.
     """
     device_type = torch.device(device).type
-    return {name: _probe(name, device_type) for name in NAMES}
+    with _probing:  # kernels can be registered only once; other threads wait
+        return {name: _probe(name, device_type) for name in NAMES}
 
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Makes every call within the context use the backend ``name``, in all threads.
+    """Makes every call within the context use the backend ``name``, in the thread that enters it.
+
+    The threads of DataParallel's replicas and of autograd follow the thread that called them. Other threads choose for
+    themselves.
 
     A call that this backend cannot serve raises RuntimeError with the reasons; no other backend takes its place. An
     exported program then contains its ops, and `torch.func.vmap` raises; ``"auto"`` uses the reference for both.
@@ -131,19 +174,50 @@ def use_backend(name: str) -> Iterator[None]:
     Raises:
         ValueError: an unknown name.
     """
-    global _preference
+    global _ever_chosen
     if name != "auto" and name not in NAMES:
         raise ValueError(f"backend must be one of {('auto', *NAMES)}, got {name!r}")
-    before, _preference = _preference, name
+    _ever_chosen = True
+    if _compiling():  # Dynamo traces these lines, and no more than these
+        before, _here.name = _here.name, name
+        try:
+            yield
+        finally:
+            _here.name = before
+        return
+    # Contexts of one thread may end in any order, and in another thread, as those of coroutines and generators do.
+    state, thread, choice = _here.__dict__, threading.get_ident(), _Choice(name)
+    choices, token = state["choices"], _handed_over.set(name)
+    choices.append(choice)
+    _open[thread] = choices
+    state["name"] = name
     try:
         yield
     finally:
-        _preference = before
+        choices.remove(choice)
+        state["name"] = choices[-1].name if choices else state["at_first"]
+        if not choices:
+            _open.pop(thread, None)
+        try:
+            _handed_over.reset(token)
+        except ValueError:  # it ends in another context than it began in
+            _handed_over.set("auto")
 
 
 def preference() -> str:
-    """Returns the choice in force: ``"auto"``, or the name given to `use_backend`."""
-    return _preference
+    """Returns the choice in force in this thread: ``"auto"``, or the name given to `use_backend`."""
+    return (_here.name or _from_caller_of_backward()) if _ever_chosen else "auto"
+
+
+def _from_caller_of_backward() -> str:
+    """Returns the choice of the thread that called ``backward``, in a thread of autograd's."""
+    if not torch._C._is_key_in_tls("context"):
+        return "auto"
+    context: Any = torch._C._get_obj_in_tls("context")
+    return context.get(_handed_over, "auto")
+
+
+_from_caller_of_backward._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def decide(x: Tensor, op: FusedOp, context: str | None = None) -> Decision:
@@ -160,15 +234,11 @@ def decide(x: Tensor, op: FusedOp, context: str | None = None) -> Decision:
     Raises:
         RuntimeError: the backend asked for cannot serve x; the message lists every backend's reasons.
     """
-    decision = _decide(x, op, context)
     if listeners:
-        for listener in listeners:
-            listener(op, x, decision)
-    return decision
-
-
-def _decide(x: Tensor, op: FusedOp, context: str | None) -> Decision:
-    if _preference == "auto":
+        return _announce(x, op, context)
+    # `preference`, without its call: on small maps the difference shows.
+    asked = (_here.name or _from_caller_of_backward()) if _ever_chosen else "auto"
+    if asked == "auto":
         if wants_own_operations() if context is None else context == "export":
             return _TRANSFORMED
         if (op.tiny or op.compiled_plain) and (_compiling() if context is None else context == "torch.compile"):
@@ -177,23 +247,37 @@ def _decide(x: Tensor, op: FusedOp, context: str | None) -> Decision:
             if _known_to_hold(x.shape[op.pixels[0]] * x.shape[op.pixels[1]] <= op.tiny):
                 return _TINY
     if op.in_torch == "all":
-        return _ASKED["reference"] if _preference == "reference" else _TORCH
-    backend = select(x.device, x.dtype, _preference)
-    if _preference != "auto":
+        return _ASKED["reference"] if asked == "reference" else _TORCH
+    backend = select(x.device, x.dtype, asked)
+    if asked != "auto":
         return _ASKED[backend]
     if backend == "reference" and op.in_torch == x.device.type:
         return _TORCH
     return _CHOSEN[backend]
 
 
+def _announce(x: Tensor, op: FusedOp, context: str | None) -> Decision:
+    """Decides, and tells the listeners."""
+    hearing = listeners[:]
+    listeners.clear()
+    try:
+        decision = decide(x, op, context)
+    finally:
+        listeners.extend(hearing)
+    for listener in hearing:
+        listener(op, x, decision)
+    return decision
+
+
 def reference_asked() -> bool:
     """True if plain PyTorch must serve, for any tensor. Modules that are made of PyTorch's operations ask this."""
-    return _preference == "reference" or (_preference == "auto" and wants_own_operations())
+    asked = preference()
+    return asked == "reference" or (asked == "auto" and wants_own_operations())
 
 
 def compiles_freely() -> bool:
     """True if `torch.compile` traces the call and no backend is asked for: its fastest form may serve."""
-    return _preference == "auto" and _compiling() and not wants_own_operations()
+    return preference() == "auto" and _compiling() and not wants_own_operations()
 
 
 def _known_to_hold(condition: bool) -> bool:
@@ -282,7 +366,7 @@ def _missing_for_cuda(device_type: str) -> tuple[str, ...]:
         return (f"serves cuda, not {device_type}",)
     if torch.version.cuda is None:
         return ("this torch is built without CUDA",)
-    absent = register_cuda(lambda: native.load(native.CUDA_LIBRARY), lambda: _preference == "cuda")
+    absent = register_cuda(lambda: native.load(native.CUDA_LIBRARY), lambda: preference() == "cuda")
     return (absent,) if absent else ()
 
 

@@ -10,11 +10,9 @@ from __future__ import annotations
 
 import inspect
 import logging
-import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
@@ -22,7 +20,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from . import replicas
 from .integrations.accelerate import look_at
+from .integrations.traceless import eager, same_randomness
+from .ops.autograd import in_autocast
 from .reference.as_built import observer
 
 _logger = logging.getLogger(__name__)
@@ -118,10 +119,11 @@ def watch_gates(
 ) -> GateWatch:
     """Passes the statistics of every gate of ``model`` to ``log``, in every ``every``-th training step from the first.
 
-    A training step is a call of ``model`` in training mode. Results, gradients, buffers and random generators stay
-    the same. DistributedDataParallel may wrap the model before or after this call; torch.compile only before. Hooks
-    inside a compiled graph do nothing, so the watch of a ``torch.compile(model)`` runs the model once more in each step
-    that it reports, eagerly and without gradients. A model compiled later is not watched.
+    A training step is a call of ``model`` in training mode. One that raises does not count. Results, gradients, buffers
+    and random generators stay the same. DistributedDataParallel and DataParallel may wrap the model before or after
+    this call; of DataParallel's replicas the first is watched. torch.compile may wrap it only before. Hooks inside a
+    compiled graph do nothing, so the watch of a ``torch.compile(model)`` runs the model once more in each step that it
+    reports, eagerly and without gradients. A model compiled later is not watched.
 
     Args:
         model: any module, as in `attention_maps`.
@@ -159,7 +161,8 @@ class GateWatch:
     def __init__(self, log: Callable[[GateStatistics], object], every: int) -> None:
         self._log, self._every = log, every
         self._compiled = False
-        self._step = -1
+        self._step = -1  # the last training step that returned
+        self._running = False  # True from the beginning of a training step to its end
         self._found: Found | None = None  # gates of the current step; None if it is not reported
         self._handles: list[RemovableHandle] = []
 
@@ -184,24 +187,33 @@ class GateWatch:
         self._handles.append(model.register_forward_pre_hook(self._begin, with_kwargs=True))
         self._handles.append(model.register_forward_hook(self._end))
 
+    def _is_blind(self) -> bool:
+        """True in compiled code, in a run that only looks at gates, and in all replicas but the first."""
+        return torch.compiler.is_compiling() or _looking.get() or replicas.place() > 0
+
     def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if torch.compiler.is_compiling() or _looking.get() or not (model.training and self._handles):
+        if self._is_blind():
             return
-        self._step += 1
-        self._found = [] if self._step % self._every == 0 else None
-        if self._compiled and self._found is not None:
+        self._found = None  # of a step that raised
+        self._running = bool(model.training and self._handles)
+        if not self._running or (self._step + 1) % self._every:
+            return
+        self._found = []
+        if self._compiled:
             self._found = _run(_unwrapped(model), args, kwargs, _summary)
 
     def _look(self, name: str, gate: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if not (torch.compiler.is_compiling() or _looking.get() or self._found is None):
+        if not self._is_blind() and self._found is not None:
             with torch.no_grad():
                 self._found.append((name, {k: _summary(g) for k, g in _gates_of(gate, args, kwargs).items()}))
 
     def _end(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if torch.compiler.is_compiling() or _looking.get() or self._found is None:
+        if self._is_blind() or not self._running:
             return
+        self._running = False
+        self._step += 1
         found, self._found = self._found, None
-        for name, kind, summary in _named(found):
+        for name, kind, summary in _named(found or []):
             self._log(GateStatistics(self._step, name, kind, *summary.tolist()))
 
 
@@ -225,7 +237,7 @@ def _run(
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     looking = _looking.set(True)
     try:
-        with torch.no_grad(), _eager(), _same_randomness(model):
+        with torch.no_grad(), eager(), same_randomness((*model.parameters(), *model.buffers())):
             torch.func.functional_call(model, buffers, args, kwargs)
     finally:
         _looking.reset(looking)
@@ -287,7 +299,7 @@ def _gates_of(gate: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     weight = next(gate.parameters(), None)
     for name, value in inputs.items():
         floating = isinstance(value, Tensor) and value.is_floating_point()
-        if weight is not None and floating and not torch.is_autocast_enabled(value.device.type):
+        if weight is not None and floating and not in_autocast(value):
             inputs[name] = value.to(weight.dtype)
     look = look_at(gate)
     gates: dict[str, Tensor] = look(gate, *inputs.values()) if look else gate.attention(**inputs)  # type: ignore[operator]
@@ -303,16 +315,3 @@ def _unwrapped(model: nn.Module) -> nn.Module:
 def _is_compiled(module: nn.Module) -> bool:
     """True if ``module`` is a result of ``torch.compile``."""
     return "_orig_mod" in module._modules
-
-
-def _eager() -> AbstractContextManager[object]:
-    """Makes compiled modules run eagerly, with their hooks. Does nothing unless Dynamo is imported."""
-    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
-
-
-def _same_randomness(model: nn.Module) -> AbstractContextManager[None]:
-    """Restores the random generators of the CPU and of the model's devices on exit."""
-    devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
-    accelerators = [device for device in devices if device.type in ("cuda", "xpu")]
-    kind = accelerators[0].type if accelerators else "cuda"
-    return torch.random.fork_rng(accelerators, device_type=kind)

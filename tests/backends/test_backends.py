@@ -154,3 +154,55 @@ print(found["cpp"].missing[0], "|", vf.backends("cuda")["triton"].missing[0])
     cpp, triton = python(code, tmp_path).split(" | ")
     assert "not built" in cpp
     assert triton == "triton is not installed"
+
+
+def test_first_call_by_many_threads_registers_once():
+    """With slow stand-ins for all that is registered or loaded at the first call on a device."""
+    code = """
+import sys, threading, time, torch
+import visattn_fast as vf
+from visattn_fast import native
+backends, calls = sys.modules["visattn_fast.backends"], []
+def once(name):
+    def register(argument=None, *rest):
+        call = f"{name} {argument}" if isinstance(argument, str) else name
+        calls.append(call)
+        time.sleep(0.05)
+        assert calls.count(call) == 1, "register an operator multiple times"
+    return register
+backends.register_triton, backends.register_cuda, native._load = map(once, ("triton", "cuda", "cpp"))
+torch.version.cuda = "13.0"
+backends._missing_for_triton = lambda device: ()
+start = threading.Barrier(8)
+failed = []
+def call(device):
+    start.wait()
+    try:
+        backends.select(device, torch.float32, "auto")
+        vf.backends(device)
+    except BaseException as error:
+        failed.append(error)
+threads = [threading.Thread(target=call, args=(d,)) for d in ("cuda", "cpu") * 4]
+for t in threads: t.start()
+for t in threads: t.join()
+print(failed, sorted(calls))
+"""
+    assert python(code) == "[] ['cpp', 'cuda', 'triton CPU', 'triton CUDA']"
+
+
+def test_first_call_by_many_threads_computes():
+    """With the kernels themselves."""
+    code = """
+import threading, torch
+import visattn_fast as vf
+module, x = vf.FastCBAM(16), torch.randn(2, 16, 8, 8)
+start, results = threading.Barrier(8), []
+def call():
+    start.wait()
+    results.append(module(x))
+threads = [threading.Thread(target=call) for _ in range(8)]
+for t in threads: t.start()
+for t in threads: t.join()
+print(len(results), all(torch.equal(y, results[0]) for y in results))
+"""
+    assert python(code) == "8 True"

@@ -14,33 +14,12 @@ from torch import nn
 
 import visattn_fast as vf
 from alterations import ALTERATIONS
-from blocks import block
+from blocks import GATED, inputs
 from cases import RecordedOps, run
-from known_modules import MODULES, C, spread_statistics
-from outside import library
-from visattn_fast.catalogue import ENTRIES, feature_map
-from visattn_fast.models.resnet import AttentionBlock
+from known_modules import C, spread_statistics
+from replicas import replica
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
-
-
-def swin(name: str) -> nn.Module:
-    if name == "timm":
-        return library("timm.models.swin_transformer").SwinTransformerBlock(C, (7, 6), 2, window_size=4, shift_size=2)
-    return library("torchvision.models.swin_transformer").ShiftedWindowAttention(C, [4, 4], [2, 2], 2)
-
-
-# Gates of other libraries, and blocks around gates. The package's own modules: tests/modules.
-ALTERED: dict[str, Callable[[], nn.Module]] = {
-    **{name: build for name, build in MODULES.items() if name not in ENTRIES},
-    **{f"{name} Swin": functools.partial(swin, name) for name in ("timm", "torchvision")},
-    **{f"timm {kind}, {gate}": functools.partial(block, gate, kind) for kind, gate in (
-        ("Bottleneck", "se"), ("BasicBlock", "eca"), ("BasicBlock", "cbam"), ("BasicBlock", "ese")
-    )},
-    "monai SEBlock": functools.partial(block, None, "SEBlock"),
-    "AttentionBlock": functools.partial(AttentionBlock, C, C, 1, "se", fused=False),
-    "AttentionBlock, fused": functools.partial(AttentionBlock, C, C, 1, "se", fused=True),
-}  # fmt: skip
 
 
 @pytest.fixture(params=[True, False], ids=["train", "eval"])
@@ -50,13 +29,9 @@ def training(request) -> bool:
 
 def built(name: str, training: bool) -> nn.Module:
     torch.manual_seed(0)
-    module = ALTERED[name]().double().train(training)
+    module = GATED[name]().double().train(training)
     spread_statistics(module)
     return module
-
-
-def inputs(name: str) -> torch.Tensor:
-    return feature_map((2, 7, 6, C) if "Swin" in name else (2, C, 7, 6), dtype=torch.float64)
 
 
 def assert_equal(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor], what: str) -> None:
@@ -66,7 +41,7 @@ def assert_equal(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor], wh
 
 
 @pytest.mark.parametrize("alteration", ALTERATIONS)
-@pytest.mark.parametrize("name", ALTERED)
+@pytest.mark.parametrize("name", GATED)
 def test_altered_layers_are_called(name, alteration, training):
     """Every inner layer in turn, altered before or after `accelerate`: results, gradients, running statistics."""
     plain, x = built(name, training), inputs(name)
@@ -185,17 +160,7 @@ def test_hooks_see_what_the_library_shows_them(name):
         torch.testing.assert_close(seen["fast", layer], seen["plain", layer], rtol=1e-10, atol=1e-10)
 
 
-def replica(module: nn.Module) -> nn.Module:
-    """Returns what DataParallel makes of a module for another device: parameters are tensors in the instances."""
-    twin = module._replicate_for_data_parallel()
-    for name, child in module._modules.items():
-        twin._modules[name] = None if child is None else replica(child)
-    for name, parameter in module._parameters.items():
-        setattr(twin, name, None if parameter is None else parameter * 1)
-    return twin
-
-
-@pytest.mark.parametrize("name", ALTERED)
+@pytest.mark.parametrize("name", GATED)
 def test_replicas_of_data_parallel_give_the_same(name):
     """With biases where the fused forward expects none."""
     plain, x = built(name, training=False), inputs(name)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 import visattn_fast as vf
+from blocks import block, swin
 from cases import run
 from known_modules import MODULES, C, monai, spread_statistics, timm
 from outside import library
@@ -95,3 +98,56 @@ def test_swin_block_serves_the_size_of_its_mask():
     vf.accelerate(block)
     with pytest.raises(RuntimeError, match="invalid for input of size"):
         block(x)
+
+
+def _attribute(path: str, name: str, value: Any) -> Callable[[nn.Module], None]:
+    return lambda module: setattr(module.get_submodule(path), name, value)
+
+
+def _second_layer(module: nn.Module) -> None:
+    module.act, module.conv2 = nn.ReLU(), lambda y: 0.5 * y
+
+
+def _halved(x: torch.Tensor) -> torch.Tensor:
+    return 0.5 * x
+
+
+# Where a module may drop something -> the module, and the change that makes it drop, or scale, everything there.
+DROPPED = {
+    "timm Swin, attn_drop": (lambda: swin("timm"), _attribute("attn.attn_drop", "p", 1.0)),
+    "timm Swin, proj_drop": (lambda: swin("timm"), _attribute("attn.proj_drop", "p", 1.0)),
+    "timm Swin, drop_path1": (lambda: swin("timm"), _attribute("", "drop_path1", nn.Dropout(1.0))),
+    "torchvision Swin, attention_dropout": (lambda: swin("torchvision"), _attribute("", "attention_dropout", 1.0)),
+    "torchvision Swin, dropout": (lambda: swin("torchvision"), _attribute("", "dropout", 1.0)),
+    **{
+        f"timm {kind}, drop_path, {words}": (lambda k=kind: block("se", k), _attribute("", "drop_path", value))
+        for kind in ("BasicBlock", "Bottleneck")
+        for words, value in (("layer", nn.Dropout(1.0)), ("function", _halved))
+    },
+    "timm EcaModule, conv2": (lambda: timm("EcaModule", C), _second_layer),
+    "timm GatherExcite, gather": (
+        lambda: timm("GatherExcite", C, use_mlp=False),
+        _attribute("", "gather", lambda x: x.amax((2, 3), keepdim=True)),
+    ),
+}
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("name", DROPPED)
+def test_dropout_set_after_accelerate_counts(name, compiled):
+    """The library's own forward serves, where the op has no dropout."""
+    build, change = DROPPED[name]
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    plain = build().double().train()
+    x = feature_map((2, 7, 6, C) if "Swin" in name else (2, C, 7, 6), dtype=torch.float64)
+    fast = copy.deepcopy(plain)
+    assert vf.accelerate(fast).swapped
+    call = torch.compile(fast, backend="eager") if compiled else fast
+    before = call(x)
+    torch.testing.assert_close(before, plain(x), rtol=1e-9, atol=1e-9)
+    for module in (plain, fast):
+        change(module)
+    want = plain(x)
+    assert not torch.allclose(want, before)
+    torch.testing.assert_close(call(x), want, rtol=1e-9, atol=1e-9)

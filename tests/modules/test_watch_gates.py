@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import io
 import logging
@@ -9,10 +10,12 @@ import logging
 import pytest
 import torch
 from torch import nn
+from torch.nn.parallel.parallel_apply import parallel_apply
 
 import visattn_fast as vf
 from cases import feature_map
 from gated_net import KEYS, images, net
+from replicas import replica, stand_in_accelerator
 from visattn_fast import reference
 
 
@@ -152,6 +155,62 @@ def test_wrapped_models_are_reported_and_train_the_same(wrap):
     assert [(s.step, s.name) for s in seen] == [(step, key) for step in (0, 2) for key in KEYS]
     for a, b in zip(*results, strict=True):
         assert torch.equal(a, b)
+
+
+class Fails(nn.Module):
+    """Raises while it is told to, after the gates have run."""
+
+    failing = False
+
+    def forward(self, x):
+        if self.failing:
+            raise RuntimeError("out of memory")
+        return x
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_step_that_raised_does_not_count(every):
+    """It is reported when it is repeated, and no evaluation after it is."""
+    model = nn.Sequential(net(), Fails()).train()
+    seen: list[vf.GateStatistics] = []
+    with vf.watch_gates(model, seen.append, every):
+        for _ in range(2):
+            model(images())
+            for _ in range(3):
+                model[1].failing = True
+                with pytest.raises(RuntimeError, match="out of memory"):
+                    model(images())
+                model[1].failing = False
+                model.eval()(images())
+                model[0].train()(images())
+                model.train()
+        model(images())
+    assert [(s.step, s.name) for s in seen] == [(step, f"0.{key}") for step in range(0, 3, every) for key in KEYS]
+
+
+@pytest.mark.parametrize("wrapped", [True, False], ids=["wrapped before", "wrapped after"])
+def test_replicas_of_data_parallel_count_as_one(wrapped, monkeypatch):
+    """Steps are counted once, and the first replica's gates reported; a replica that raises ends no step."""
+    stand_in_accelerator(monkeypatch)
+    model, twin = (nn.Sequential(net(), Fails()).train() for _ in range(2))
+    model[0].conv[2].p = twin[0].conv[2].p = 0.0
+    seen, batch = [], images()
+    vf.watch_gates(nn.DataParallel(model) if wrapped else model, seen.append, every=2)
+
+    def step() -> None:
+        copies = [replica(model) for _ in range(3)]
+        copies[0].get_submodule("1").failing = model[1].failing
+        parallel_apply(copies, [batch + i for i in range(3)], devices=range(3))
+
+    for failing in (False, True, False, False):
+        model[1].failing = failing
+        with pytest.raises(RuntimeError, match="out of memory") if failing else contextlib.nullcontext():
+            step()
+    assert [(s.step, s.name) for s in seen] == [(step, f"0.{key}") for step in (0, 2) for key in KEYS]
+    alone: list[vf.GateStatistics] = []
+    with vf.watch_gates(twin, alone.append):
+        twin(batch)
+    assert [s.mean for s in seen[: len(KEYS)]] == pytest.approx([s.mean for s in alone])
 
 
 def test_hooks_do_not_break_a_compiled_graph():

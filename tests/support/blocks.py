@@ -1,14 +1,19 @@
-"""Residual blocks of timm and MONAI with random batch norms, as built and accelerated."""
+"""Residual blocks of timm and MONAI with random batch norms, as built and accelerated; all that has a gate."""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
 import visattn_fast as vf
+from known_modules import MODULES
 from outside import library
+from visattn_fast.catalogue import ENTRIES, feature_map
+from visattn_fast.models.resnet import AttentionBlock
 
 C = 32  # channels
 
@@ -38,3 +43,26 @@ def accelerated(attention: str | None, *arguments: Any, **options: Any) -> nn.Mo
     built = block(attention, *arguments, **options)
     assert len(vf.accelerate(built).swapped) == 2
     return built
+
+
+def swin(name: str) -> nn.Module:
+    if name == "timm":
+        return library("timm.models.swin_transformer").SwinTransformerBlock(C, (7, 6), 2, window_size=4, shift_size=2)
+    return library("torchvision.models.swin_transformer").ShiftedWindowAttention(C, [4, 4], [2, 2], 2)
+
+
+# Gates of other libraries, and blocks around gates. The package's own modules: tests/modules.
+GATED: dict[str, Callable[[], nn.Module]] = {
+    **{name: build for name, build in MODULES.items() if name not in ENTRIES},
+    **{f"{name} Swin": functools.partial(swin, name) for name in ("timm", "torchvision")},
+    **{f"timm {kind}, {gate}": functools.partial(block, gate, kind) for kind, gate in (
+        ("Bottleneck", "se"), ("BasicBlock", "eca"), ("BasicBlock", "cbam"), ("BasicBlock", "ese")
+    )},
+    "monai SEBlock": functools.partial(block, None, "SEBlock"),
+    "AttentionBlock": functools.partial(AttentionBlock, C, C, 1, "se", fused=False),
+    "AttentionBlock, fused": functools.partial(AttentionBlock, C, C, 1, "se", fused=True),
+}  # fmt: skip
+
+
+def inputs(name: str) -> torch.Tensor:
+    return feature_map((2, 7, 6, C) if "Swin" in name else (2, C, 7, 6), dtype=torch.float64)

@@ -87,7 +87,7 @@ def cases(draw: st.DrawFn, names: list[str], channels: st.SearchStrategy[int] | 
         name,
         (n, c, h, w),
         draw(st.sampled_from([torch.float32, torch.float32, torch.bfloat16, torch.float64])),
-        draw(st.booleans()),
+        draw(st.booleans()) and entry is not None and not entry.has_torch_layers,
         draw(st.sampled_from(STRIDES)),
         draw(st.sampled_from(VALUES)),
         draw(st.one_of(st.just(-1), st.integers(1, 255))),
@@ -116,9 +116,8 @@ def filled(case: Case) -> Tensor:
         return torch.full_like(x, 0.1)
     if case.values in ("nan", "inf") and x.numel():
         at = torch.randint(0, x.numel(), (3,), generator=generator)
-        x.view(-1)[at] = torch.tensor(
-            {"nan": [float("nan")] * 3, "inf": [float("inf"), -float("inf"), 1.0]}[case.values]
-        )
+        found = {"nan": [float("nan")] * 3, "inf": [float("inf"), -float("inf"), 1.0]}[case.values]
+        x.view(-1)[at] = torch.tensor(found, dtype=x.dtype)
     return x
 
 
@@ -212,7 +211,7 @@ def compare(case: Case, fast: nn.Module, plain: nn.Module) -> None:
     residual = residual if case.residual else None
     with threads(case.threads):
         fused = derivatives(case, fast, x, residual)
-    eager = derivatives(case, plain, x, residual)
+    eager = _plain_run(case, plain, x, residual)
     double = copy.deepcopy(plain).double()
     wide = None if residual is None else residual.double()
     exact = derivatives(case, double, x.double(), wide)
@@ -236,18 +235,30 @@ def compare(case: Case, fast: nn.Module, plain: nn.Module) -> None:
     budget.check(budget.errors(fused), budget.errors(eager), coarsest)
 
 
+def _plain_run(case: Case, plain: nn.Module, x: Tensor, residual: Tensor | None) -> dict[str, Tensor]:
+    """Plain PyTorch takes no parameters of another dtype than x: then it runs in theirs, and results are rounded."""
+    if not case.mixed or case.dtype == torch.float32 or not list(plain.parameters()):
+        return derivatives(case, plain, x, residual)
+    found = derivatives(case, plain, x.float(), None if residual is None else residual.float())
+    return {name: t.to(case.dtype) if name in ("y", "dx", "dresidual") else t for name, t in found.items()}
+
+
 def _check_pattern(fused: dict[str, Tensor], eager: dict[str, Tensor], exact: dict[str, Tensor]) -> None:
-    """Where plain PyTorch and float64 are both finite, the fused result is finite, and near them."""
+    """Where plain PyTorch and float64 are both finite, the fused result is finite, and near them.
+
+    Where both are NaN, y and dx are not finite. Gradients of biases may be: before a batch norm, they are zero.
+    """
+    coarse = any(t.dtype == torch.bfloat16 for t in fused.values())
     for name, t in fused.items():
         sound = eager[name].isfinite() & exact[name].isfinite()
         assert t[sound].isfinite().all(), f"{name} is not finite where plain PyTorch is"
         broken = eager[name].isnan() & exact[name].isnan()
-        assert not t[broken].isfinite().any(), f"{name} is finite where plain PyTorch is NaN"
+        assert name not in ("y", "dx") or not t[broken].isfinite().any(), f"{name} is finite where plain PyTorch is NaN"
         if sound.any():
             scale = max(exact[name][sound].abs().max().item(), torch.finfo(t.dtype).tiny * 1e3)
             error = (t[sound].double() - exact[name][sound]).abs().max().item() / scale
             own = (eager[name][sound].double() - exact[name][sound]).abs().max().item() / scale
-            allowed = 4 * own + (0.05 if t.dtype == torch.bfloat16 else 1e-3)
+            allowed = 4 * own + (0.05 if coarse else 1e-3)
             assert error <= allowed, f"{name}: {error:.1e} of the largest value, plain PyTorch {own:.1e}"
 
 

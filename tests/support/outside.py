@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import importlib.util
 import os
@@ -43,7 +44,17 @@ def ultralytics_modules() -> ModuleType:
         return library(_ULTRALYTICS)
     if _ULTRALYTICS not in sys.modules:
         sys.modules[_ULTRALYTICS] = importlib.import_module("ultralytics_gates")
+        _make_stand_ins_known()
     return sys.modules[_ULTRALYTICS]
+
+
+def _make_stand_ins_known() -> None:
+    """Makes the recipes for Ultralytics take the forwards of the stand-ins for the known version."""
+    source_hash = importlib.import_module("visattn_fast.integrations.recipe").source_hash
+    recipes = importlib.import_module("visattn_fast.integrations.ultralytics").RECIPES
+    for i, recipe in enumerate(recipes):
+        repeats = tuple(r._replace(known=source_hash(r.function)) for r in recipe.repeats)
+        recipes[i] = dataclasses.replace(recipe, repeats=repeats)
 
 
 def timm_model(name: str, **options: Any) -> Callable[[], nn.Module]:

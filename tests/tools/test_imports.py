@@ -22,6 +22,7 @@ DRAWING = (
 BESIDE = {
     "measure": ("report", "integrations"),
     "native": ("report", "backends", "ops"),
+    "replicas": ("watch", "backends"),
     "kernels": ("ops",),
     NAME: ("cli", "report", "native"),  # for the version
 }

@@ -10,7 +10,7 @@ from torch.fx import Proxy
 
 from .. import reference
 from ..backends import decide
-from ..ops.autograd import call_function
+from ..ops.autograd import call_function, in_autocast
 from ..ops.bam import BAM, Branches, JointScale
 from ..reference.bam import COMBINE
 from ..reference.checks import check_choice, check_feature_map
@@ -81,8 +81,7 @@ class FastBAM(reference.BAM):
         if isinstance(x, Proxy):
             return call_layers(super().forward, x, residual, activation)
         weight = next(self.spatial_att.parameters(), x)
-        autocast = not x.is_meta and torch.is_autocast_enabled(x.device.type)  # it casts what layers read
-        dtype: torch.dtype = x.dtype if autocast else weight.dtype
+        dtype: torch.dtype = x.dtype if in_autocast(x) else weight.dtype  # autocast casts what layers read
         return bam(
             x,
             lambda mean: self.channel_att(mean.to(dtype)),

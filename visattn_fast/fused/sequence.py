@@ -9,6 +9,7 @@ from torch import Tensor
 from .. import reference
 from ..backends import reference_asked
 from ..ops.additive_score import ADDITIVE_SCORE, fits_a_block
+from ..ops.autograd import in_autocast
 from ..reference.as_built import as_built
 from .serve import serve
 
@@ -112,7 +113,7 @@ class FastAttentionPooling(reference.AttentionPooling):
         else:
             distance = (queries[..., None] - keys) * width
         weights = reference.masked_softmax(-distance.square(), mask)
-        shared = values.shape[-2] == 1 and not torch.is_autocast_enabled(values.device.type)  # autocast rounds products
+        shared = values.shape[-2] == 1 and not in_autocast(values)  # autocast rounds products
         out = (weights @ values.to(weights.dtype).mT)[..., 0] if shared else (weights * values).sum(-1)
         return out, weights if need_weights else None
 
@@ -140,7 +141,7 @@ class FastSequenceAttention(reference.SequenceAttention):
             return super().forward(query, key, value, mask, key_lengths, position, need_weights)
         query, key, value, mask, _ = self.prepare(query, key, value, mask, key_lengths, position)
         query = self.W(query) if self.score == "general" else query
-        if torch.is_autocast_enabled(query.device.type):
+        if in_autocast(query):
             query, key, value = (t.to(torch.get_autocast_dtype(query.device.type)) for t in (query, key, value))
         return masked_attention(query, key, value, mask, 1.0), None
 

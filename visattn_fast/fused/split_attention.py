@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import reference
@@ -42,9 +43,8 @@ def split_attention(u: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
 class FastS2MLPv2(reference.S2MLPv2):
     """Fused `reference.S2MLPv2`: same constructor, same ``state_dict``, same result.
 
-    `split_attention` is fused; mlp1 and mlp2 are PyTorch's products, in NCHW batched ones that need no permuted copy of
-    a map. Layers that are not as built are
-    called (docs/guide/tools.md).
+    `split_attention` is fused. PyTorch's products take the weights of mlp1 and mlp2, in NCHW batched ones that need no
+    permuted copy of a map. Layers that are not as built are called (docs/guide/tools.md).
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -61,8 +61,10 @@ class FastS2MLPv2(reference.S2MLPv2):
 
 
 def _at_each_pixel(layer: nn.Linear, x: Tensor) -> Tensor:
-    """Applies the layer to each pixel's channels: ``[N, C, H, W]`` -> ``[N, C', H, W]``, in x's memory format."""
+    """Multiplies each pixel's channels by the layer's weight: ``[N, C, H, W]`` -> ``[N, C', H, W]``, in x's format."""
     if not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
-        return layer(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return F.linear(x.permute(0, 2, 3, 1), layer.weight, layer.bias).permute(0, 3, 1, 2)
+    if not torch.compiler.is_compiling() and torch.is_grad_enabled() and x.is_inference():
+        x = x.clone()  # autograd saves x here, and refuses such tensors
     weight = layer.weight.expand(x.shape[0], -1, -1)
     return torch.baddbmm(layer.bias[:, None], weight, x.flatten(2)).unflatten(2, x.shape[2:])

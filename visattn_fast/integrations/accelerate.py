@@ -48,8 +48,8 @@ def accelerate(
         model: changed in place.
         example: an input of the model, or a tuple of its arguments. With an example, every swapped module runs beside
             its original on the input that the model gives it. A module is put back if its result or a gradient
-            differs, with a warning that names it, or if it is slower on this device. If the model cannot run on the
-            example, nothing is swapped.
+            differs, with a warning that names it, or if it is slower on this device. The model itself runs once, and
+            keeps its state; hooks run in that run only.
         only: qualified names of the modules to consider, with all that they contain; a single name may be a plain
             string; None: the whole model. Names may leave out what torch.compile and DDP add.
         except_: names of modules to leave alone, likewise.
@@ -60,13 +60,33 @@ def accelerate(
 
     Raises:
         TypeError: ``model`` is not a module.
-        ValueError: a name in ``only`` or ``except_`` fits no module. Nothing is swapped then.
+        ValueError: a name in ``only`` or ``except_`` fits no module.
+        RuntimeError: a module cannot be compared with its original; the message names it, and says why.
+
+    Whatever is raised, the model is as it was, also if it does not run on the example.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     left_out = _inside(model, "except_", except_)
     wanted = (set(model.modules()) if only is None else _inside(model, "only", only)) - left_out
+    before = {module for module in model.modules() if is_swapped(module)}
     found = Acceleration()
+    try:
+        _swap_all(model, wanted, blocks, found)
+        if example is not None:
+            from .verify import verify  # measures, and needs more of torch than the package itself does
+
+            verify(model, example, found)
+    except BaseException:
+        for module in model.modules():
+            if is_swapped(module) and module not in before:
+                put_back(module)
+        raise
+    return found
+
+
+def _swap_all(model: nn.Module, wanted: set[nn.Module], blocks: bool, found: Acceleration) -> None:
+    """Swaps the modules that are ``wanted`` and known. Lists them in ``found``, and those that are left alone."""
     recipes = known()
     originals = tuple(recipes)
     # A fused module stands for its parts.
@@ -91,17 +111,6 @@ def accelerate(
     parameter = next((p for p in model.parameters() if p.is_floating_point()), None)
     if parameter is not None:
         found.backend = select(parameter.device.type, parameter.dtype, "auto")
-    if example is not None:
-        from .verify import verify  # measures, and needs more of torch than the package itself does
-
-        try:
-            verify(model, example, found)
-        except BaseException:
-            for swapped in found.swapped:
-                if is_swapped(swapped.module):
-                    put_back(swapped.module)
-            raise
-    return found
 
 
 def restore(model: nn.Module) -> int:

@@ -32,7 +32,10 @@ def expected_saving(module: nn.Module, recipe: Recipe) -> float | None:
 
 
 def _expected(module: nn.Module, recipe: Recipe) -> float | None:
-    fused = copy.deepcopy(module)
+    try:
+        fused = copy.deepcopy(module)
+    except Exception:  # of whatever the module holds
+        return None
     if not is_swapped(fused):
         swap(fused, recipe)
     original = copy.deepcopy(fused)

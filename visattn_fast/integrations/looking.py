@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from .. import reference
 from .recipe import Look, own_class
+from .traceless import buffers_kept
 
 
 def layers_as_gates(**layers: str) -> Look:
@@ -31,7 +31,7 @@ def layers_as_gates(**layers: str) -> Look:
                 keep = functools.partial(_keep, found, kinds)
                 handles.append(inner[layer].register_forward_hook(keep))
         try:
-            with _buffers_kept(module):
+            with buffers_kept(module):
                 own_class(module).forward(module, x)
         finally:
             for handle in handles:
@@ -46,19 +46,6 @@ def _keep(found: dict[str, Tensor], kinds: Iterator[str], layer: nn.Module, args
     kind = next(kinds, None)
     if kind is not None:
         found[kind] = output.reshape(output.shape[0], -1, 1, 1) if kind == "channel" else output
-
-
-@contextmanager
-def _buffers_kept(module: nn.Module) -> Iterator[None]:
-    """Lets the module update copies of its buffers, such as running statistics."""
-    kept = [(m, dict(m._buffers)) for m in module.modules()]
-    for m, buffers in kept:
-        m._buffers.update({name: None if b is None else b.clone() for name, b in buffers.items()})
-    try:
-        yield
-    finally:
-        for m, buffers in kept:
-            m._buffers.update(buffers)
 
 
 def window_weights(

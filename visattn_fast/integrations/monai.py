@@ -26,7 +26,7 @@ from ..reference.as_built import AFFINE_BATCH_NORM, LINEAR, MEAN, Layers, are_pl
 from ..reference.batch_norm import Norm
 from .looking import layers_as_gates
 from .normed import normed_gate
-from .recipe import ACTIVATIONS, Recipe, swapped_gate
+from .recipe import ACTIVATIONS, Recipe, Repeated, swapped_gate
 from .se_like import se_layers, se_like
 from .tiers import may_fuse
 
@@ -90,7 +90,8 @@ def _gate(
 
 
 _look = layers_as_gates(channel="fc")
-_CHANNEL_GATE = Recipe(ChannelSELayer, FastChannelSELayer, "se", "gate_channels", look=_look)
+_FORWARD = (Repeated(ChannelSELayer, "e2614f2408571f70"),)
+_CHANNEL_GATE = Recipe(ChannelSELayer, FastChannelSELayer, "se", "gate_channels", look=_look, repeats=_FORWARD)
 _EPILOGUES = {**ACTIVATIONS, nn.Identity: None}
 _SWAPPED_GATE = swapped_gate([_CHANNEL_GATE], lambda d: not d["add_residual"], "without its own input added")
 
@@ -136,6 +137,27 @@ _BLOCKS = {
 
 RECIPES = [
     _CHANNEL_GATE,
-    Recipe(ResidualSELayer, FastResidualSELayer, "se", "gate_channels", look=_look),
-    *(Recipe(block, fast, "epilogue", block=True) for block, fast in _BLOCKS.items()),
+    Recipe(
+        ResidualSELayer,
+        FastResidualSELayer,
+        "se",
+        "gate_channels",
+        look=_look,
+        repeats=(_FORWARD[0]._replace(owner=ResidualSELayer),),
+    ),
+    *(
+        Recipe(
+            block,
+            fast,
+            "epilogue",
+            block=True,
+            # Convolution and ADN call their layers in turn.
+            repeats=(
+                Repeated(block, "233af1b4e38cd5e9"),
+                Repeated(Convolution, "95e8a9b3e99cd567"),
+                Repeated(ADN, "95e8a9b3e99cd567"),
+            ),
+        )
+        for block, fast in _BLOCKS.items()
+    ),
 ]

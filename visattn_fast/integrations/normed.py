@@ -13,8 +13,8 @@ from ..fused.normed import gate_normed_channels
 from ..fused.serve import norm_fuses_into_gate
 from ..ops.autograd import recorded
 from ..ops.gates import GATE_CHANNELS
-from ..reference.as_built import as_built
 from ..reference.batch_norm import Norm, batch_norm_step
+from .tiers import may_fuse
 
 # Elements of z from which on eager mode folds the norm: its dozen calls for scales and shifts take longer than the pass
 # that they save on a smaller map. The number for other devices than CPUs is a guess, from launches and bytes.
@@ -37,7 +37,7 @@ def is_folded(z: Tensor, norm: Any, gate: Any, residual: Tensor) -> bool:
     """
     if not (torch.compiler.is_compiling() or is_evaluated(norm)) or not hasattr(gate, "channel_gate"):
         return False
-    if not as_built(gate, z, gate.PARTS):
+    if not may_fuse(gate, z, gate.PARTS):
         return False
     if torch.compiler.is_compiling():
         return compiles_freely() and norm.momentum is not None  # the momentum of a cumulative average changes
@@ -65,7 +65,7 @@ def is_one_op(z: Tensor, norm: Any, gate: Any, residual: Tensor) -> bool:
     """True if the gate's own op includes the norm: the norm is evaluated, and no gradient is wanted."""
     if not getattr(gate, "takes_norm", False) or torch.compiler.is_compiling():
         return False
-    if not (is_evaluated(norm) and as_built(gate, z, gate.LAYERS)):
+    if not (is_evaluated(norm) and may_fuse(gate, z, gate.LAYERS)):
         return False
     return norm_fuses_into_gate(GATE_CHANNELS, z, chain((z, residual), norm.parameters(), gate.parameters()), residual)
 

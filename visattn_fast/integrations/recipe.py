@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import ast
 import copy
 import copyreg
+import functools
 import hashlib
 import inspect
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from types import FunctionType
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -28,6 +32,48 @@ def always(module: nn.Module) -> str:
     return ""
 
 
+class Repeated(NamedTuple):
+    """A function of a library whose mathematics a fused class repeats.
+
+    Attributes:
+        owner: the class or module that has it.
+        known: the `source_hash` of the function that is repeated. Other versions may compute something else.
+        name: its name there.
+    """
+
+    owner: Any
+    known: str
+    name: str = "forward"
+
+    @property
+    def function(self) -> Any:
+        """The function that is there now."""
+        return getattr(self.owner, self.name, None)
+
+    def why_not(self) -> str:
+        """Returns why the function may compute something else; an empty string if it is the one that is repeated."""
+        owner = self.owner.__name__.rpartition(".")[2]
+        return "" if source_hash(self.function) == self.known else f"unknown version of {owner}.{self.name}"
+
+
+@functools.cache
+def source_hash(function: Any) -> str:
+    """Hashes the code of a function, without comments, docstring and annotations. Empty if it has no source."""
+    if not isinstance(function, FunctionType) or hasattr(function, "__wrapped__"):
+        return ""  # inspect would read the source of the wrapped function
+    try:
+        code = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    except (OSError, TypeError, SyntaxError):
+        return ""
+    for node in ast.walk(code):
+        if isinstance(node, ast.FunctionDef):
+            node.returns = None
+            node.body = node.body[ast.get_docstring(node) is not None :]
+        elif isinstance(node, ast.arg):
+            node.annotation = None
+    return hashlib.sha256(ast.unparse(code).encode()).hexdigest()[:16]
+
+
 @dataclass(frozen=True)
 class Recipe:
     """Makes modules of one class fast: gives them a subclass that overrides forward alone.
@@ -42,6 +88,7 @@ class Recipe:
         why_not: the reason why a module can never be served; an empty string if it can.
         block: True if the module is a block around a gate, and the gate takes over the block's epilogue.
         look: returns the gates of a module of the original class; None: the class has a method ``attention``, or none.
+        repeats: the library's functions that ``fused`` repeats. If one is another, the module is left alone.
     """
 
     original: type[nn.Module]
@@ -51,6 +98,7 @@ class Recipe:
     why_not: Check = always
     block: bool = False
     look: Look | None = None
+    repeats: tuple[Repeated, ...] = ()
 
     @property
     def gate(self) -> bool:
@@ -62,7 +110,7 @@ class Recipe:
 
         The name is empty if the module is left alone. The reason is empty if the module calls no layers.
         """
-        reason = self.why_not(module)
+        reason = next(filter(None, (r.why_not() for r in self.repeats)), "") or self.why_not(module)
         if reason:
             return "", reason
         reason = why_not(module, getattr(self.fused, "LAYERS", _ANY))
@@ -75,9 +123,14 @@ class Recipe:
 
 
 def swap(module: nn.Module, recipe: Recipe, name: str = "") -> None:
-    """Gives the module the fused class. Notes its qualified name in it, for messages."""
+    """Gives the module the fused class. Notes its qualified name in it, for messages.
+
+    If this is interrupted, the module has its own class, or `put_back` undoes it.
+    """
+    kind = swapped_class(recipe.fused, recipe.original)
+    kind._repeats = tuple((r.owner, r.name, r.function) for r in recipe.repeats)
+    module.__class__ = kind
     module._qualified_name = name  # type: ignore[assignment]
-    module.__class__ = swapped_class(recipe.fused, recipe.original)
 
 
 class SwappedModule(nn.Module):
@@ -87,6 +140,7 @@ class SwappedModule(nn.Module):
     """
 
     _accelerated_from: type[nn.Module]
+    _repeats: tuple[tuple[Any, str, Any], ...] = ()  # the owner, name and function of each `Repeated`
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         reduced: Any = super().__reduce_ex__(protocol)
@@ -142,15 +196,18 @@ def why_not_put_back(module: nn.Module) -> str:
 
 def put_back(module: nn.Module) -> None:
     """Undoes `swap`."""
+    module.__dict__.pop("_qualified_name", None)
     module.__class__ = own_class(module)
-    del module.__dict__["_qualified_name"]
+
+
+def why_patched(module: nn.Module) -> str:
+    """Returns which function of the library was replaced since the module was swapped; an empty string if none was."""
+    for owner, name, function in getattr(type(module), "_repeats", ()):
+        if getattr(owner, name, None) is not function:
+            return f"{owner.__name__.rpartition('.')[2]}.{name} was replaced"
+    return ""
 
 
 def is_fused(module: nn.Module) -> bool:
     """True if the module is swapped, or of a fused class of this package."""
     return is_swapped(module) or type(module) in _OURS
-
-
-def fingerprint(*functions: Callable[..., Any]) -> str:
-    """Hashes the source of functions that a fused forward repeats, to tell other versions, which may differ."""
-    return hashlib.sha256("".join(map(inspect.getsource, functions)).encode()).hexdigest()[:16]

@@ -8,7 +8,7 @@ from torch import Tensor
 from .. import functional, reference
 from ..reference.parameter_access import weight_and_bias
 from .looking import layers_as_gates
-from .recipe import Recipe
+from .recipe import Recipe, Repeated
 from .se_like import why_no_units
 from .tiers import may_fuse
 
@@ -28,4 +28,13 @@ class FastSCSEModule(SCSEModule):
 
 _look = layers_as_gates(channel="cSE", spatial="sSE")
 
-RECIPES = [Recipe(SCSEModule, FastSCSEModule, "scse", why_not=why_no_units("cSE.1"), look=_look)]
+RECIPES = [
+    Recipe(
+        SCSEModule,
+        FastSCSEModule,
+        "scse",
+        why_not=why_no_units("cSE.1"),
+        look=_look,
+        repeats=(Repeated(SCSEModule, "4ba4154a4600b26d"),),
+    )
+]

@@ -7,20 +7,25 @@ from typing import Any
 from timm.models import resnet
 from torch import Tensor, nn
 
-from ..reference.as_built import ABSENT, AFFINE_BATCH_NORM, Layers, are_plain, layer
+from ..reference.as_built import AFFINE_BATCH_NORM, Layer, Layers, are_plain, layer
 from . import timm_cbam, timm_gates
 from .normed import normed_gate
-from .recipe import ACTIVATIONS, Recipe, fingerprint, own_class, swapped_gate
-from .tiers import may_fuse
+from .recipe import ACTIVATIONS, Recipe, Repeated, swapped_gate
+from .tiers import lacks, may_fuse
 
 _GATE = swapped_gate([*timm_gates.WITH_EPILOGUE, *timm_cbam.RECIPES])
 _LAST = layer(*ACTIVATIONS)
 
 
+def _drops_nothing(layers: dict[str, Layer]) -> Layers:
+    """Returns ``layers``, of a block without ``drop_path``."""
+    return Layers(layers, fits=lacks("drop_path"), words="drop_path: it may drop the branch")
+
+
 class FastBasicBlock(resnet.BasicBlock):
     """timm's BasicBlock; its gate also adds the shortcut and activates, and includes the last norm if it can."""
 
-    LAYERS = Layers({"se": _GATE, "drop_path": ABSENT, "act2": _LAST})
+    LAYERS = _drops_nothing({"se": _GATE, "act2": _LAST})
     NORM = Layers({"bn2": AFFINE_BATCH_NORM})
 
     def forward(self, x: Tensor) -> Tensor:
@@ -34,7 +39,7 @@ class FastBasicBlock(resnet.BasicBlock):
 class FastBottleneck(resnet.Bottleneck):
     """timm's Bottleneck, fused as `FastBasicBlock` is."""
 
-    LAYERS = Layers({"se": _GATE, "drop_path": ABSENT, "act3": _LAST})
+    LAYERS = _drops_nothing({"se": _GATE, "act3": _LAST})
     NORM = Layers({"bn3": AFFINE_BATCH_NORM})
 
     def forward(self, x: Tensor) -> Tensor:
@@ -46,10 +51,6 @@ class FastBottleneck(resnet.Bottleneck):
         return _finish(block, block.conv3(out), block.bn3, x, block.act3)
 
 
-# Hashes of the forward passes that the two classes above repeat; other versions are left alone.
-_KNOWN_FORWARDS = {resnet.BasicBlock: "71ec36ab9b7237a2", resnet.Bottleneck: "6d62f9e26235e2c6"}
-
-
 def _finish(block: Any, out: Tensor, norm: nn.Module, shortcut: Tensor, activation: nn.Module) -> Tensor:
     if block.downsample is not None:
         shortcut = block.downsample(shortcut)
@@ -59,13 +60,10 @@ def _finish(block: Any, out: Tensor, norm: nn.Module, shortcut: Tensor, activati
     return block.se(norm(out), residual=shortcut, activation=name)
 
 
-def _why_not(block: nn.Module) -> str:
-    kind = own_class(block)
-    known = fingerprint(kind.forward) == _KNOWN_FORWARDS[kind]
-    return "" if known else f"unknown version of {kind.__name__}.forward"
-
-
 RECIPES = [
-    Recipe(resnet.BasicBlock, FastBasicBlock, "epilogue", why_not=_why_not, block=True),
-    Recipe(resnet.Bottleneck, FastBottleneck, "epilogue", why_not=_why_not, block=True),
+    Recipe(kind, fast, "epilogue", block=True, repeats=(Repeated(kind, known),))
+    for kind, fast, known in (
+        (resnet.BasicBlock, FastBasicBlock, "459b888dd004c304"),
+        (resnet.Bottleneck, FastBottleneck, "58c1c81d9c8b129b"),
+    )
 ]

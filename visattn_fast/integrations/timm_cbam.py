@@ -28,7 +28,6 @@ from ..fused.calls import call_layers
 from ..ops.autograd import recorded
 from ..ops.cbam import CBAM
 from ..reference.as_built import (
-    ABSENT,
     POINTWISE,
     RELU,
     SAME_SIZE,
@@ -42,8 +41,8 @@ from ..reference.cbam import CALLED_TWICE
 from .looking import layers_as_gates
 from .normed import is_evaluated
 from .pooled import map_logit, pointwise
-from .recipe import ACTIVATIONS, Recipe
-from .tiers import may_fuse
+from .recipe import ACTIVATIONS, Recipe, Repeated
+from .tiers import lacks, may_fuse
 
 _SIGMOID = layer(nn.Sigmoid, Sigmoid)
 
@@ -133,10 +132,11 @@ def _the_papers(norm: dict[str, Layer]) -> Layers:
             "channel.fc2": CALLED_TWICE,
             "channel.gate": _SIGMOID,
             "spatial": container(SpatialAttn, 2),
-            "spatial.conv": container(ConvNormAct, 2),
+            "spatial.conv": container(ConvNormAct, 2)._replace(
+                fits=lacks("aa"), words="without an anti-aliasing layer"
+            ),
             "spatial.conv.conv": SAME_SIZE,
             **norm,
-            "spatial.conv.aa": ABSENT,
             "spatial.gate": _SIGMOID,
         }
     )
@@ -184,6 +184,28 @@ def _look_at_light(module: Any, x: Tensor) -> dict[str, Tensor]:
 
 
 RECIPES = [
-    Recipe(CbamModule, FastCbamModule, "gate_twice", look=_look),
-    Recipe(LightCbamModule, FastLightCbamModule, "gate_twice", look=_look_at_light),
+    Recipe(
+        CbamModule,
+        FastCbamModule,
+        "gate_twice",
+        look=_look,
+        repeats=(
+            Repeated(CbamModule, "3f050589d1a5f353"),
+            Repeated(ChannelAttn, "f76f53033c23d825"),
+            Repeated(SpatialAttn, "c3bd7bee605793d2"),
+            Repeated(ConvNormAct, "db6ac5abd927fa71"),
+            Repeated(BatchNormAct2d, "aab01662c2e6c5ba"),
+        ),
+    ),
+    Recipe(
+        LightCbamModule,
+        FastLightCbamModule,
+        "gate_twice",
+        look=_look_at_light,
+        repeats=(
+            Repeated(LightCbamModule, "3f050589d1a5f353"),
+            Repeated(LightChannelAttn, "d83b858852ac8a6b"),
+            Repeated(LightSpatialAttn, "a862fcd5b34ab59c"),
+        ),
+    ),
 ]

@@ -17,13 +17,13 @@ from timm.models._efficientnet_blocks import SqueezeExcite
 from torch import Tensor, nn
 
 from .. import functional, reference
-from ..reference.as_built import ABSENT, BATCH_NORM, POINTWISE, Layer, Layers, Settings, layer
+from ..reference.as_built import BATCH_NORM, POINTWISE, Layer, Layers, Settings, layer
 from ..reference.batch_norm import Norm, batch_norm_step
 from .looking import layers_as_gates
 from .pooled import pointwise
-from .recipe import Recipe
+from .recipe import Recipe, Repeated
 from .se_like import GATES, se_layers, se_like, why_no_units
-from .tiers import gate_by_passes, may_fuse
+from .tiers import gate_by_passes, lacks, may_fuse
 
 _GATES = {**GATES, Sigmoid: "sigmoid"}  # timm has a sigmoid of its own
 _SIGMOID = layer(nn.Sigmoid, Sigmoid)
@@ -85,7 +85,9 @@ class FastEcaModule(EcaModule):
 
     takes_norm = True
     PARTS = Layers({})
-    LAYERS = Layers({**reference.ECA.LAYERS.expected, "conv2": ABSENT, "gate": _SIGMOID})
+    LAYERS = Layers(
+        {**reference.ECA.LAYERS.expected, "gate": _SIGMOID}, fits=lacks("conv2"), words="conv2: it has a second layer"
+    )
 
     def channel_gate(self, mean: Tensor) -> Tensor:
         if torch.compiler.is_compiling() and may_fuse(self, mean, self.LAYERS):
@@ -120,12 +122,15 @@ class FastCecaModule(CecaModule):
         return gate_by_passes(self, x, super().forward, residual, activation)
 
 
+_GATHERS_NOT = lacks("gather")
+
+
 class FastGatherExcite(GatherExcite):
     """timm's GatherExcite over whole maps; its layers run as they are. Takes the epilogue of the block around it."""
 
     PARTS = LAYERS = Layers(
         {},
-        fits=lambda d: d["_modules"].get("gather") is None and d["extent"] == 0 and not d["add_maxpool"],
+        fits=lambda d: _GATHERS_NOT(d) and d["extent"] == 0 and not d["add_maxpool"],
         words="it gathers by windows, convolutions or maxima, not by the mean of the map",
     )
 
@@ -136,9 +141,11 @@ class FastGatherExcite(GatherExcite):
         return gate_by_passes(self, x, super().forward, residual, activation)
 
 
+_NEITHER_ATTENDS_NOR_ADDS = lacks("conv_attn", "mlp_add")
+
+
 def _scales_by_the_mean(d: Settings) -> bool:
-    there = [name for name in ("conv_attn", "mlp_scale", "mlp_add") if d["_modules"].get(name) is not None]
-    return there == ["mlp_scale"]
+    return _NEITHER_ATTENDS_NOR_ADDS(d) and d["_modules"].get("mlp_scale") is not None
 
 
 class FastGlobalContext(GlobalContext):
@@ -196,15 +203,59 @@ def _look_at_gather(module: Any, x: Tensor) -> dict[str, Tensor]:
 
 # Their forward takes a residual and an activation.
 WITH_EPILOGUE = [
-    Recipe(SEModule, FastSEModule, "se", "gate_channels", why_no_units("fc1"), look=_look),
-    Recipe(EffectiveSEModule, FastEffectiveSEModule, "gate_channels", look=_look),
-    Recipe(EcaModule, FastEcaModule, "eca", "gate_channels", look=_look),
-    Recipe(CecaModule, FastCecaModule, "gate_channels", look=_look),
-    Recipe(GatherExcite, FastGatherExcite, "gate_channels", look=_look_at_gather),
-    Recipe(GlobalContext, FastGlobalContext, "gate_channels", look=_look),
+    Recipe(
+        SEModule,
+        FastSEModule,
+        "se",
+        "gate_channels",
+        why_no_units("fc1"),
+        look=_look,
+        repeats=(Repeated(SEModule, "d90ef3781784cf7c"),),
+    ),
+    Recipe(
+        EffectiveSEModule,
+        FastEffectiveSEModule,
+        "gate_channels",
+        look=_look,
+        repeats=(Repeated(EffectiveSEModule, "fc092ba04cb8e076"),),
+    ),
+    Recipe(
+        EcaModule, FastEcaModule, "eca", "gate_channels", look=_look, repeats=(Repeated(EcaModule, "0446b72eb21e4c07"),)
+    ),
+    Recipe(
+        CecaModule, FastCecaModule, "gate_channels", look=_look, repeats=(Repeated(CecaModule, "a2923365e6ec58aa"),)
+    ),
+    Recipe(
+        GatherExcite,
+        FastGatherExcite,
+        "gate_channels",
+        look=_look_at_gather,
+        repeats=(Repeated(GatherExcite, "65457f489ff0742e"),),
+    ),
+    Recipe(
+        GlobalContext,
+        FastGlobalContext,
+        "gate_channels",
+        look=_look,
+        repeats=(Repeated(GlobalContext, "8c6d56fc583dcd10"),),
+    ),
 ]
 RECIPES = [
     *WITH_EPILOGUE,
-    Recipe(SqueezeExcite, FastSqueezeExcite, "se", "gate_channels", why_no_units("conv_reduce"), look=_look),
-    Recipe(CoordAttn, FastCoordAttn, "coord_att", look=layers_as_gates(height="gate", width="gate")),
+    Recipe(
+        SqueezeExcite,
+        FastSqueezeExcite,
+        "se",
+        "gate_channels",
+        why_no_units("conv_reduce"),
+        look=_look,
+        repeats=(Repeated(SqueezeExcite, "561386d7de2d3b74"),),
+    ),
+    Recipe(
+        CoordAttn,
+        FastCoordAttn,
+        "coord_att",
+        look=layers_as_gates(height="gate", width="gate"),
+        repeats=(Repeated(CoordAttn, "be254024cbf28410"),),
+    ),
 ]

@@ -11,7 +11,7 @@ from .. import functional
 from ..fused.linear import linear
 from ..reference.as_built import LINEAR, Layers, container, layer
 from .looking import window_weights
-from .recipe import Recipe, fingerprint
+from .recipe import Recipe, Repeated
 from .tiers import may_fuse
 
 _NO_DROPOUT = layer(nn.Dropout, fits=lambda d: d["p"] == 0, words="set to zero")
@@ -45,26 +45,22 @@ class FastSwinTransformerBlock(swin_transformer.SwinTransformerBlock):
         return linear(out, attn.proj.weight, attn.proj.bias)
 
 
-_KNOWN = "d74a720dec74c492"  # hash of the code that the class above repeats; other versions are left alone
-
-
-def _why_not(block: nn.Module) -> str:
-    swin, attention = swin_transformer, swin_transformer.WindowAttention
-    found = fingerprint(
-        swin.SwinTransformerBlock._attn, swin.SwinTransformerBlock.get_attn_mask, attention.forward,
-        attention._get_rel_pos_bias, swin.window_partition, swin.window_reverse, swin.get_relative_position_index,
-    )  # fmt: skip
-    return "" if found == _KNOWN else "unknown version of window attention"
-
-
 RECIPES = [
     Recipe(
         swin_transformer.SwinTransformerBlock,
         FastSwinTransformerBlock,
         "window_attention",
-        why_not=_why_not,
         look=lambda block, x: window_weights(
             block.attn, block.norm1(x), block.window_size, block.shift_size, pad_first=False
+        ),
+        repeats=(
+            Repeated(swin_transformer.SwinTransformerBlock, "1729d45df45bc8ea", "_attn"),
+            Repeated(swin_transformer.SwinTransformerBlock, "ded0a17b976ee570", "get_attn_mask"),
+            Repeated(swin_transformer.WindowAttention, "1c7c9afb1fe0a334"),
+            Repeated(swin_transformer.WindowAttention, "6b52a07e951caa4a", "_get_rel_pos_bias"),
+            Repeated(swin_transformer, "74e744e26434579a", "window_partition"),
+            Repeated(swin_transformer, "7f975cab8adf7721", "window_reverse"),
+            Repeated(swin_transformer, "781846c6819f24b3", "get_relative_position_index"),
         ),
     )
 ]

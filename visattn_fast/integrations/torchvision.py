@@ -13,7 +13,7 @@ from ..fused.linear import linear
 from ..reference.as_built import LINEAR, MEAN, Layers
 from .looking import layers_as_gates, window_weights
 from .pooled import pointwise
-from .recipe import Recipe, fingerprint
+from .recipe import Recipe, Repeated
 from .se_like import se_layers, se_like, why_no_units
 from .tiers import gate_by_passes, may_fuse
 
@@ -59,27 +59,34 @@ class FastShiftedWindowAttention(swin_transformer.ShiftedWindowAttention):
         return linear(out, module.proj.weight, module.proj.bias)
 
 
-_KNOWN_ATTENTION = "63c3dbd3bd5ee1a1"  # hash of the code that the class above repeats; other versions are left alone
-
-
-def _why_not_attention(module: Any) -> str:
-    kind = swin_transformer.ShiftedWindowAttention
-    sources = swin_transformer.shifted_window_attention, kind.forward, kind.define_relative_position_index
-    found = fingerprint(*sources, kind.get_relative_position_bias, swin_transformer._get_relative_position_bias)
-    return "" if found == _KNOWN_ATTENTION else "unknown version of window attention"
-
-
 _look = layers_as_gates(channel="scale_activation")
 
 RECIPES = [
-    Recipe(SqueezeExcitation, FastSqueezeExcitation, "se", "gate_channels", why_no_units("fc1"), look=_look),
+    Recipe(
+        SqueezeExcitation,
+        FastSqueezeExcitation,
+        "se",
+        "gate_channels",
+        why_no_units("fc1"),
+        look=_look,
+        repeats=(
+            Repeated(SqueezeExcitation, "1b28601f1a83eb27"),
+            Repeated(SqueezeExcitation, "b90e45774e443ffb", "_scale"),
+        ),
+    ),
     Recipe(
         swin_transformer.ShiftedWindowAttention,
         FastShiftedWindowAttention,
         "window_attention",
-        why_not=_why_not_attention,
         look=lambda module, x: window_weights(
             module, x, tuple(module.window_size), tuple(module.shift_size), pad_first=True
+        ),
+        repeats=(
+            Repeated(swin_transformer.ShiftedWindowAttention, "7b138d7df367e406"),
+            Repeated(swin_transformer.ShiftedWindowAttention, "6bb34b7aeb05551b", "define_relative_position_index"),
+            Repeated(swin_transformer.ShiftedWindowAttention, "6951230c6fe16f25", "get_relative_position_bias"),
+            Repeated(swin_transformer, "4358a511bee8bc47", "shifted_window_attention"),
+            Repeated(swin_transformer, "768adb052915ac2b", "_get_relative_position_bias"),
         ),
     ),
 ]

@@ -11,7 +11,7 @@ from .. import functional
 from ..reference.as_built import MEAN, Layers, container
 from .looking import layers_as_gates
 from .pooled import map_logit, pointwise
-from .recipe import Recipe
+from .recipe import Recipe, Repeated
 from .tiers import gate_by_passes, may_fuse
 
 
@@ -66,8 +66,27 @@ def _spatial_gate(module: Any, maps: Tensor) -> Tensor:
 
 _look = layers_as_gates(channel="channel_attention.act", spatial="spatial_attention.act")
 
+_OF_CHANNELS, _OF_PIXELS = (
+    Repeated(ChannelAttention, "203c494207319230"),
+    Repeated(SpatialAttention, "4280e28de8080038"),
+)
+
 RECIPES = [
-    Recipe(ChannelAttention, FastChannelAttention, "gate_channels", look=layers_as_gates(channel="act")),
-    Recipe(SpatialAttention, FastSpatialAttention, "gate_twice", look=layers_as_gates(spatial="act")),
-    Recipe(CBAM, FastCBAM, "gate_twice", look=_look),
+    Recipe(
+        ChannelAttention,
+        FastChannelAttention,
+        "gate_channels",
+        look=layers_as_gates(channel="act"),
+        repeats=(_OF_CHANNELS,),
+    ),
+    Recipe(
+        SpatialAttention,
+        FastSpatialAttention,
+        "gate_twice",
+        look=layers_as_gates(spatial="act"),
+        repeats=(_OF_PIXELS,),
+    ),
+    Recipe(
+        CBAM, FastCBAM, "gate_twice", look=_look, repeats=(Repeated(CBAM, "1ebc9b0b6758af4a"), _OF_CHANNELS, _OF_PIXELS)
+    ),
 ]

@@ -19,6 +19,7 @@ _compiling, _recording, _any_requires_grad = (
     torch._C._any_requires_grad,
 )
 _overridden, _call_boxed = torch._C._has_torch_function, torch._C._dispatch_call_boxed
+_is_batched, _is_legacy_batched = torch._C._functorch.is_batchedtensor, torch._C._functorch.is_legacy_batchedtensor
 
 Gradients = Callable[..., Sequence[Tensor | None]]
 Update = Callable[[Sequence[Tensor]], None]
@@ -66,6 +67,7 @@ class FusedOp:
     def call_and_update(self, update: Update, *args: Any) -> tuple[Tensor, ...]:
         """Calls the fused function, and ``update`` once with its small results. Only for ops without ``infer``."""
         if recorded(args) and not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active():
+            args = tuple(_savable(args)) if _any_inference(args) else args  # `record` would update twice
             return record(updating(self.function), *args, update)
         results = self(*args)
         update(results[1:])
@@ -90,18 +92,39 @@ def record(function: type[torch.autograd.Function], *args: Any) -> tuple[Tensor,
     """Calls ``function.apply(*args)`` with the least overhead."""
     if torch.compiler.is_compiling():
         # Dynamo refuses the same tensor in two places, such as x that is also the residual: a view takes its place.
-        return function.apply(*(_view(a) if any(a is b for b in args[:i]) else a for i, a in enumerate(args)))
+        again = [isinstance(a, Tensor) and any(a is b for b in args[:i]) for i, a in enumerate(args)]
+        return function.apply(*(same_view(a) if twice else a for a, twice in zip(args, again, strict=True)))
     if torch._C._are_functorch_transforms_active():
         return function.apply(*args)
     # Function.apply first inspects forward's signature for defaults: 28 of 50 us a call, and there are none.
-    return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
+    apply: Any = super(torch.autograd.Function, function).apply  # type: ignore[misc]
+    try:
+        return apply(*args)
+    except RuntimeError:
+        if not _any_inference(args):
+            raise
+    return apply(*_savable(args))
+
+
+def _any_inference(args: Iterable[Any]) -> bool:
+    return any(isinstance(a, Tensor) and a.is_inference() for a in args)
+
+
+def _savable(args: Iterable[Any]) -> list[Any]:
+    """Copies tensors made in inference mode, which autograd refuses to save: where PyTorch needs no x, it trains."""
+    return [a.clone() if isinstance(a, Tensor) and a.is_inference() else a for a in args]
+
+
+def in_autocast(x: Tensor) -> bool:
+    """True if autocast is on for x's device. It does not know the meta device."""
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
 
 
 def mixed(mathematics: Callable[..., Tensor], x: Tensor, *arguments: Any) -> Tensor:
     """``mathematics(x, *arguments)`` in x's dtype. If dtypes differ outside autocast, all tensors are widened first."""
     tensors = [t for t in (x, *arguments) if isinstance(t, Tensor)]
     dtypes = {t.dtype for t in tensors}
-    if len(dtypes) == 1 or torch.is_autocast_enabled(x.device.type):
+    if len(dtypes) == 1 or in_autocast(x):
         return mathematics(x, *arguments).to(x.dtype)
     widest = torch.float64 if torch.float64 in dtypes else torch.float32
     return mathematics(*(t.to(widest) if isinstance(t, Tensor) else t for t in (x, *arguments))).to(x.dtype)
@@ -124,7 +147,7 @@ def without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def exact(x: Tensor, *args: Any) -> Any:
-        if x.is_meta or not torch.is_autocast_enabled(x.device.type):  # autocast does not know the meta device
+        if not in_autocast(x):
             return function(x, *args)
         with torch.autocast(x.device.type, enabled=False):
             return function(x, *args)
@@ -138,6 +161,8 @@ def fused_function(
     gradients: Gradients,
     mathematics: Callable[..., Tensor],
     saves_result: bool = False,
+    epilogue: bool = False,
+    partial: bool = False,
 ) -> type[torch.autograd.Function]:
     """Makes an autograd.Function from a forward op and a backward op.
 
@@ -152,28 +177,38 @@ def fused_function(
             gradient with fewer dimensions than its tensor means ``grad`` itself.
         mathematics: ``(*tensors, *options) -> y`` in differentiable PyTorch.
         saves_result: True if backward reads y (a small one): ``small`` then starts with it.
+        epilogue: True if the tensors end in a residual, and the options begin with an activation's code. Without an
+            activation the residual is not saved: its gradient is ``grad``.
+        partial: True if ``gradients`` takes one more argument, which says for each of ``tensors`` whether its gradient
+            is needed, because a gradient that is not would cost a pass over a map.
     """
 
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         tensors = [a for a in inputs if not isinstance(a, (int, float))]
         ctx.options, ctx.arity = inputs[len(tensors) :], len(tensors)
+        if epilogue and not ctx.options[0]:
+            tensors[-1] = None
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors, *output[0 if saves_result else 1 :])
 
     def backward(ctx: Any, grad: Tensor | None, *_: None) -> Any:
+        found: Any
         unneeded = (None,) * len(ctx.options)
         saved = ctx.saved_tensors  # read once: activation checkpointing recomputes them at every access
         tensors, small = saved[: ctx.arity], saved[ctx.arity :]
         if grad is None:
             return (None,) * ctx.arity + unneeded
-        if is_recorded_backward():
-            return differentiate(ctx, mathematics, tensors, grad) + unneeded
+        added = epilogue and not ctx.options[0] and ctx.needs_input_grad[ctx.arity - 1]
+        if is_recorded_backward() or is_batched(grad):
+            found = differentiate(ctx, mathematics, tensors, grad)
+            return (*found[:-1], grad, *unneeded) if added else found + unneeded
         # One loop that only compares: most gradients fit, and on small maps each microsecond shows. Under Dynamo,
         # comparing strides would add guards.
-        found: list[Tensor | None] = []
+        found = []
         fits = not torch.compiler.is_compiling()
-        for t, d in zip(tensors, gradients(grad, tensors, small, ctx.options), strict=True):
+        needs = (ctx.needs_input_grad,) if partial else ()
+        for t, d in zip(tensors, gradients(grad, tensors, small, ctx.options, *needs), strict=True):
             if t is None or d is None:
                 found.append(None)
             else:
@@ -181,6 +216,8 @@ def fused_function(
                 fits = fits and d.dtype is t.dtype and d.stride() == t.stride()
         if not fits:
             found = _fitted(found, tensors, grad)
+        if added:
+            found[-1] = grad
         return *found, *unneeded
 
     methods: dict[str, Callable[..., Any]] = {"forward": forward, "setup_context": setup_context, "backward": backward}
@@ -238,25 +275,38 @@ def is_recorded_backward() -> bool:
     return torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
+def same_view(x: Tensor) -> Tensor:
+    """Returns a view with the same strides.
+
+    ``x.view_as(x)`` gives one image in channels_last another batch stride, with which PyTorch's batch norm (2.13)
+    computes a wrong gradient.
+    """
+    return x[...]
+
+
+def is_batched(grad: Tensor) -> bool:
+    """True if a backward pass has several gradients at once, ``is_grads_batched``, for which ops have no rules."""
+    return not torch.compiler.is_compiling() and (_is_legacy_batched(grad) or _is_batched(grad))
+
+
 def differentiate(
     ctx: Any, mathematics: Callable[..., Tensor], tensors: Iterable[Any], grad: Tensor
 ) -> tuple[Tensor | None, ...]:
-    """Differentiable gradients of ``mathematics(*tensors, *ctx.options)``; None for tensors that need none."""
-    tensors = list(tensors)
-    needs = ctx.needs_input_grad[: len(tensors)]
+    """Gradients of ``mathematics(*tensors, *ctx.options)``; None for tensors that need none, or are None.
+
+    They are differentiable if this backward pass is recorded.
+    """
+    tensors, recorded = list(tensors), torch.is_grad_enabled()
+    needs = [t is not None and needed for t, needed in zip(tensors, ctx.needs_input_grad, strict=False)]
     with torch.enable_grad():
         # One tensor may have been computed from another: as views, each gets only the gradient of its own place.
-        tensors = [t.view_as(t) if needed else t for t, needed in zip(tensors, needs, strict=True)]
+        tensors = [same_view(t) if needed else t for t, needed in zip(tensors, needs, strict=True)]
         y = mathematics(*tensors, *ctx.options)
         wanted = [t for t, needed in zip(tensors, needs, strict=True) if needed]
-        found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True))
+        found = iter(torch.autograd.grad(y, wanted, grad, create_graph=recorded) if wanted else ())
     return tuple(next(found) if needed else None for needed in needs)
 
 
 def _call_op(op: Any, args: tuple[Any, ...]) -> Any:
     """Calls ``op``, directly in the dispatcher unless an argument overrides it: on small maps the difference shows."""
     return op(*args) if _overridden(args) else _call_boxed(op._handle, *args)
-
-
-def _view(a: Any) -> Any:
-    return a.view_as(a) if isinstance(a, Tensor) else a

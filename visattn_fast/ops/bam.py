@@ -19,10 +19,10 @@ from .. import reference
 from ..reference import epilogue
 from ..reference.bam import COMBINE, joint_gate
 from ..reference.checks import ACTIVATIONS
-from .autograd import FusedOp, differentiate, is_recorded_backward
+from .autograd import FusedOp, differentiate, is_recorded_backward, same_view
 from .channel_scale import channel_mean
 from .epilogue import finish, residual_gradient, residual_gradient_shape, start_backward
-from .gates import carriers, mean, save
+from .gates import carriers, differentiate_scaled, mean, save, save_scaled
 from .layout import accumulation_dtype, to_map
 from .library import define
 from .signature import MAP
@@ -98,7 +98,7 @@ class Branches(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, _: int) -> tuple[Tensor, ...]:
         n, c, h, w = x.shape
-        return channel_mean(x), x.view_as(x), *carriers(x, (n, c), (n, h, w))
+        return channel_mean(x), same_view(x), *carriers(x, (n, c), (n, h, w))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -123,7 +123,7 @@ class JointScale(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        save(ctx, inputs, 4, numbers=2)
+        save_scaled(ctx, inputs, 4, numbers=2)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> Any:
@@ -131,11 +131,11 @@ class JointScale(torch.autograd.Function):
         if grad is None:
             return (None,) * 9
         if is_recorded_backward():
-            return *differentiate(ctx, _scaled, tensors, grad), *(None,) * 5
+            return *differentiate_scaled(ctx, _scaled, tensors, grad), *(None,) * 5
         activation, added = ctx.options
         dchannel, dspatial, dresidual = bam_scale_bwd(grad, x, channel, spatial, residual, activation, bool(added))
         upstream = dresidual if activation else grad
-        dresidual = None if residual is None else upstream
+        dresidual = upstream if ctx.needs_input_grad[3] else None
         return None, dchannel, dspatial, dresidual, upstream, channel, spatial, None, None
 
 

@@ -43,7 +43,7 @@ def _forward(
 
 
 @without_autocast
-def _gradients(grad: Tensor, tensors: Any, small: Any, options: Any) -> tuple[Tensor | None, ...]:
+def _gradients(grad: Tensor, tensors: Any, small: Any, options: Any, needs: Any) -> tuple[Tensor | None, ...]:
     x, w1, _, bn_weight, bn_bias, mean, var, w_h, _, w_w, _, residual = tensors
     (means, z, gates, *batch), (activation, eps) = small, options
     grad = grad.contiguous(memory_format=memory_format(x))
@@ -52,7 +52,7 @@ def _gradients(grad: Tensor, tensors: Any, small: Any, options: Any) -> tuple[Te
     dmeans, sums, db_h, db_w, dw1, dw_h, dw_w = line_gates_bwd(
         dgates, gates, means, z, x.shape[2], w1, bn_weight, bn_bias, *statistics, w_h, w_w, eps, not batch
     )
-    dx = axis_input_grad(dresidual if activation else grad, x, gates, dmeans)
+    dx = axis_input_grad(dresidual if activation else grad, x, gates, dmeans) if needs[0] else None
     dbias, dweight, db1 = sums
     return dx, dw1, db1, dweight, dbias, None, None, dw_h, db_h, dw_w, db_w, dresidual
 
@@ -75,4 +75,4 @@ def _mathematics(
     return reference.coord_att(x, *weights, mean is None, 0.0, eps)
 
 
-COORD_ATT = composed_op("coord_att", _forward, _gradients, _mathematics, epilogue=True, options=1)
+COORD_ATT = composed_op("coord_att", _forward, _gradients, _mathematics, epilogue=True, options=1, partial=True)

@@ -59,7 +59,7 @@ def gate_op(
     empty_if_absent: Sequence[str] = (),
     backward_options: str | None = None,
     derived: Mapping[str, Callable[[Arguments], Any]] | None = None,
-    result: Shape = "like x",
+    result: str = "like x",
     epilogue: bool = True,
     infer: bool = False,
     normed: bool = False,
@@ -194,6 +194,7 @@ def composed_op(
     epilogue: bool = False,
     options: int = 0,
     saves_result: bool = False,
+    partial: bool = False,
     widens: bool = True,
     **facts: Any,
 ) -> FusedOp:
@@ -205,13 +206,13 @@ def composed_op(
         mathematics: ``(*tensors, *options) -> y`` in differentiable PyTorch, without the epilogue.
         epilogue: True if the arguments end in residual, activation and ``options``.
         options: the number of options, without the activation.
-        saves_result: as in `fused_function`.
+        saves_result, partial: as in `fused_function`.
         widens: False if ``mathematics`` takes tensors of several dtypes as they are.
         facts: the other attributes of `FusedOp`.
     """
     plain = in_dtype_of_x(mathematics) if widens else mathematics
     differentiable = with_epilogue(mathematics, options) if epilogue else plain
-    function = fused_function(name, forward, gradients, differentiable, saves_result)
+    function = fused_function(name, forward, gradients, differentiable, saves_result, epilogue, partial)
     return FusedOp(name, function, plain, epilogue=epilogue, **facts)
 
 

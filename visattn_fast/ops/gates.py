@@ -50,6 +50,19 @@ def save(ctx: Any, inputs: tuple[Any, ...], tensors: int, small: tuple[Tensor, .
     ctx.save_for_backward(*inputs[:tensors], *small)
 
 
+def save_scaled(ctx: Any, inputs: tuple[Any, ...], tensors: int, numbers: int = 1) -> None:
+    """Does what `save` does, of tensors that end in a residual. Without an activation backward does not need it."""
+    residual = inputs[tensors - 1] if inputs[-numbers] else None
+    save(ctx, (*inputs[: tensors - 1], residual, *inputs[tensors:]), tensors, numbers=numbers)
+
+
+def differentiate_scaled(ctx: Any, mathematics: Any, tensors: tuple[Any, ...], grad: Tensor) -> tuple[Any, ...]:
+    """Does what `differentiate` does, of the tensors that `save_scaled` saved."""
+    *found, dresidual = differentiate(ctx, mathematics, tensors, grad)
+    bare = ctx.needs_input_grad[len(tensors) - 1] and not ctx.options[0]
+    return *found, grad if bare else dresidual
+
+
 class Mean(torch.autograd.Function):
     """Mean over the pixels ``[N, C]``, and carriers for the gradient of y and the gate, sent by `ChannelScale`."""
 
@@ -78,7 +91,7 @@ class ChannelScale(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        save(ctx, inputs, 3)
+        save_scaled(ctx, inputs, 3)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> Any:
@@ -86,10 +99,10 @@ class ChannelScale(torch.autograd.Function):
         if grad is None:
             return (None,) * 6
         if is_recorded_backward():
-            return *differentiate(ctx, _scaled_once, (x, gate, residual), grad), None, None, None
+            return *differentiate_scaled(ctx, _scaled_once, (x, gate, residual), grad), None, None, None
         dgate, dresidual = channel_scale_bwd(grad, x, gate, residual, *ctx.options)
         upstream = dresidual if ctx.options[0] else grad
-        return None, dgate, None if residual is None else upstream, upstream, gate, None
+        return None, dgate, upstream if ctx.needs_input_grad[2] else None, upstream, gate, None
 
 
 class PoolPixels(torch.autograd.Function):
@@ -158,7 +171,7 @@ class ChannelSpatialScale(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        save(ctx, inputs, 4)
+        save_scaled(ctx, inputs, 4)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> Any:
@@ -166,10 +179,11 @@ class ChannelSpatialScale(torch.autograd.Function):
         if grad is None:
             return (None,) * 8
         if is_recorded_backward():
-            return *differentiate(ctx, _scaled_twice, tensors, grad), None, None, None, None
+            return *differentiate_scaled(ctx, _scaled_twice, tensors, grad), None, None, None, None
         dchannel, dspatial, dresidual = twofold_scale_bwd(grad, x, channel, spatial, residual, *ctx.options)
         upstream = dresidual if ctx.options[0] else grad
-        return None, dchannel, dspatial, None if residual is None else upstream, upstream, channel, spatial, None
+        dresidual = upstream if ctx.needs_input_grad[3] else None
+        return None, dchannel, dspatial, dresidual, upstream, channel, spatial, None
 
 
 def _scaled(x: Tensor, gate: Tensor, residual: Tensor | None, activation: int) -> Tensor:

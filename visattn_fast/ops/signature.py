@@ -114,7 +114,7 @@ class Size:
 
 @dataclass
 class TensorArgument:
-    """What a tensor must be. ``sizes`` is empty if any shape is allowed."""
+    """A tensor and its declaration."""
 
     name: str
     position: int
@@ -235,10 +235,10 @@ class Signature:
     def _number(self, name: str, position: int, integer: bool, text: str) -> NumberArgument:
         low, dots, high = text.partition("..")
         values = [] if dots else [expression(value.strip()) for value in text.split("|")]
-        bounds = [expression(bound) if dots and bound else None for bound in (low, high)]
+        least, most = (expression(bound) if dots and bound else None for bound in (low, high))
         if position >= 0 and integer:
             self.variables.append(name)
-        return NumberArgument(name, position, integer, text, *bounds, values)
+        return NumberArgument(name, position, integer, text, least, most, values)
 
     def check(self, args: tuple[Any, ...]) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
         """Checks a call.

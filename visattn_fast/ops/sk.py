@@ -49,7 +49,7 @@ def _forward(
 
 
 @without_autocast
-def _gradients(grad: Tensor, tensors: Any, small: Any, options: Any) -> tuple[Tensor | None, ...]:
+def _gradients(grad: Tensor, tensors: Any, small: Any, options: Any, needs: Any) -> tuple[Tensor | None, ...]:
     v1, v2, *weights = tensors
     w, norm_weight, _, running_mean, _, w1, _, w2, _ = as_matrices(torch.float64, *weights)
     mean, z, hidden, gate, center, rstd = small
@@ -61,7 +61,7 @@ def _gradients(grad: Tensor, tensors: Any, small: Any, options: Any) -> tuple[Te
     if running_mean is None:
         dz = dz - dz.mean(0) - normal * (dz * normal).mean(0)
     dz = dz * rstd
-    dv1, dv2 = branch_grad(grad, v1, v2, gate, (dz @ w).to(mean.dtype))
+    dv1, dv2 = branch_grad(grad, v1, v2, gate, (dz @ w).to(mean.dtype)) if any(needs[:2]) else (None, None)
     products = dz.t() @ mean.double(), d1.t() @ hidden, d2.t() @ hidden
     dw, dw1, dw2 = (d.view(weights[i].shape) for d, i in zip(products, (0, 5, 7), strict=True))
     return dv1, dv2, dw, (dhidden * normal).sum(0), dhidden.sum(0), None, None, dw1, d1.sum(0), dw2, d2.sum(0)
@@ -73,4 +73,4 @@ def _mathematics(*tensors_and_eps: Any) -> Tensor:
 
 
 # Compiled, Inductor fuses the branches' own norms with the selection. An op would need the normalised maps in memory.
-SK = composed_op("sk", _forward, _gradients, _mathematics, compiled_plain=True)
+SK = composed_op("sk", _forward, _gradients, _mathematics, partial=True, compiled_plain=True)

@@ -198,11 +198,19 @@ def _soca_gate_fwd_reference(
     return pooled, hidden, torch.sigmoid(F.linear(hidden, w2, b2))
 
 
+def _layer_gradients(
+    dgate: Tensor, w1: Tensor, w2: Tensor, pooled: Tensor, hidden: Tensor, gate: Tensor
+) -> tuple[Tensor, ...]:
+    """Returns the gradients of the first layer's result, of w1, b1, w2 and b2."""
+    dz2 = dgate * gate * (1 - gate)
+    dz1 = torch.where(hidden <= 0, 0.0, dz2 @ w2.flatten(1).to(gate.dtype))
+    return dz1, (dz1.t() @ pooled).view(w1.shape), dz1.sum(0), (dz2.t() @ hidden).view(w2.shape), dz2.sum(0)
+
+
 def _soca_gate_bwd_reference(
     dgate: Tensor, cov: Tensor, w1: Tensor, w2: Tensor, pooled: Tensor, hidden: Tensor, gate: Tensor
 ) -> tuple[Tensor, ...]:
-    dz2 = dgate * gate * (1 - gate)
-    dz1 = torch.where(hidden <= 0, 0.0, dz2 @ w2.flatten(1).to(cov.dtype))
+    dz1, *dlayers = _layer_gradients(dgate, w1, w2, pooled, hidden, gate)
     dpooled = (dz1 @ w1.flatten(1).to(cov.dtype))[:, None]
     total = trace(cov)
     da = _root(cov / total).gradient(_ones(cov), dpooled * total.sqrt())
@@ -211,8 +219,7 @@ def _soca_gate_bwd_reference(
     dtotal = dtotal - (da * cov).sum((1, 2), keepdim=True) / total**2
     dtotal = torch.where(total == cov.diagonal(dim1=1, dim2=2).sum(1)[:, None, None], dtotal, 0.0)
     dcov = da / total + dtotal * torch.eye(cov.shape[1], dtype=cov.dtype, device=cov.device)
-    dw1, dw2 = (dz1.t() @ pooled).view(w1.shape), (dz2.t() @ hidden).view(w2.shape)
-    return dcov, dw1, dz1.sum(0), dw2, dz2.sum(0)
+    return dcov, *dlayers
 
 
 def _plain_gate(cov: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None) -> Tensor:
@@ -250,9 +257,11 @@ def _forward(
     return channel_scale_fwd(x, gate, residual, activation), mean, cov, pooled, hidden, gate
 
 
-def _gradients(grad: Tensor, tensors: Any, small: Any, options: Any) -> tuple[Tensor | None, ...]:
+def _gradients(grad: Tensor, tensors: Any, small: Any, options: Any, needs: Any) -> tuple[Tensor | None, ...]:
     (x, w1, _, w2, _, residual), (mean, cov, pooled, hidden, gate) = tensors, small
     dgate, dresidual = channel_scale_bwd(grad, x, gate, residual, *options)
+    if not needs[0]:
+        return None, *_layer_gradients(dgate, w1, w2, pooled, hidden, gate)[1:], dresidual
     dcov, dw1, db1, dw2, db2 = soca_gate_bwd(dgate, cov, w1, w2, pooled, hidden, gate)
     dmean, factor = covariance_bwd(dcov, x, mean)
     dx = channel_input_grad(dresidual if options[0] else grad, x, gate, dmean)
@@ -269,5 +278,11 @@ def _add_product(dx: Tensor, factor: Tensor, x: Tensor) -> None:
 
 
 SOCA = composed_op(
-    "soca", without_autocast(_forward), without_autocast(_gradients), reference.soca, epilogue=True, tiny=196
+    "soca",
+    without_autocast(_forward),
+    without_autocast(_gradients),
+    reference.soca,
+    epilogue=True,
+    partial=True,
+    tiny=196,
 )

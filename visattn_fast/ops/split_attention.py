@@ -94,14 +94,14 @@ def _forward(u: Tensor, w1: Tensor, w2: Tensor) -> tuple[Tensor, ...]:
 
 
 @without_autocast
-def _gradients(grad: Tensor, tensors: Any, small: Any, options: Any) -> tuple[Tensor | None, ...]:
+def _gradients(grad: Tensor, tensors: Any, small: Any, options: Any, needs: Any) -> tuple[Tensor | None, ...]:
     u, w1, w2 = tensors
     total, z, gate = small
     dgate = shift_dot(grad, u)
     dlogits = (gate.double() * (dgate - (gate.double() * dgate).sum(1, keepdim=True))).flatten(1)
     dz = torch.ops.aten.gelu_backward(dlogits @ w2.double(), z)
-    du = shift_grad(grad, u, gate, (dz @ w1.double()).to(gate.dtype))
+    du = shift_grad(grad, u, gate, (dz @ w1.double()).to(gate.dtype)) if needs[0] else None
     return du, dz.t() @ total, dlogits.t() @ F.gelu(z)
 
 
-SPLIT_ATTENTION = composed_op("split_attention", _forward, _gradients, reference.split_attention, tiny=49)
+SPLIT_ATTENTION = composed_op("split_attention", _forward, _gradients, reference.split_attention, partial=True, tiny=49)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .autograd import call_function
+from .autograd import call_function, is_batched
 from .layout import memory_format
 
 
@@ -22,7 +22,8 @@ class _TokenGridFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return grad.permute(0, 3, 1, 2).contiguous(memory_format=ctx.format)
+        dx = grad.permute(0, 3, 1, 2)
+        return dx if is_batched(grad) else dx.contiguous(memory_format=ctx.format)  # a batch takes no memory format
 
 
 def token_grid(x: Tensor) -> Tensor:

@@ -188,7 +188,9 @@ def _forward(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
 
 
 @without_autocast
-def _gradients(grad: Tensor, tensors: Sequence[Any], small: Sequence[Tensor], options: Any) -> tuple[Any, ...]:
+def _gradients(
+    grad: Tensor, tensors: Sequence[Any], small: Sequence[Tensor], options: Any, needs: Sequence[bool]
+) -> tuple[Any, ...]:
     x, *weights, residual = tensors
     (pooled, argmax, opened, *_), (activation, *eps) = small, options
     dgates, dresidual = triplet_scale_bwd(grad, x, opened, residual, activation)
@@ -208,7 +210,8 @@ def _gradients(grad: Tensor, tensors: Sequence[Any], small: Sequence[Tensor], op
         dplane, dfilters = map_conv_bwd(dz, plane.contiguous(), filters)
         dpooled.append(dplane.flatten(2))
         found += [dfilters.mT if turned else dfilters, dweight, dbias, None, None]
-    dx = triplet_input_grad(dresidual if activation else grad, x, opened, torch.cat(dpooled, 2), argmax)
+    upstream = dresidual if activation else grad
+    dx = triplet_input_grad(upstream, x, opened, torch.cat(dpooled, 2), argmax) if needs[0] else None
     return dx, *found, *(None,) * (3 * FIELDS - len(found)), dresidual
 
 
@@ -222,4 +225,6 @@ def _mathematics(x: Tensor, *args: Any) -> Tensor:
     return reference.triplet_attention(x, *gates)
 
 
-TRIPLET_ATTENTION = composed_op("triplet_attention", _forward, _gradients, _mathematics, epilogue=True, options=3)
+TRIPLET_ATTENTION = composed_op(
+    "triplet_attention", _forward, _gradients, _mathematics, epilogue=True, options=3, partial=True
+)
