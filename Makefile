@@ -6,10 +6,11 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 SOURCES := $(wildcard csrc/common/*.h csrc/common/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp csrc/python/*.cpp)
 CUDA_SOURCES := $(wildcard csrc/cuda/*.* csrc/cuda/emulation/*.*)
+FORMATTED := $(SOURCES) $(CUDA_SOURCES) tests/cpu/simd_test.cpp tests/faults/failing_malloc.c
 # Test processes. Threads of two of them share the cores, and wait asleep; the interpreter needs one thread each.
 PROCESSES ?= 2
 
-.PHONY: help report test bench kernels evidence names docs lint format ext-cuda gpu-check build clean
+.PHONY: help report test sanitize portable determinism bench kernels evidence names docs lint format ext-cuda gpu-check build sbom clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
@@ -20,6 +21,29 @@ report: $(VENV)/built ## compare eager, torch.compile and fused on this machine:
 test: $(VENV)/built ## run all tests, then those of the Triton kernels under the interpreter
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses $(PROCESSES)
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest --numprocesses $(PROCESSES) -m interpreted tests
+
+# Tests that run every native CPU kernel; the test of the backends fails if the library does not load.
+KERNEL_TESTS := tests/backends/test_backends.py::test_cpu_has_kernels_to_test tests/cpu tests/ops tests/modules/test_parity.py \
+  tests/modules/test_activations_and_biases.py tests/modules/test_derivatives.py tests/modules/test_bam.py tests/modules/test_gam.py \
+  tests/modules/test_sk.py tests/modules/test_soca.py tests/modules/test_split_attention.py tests/modules/test_triplet_attention.py \
+  tests/modules/test_window_attention.py tests/modules/test_self_attention.py tests/modules/test_mixed_precision.py
+PRELOAD = LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)"
+
+# Leaks are not looked for: Python and torch keep memory until they end.
+sanitize: $(VENV)/installed ## run the CPU kernels' tests with AddressSanitizer and UBSan
+	VISATTN_BUILD_VARIANT=sanitized $(BIN)/python setup.py --quiet build_ext
+	$(PRELOAD) ASAN_OPTIONS=detect_leaks=0:halt_on_error=1:quarantine_size_mb=64 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
+	  VISATTN_LIBRARY=$(CURDIR)/build/sanitized/_C.so OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive \
+	  $(BIN)/python -m pytest --numprocesses $(PROCESSES) $(KERNEL_TESTS) --ignore tests/cpu/test_headers.py --ignore tests/cpu/test_simd.py
+
+portable: $(VENV)/built ## run the CPU kernels' tests as other processors, and x86 without AVX2, run them
+	VISATTN_BUILD_VARIANT=portable $(BIN)/python setup.py --quiet build_ext
+	VISATTN_LIBRARY=$(CURDIR)/build/portable/_C.so $(BIN)/python -m pytest --numprocesses $(PROCESSES) $(KERNEL_TESTS)
+	ATEN_CPU_CAPABILITY=avx2 $(BIN)/python -m pytest --numprocesses $(PROCESSES) $(KERNEL_TESTS)
+	ATEN_CPU_CAPABILITY=default $(BIN)/python -m pytest --numprocesses $(PROCESSES) $(KERNEL_TESTS)
+
+determinism: $(VENV)/built ## run every module 100 times, with several numbers of threads; compare the bits
+	OMP_WAIT_POLICY=passive $(BIN)/python -m tools.determinism
 
 bench: $(VENV)/built ## run the benchmarks
 	$(BIN)/python -m pytest bench --benchmark-only
@@ -50,13 +74,13 @@ lint: $(VENV)/installed ## ruff, mypy, clang-format, the English of docstrings
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $(SOURCES) $(CUDA_SOURCES)
+	$(BIN)/clang-format --dry-run --Werror $(FORMATTED)
 	$(BIN)/python -m tools.prose
 
 format: $(VENV)/installed ## apply what lint asks for
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(SOURCES) $(CUDA_SOURCES)
+	$(BIN)/clang-format -i $(FORMATTED)
 
 # Uses the machine's own torch and pytest, from this folder; downloads, installs and compiles nothing. Run `make ext-cuda`
 # first.
@@ -65,6 +89,15 @@ gpu-check: ## run device tests and benchmarks on a GPU, into bench/results/
 
 build: $(VENV)/installed ## build a source distribution and a wheel
 	$(BIN)/python -m build
+
+# The tool has an environment of its own, so that it lists the wheel's alone and tests do not meet its packages.
+sbom: build ## write dist/visattn_fast.cdx.json, a list of the wheel and of all that it depends on
+	$(PYTHON) -m venv --clear build/sbom/wheel
+	$(PYTHON) -m venv --clear build/sbom/tool
+	build/sbom/wheel/bin/pip install --quiet --constraint constraints.txt dist/*.whl
+	build/sbom/tool/bin/pip install --quiet --constraint constraints.txt cyclonedx-bom
+	build/sbom/tool/bin/cyclonedx-py environment --pyproject pyproject.toml --mc-type library --output-reproducible \
+	  --output-file dist/visattn_fast.cdx.json build/sbom/wheel/bin/python
 
 clean: ## remove .venv and every build output
 	rm -rf $(VENV) build dist site *.egg-info visattn_fast/*.so visattn_fast/reference/*.so

@@ -2,7 +2,8 @@
 
 VISATTN_BUILD_EXT=1 makes a failed build an error, VISATTN_BUILD_EXT=0 skips it. VISATTN_BUILD_CUDA=1 also builds the
 CUDA library, with nvcc of CUDA_HOME or of the path, for TORCH_CUDA_ARCH_LIST; if that fails, the rest is installed.
-VISATTN_BUILD_CUDA=only builds nothing else, and a failure is an error.
+VISATTN_BUILD_CUDA=only builds nothing else, and a failure is an error. VISATTN_BUILD_VARIANT=sanitized or portable
+builds nothing but build/<variant>/_C.so, the CPU library for tests: VISATTN_LIBRARY chooses it at run time.
 """
 
 from __future__ import annotations
@@ -26,11 +27,12 @@ except ImportError:
 TOOLCHAIN = SimpleNamespace(**runpy.run_path(os.path.join(os.path.dirname(__file__), "csrc", "toolchain.py")))
 CHOICE = os.environ.get("VISATTN_BUILD_EXT", "")
 CUDA_CHOICE = os.environ.get("VISATTN_BUILD_CUDA", "0")
+VARIANT = os.environ.get("VISATTN_BUILD_VARIANT", "")
 
 
 def give_up(why: str, library: str = "native") -> None:
     """Prints why there is no native library, or raises if it is demanded."""
-    if CUDA_CHOICE == "only" or (CHOICE == "1" and library == "native"):
+    if CUDA_CHOICE == "only" or VARIANT or (CHOICE == "1" and library == "native"):
         raise RuntimeError(f"the {library} library was asked for, but {why}")
     print(f"visattn_fast: installing without the {library} library: {why}", file=sys.stderr)
 
@@ -47,11 +49,15 @@ def extensions() -> list[Extension]:
         "reference._layers": (["csrc/python/layers.cpp"], []),
         "_C": (shared + sorted(glob("csrc/cpu/*.cpp")), common + sorted(glob("csrc/cpu/*.h"))),
     }
-    if CUDA_CHOICE in ("1", "only"):
+    if VARIANT:
+        found = {"_C": found["_C"]}
+    elif CUDA_CHOICE in ("1", "only"):
         sources = sorted(glob("csrc/cuda/*.cu")) + sorted(glob("csrc/cuda/*.cpp"))  # the slowest to compile come first
         found["_CUDA"] = sources + shared, common + sorted([*glob("csrc/cuda/*.cuh"), *glob("csrc/cuda/*.h")])
+    extra = TOOLCHAIN.VARIANTS[VARIANT] if VARIANT else []
+    options = {"extra_compile_args": TOOLCHAIN.FLAGS + extra, "extra_link_args": extra}
     return [
-        Extension(f"visattn_fast.{name}", sources, depends=depends, language="c++", extra_compile_args=TOOLCHAIN.FLAGS)
+        Extension(f"visattn_fast.{name}", sources, depends=depends, language="c++", **options)
         for name, (sources, depends) in found.items()
         if name == "_CUDA" or CUDA_CHOICE != "only"
     ]
@@ -59,6 +65,14 @@ def extensions() -> list[Extension]:
 
 class BuildNative(build_ext):
     """Builds the libraries on all cores; after a failure the install is pure Python."""
+
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        if VARIANT:
+            self.build_temp = os.path.join("build", VARIANT)
+
+    def get_ext_fullpath(self, ext_name: str) -> str:
+        return os.path.join("build", VARIANT, "_C.so") if VARIANT else super().get_ext_fullpath(ext_name)
 
     def get_ext_filename(self, ext_name: str) -> str:
         return os.path.join(*ext_name.split(".")) + ".so"  # without an interpreter's tag: each serves all of them
@@ -77,6 +91,8 @@ class BuildNative(build_ext):
                 if extension.name.endswith("_CUDA"):
                     self.nvcc = TOOLCHAIN.use_cuda(extension)
                 super().run()
+                if not os.path.exists(self.get_ext_fullpath(extension.name)):
+                    raise RuntimeError("the compiler wrote no library")
                 built.append(extension)
             except Exception as error:
                 why = f"{type(error).__name__}: {error}"

@@ -338,7 +338,10 @@ def _probe(name: str, device_type: str) -> Backend:
         return Backend(name, device_type, _DTYPES[name], _missing_for_cpp(device_type))
     missing = _missing_for_triton(device_type)
     if not missing:
-        register_triton(_TRITON_KEYS[device_type])
+        try:
+            register_triton(_TRITON_KEYS[device_type])
+        except Exception as error:  # a damaged install may raise anything; without triton, the others serve
+            missing = (f"triton does not load: {type(error).__name__}: {error}",)
     tested = _interpreted() or device_type in _TRITON_PROVEN
     opt_in = "" if tested else "opt-in until its kernels have been tested on such a device"
     return Backend(name, device_type, _DTYPES[name], missing, opt_in)

@@ -22,7 +22,7 @@ _EXTRA = {"matplotlib", "numpy", "PIL", "rich"}  # packages of the extra "report
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command and returns its exit status. Imports the module of that command only."""
+    """Runs a command and returns its exit status, 130 after an interrupt. Imports the module of that command only."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     parser = argparse.ArgumentParser("visattn-fast", description="Fused attention for vision models.")
     parser.add_argument("--version", action="version", version=__version__)
@@ -42,4 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             command.add_arguments(child)
             child.set_defaults(run=command.run)
     args = parser.parse_args(arguments)
-    return args.run(args)
+    try:
+        return args.run(args)
+    except KeyboardInterrupt:
+        print(f"visattn-fast {args.command}: interrupted", file=sys.stderr)
+        return 130

@@ -284,7 +284,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> line_gates_bw
     });
 
     norm_sums(s, norm, of_norm.get(), fixed, data<A>(sums), batch.get());
-    torch::stable::parallel_for(0, s.N, 1 + (1 << 13) / (1 + s.L * s.ld), [&](int64_t begin, int64_t end) {
+    parallel_for(0, s.N, 1 + (1 << 13) / (1 + s.L * s.ld), [&](int64_t begin, int64_t end) {
       for (int64_t n = begin; n < end; ++n) {
         A* rows = dz.get() + n * s.L * s.ld;
         norm_rows_grad(s, norm, data<A>(units) + n * s.L * s.M, batch.get(), batch.get() + s.ld, fixed, rows);
@@ -306,7 +306,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> line_gates_bw
            dw_w = empty_grad(w_w, kDtype<A>), db_h = empty({s.C}, kDtype<A>), db_w = empty({s.C}, kDtype<A>);
     const Split parts = channel_parts<A>(s);
     const int64_t grain = 1 + (1 << 15) / (1 + s.N * s.L * s.M * parts.size);
-    torch::stable::parallel_for(0, parts.count, grain, [&](int64_t b, int64_t e) {
+    parallel_for(0, parts.count, grain, [&](int64_t b, int64_t e) {
       const int64_t c0 = parts.begin(b), c1 = parts.end(e - 1);
       for (int64_t n = 0; n < s.N; ++n) grads.add(n, c0, c1);
       grads.finish(c0, c1, dw_h, dw_w, dw1, db_h, db_w);

@@ -85,7 +85,7 @@ void matvec_transposed(const A* w, int64_t rows, int64_t cols, const A* x, A* y)
 template <class A>
 void batch_outer(int64_t batch, const A* a, int64_t rows, const A* b, int64_t cols, A* out) {
   const int64_t grain = 1 + (1 << 15) / (1 + batch * cols);
-  torch::stable::parallel_for(0, rows, grain, [=](int64_t begin, int64_t end) {
+  parallel_for(0, rows, grain, [=](int64_t begin, int64_t end) {
     simd([=]() VF_INLINE {
       int64_t r = begin;
       for (; r + 4 <= end; r += 4) outer_rows<A, 4, 2>(batch, a + r, rows, b, cols, out + r * cols);

@@ -3,9 +3,11 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#include <atomic>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <exception>
 #include <memory>
 #include <new>
 
@@ -38,6 +40,22 @@ class Buffer {
   A* data_ = nullptr;
 };
 
+// Calls f(b, e) for parts of [begin, end) of at least `grain` elements in parallel, and throws the first exception of
+// f. PyTorch's own loop replaces it by one that does not say what failed.
+template <class F>
+void parallel_for(int64_t begin, int64_t end, int64_t grain, const F& f) {
+  std::exception_ptr failure;
+  std::atomic_flag failed;
+  torch::stable::parallel_for(begin, end, grain, [&](int64_t b, int64_t e) {
+    try {
+      f(b, e);
+    } catch (...) {
+      if (!failed.test_and_set()) failure = std::current_exception();
+    }
+  });
+  if (failure) std::rethrow_exception(failure);
+}
+
 // The threads that work on one image. Results never depend on their number.
 class Workers {
  public:
@@ -50,7 +68,7 @@ class Workers {
   template <class F>
   void each(int64_t count, const F& f) const {
     if (parallel_) {
-      torch::stable::parallel_for(0, count, 1, f);
+      parallel_for(0, count, 1, f);
     } else {
       f(0, count);
     }
@@ -61,10 +79,10 @@ class Workers {
   template <class First, class Second>
   void pipeline(int64_t blocks, int64_t lag, const First& first, const Second& second) const {
     if (parallel_) {
-      torch::stable::parallel_for(0, blocks, 1, [&](int64_t b, int64_t e) {
+      parallel_for(0, blocks, 1, [&](int64_t b, int64_t e) {
         for (; b < e; ++b) first(b);
       });
-      torch::stable::parallel_for(0, blocks, 1, [&](int64_t b, int64_t e) {
+      parallel_for(0, blocks, 1, [&](int64_t b, int64_t e) {
         for (; b < e; ++b) second(b);
       });
       return;
@@ -91,7 +109,7 @@ void for_images(int64_t images, int64_t elements, const F& f) {
   }
   const int64_t even = images - images % threads;
   if (even > 0) {
-    torch::stable::parallel_for(0, even, 1, [&](int64_t b, int64_t e) { f(b, e, Workers(false)); });
+    parallel_for(0, even, 1, [&](int64_t b, int64_t e) { f(b, e, Workers(false)); });
   }
   if (even < images) f(even, images, Workers(true));
 }

@@ -59,7 +59,7 @@ template <class F>
 void for_channels(const Groups& groups, const Shape& s, const F& f) {
   constexpr int64_t kTooSmall = 1 << 13;
   const int64_t grain = std::max<int64_t>(1, kTooSmall / (groups.images * s.P + 1));
-  torch::stable::parallel_for(0, groups.count * s.C, grain, [&](int64_t begin, int64_t end) {
+  parallel_for(0, groups.count * s.C, grain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end;) {
       const int64_t stop = std::min(end, (i / s.C + 1) * s.C);
       f(i / s.C, i % s.C, stop - i / s.C * s.C);

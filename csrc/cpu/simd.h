@@ -2,21 +2,27 @@
 //
 // Kernels are written once, with GCC vector extensions in always-inline functions. `simd(f)` runs f in a copy
 // compiled for the best instruction set of this machine. Every function called inside must be VF_INLINE.
+// VISATTN_PORTABLE compiles the code of all other processors on x86, for tests.
 #pragma once
 
 #include <torch/headeronly/util/BFloat16.h>
 
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
+#include <string_view>
 #include <type_traits>
 
+#if defined(__x86_64__) && !defined(VISATTN_PORTABLE)
+#define VF_X86 1
+#endif
 #define VF_INLINE __attribute__((always_inline))
 
 namespace visattn {
 
 using BFloat16 = c10::BFloat16;
 
-#if defined(__x86_64__)
+#ifdef VF_X86
 constexpr int kVectorBytes = 32;
 #else
 constexpr int kVectorBytes = 16;
@@ -200,7 +206,7 @@ VF_INLINE inline void cover_vectors(int64_t count, const F& f) {
   if (c < count) f(count - kLanes<A>, Full{});
 }
 
-#if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
+#ifdef VF_X86
 template <class F>
 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=256"),
                noinline)) void simd_v4(const F& f) {
@@ -212,10 +218,14 @@ __attribute__((target("avx2,fma"), noinline)) void simd_v3(const F& f) {
   f();
 }
 
+// The level of x86-64 to run: 2, 3 (AVX2) or 4 (AVX-512). ATEN_CPU_CAPABILITY limits it, as it limits PyTorch's kernels.
 inline int instruction_set() {
   static const int level = [] {
+    const char* set = std::getenv("ATEN_CPU_CAPABILITY");
+    const std::string_view limit = set ? set : "";
     __builtin_cpu_init();
-    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return 2;
+    if (limit == "default" || !__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return 2;
+    if (limit == "avx2") return 3;
     const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     return avx512 ? 4 : 3;

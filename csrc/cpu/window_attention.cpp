@@ -36,7 +36,7 @@ Windows windows_of(const Tensor& qkv, int64_t heads, int64_t window_h, int64_t w
 // Calls f(run, head, tiles) for all items, in parallel.
 template <class T, class F>
 void each_item(const WindowInputs<T>& in, const WindowRuns& runs, bool backward, const F& f) {
-  torch::stable::parallel_for(0, runs.count * in.w.heads, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, runs.count * in.w.heads, 1, [&](int64_t begin, int64_t end) {
     WindowTiles<T> tiles(in, backward);
     for (int64_t item = begin; item < end; ++item) {
       tiles.start(item % in.w.heads);

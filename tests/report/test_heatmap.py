@@ -143,6 +143,7 @@ def test_rotated_crops_turn_back_upright():
         (".", (), "directory"),
         (str(PHOTOGRAPH), ("--size", "8"), "--size must be at least 64"),
         (str(PHOTOGRAPH), ("--out", "out.nonesuch"), "--out must end in"),
+        (str(PHOTOGRAPH), ("--out", "text.jpg/out.png"), "--out: cannot write into text.jpg"),
         (str(PHOTOGRAPH), ("--attention", "nonesuch"), "--attention must be all, or names among se, eca"),
         (str(PHOTOGRAPH), ("--attention", "se,,eca"), "got ''"),
         (str(PHOTOGRAPH), ("--attention", "all", "--weights", "other.pt"), "--weights needs a single gate"),

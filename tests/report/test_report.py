@@ -18,7 +18,7 @@ pytest.importorskip("rich")
 
 from visattn_fast import cli
 from visattn_fast.measure.timing import Effort
-from visattn_fast.report import markdown, page, whole_model
+from visattn_fast.report import command, markdown, page, whole_model
 from visattn_fast.report.results import Report
 
 TINY = ("--quick", "--shapes", "2x16x6x5", "--seconds", "0")
@@ -149,6 +149,65 @@ def test_bad_options_are_explained(options, message, capsys, tmp_path):
     assert cli.main(["report", "--out", str(tmp_path / "new"), *options]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
+
+
+def test_place_that_cannot_be_written_is_found_before_anything_is_measured(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(command, "measure", lambda *args: pytest.fail("measured"))
+    monkeypatch.setattr(command, "measure_model", lambda *args: pytest.fail("measured"))
+    (tmp_path / "file").touch()
+    inside = str(tmp_path / "file" / "report")
+    new = str(tmp_path / "new")
+    for options, name in (
+        (["report", "--out", inside], "--out"),
+        (["report", "--out", new, "--figure", f"{inside}/figure.svg"], "--figure"),
+        ([*MODEL, *SMALL, "--out", inside], "--out"),
+        ([*MODEL, *SMALL, "--out", new, "--figure", "figure.svg"], "--figure"),
+        (["report", "--out", new, "--figure", "figure.svg", "--modes", "forward"], "--figure"),
+    ):
+        assert cli.main(options) == 2
+        assert f"report: {name}" in capsys.readouterr().err
+
+
+def test_interrupted_report_holds_what_was_measured(tmp_path, monkeypatch, capsys):
+    """And says what is missing. An interrupt before the first case leaves no report."""
+    calls, measure = [], command.measure
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) in (3, 4):
+            raise KeyboardInterrupt
+        return measure(*args)
+
+    monkeypatch.setattr(command, "measure", interrupted)
+    options = ["report", *TINY, "--contenders", "eager,fused", "--modes", "forward"]
+    assert cli.main([*options, "--out", str(tmp_path / "a")]) == 130
+    found = Report.load(tmp_path / "a" / "report.json")
+    assert len({row.case for row in found.rows}) == 2
+    assert found.left_out == ["4 cases from eca 2x16x6x5 float32 nchw forward on: the run was interrupted"]
+    assert found.left_out[0] in (tmp_path / "a" / "report.md").read_text()
+    capsys.readouterr()
+    assert cli.main([*options, "--out", str(tmp_path / "b")]) == 130
+    assert capsys.readouterr().err == "visattn-fast report: interrupted\n"
+    assert not list((tmp_path / "b").iterdir())
+
+
+def test_case_that_memory_does_not_hold_is_left_out(tmp_path, monkeypatch, capsys):
+    calls, measure = [], command.measure
+
+    def full(*args):
+        calls.append(args)
+        if len(calls) != 2:
+            raise RuntimeError("can't allocate memory\nmore")
+        return measure(*args)
+
+    monkeypatch.setattr(command, "measure", full)
+    options = ["--contenders", "eager,fused", "--modes", "forward", "--modules", "se"]
+    found = report(tmp_path, *options)
+    assert len(found.rows) == 3
+    assert len(found.left_out) == 1
+    assert found.left_out[0].endswith("can't allocate memory")
+    assert cli.main(["report", *TINY, *options, "--out", str(tmp_path)]) == 2
+    assert "no case could be measured" in capsys.readouterr().err
 
 
 MODEL = (

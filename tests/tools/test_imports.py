@@ -24,7 +24,7 @@ BESIDE = {
     "native": ("report", "backends", "ops"),
     "replicas": ("watch", "backends"),
     "kernels": ("ops",),
-    NAME: ("cli", "report"),  # for the version
+    NAME: ("cli", "report", "native"),  # for the version
 }
 # The same for the folders of kernels.
 FLOORS = "experimental -> ops -> attention, passes -> core"

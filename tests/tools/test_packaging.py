@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import email
 import os
 import shutil
 import subprocess
@@ -50,6 +51,18 @@ def test_wheel_holds_the_package_and_nothing_else(distributions):
         assert str(path.relative_to(ROOT)) in names
     assert any(n.endswith("licenses/LICENSE") for n in names)
     assert "visattn_fast/py.typed" in names
+
+
+def test_wheel_names_its_licence(distributions):
+    """As SPDX expression, with its text, for tools that list the licences of an environment."""
+    archive = zipfile.ZipFile(distributions[1])
+    (name,) = (n for n in archive.namelist() if n.endswith(".dist-info/METADATA"))
+    metadata = email.message_from_bytes(archive.read(name))
+    assert metadata["License-Expression"] == "Apache-2.0"
+    assert metadata.get_all("License-File") == ["LICENSE"]
+    text = archive.read(name.replace("METADATA", "licenses/LICENSE"))
+    assert text == (ROOT / "LICENSE").read_bytes()
+    assert b"Apache License" in text
 
 
 def test_source_distribution_holds_the_native_sources(distributions):

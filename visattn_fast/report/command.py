@@ -21,13 +21,16 @@ from . import bars, html, markdown, page, terminal
 from .cases import CONTENDERS, DEFAULT_CONTENDERS, DTYPES, MODULES, QUICK_MODULES, Case, choose, matrix, parse_shape
 from .compare import compare
 from .machine import describe
+from .places import make_writable
 from .results import Report, read
-from .rows import Row, measure
+from .rows import Row, first_line, measure
 from .whole_model import WAYS, ModelReport, build, measure_model
 
 _FULL = Effort()
 _QUICK = Effort(seconds=0.2, fewest=5, most=60)
 _QUICK_BUDGET = 90.0  # seconds after which no further case begins
+_INTERRUPTED = 130  # as `cli.main` returns
+_NO_FIGURE = "--figure needs a report of modules in mode both"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -70,11 +73,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs the command. Returns 0; 1 if fused failed, was wrong or became worse; 2 for bad options and files."""
+    """Runs the command.
+
+    Returns 0; 1 if fused failed, was wrong or became worse; 2 for bad options and files; 130 for a report that an
+    interrupt cut short.
+    """
     action = _compare if args.compare else _render if args.render else _run_model if args.model else _run_modules
     try:
         return action(args)
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, OSError) as error:
         print(f"visattn-fast report: {error}", file=sys.stderr)
         return 2
 
@@ -85,20 +92,32 @@ def _run_modules(args: argparse.Namespace) -> int:
     cases = _plan(args, dtypes)
     for dtype in dtypes:
         select(device.type, getattr(torch, dtype), args.backend)
+    folder = _places(args, drawable=any(case.mode == "both" for case in cases))
     effort, out = _prepare(args), terminal.console()
     start = time.perf_counter()
-    rows, left_out = _measure(cases, device, effort, contenders, args, out)
+    rows, left_out, interrupted = _measure(cases, device, effort, contenders, args, out)
     settings = {"quick": args.quick, "backend": args.backend, "dtypes": dtypes, "contenders": contenders}
     settings |= {"cold": args.cold}
     report = Report(describe(device), settings, left_out, rows, time.perf_counter() - start)
     terminal.show(report, out)
-    written = write(report, _folder(args)) + _draw(report, args)
+    written = write(report, folder) + _draw(report, args)
     out.print(f"wrote {', '.join(map(str, written))} in {report.seconds:.0f} s", highlight=False, soft_wrap=True)
-    return int(any(CONTENDERS[row.contender].fused for row in report.failures))
+    return _INTERRUPTED if interrupted else int(any(CONTENDERS[row.contender].fused for row in report.failures))
 
 
-def _folder(args: argparse.Namespace) -> Path:
-    return Path(args.out or "report")
+def _places(args: argparse.Namespace, drawable: bool) -> Path:
+    """Makes the folder of the report, before anything is measured. Returns the folder.
+
+    Raises:
+        ValueError: the report or its figure cannot be written there, or the figure has nothing to show.
+    """
+    if args.figure and not drawable:
+        raise ValueError(_NO_FIGURE)
+    folder = Path(args.out or "report")
+    make_writable(folder, "--out")
+    if args.figure:
+        make_writable(Path(args.figure).parent, "--figure")
+    return folder
 
 
 def write(report: Report | ModelReport, folder: Path, name: str = "report") -> list[Path]:
@@ -118,7 +137,7 @@ def _draw(report: Report | ModelReport, args: argparse.Namespace) -> list[Path]:
         return []
     svg = bars.mean_times(report, "both") if isinstance(report, Report) else ""
     if not svg:
-        raise ValueError("--figure needs a report of modules in mode both")
+        raise ValueError(_NO_FIGURE)
     path = Path(args.figure)
     path.write_text(html.drawing(svg), encoding="utf-8")
     return [path]
@@ -165,6 +184,7 @@ def _run_model(args: argparse.Namespace) -> int:
     shape = (args.batch, 3, args.size, args.size)
     if min(shape) < 1:
         raise ValueError(f"--batch and --size must be positive, got {args.batch} and {args.size}")
+    folder = _places(args, drawable=False)
     for layout in choose(args.layouts, tuple(LAYOUTS)):
         x = feature_map(shape, layout, dtype, device)
         # torch's stubs lack memory_format
@@ -173,7 +193,7 @@ def _run_model(args: argparse.Namespace) -> int:
         seconds = time.perf_counter() - start
         report = ModelReport(describe(device), settings | {"dtype": name, "layout": layout}, found, rows, seconds)
         terminal.show_model(report, out)
-        written = write(report, _folder(args), f"model-{layout}")
+        written = write(report, folder, f"model-{layout}")
         out.print(f"wrote {', '.join(map(str, written))}", highlight=False, soft_wrap=True)
     return 0
 
@@ -214,14 +234,34 @@ def _measure(
     contenders: list[str],
     args: argparse.Namespace,
     out: Console,
-) -> tuple[list[Row], list[str]]:
-    """Measures the cases. Returns the rows, and sentences on the cases left out."""
+) -> tuple[list[Row], list[str], bool]:
+    """Measures the cases until an interrupt; a case whose rivals fail is left out.
+
+    Returns the rows, sentences on the cases left out, and True after an interrupt.
+
+    Raises:
+        RuntimeError: no case could be measured.
+        KeyboardInterrupt: an interrupt before the first row.
+    """
     end = time.perf_counter() + (_QUICK_BUDGET if args.quick else float("inf"))
     rows: list[Row] = []
     late: list[str] = []
-    for case in terminal.tracked(cases, out):
+    failed: list[str] = []
+    interrupted: list[str] = []
+    for index, case in enumerate(terminal.tracked(cases, out)):
         if time.perf_counter() > end:
             late.append(str(case))
-        else:
+            continue
+        try:
             rows += measure(case, device, effort, contenders, args.backend, args.cold).rows
-    return rows, [f"{', '.join(late)}: the quick run's {_QUICK_BUDGET:.0f} s were over"] if late else []
+        except (RuntimeError, MemoryError) as error:  # the rivals themselves may be out of memory
+            failed.append(f"{case}: {first_line(error)}")
+        except KeyboardInterrupt:
+            if not rows:
+                raise
+            interrupted = [f"{len(cases) - index} cases from {case} on: the run was interrupted"]
+            break
+    if failed and not rows:
+        raise RuntimeError(f"no case could be measured; {failed[0]}")
+    left_out = [f"{', '.join(late)}: the quick run's {_QUICK_BUDGET:.0f} s were over"] if late else []
+    return rows, left_out + failed + interrupted, bool(interrupted)

@@ -16,6 +16,7 @@ from ..models import GATES, AttentionResNet
 from ..models.resnet import AttentionBlock
 from ..models.rotation import rotation_accuracy, train_rotation
 from .overlays import Network, View, draw, file_types
+from .places import make_writable
 
 _CROP = 64  # pixels of a training crop
 _WIDTH = 16  # channels of the network's first stage
@@ -66,6 +67,7 @@ def run(args: argparse.Namespace) -> int:
         photograph = _read(args.image, args.size)
         if out.suffix[1:].lower() not in file_types():
             raise ValueError(f"--out must end in .png, .svg, .pdf or the like, got {out}")
+        make_writable(out.parent, "--out")
         image = (photograph.permute(2, 0, 1).float() / 255 - 0.5) / 0.25
         caption = _caption(args, len(names))
         print(caption, flush=True)

@@ -127,7 +127,7 @@ def measure(
                     found[name]["backend"] = select(device.type, contest.dtype, backend)
                 runs[name] = run
             except Exception as error:  # anything may go wrong in a compiler; the other contenders go on
-                found[name] = {"failure": _first_line(error)}
+                found[name] = {"failure": first_line(error)}
         del oracle
         seconds = interleaved(runs, device, effort)
     return Measured([_row(contest, name, facts, seconds) for name, facts in found.items()], seconds)
@@ -197,6 +197,6 @@ def copy_share(moved: int, seconds: float, x_bytes: int, copy_seconds: float) ->
     return 100 * (moved / seconds) / (2 * x_bytes / copy_seconds)
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     lines = [line for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
