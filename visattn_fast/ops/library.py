@@ -47,6 +47,7 @@ class Op(NamedTuple):
 OPS: dict[str, Op] = {}
 NATIVE_LIBRARY = torch.library.Library("visattn_fast_cuda", "DEF")  # the same schemas, of the native kernels
 
+_LAUNCHERS = "visattn_fast.kernels.ops"
 _NORM = ("norm_weight", "norm_bias", "norm_mean", "norm_var")
 
 # The kernels for CUDA by the op's name, and whether the native ones are chosen.
@@ -154,11 +155,10 @@ def register_triton(dispatch_key: str) -> None:
     Raises:
         ImportError: triton is not installed.
     """
-    for name, op in OPS.items():
-        if op.launcher is None:
-            continue
-        launchers = importlib.import_module(f"visattn_fast.kernels.ops.{op.launcher}")
-        launcher = _checked(getattr(launchers, name), op.signature)
+    launched = {name: op for name, op in OPS.items() if op.launcher}
+    modules = {op.launcher: importlib.import_module(f"{_LAUNCHERS}.{op.launcher}") for op in launched.values()}
+    for name, op in launched.items():  # after all imports: one that fails leaves nothing half done
+        launcher = _checked(getattr(modules[op.launcher], name), op.signature)
         if dispatch_key == "CUDA":
             _TRITON[name] = launcher
         else:

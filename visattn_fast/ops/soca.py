@@ -8,6 +8,7 @@ Means, covariance, pooled values, hidden layer and gate are saved for backward.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 import torch
@@ -28,25 +29,33 @@ from .signature import MAP
 _BLOCK = 1 << 18  # elements of x centred at a time; on a GPU 32 times as many, because there launches cost the most
 
 
+def _blocks(x: Tensor) -> Iterator[tuple[slice, slice]]:
+    """Yields slices of images and of pixels: several whole images, or parts of one."""
+    n, c, h, w = x.shape
+    limit = _BLOCK if x.is_cpu else 32 * _BLOCK
+    images, pixels = limit // (c * h * w), max(limit // c, 1)
+    if images:
+        yield from ((slice(first, first + images), slice(None)) for first in range(0, n, images))
+    else:
+        starts = range(0, h * w, pixels)
+        yield from ((slice(i, i + 1), slice(first, first + pixels)) for i in range(n) for first in starts)
+
+
+def _matrices(x: Tensor, nhwc: bool) -> Tensor:
+    """Returns x as ``[N, P, C]`` in channels_last, else as ``[N, C, P]``; a view if x is dense."""
+    return x.permute(0, 2, 3, 1).flatten(1, 2) if nhwc else x.flatten(2)
+
+
 def _covariance_reference(x: Tensor, mean: Tensor) -> Tensor:
     """Centres some images at a time, or blocks of one: sums do not cancel, and no centred copy of x is stored."""
     n, c, h, w = x.shape
     nhwc = memory_format(x) == torch.channels_last
-    matrices = x.permute(0, 2, 3, 1).flatten(1, 2) if nhwc else x.flatten(2)
-    mean = mean[:, None] if nhwc else mean[:, :, None]
+    matrices, mean = _matrices(x, nhwc), mean[:, None] if nhwc else mean[:, :, None]
     cov = empty_small(x, n, c, c)
-    limit = _BLOCK if x.is_cpu else 32 * _BLOCK
-    if images := min(limit // (c * h * w), n):
-        for several, mu, out in zip(matrices.split(images), mean.split(images), cov.split(images), strict=True):
-            centred = several - mu  # in mu's dtype
-            out.baddbmm_(*((centred.mT, centred) if nhwc else (centred, centred.mT)), beta=0, alpha=1 / (h * w))
-        return cov
-    for image, mu, out in zip(matrices, mean, cov, strict=True):
-        total = 0
-        for block in image.split(max(limit // c, 1), 0 if nhwc else 1):
-            block = block - mu
-            total = total + (block.t() @ block if nhwc else block @ block.t())
-        out.copy_(total / (h * w))
+    for images, pixels in _blocks(x):
+        centred = (matrices[images, pixels] if nhwc else matrices[images, :, pixels]) - mean[images]  # in mean's dtype
+        pair = (centred.mT, centred) if nhwc else (centred, centred.mT)
+        cov[images].baddbmm_(*pair, beta=1 if pixels.start else 0, alpha=1 / (h * w))
     return cov
 
 
@@ -60,20 +69,14 @@ covariance = define(
 )
 
 
-def _covariance_bwd_reference(dcov: Tensor, x: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
-    # dx = 2 / HW dcov (x - mean); the part of the mean is the same for all pixels of a channel.
-    dmean = torch.baddbmm(empty_small(x, 1, 1, 1), mean[:, None], dcov, beta=0, alpha=-2)[:, 0]
-    return dmean, torch.mul(dcov, 2 / (x.shape[2] * x.shape[3]), out=torch.empty_like(dcov, dtype=x.dtype))
-
-
-# dmean: the gradient of the mean; factor: what x is multiplied by in dx. It counts that product, made in place.
+# factor: what x - mean is multiplied by in dx. Counts that product too, which `_add_product` makes in place.
 covariance_bwd = define(
-    "channel_covariance_bwd(Tensor dcov, Tensor x, Tensor mean) -> (Tensor dmean, Tensor factor)",
+    "channel_covariance_bwd(Tensor dcov, Tensor x) -> Tensor factor",
     None,
-    _covariance_bwd_reference,
-    ("N C", "N C C : x"),
-    {"x": MAP, "dcov": "N C C", "mean": "N C"},
-    flops_of=lambda dcov, x, mean: flops.count_gradient(plain_covariance, (x,)),
+    lambda dcov, x: dcov * (2 / (x.shape[2] * x.shape[3])),
+    ("N C C",),
+    {"x": MAP, "dcov": "N C C"},
+    flops_of=lambda dcov, x: flops.count_gradient(plain_covariance, (x,)),
 )
 
 
@@ -263,18 +266,23 @@ def _gradients(grad: Tensor, tensors: Any, small: Any, options: Any, needs: Any)
     if not needs[0]:
         return None, *_layer_gradients(dgate, w1, w2, pooled, hidden, gate)[1:], dresidual
     dcov, dw1, db1, dw2, db2 = soca_gate_bwd(dgate, cov, w1, w2, pooled, hidden, gate)
-    dmean, factor = covariance_bwd(dcov, x, mean)
-    dx = channel_input_grad(dresidual if options[0] else grad, x, gate, dmean)
-    _add_product(dx, factor, x)
+    dx = channel_input_grad(dresidual if options[0] else grad, x, gate, None)
+    _add_product(dx, covariance_bwd(dcov, x), x, mean)
     return dx, dw1, db1, dw2, db2, dresidual
 
 
-def _add_product(dx: Tensor, factor: Tensor, x: Tensor) -> None:
-    """Adds ``factor x`` to dx in place, a product of matrices for each image."""
-    if memory_format(dx) == torch.channels_last:
-        dx.permute(0, 2, 3, 1).flatten(1, 2).baddbmm_(x.permute(0, 2, 3, 1).flatten(1, 2), factor)
-    else:
-        dx.flatten(2).baddbmm_(factor, x.flatten(2))
+def _add_product(dx: Tensor, factor: Tensor, x: Tensor, mean: Tensor) -> None:
+    """Adds ``factor (x - mean)`` to dx in place, block by block as in `_covariance_reference`."""
+    nhwc = memory_format(dx) == torch.channels_last
+    matrices, sums, mean = _matrices(x, nhwc), _matrices(dx, nhwc), mean[:, None] if nhwc else mean[:, :, None]
+    for images, pixels in _blocks(x):
+        block = (images, pixels) if nhwc else (images, slice(None), pixels)
+        centred, into = matrices[block] - mean[images], sums[block]
+        pair = (centred, factor[images]) if nhwc else (factor[images], centred)
+        if into.dtype == centred.dtype:
+            into.baddbmm_(*pair)
+        else:
+            into.add_(torch.bmm(*pair))  # rounded once
 
 
 SOCA = composed_op(
