@@ -10,7 +10,7 @@ FORMATTED := $(SOURCES) $(CUDA_SOURCES) tests/cpu/simd_test.cpp tests/faults/fai
 # Test processes. Threads of two of them share the cores, and wait asleep; the interpreter needs one thread each.
 PROCESSES ?= 2
 
-.PHONY: help report test sanitize portable determinism bench kernels evidence names docs lint format ext-cuda gpu-check build sbom clean
+.PHONY: help report test sanitize portable determinism fuzz bench kernels evidence names docs lint format ext-cuda gpu-check build sbom clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
@@ -41,6 +41,10 @@ portable: $(VENV)/built ## run the CPU kernels' tests as other processors, and x
 	VISATTN_LIBRARY=$(CURDIR)/build/portable/_C.so $(BIN)/python -m pytest --numprocesses $(PROCESSES) $(KERNEL_TESTS)
 	ATEN_CPU_CAPABILITY=avx2 $(BIN)/python -m pytest --numprocesses $(PROCESSES) $(KERNEL_TESTS)
 	ATEN_CPU_CAPABILITY=default $(BIN)/python -m pytest --numprocesses $(PROCESSES) $(KERNEL_TESTS)
+
+# Goes on where it was interrupted. `make fuzz FUZZ="--examples 500 --again"` starts a small run anew.
+fuzz: $(VENV)/built ## run 20,000 random cases against float64, crashes caught
+	OMP_WAIT_POLICY=passive $(BIN)/python -m tools.fuzz $(FUZZ)
 
 determinism: $(VENV)/built ## run every module 100 times, with several numbers of threads; compare the bits
 	OMP_WAIT_POLICY=passive $(BIN)/python -m tools.determinism

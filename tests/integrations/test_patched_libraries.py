@@ -44,7 +44,7 @@ def scaled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_known_versions_are_swapped(name):
-    """Those of the libraries that are installed."""
+    """The installed libraries have the functions that are known."""
     module, repeats = built(name)
     assert repeats
     assert [r.why_not() for r in repeats] == [""] * len(repeats)

@@ -1,4 +1,4 @@
-"""What fused modules keep for the backward pass and compute in it: no more than needed, for any kind of gradient."""
+"""Fused modules keep for the backward pass, and compute in it, no more than needed, for any kind of gradient."""
 
 from __future__ import annotations
 
