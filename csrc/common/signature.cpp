@@ -13,7 +13,7 @@ namespace {
 // As in visattn_fast/ops/signature.py.
 enum Kind { kTensor, kNumber };
 enum Dtype { kFloating, kSums, kAccumulation, kOfArgument, kInt32, kBool };
-enum Layout { kStrided, kDense, kLines };
+enum Layout { kStrided, kDense, kLines, kRows };
 enum Operation { kConstant, kVariable, kAdd, kSubtract, kMultiply, kDivide };
 
 // Throws what Python raises as RuntimeError, in the words of signature.py.
@@ -147,6 +147,7 @@ void Signature::declare(const std::string& text, const int64_t* table) {
     if (a.kind == kTensor) {
       a.dtype = in.next(), a.dtype_of = in.next();
       a.layout = in.next(), a.lines_of = in.next();
+      a.partner = in.next();
       a.extends = in.next() != 0, a.ellipsis = in.next() != 0;
       a.sizes.resize(static_cast<size_t>(in.next()));
       for (Size& size : a.sizes) {
@@ -171,9 +172,11 @@ void Signature::check(Value* values, int64_t) const {
     if (a.kind == kNumber) {
       if (a.position < 0 && variables[a.variable] == kUnknown) continue;  // the letter's tensor is absent
       check_number(a, values, variables);
-    } else if (values[a.position].tensor) {
-      check_tensor(a, values, variables);
+      continue;
     }
+    const bool given = values[a.position].tensor;
+    if (a.partner >= 0 && given != (values[a.partner].tensor != nullptr)) fail_partner(a);
+    if (given) check_tensor(a, values, variables);
   }
 }
 
@@ -199,6 +202,7 @@ void Signature::check_tensor(const Argument& a, Value* values, int64_t* variable
   check_shape(a, t, variables);
   if (!a.high.empty() && t.is_cpu()) check_indices(a, t, variables);
   if (a.layout == kDense && !t.is_contiguous()) t = torch::stable::contiguous(t);
+  if (a.layout == kRows && t.stride(t.dim() - 1) != 1) t = torch::stable::contiguous(t);
   if (a.layout == kLines) t = as_lines(t, *values[a.lines_of].tensor);
 }
 
@@ -255,6 +259,13 @@ void Signature::check_number(const Argument& a, const Value* values, int64_t* va
   }
   if (!fits) fail_number(a, number, variables);
   if (given && a.integer) variables[a.variable] = integer;
+}
+
+void Signature::fail_partner(const Argument& a) const {
+  std::string partner;
+  for (const Argument& other : arguments_)
+    if (other.position == a.partner) partner = other.name;
+  refuse(name_, ": ", a.name, " must be given if and only if ", partner, " is");
 }
 
 void Signature::fail_number(const Argument& a, double number, const int64_t* variables) const {

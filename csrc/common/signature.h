@@ -51,7 +51,7 @@ class Signature {
     std::string name, text;
     int64_t kind, position;
     // a tensor
-    int64_t dtype, dtype_of, layout, lines_of;
+    int64_t dtype, dtype_of, layout, lines_of, partner;
     bool extends, ellipsis;
     std::vector<Size> sizes;
     // a number, or the range of a letter, which is a variable
@@ -64,6 +64,7 @@ class Signature {
   void check_shape(const Argument& a, const Tensor& t, int64_t* variables) const;
   void check_indices(const Argument& a, const Tensor& t, const int64_t* variables) const;
   void check_number(const Argument& a, const Value* values, int64_t* variables) const;
+  [[noreturn]] void fail_partner(const Argument& a) const;
   [[noreturn]] void fail_number(const Argument& a, double number, const int64_t* variables) const;
   [[noreturn]] void fail_shape(const Argument& a, const Tensor& t, const int64_t* variables) const;
 

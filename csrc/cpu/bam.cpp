@@ -100,12 +100,6 @@ void joint_sums(Matrix<const T> x, Matrix<const T> g, Gate<Acc<T>> branch, Acc<T
   });
 }
 
-template <class A>
-Tensor branch_as(const Tensor& t, int64_t count, const char* name) {
-  STD_TORCH_CHECK(t.numel() == count, name, " must have ", count, " elements, got ", t.numel());
-  return weight_as(t, kDtype<A>);
-}
-
 // Both branches of one image, padded, as factors of the rows and columns of a block of its pixels.
 template <class A>
 struct Branches {
@@ -115,12 +109,7 @@ struct Branches {
   Buffer<A> channel, spatial;
 
   Branches(const Shape& shape, bool nhwc_, const Tensor& of_channel, const Tensor& of_pixel)
-      : s(shape),
-        nhwc(nhwc_),
-        channels(branch_as<A>(of_channel, s.N * s.C, "channel")),
-        pixels(branch_as<A>(of_pixel, s.N * s.P, "spatial")),
-        channel(s.C),
-        spatial(s.P) {}
+      : s(shape), nhwc(nhwc_), channels(of_channel), pixels(of_pixel), channel(s.C), spatial(s.P) {}
 
   void set(int64_t n) {
     std::copy_n(data<A>(channels) + n * s.C, s.C, channel.get());
@@ -224,7 +213,7 @@ Tensor bam_input_grad(Tensor grad, Tensor x, Tensor channel, Tensor spatial, std
     const bool nhwc = is_nhwc(x);
     const FeatureMap g = dense_map(grad, s, nhwc);
     const auto spatial_grad = optional_map(dbranch, s, nhwc);
-    const auto shift = dmean ? std::optional<Tensor>(branch_as<A>(*dmean, s.N * s.C, "dmean")) : std::nullopt;
+    const std::optional<Tensor>& shift = dmean;
     const PixelBlocks<T> blocks(s);
     Tensor dx = empty_map(s, nhwc, x.scalar_type());
     with_kind(added, kNone, [&](auto of_sum, auto none) {

@@ -26,8 +26,6 @@ class BatchGate {
 
   BatchGate(const Tensor& weight, const Tensor& bias, const Shape& s, A* mean, A* var, A eps, bool fixed)
       : C_(s.C), mean_(mean), var_(var), eps_(eps), fixed_(fixed), share_(s.C), gain_(s.C), shift_(s.C) {
-    STD_TORCH_CHECK(weight.numel() == C_ && bias.numel() == C_, "weight and bias must have ", C_,
-                    " elements");
     const Tensor w = weight_as(weight, kDtype<A>), b = weight_as(bias, kDtype<A>);
     double total = 0;
     for (int64_t c = 0; c < C_; ++c) total += std::abs(data<A>(w)[c]);
@@ -85,8 +83,6 @@ struct Statistics {
         fixed(given_mean && given_var) {
     std::fill_n(data<A>(mean), channels, A(0)), std::fill_n(data<A>(var), channels, A(0));
     if (!fixed) return;
-    STD_TORCH_CHECK(given_mean->numel() == channels && given_var->numel() == channels,
-                    "statistics must have ", channels, " elements");
     std::copy_n(data<A>(weight_as(*given_mean, kDtype<A>)), channels, data<A>(mean));
     std::copy_n(data<A>(weight_as(*given_var, kDtype<A>)), channels, data<A>(var));
   }

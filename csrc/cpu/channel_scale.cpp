@@ -20,12 +20,6 @@
 namespace visattn {
 namespace {
 
-template <class A>
-Tensor gate_as(const Tensor& t, const Shape& s, const char* name) {
-  STD_TORCH_CHECK(t.dim() == 2 && t.size(0) == s.N && t.size(1) == s.C, name, " must be [N, C]");
-  return weight_as(t, kDtype<A>);
-}
-
 Tensor channel_mean(Tensor x) {
   return dispatch(x, [&](auto type) {
     using T = decltype(type);
@@ -51,20 +45,18 @@ Tensor scaled(const Tensor& x, const Tensor& gate, const std::optional<Tensor>& 
     const Shape s = shape_of(x);
     const FeatureMap in = feature_map(x);
     const auto res = optional_map(residual, s, in.nhwc);
-    const Tensor sg = gate_as<A>(gate, s, "gate");
-    const auto st = shift ? std::optional<Tensor>(gate_as<A>(*shift, s, "shift")) : std::nullopt;
     Tensor y = empty_map(s, in.nhwc, x.scalar_type());
     for_images(s.N, s.C * s.P, [&](int64_t begin, int64_t end, const Workers& workers) {
-      Buffer<A> padded(s.C), added(st ? s.C : 0);
+      Buffer<A> padded(s.C), added(shift ? s.C : 0);
       const Split parts = row_parts<T>(s, in.nhwc);
       const int64_t dense_ld = in.nhwc ? s.C : s.P;
       for (int64_t n = begin; n < end; ++n) {
         const auto image = matrix(in.image<T>(n), s, in.nhwc, in.ld);
         const T* pr = image_or_null<T>(res, n);
         T* py = data<T>(y) + n * s.C * s.P;
-        std::copy_n(data<A>(sg) + n * s.C, s.C, padded.get());
-        if (st) {
-          std::copy_n(data<A>(*st) + n * s.C, s.C, added.get());
+        std::copy_n(data<A>(gate) + n * s.C, s.C, padded.get());
+        if (shift) {
+          std::copy_n(data<A>(*shift) + n * s.C, s.C, added.get());
           affine_image<T>(image, parts, workers, in.nhwc, {padded.get(), added.get()}, pr, py, dense_ld,
                           activation);
         } else {
@@ -94,7 +86,6 @@ std::tuple<Tensor, Tensor> channel_scale_bwd(Tensor grad, Tensor x, Tensor gate,
     const FeatureMap in = feature_map(x), g = dense_map(grad, s, in.nhwc);
     const bool act = activation != kNone;
     const auto res = act ? optional_map(residual, s, in.nhwc) : std::nullopt;
-    const Tensor sg = gate_as<A>(gate, s, "gate");
     const int64_t image = s.C * s.P;
     Tensor dgate = empty({s.N, s.C}, kDtype<A>);
     Tensor dresidual = empty_residual_grad(s, in.nhwc, x.scalar_type(), act);
@@ -103,7 +94,7 @@ std::tuple<Tensor, Tensor> channel_scale_bwd(Tensor grad, Tensor x, Tensor gate,
       const Split parts = row_parts<T>(s, in.nhwc);
       ChannelPartials<A> dots(s.C, in.nhwc ? parts.count : 1);
       for (int64_t n = begin; n < end; ++n) {
-        std::copy_n(data<A>(sg) + n * s.C, s.C, padded.get());
+        std::copy_n(data<A>(gate) + n * s.C, s.C, padded.get());
         dot_image(matrix(in.image<T>(n), s, in.nhwc, in.ld), g.image<T>(n), parts, workers, in.nhwc,
                   padded.get(), image_or_null<T>(res, n), act ? data<T>(dresidual) + n * image : nullptr,
                   g.ld, activation, dots);
@@ -121,16 +112,14 @@ Tensor channel_input_grad(Tensor grad, Tensor x, Tensor gate, std::optional<Tens
     const Shape s = shape_of(x);
     const bool nhwc = is_nhwc(x);
     const FeatureMap g = dense_map(grad, s, nhwc);
-    const Tensor sg = gate_as<A>(gate, s, "gate");
-    const auto shift = dmean ? std::optional<Tensor>(gate_as<A>(*dmean, s, "dmean")) : std::nullopt;
     Tensor dx = empty_map(s, nhwc, x.scalar_type());
     for_images(s.N, s.C * s.P, [&](int64_t begin, int64_t end, const Workers& workers) {
       Buffer<A> scale(s.C), mean(s.C);
       const Split parts = row_parts<T>(s, nhwc);
       for (int64_t n = begin; n < end; ++n) {
-        std::copy_n(data<A>(sg) + n * s.C, s.C, scale.get());
-        for (int64_t c = 0; shift && c < s.C; ++c) {
-          mean[c] = data<A>(*shift)[n * s.C + c] / static_cast<A>(s.P);
+        std::copy_n(data<A>(gate) + n * s.C, s.C, scale.get());
+        for (int64_t c = 0; dmean && c < s.C; ++c) {
+          mean[c] = data<A>(*dmean)[n * s.C + c] / static_cast<A>(s.P);
         }
         input_grad_image(matrix(g.image<T>(n), s, nhwc, g.ld), parts, workers, nhwc, scale.get(), mean.get(),
                          data<T>(dx) + n * s.C * s.P);

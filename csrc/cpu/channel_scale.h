@@ -90,9 +90,6 @@ struct Norm {
   Norm(int64_t C, const Tensor& weight, const Tensor& offset, const Tensor& running_mean,
        const Tensor& running_var, double eps)
       : gain(C), bias(C), mean(C) {
-    STD_TORCH_CHECK(
-        weight.numel() == C && offset.numel() == C && running_mean.numel() == C && running_var.numel() == C,
-        "the norm must have a value for each of ", C, " channels");
     const Tensor w = weight_as(weight, kDtype<A>), b = weight_as(offset, kDtype<A>),
                  m = weight_as(running_mean, kDtype<A>), v = weight_as(running_var, kDtype<A>);
     for (int64_t c = 0; c < C; ++c) {

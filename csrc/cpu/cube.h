@@ -51,9 +51,7 @@ inline Faces faces_of(const Shape& s, bool nhwc, bool spatial) {
 // The faces of gates [N, F].
 inline Faces faces_of(const Shape& s, bool nhwc, const Tensor& gates) {
   const Faces all = faces_of(s, nhwc, true), two = faces_of(s, nhwc, false);
-  const int64_t size = gates.dim() ? gates.size(gates.dim() - 1) : 0;
-  STD_TORCH_CHECK(size == all.size || size == two.size, "gates must have ", all.size, " or ", two.size,
-                  " values an image, got ", size);
+  const int64_t size = gates.size(1);
   return size == all.size ? all : two;
 }
 

@@ -74,7 +74,6 @@ Buffer<A> buffer_of(const std::optional<Tensor>& t, int64_t count, A otherwise =
     return out;
   }
   const Tensor values = weight_as(*t, kDtype<A>);
-  STD_TORCH_CHECK(values.numel() == count, "expected ", count, " elements, got ", values.numel());
   std::copy_n(data<A>(values), count, out.get());
   return out;
 }

@@ -21,14 +21,7 @@ void frame_maps(Framed<A>* framed, const A* maps, int64_t H, int64_t W) {
   for (int64_t m = 0; m < 2; ++m) framed[m].set_rows(0, H, W, maps + m * H * W);
 }
 
-void check_maps(const Tensor& maps, const Tensor& w) {
-  STD_TORCH_CHECK(maps.dim() == 4 && maps.size(1) == 2, "maps must be [N, 2, H, W]");
-  STD_TORCH_CHECK(w.numel() == 2 * w.size(3) * w.size(3) && w.size(3) % 2 == 1,
-                  "w must be [1, 2, k, k], k odd");
-}
-
 Tensor map_conv(Tensor maps, Tensor w) {
-  check_maps(maps, w);
   return dispatch(maps, [&](auto type) {
     using A = Acc<decltype(type)>;
     const Shape s = shape_of(maps);
@@ -55,7 +48,6 @@ Tensor map_conv(Tensor maps, Tensor w) {
 }
 
 std::tuple<Tensor, Tensor> map_conv_bwd(Tensor grad, Tensor maps, Tensor w) {
-  check_maps(maps, w);
   return dispatch(maps, [&](auto type) {
     using A = Acc<decltype(type)>;
     const Shape s = shape_of(maps);

@@ -15,10 +15,7 @@ namespace visattn {
 namespace {
 
 // m in the layout of x; a convolution may have returned it in the other one.
-FeatureMap beside(const Tensor& m, const Shape& s, bool nhwc) {
-  STD_TORCH_CHECK(m.numel() == s.N * s.C * s.P, "m must have the shape of x");
-  return dense_map(m, s, nhwc);
-}
+FeatureMap beside(const Tensor& m, const Shape& s, bool nhwc) { return dense_map(m, s, nhwc); }
 
 std::tuple<Tensor, Tensor, Tensor> norm_gate_fwd(Tensor x, Tensor m, Tensor weight, Tensor bias,
                                                  std::optional<Tensor> mean, std::optional<Tensor> var,

@@ -39,10 +39,7 @@ class Shuffle {
         eps_(eps),
         sum_r_(0),
         sum_rd_(0) {
-    STD_TORCH_CHECK(K_ > 0 && C_ % (2 * K_) == 0, "x must have a multiple of ", 2 * K_, " channels, got ",
-                    C_);
     for (size_t i = 0; i < 6; ++i) {
-      STD_TORCH_CHECK(weights[i].numel() == K_, "weights must have ", K_, " elements each");
       weights_[i] = weight_as(weights[i], kDtype<A>);
       w_[i] = data<A>(weights_[i]);
     }

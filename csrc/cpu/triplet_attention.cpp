@@ -23,12 +23,6 @@
 namespace visattn {
 namespace {
 
-template <class A>
-Tensor faces_as(const Tensor& t, int64_t count, const char* name) {
-  STD_TORCH_CHECK(t.numel() == count, name, " must have ", count, " elements, got ", t.numel());
-  return weight_as(t, kDtype<A>);
-}
-
 std::tuple<Tensor, Tensor> triplet_pool(Tensor x, bool spatial) {
   return dispatch(x, [&](auto type) {
     using T = decltype(type);
@@ -74,7 +68,6 @@ Tensor triplet_scale(Tensor x, Tensor gates, std::optional<Tensor> residual, int
     const FeatureMap map = feature_map(x);
     const Faces f = faces_of(s, map.nhwc, gates);
     const auto res = optional_map(residual, s, map.nhwc);
-    const Tensor given = faces_as<A>(gates, s.N * f.size, "gates");
     Tensor y = empty_map(s, map.nhwc, x.scalar_type());
     for_images(s.N, s.C * s.P, [&](int64_t begin, int64_t end, const Workers& workers) {
       const auto shape = cube_of<T>(nullptr, s, map.nhwc, map.ld);
@@ -82,7 +75,7 @@ Tensor triplet_scale(Tensor x, Tensor gates, std::optional<Tensor> residual, int
       Gates<T> gate(shape.A, shape.B, shape.D);
       for (int64_t n = begin; n < end; ++n) {
         const auto q = cube_of(map.image<T>(n), s, map.nhwc, map.ld);
-        gate.set(f, data<A>(given) + n * f.size, q);
+        gate.set(f, data<A>(gates) + n * f.size, q);
         workers.each(pieces.count, [&](int64_t b, int64_t e) {
           with_activation(activation, [&](auto act) {
             scale_planes<T, decltype(act)::value, false>(q, gate, nullptr, image_or_null<T>(res, n),
@@ -106,7 +99,6 @@ std::tuple<Tensor, Tensor> triplet_scale_bwd(Tensor grad, Tensor x, Tensor gates
     const bool act = activation != kNone;
     const Faces f = faces_of(s, map.nhwc, gates);
     const auto res = act ? optional_map(residual, s, map.nhwc) : std::nullopt;
-    const Tensor given = faces_as<A>(gates, s.N * f.size, "gates");
     const int64_t image = s.C * s.P;
     Tensor dgates = empty({s.N, f.size}, kDtype<A>),
            dresidual = empty_residual_grad(s, map.nhwc, x.scalar_type(), act);
@@ -125,7 +117,7 @@ std::tuple<Tensor, Tensor> triplet_scale_bwd(Tensor grad, Tensor x, Tensor gates
         T* kept = act ? data<T>(dresidual) + n * image : nullptr;
         const auto gs = cube_of<T>(act ? kept : g, s, map.nhwc, upstream.ld);
         A* out = data<A>(dgates) + n * f.size;
-        if (act) gate.set(f, data<A>(given) + n * f.size, q);
+        if (act) gate.set(f, data<A>(gates) + n * f.size, q);
         workers.each(parts.count, [&](int64_t b, int64_t e) {
           for (; b < e; ++b) {
             std::fill_n(across.part(b), face, A(0));
@@ -155,11 +147,6 @@ Tensor triplet_input_grad(Tensor grad, Tensor x, Tensor gates, Tensor dpooled, T
     const bool nhwc = is_nhwc(x);
     const FeatureMap upstream = dense_map(grad, s, nhwc);
     const Faces f = faces_of(s, nhwc, gates);
-    const Tensor given = faces_as<A>(gates, s.N * f.size, "gates"),
-                 d = faces_as<A>(dpooled, 2 * s.N * f.size, "dpooled");
-    STD_TORCH_CHECK(
-        argmax.numel() == s.N * f.size && argmax.scalar_type() == ScalarType::Int && argmax.is_contiguous(),
-        "argmax must have ", s.N * f.size, " contiguous int32 elements");
     Tensor dx = empty_map(s, nhwc, x.scalar_type());
     for_images(s.N, s.C * s.P, [&](int64_t begin, int64_t end, const Workers& workers) {
       const auto shape = cube_of<T>(nullptr, s, nhwc, upstream.ld);
@@ -168,8 +155,8 @@ Tensor triplet_input_grad(Tensor grad, Tensor x, Tensor gates, Tensor dpooled, T
       PooledGrad<A> pooled(shape.A, shape.B, shape.D);
       for (int64_t n = begin; n < end; ++n) {
         const auto g = cube_of(upstream.image<T>(n), s, nhwc, upstream.ld);
-        gate.set(f, data<A>(given) + n * f.size, g);
-        pooled.set(f, data<A>(d) + 2 * n * f.size, data<int32_t>(argmax) + n * f.size, g.A, g.B, g.D);
+        gate.set(f, data<A>(gates) + n * f.size, g);
+        pooled.set(f, data<A>(dpooled) + 2 * n * f.size, data<int32_t>(argmax) + n * f.size, g.A, g.B, g.D);
         workers.each(pieces.count, [&](int64_t b, int64_t e) {
           input_grad_planes(g, gate, pooled, data<T>(dx) + n * s.C * s.P, pieces.begin(b), pieces.end(e - 1));
         });

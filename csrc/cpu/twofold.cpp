@@ -30,20 +30,6 @@ void with_ties(bool even, const F& f) {
   f(std::false_type{});
 }
 
-// A small tensor in the accumulation dtype, which must have `count` elements.
-template <class A>
-Tensor small_as(const Tensor& t, int64_t count, const char* name) {
-  STD_TORCH_CHECK(t.numel() == count, name, " must have ", count, " elements, got ", t.numel());
-  return weight_as(t, kDtype<A>);
-}
-
-// The indices of maxima, contiguous.
-Tensor dense_indices(const Tensor& at, int64_t count) {
-  STD_TORCH_CHECK(at.numel() == count && at.scalar_type() == ScalarType::Int, "at must have ", count,
-                  " int32 elements");
-  return as_contiguous(at);
-}
-
 std::tuple<Tensor, Tensor> pool_pixels(Tensor x, bool even) {
   return dispatch(x, [&](auto type) {
     using T = decltype(type);
@@ -71,14 +57,13 @@ std::tuple<Tensor, Tensor> pool_channels(Tensor x, Tensor gate, bool even) {
     using A = Acc<T>;
     const Shape s = shape_of(x);
     const FeatureMap map = feature_map(x);
-    const Tensor channel = small_as<A>(gate, s.N * s.C, "gate");
     const PixelBlocks<T> blocks(s);
     Tensor maps = empty({s.N, 2, s.H, s.W}, kDtype<A>), at = empty({s.N, s.H, s.W}, ScalarType::Int);
     with_ties(even, [&](auto ties) {
       for_images(s.N, s.C * s.P, [&](int64_t begin, int64_t end, const Workers& workers) {
         Buffer<A> scale(s.C);
         for (int64_t n = begin; n < end; ++n) {
-          std::copy_n(data<A>(channel) + n * s.C, s.C, scale.get());
+          std::copy_n(data<A>(gate) + n * s.C, s.C, scale.get());
           const auto in = matrix(map.image<T>(n), s, map.nhwc, map.ld);
           A *mean = data<A>(maps) + 2 * n * s.P, *max = mean + s.P;
           workers.each(blocks.count, [&](int64_t b, int64_t e) {
@@ -102,20 +87,16 @@ Tensor pool_channels_bwd(Tensor x, Tensor gate, Tensor maps, Tensor dmaps, Tenso
     using A = Acc<T>;
     const Shape s = shape_of(x);
     const FeatureMap map = feature_map(x);
-    const Tensor channel = small_as<A>(gate, s.N * s.C, "gate"),
-                 d = small_as<A>(dmaps, 2 * s.N * s.P, "dmaps"),
-                 values = small_as<A>(maps, 2 * s.N * s.P, "maps"), index = dense_indices(at, s.N * s.P);
     const PixelBlocks<T> blocks(s);
     Tensor dgate = empty({s.N, s.C}, kDtype<A>);
     for_images(s.N, s.C * s.P, [&](int64_t begin, int64_t end, const Workers& workers) {
       Buffer<A> scale(s.C), dmean(s.P);
       ChannelPartials<A> parts(s.C, blocks.count);
       for (int64_t n = begin; n < end; ++n) {
-        std::copy_n(data<A>(channel) + n * s.C, s.C, scale.get());
-        const A* dmaps_n = data<A>(d) + 2 * n * s.P;
+        std::copy_n(data<A>(gate) + n * s.C, s.C, scale.get());
+        const A* dmaps_n = data<A>(dmaps) + 2 * n * s.P;
         for (int64_t p = 0; p < s.P; ++p) dmean[p] = dmaps_n[p] / static_cast<A>(s.C);
-        const Maxima<A> maxima{data<int32_t>(index) + n * s.P, data<A>(values) + (2 * n + 1) * s.P,
-                               dmaps_n + s.P};
+        const Maxima<A> maxima{data<int32_t>(at) + n * s.P, data<A>(maps) + (2 * n + 1) * s.P, dmaps_n + s.P};
         const auto in = matrix(map.image<T>(n), s, map.nhwc, map.ld);
         workers.each(blocks.count, [&](int64_t b, int64_t e) {
           for (; b < e; ++b) {
@@ -138,15 +119,13 @@ Tensor twofold_scale(Tensor x, Tensor channel, Tensor spatial, std::optional<Ten
     const Shape s = shape_of(x);
     const FeatureMap map = feature_map(x);
     const auto res = optional_map(residual, s, map.nhwc);
-    const Tensor of_channel = small_as<A>(channel, s.N * s.C, "channel"),
-                 of_pixel = small_as<A>(spatial, s.N * s.P, "spatial");
     const PixelBlocks<T> blocks(s);
     Tensor y = empty_map(s, map.nhwc, x.scalar_type());
     for_images(s.N, s.C * s.P, [&](int64_t begin, int64_t end, const Workers& workers) {
       Buffer<A> gate_c(s.C), gate_s(s.P);
       for (int64_t n = begin; n < end; ++n) {
-        std::copy_n(data<A>(of_channel) + n * s.C, s.C, gate_c.get());
-        std::copy_n(data<A>(of_pixel) + n * s.P, s.P, gate_s.get());
+        std::copy_n(data<A>(channel) + n * s.C, s.C, gate_c.get());
+        std::copy_n(data<A>(spatial) + n * s.P, s.P, gate_s.get());
         const T* pr = image_or_null<T>(res, n);
         const auto in = matrix(map.image<T>(n), s, map.nhwc, map.ld);
         workers.each(blocks.count, [&](int64_t b, int64_t e) {
@@ -171,8 +150,6 @@ std::tuple<Tensor, Tensor, Tensor> twofold_scale_bwd(Tensor grad, Tensor x, Tens
     const FeatureMap map = feature_map(x), g = dense_map(grad, s, map.nhwc);
     const bool nhwc = map.nhwc, act = activation != kNone;
     const auto res = act ? optional_map(residual, s, nhwc) : std::nullopt;
-    const Tensor of_channel = small_as<A>(channel, s.N * s.C, "channel"),
-                 of_pixel = small_as<A>(spatial, s.N * s.P, "spatial");
     const PixelBlocks<T> blocks(s);
     const int64_t image = s.C * s.P;
     Tensor dchannel = empty({s.N, s.C}, kDtype<A>), dspatial = empty({s.N, s.H, s.W}, kDtype<A>),
@@ -181,8 +158,8 @@ std::tuple<Tensor, Tensor, Tensor> twofold_scale_bwd(Tensor grad, Tensor x, Tens
       Buffer<A> gate_c(s.C), gate_s(s.P);
       ChannelPartials<A> parts(s.C, blocks.count);
       for (int64_t n = begin; n < end; ++n) {
-        std::copy_n(data<A>(of_channel) + n * s.C, s.C, gate_c.get());
-        std::copy_n(data<A>(of_pixel) + n * s.P, s.P, gate_s.get());
+        std::copy_n(data<A>(channel) + n * s.C, s.C, gate_c.get());
+        std::copy_n(data<A>(spatial) + n * s.P, s.P, gate_s.get());
         const T* pr = image_or_null<T>(res, n);
         T* kept = act ? data<T>(dresidual) + n * image : nullptr;
         const auto in = matrix(map.image<T>(n), s, nhwc, map.ld);
@@ -213,21 +190,14 @@ Tensor twofold_input_grad(Tensor grad, Tensor x, Tensor channel, Tensor spatial,
     using A = Acc<T>;
     const Shape s = shape_of(x);
     const FeatureMap map = feature_map(x), g = dense_map(grad, s, map.nhwc);
-    const Tensor of_channel = small_as<A>(channel, s.N * s.C, "channel"),
-                 of_pixel = small_as<A>(spatial, s.N * s.P, "spatial"),
-                 dm = small_as<A>(dmaps, 2 * s.N * s.P, "dmaps"),
-                 dp = small_as<A>(dpooled, 2 * s.N * s.C, "dpooled"),
-                 of_maps = small_as<A>(maps, 2 * s.N * s.P, "maps"),
-                 of_pooled = small_as<A>(pooled, 2 * s.N * s.C, "pooled"),
-                 index_c = dense_indices(at_c, s.N * s.P), index_hw = dense_indices(at_hw, s.N * s.C);
     const PixelBlocks<T> blocks(s);
     Tensor dx = empty_map(s, map.nhwc, x.scalar_type());
     for_images(s.N, s.C * s.P, [&](int64_t begin, int64_t end, const Workers& workers) {
       Buffer<A> gate_c(s.C), gate_s(s.P), dmean_c(s.P), dmean_hw(s.C);
       for (int64_t n = begin; n < end; ++n) {
-        const A *dmaps_n = data<A>(dm) + 2 * n * s.P, *dpooled_n = data<A>(dp) + 2 * n * s.C;
-        std::copy_n(data<A>(of_channel) + n * s.C, s.C, gate_c.get());
-        std::copy_n(data<A>(of_pixel) + n * s.P, s.P, gate_s.get());
+        const A *dmaps_n = data<A>(dmaps) + 2 * n * s.P, *dpooled_n = data<A>(dpooled) + 2 * n * s.C;
+        std::copy_n(data<A>(channel) + n * s.C, s.C, gate_c.get());
+        std::copy_n(data<A>(spatial) + n * s.P, s.P, gate_s.get());
         for (int64_t p = 0; p < s.P; ++p) dmean_c[p] = dmaps_n[p] / static_cast<A>(s.C);
         for (int64_t c = 0; c < s.C; ++c) dmean_hw[c] = dpooled_n[c] / static_cast<A>(s.P);
         const InputGrad<T> pass{
@@ -235,8 +205,8 @@ Tensor twofold_input_grad(Tensor grad, Tensor x, Tensor channel, Tensor spatial,
             gate_s.get(),
             dmean_c.get(),
             dmean_hw.get(),
-            {data<int32_t>(index_c) + n * s.P, data<A>(of_maps) + (2 * n + 1) * s.P, dmaps_n + s.P},
-            {data<int32_t>(index_hw) + n * s.C, data<A>(of_pooled) + (2 * n + 1) * s.C, dpooled_n + s.C}};
+            {data<int32_t>(at_c) + n * s.P, data<A>(maps) + (2 * n + 1) * s.P, dmaps_n + s.P},
+            {data<int32_t>(at_hw) + n * s.C, data<A>(pooled) + (2 * n + 1) * s.C, dpooled_n + s.C}};
         const auto in = matrix(map.image<T>(n), s, map.nhwc, map.ld);
         const auto gs = matrix(g.image<T>(n), s, map.nhwc, g.ld);
         workers.each(blocks.count, [&](int64_t b, int64_t e) {

@@ -20,8 +20,6 @@ namespace {
 
 Windows windows_of(const Tensor& qkv, int64_t heads, int64_t window_h, int64_t window_w, int64_t shift_h,
                    int64_t shift_w, int64_t pad_first) {
-  STD_TORCH_CHECK(qkv.dim() == 4 && heads > 0 && qkv.size(3) % (3 * heads) == 0,
-                  "qkv must have shape [N, H, W, 3C], C a multiple of heads");
   const int64_t H = qkv.size(1), W = qkv.size(2);
   return {qkv.size(0),
           H,

@@ -66,7 +66,7 @@ VF_DEVICE float gate_of(float v, int gate_activation) {
 // d times the derivative of the gate's activation, computed from the gate.
 VF_DEVICE float gate_grad(float d, float gate, int gate_activation) {
   if (gate_activation == kSigmoid) return d * gate * (1.0f - gate);
-  return gate <= 0.0f || gate >= 1.0f ? 0.0f : d / 6.0f;
+  return gate > 0.0f && gate < 1.0f ? d / 6.0f : 0.0f;
 }
 
 }  // namespace visattn::cuda

@@ -46,5 +46,5 @@ def activation_grad(g, v, ACTIVATION: tl.constexpr):
 def gate_grad(s, ACTIVATION: tl.constexpr):
     """Returns the derivative of the sigmoid or of the hard sigmoid, computed from its value s."""
     if ACTIVATION == HARD_SIGMOID:
-        return tl.where((s <= 0) | (s >= 1), 0.0, tl.full([], 1 / 6, s.dtype))  # a plain number would be float32
+        return tl.where((s > 0) & (s < 1), tl.full([], 1 / 6, s.dtype), 0.0)  # a plain number would be float32
     return s * (1 - s)

@@ -69,8 +69,8 @@ def partials_max(partials_ptr, argmax_ptr, n, k, L, splits, SHARE_TIES: tl.const
 def pair_sums(partials_ptr, k, L, rows, BLOCK_S: tl.constexpr):
     """Returns both sums of partials [rows, 2, L] over the rows at columns k, BLOCK_S rows at a time, in order."""
     acc_ty = partials_ptr.dtype.element_ty
-    firsts = tl.zeros([BLOCK_S, k.shape[0]], acc_ty)
-    seconds = tl.zeros([BLOCK_S, k.shape[0]], acc_ty)
+    firsts = tl.zeros([k.shape[0]], acc_ty)
+    seconds = tl.zeros([k.shape[0]], acc_ty)
     for chain in range(0, rows, CHAIN * BLOCK_S):
         first = tl.zeros([BLOCK_S, k.shape[0]], acc_ty)
         second = tl.zeros([BLOCK_S, k.shape[0]], acc_ty)
@@ -80,9 +80,9 @@ def pair_sums(partials_ptr, k, L, rows, BLOCK_S: tl.constexpr):
             at = partials_ptr + row[:, None].to(tl.int64) * 2 * L + k[None, :]
             first += tl.load(at, mask=mask, other=0.0)
             second += tl.load(at + L, mask=mask, other=0.0)
-        firsts += first
-        seconds += second
-    return tl.sum(firsts, 0), tl.sum(seconds, 0)
+        firsts += tl.sum(first, 0)
+        seconds += tl.sum(second, 0)
+    return firsts, seconds
 
 
 @triton.jit
@@ -130,13 +130,10 @@ def _combine_kernel(
     m = (tl.program_id(0) // blocks).to(tl.int64)
     k = tl.program_id(0) % blocks * BLOCK_L + tl.arange(0, BLOCK_L)
     total = tl.zeros([BLOCK_S, BLOCK_L], acc_ty)
-    for chain in range(0, splits, CHAIN * BLOCK_S):
-        part = tl.zeros([BLOCK_S, BLOCK_L], acc_ty)
-        for start in range(chain, tl.minimum(chain + CHAIN * BLOCK_S, splits), BLOCK_S):
-            s = start + tl.arange(0, BLOCK_S)
-            mask = (s < splits)[:, None] & (k < L)[None, :]
-            part += tl.load(partials_ptr + (m * splits + s[:, None]) * L + k[None, :], mask=mask, other=0.0).to(acc_ty)
-        total += part
+    for start in range(0, splits, BLOCK_S):  # few enough for one chain: see `summed_steps`
+        s = start + tl.arange(0, BLOCK_S)
+        mask = (s < splits)[:, None] & (k < L)[None, :]
+        total += tl.load(partials_ptr + (m * splits + s[:, None]) * L + k[None, :], mask=mask, other=0.0).to(acc_ty)
     out = tl.sum(total, 0) / divisor
     if gate_ptr is not None:
         out *= gate_grad(tl.load(gate_ptr + m * L + k, mask=k < L, other=0.0).to(acc_ty), GATE_ACTIVATION)

@@ -15,7 +15,6 @@ import triton.language as tl
 from ..core.activations import RELU, activate
 from ..core.heuristics import cdiv, vector_block
 from ..core.tiles import bound_if
-from .partials import CHAIN
 
 
 class MLPOperands(NamedTuple):
@@ -156,14 +155,14 @@ def sum_rows(program, operands, rows, SUM: tl.constexpr):
     L = operands.L
     s, k = tl.arange(0, BLOCK_S), program * BLOCK_L + tl.arange(0, BLOCK_L)
     total = tl.zeros([BLOCK_S, BLOCK_L], operands.partials.dtype.element_ty)
-    for chain in range(0, rows, CHAIN * BLOCK_S):
-        part = tl.zeros([BLOCK_S, BLOCK_L], total.dtype)
-        end = tl.minimum(chain + CHAIN * BLOCK_S, rows)
-        for start in tl.range(chain, end, BLOCK_S, loop_unroll_factor=4):
-            row = start + s[:, None]
-            mask = (row < rows) & (k < L)[None, :]
-            part += tl.load(operands.partials + row.to(tl.int64) * L + k[None, :], mask=mask, other=0.0)
-        total += part
+    lost = tl.zeros([BLOCK_S, BLOCK_L], total.dtype)  # what rounding took from the total (Kahan): chains are long here
+    for start in tl.range(0, rows, BLOCK_S, loop_unroll_factor=4):
+        row = start + s[:, None]
+        mask = (row < rows) & (k < L)[None, :]
+        added = tl.load(operands.partials + row.to(tl.int64) * L + k[None, :], mask=mask, other=0.0) - lost
+        new = total + added
+        lost = tl.where(new - new == 0, (new - total) - added, 0.0)  # infinity stays infinity
+        total = new
     tl.store(operands.out + k, tl.sum(total, 0), mask=k < L)
 
 

@@ -29,6 +29,14 @@ def turned(t):
     return t.permute(*reversed(range(t.dim()))).contiguous().permute(*reversed(range(t.dim())))
 
 
+def other_layout(t):
+    """Equal values, a map of channels_last in NCHW and the other way round."""
+    if t.dim() != 4:
+        return t
+    last = t.is_contiguous(memory_format=torch.channels_last)
+    return t.contiguous(memory_format=torch.contiguous_format if last else torch.channels_last)
+
+
 def gradients(module, pack, unpack):
     module.zero_grad()
     x = feature_map((2, 32, 6, 5), "nchw", torch.float32).requires_grad_()
@@ -48,7 +56,7 @@ def worst(found, wanted):
 
 
 @entries
-@pytest.mark.parametrize("unpack", [spread, turned])
+@pytest.mark.parametrize("unpack", [spread, turned, other_layout])
 def test_other_strides_change_nothing(entry, unpack):
     module = twin(entry)
     wanted = gradients(module, lambda t: t, lambda t: t)

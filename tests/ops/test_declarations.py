@@ -65,7 +65,8 @@ def test_gate_declares_both_directions_and_the_forms_for_inference():
 )
 def test_shapes_are_read_as_written(shape, expected, dtype):
     x = torch.empty(2, 6, 5, 4, dtype=torch.bfloat16).to(memory_format=torch.channels_last)
-    made = shapes.allocated(shape, {"x": x, "w": torch.empty(3, 6, 1, 1)}, {"w": "R C"})
+    sizes = {**dict(zip("NCHW", x.shape, strict=True)), "R": 3}
+    made = shapes.allocated(shape, {"x": x, "w": torch.empty(3, 6, 1, 1)}, sizes, x)
     assert (tuple(made.shape), made.dtype) == (expected, dtype)
     if shape == "like x":
         assert made.is_contiguous(memory_format=torch.channels_last)

@@ -72,7 +72,9 @@ def valid_call(
             types = {FLOATING: dtype, SUMS: wide, ACCUMULATION: wide}
             of = made[argument.dtype_of].dtype if kind == OF_ARGUMENT else types[kind]
             t = torch.rand(shape, generator=generator, dtype=torch.float64).to(of)
-        absent = argument.optional and argument.name not in ("mean", "var") and rng.random() < 0.5
+        absent = argument.optional and rng.random() < 0.5
+        if argument.partner:
+            absent = made[argument.partner] is None
         made[argument.name] = None if absent else t.to(device)
     given = {}
     for argument, text in zip(signature.names, OPS[name].schema.partition("(")[2].split(", "), strict=False):
@@ -102,6 +104,8 @@ def with_faults(name: str, call: Call) -> Iterator[tuple[str, str, Call]]:
             continue
         if value is None:
             continue
+        if argument.partner and argument.optional:
+            yield argument.name, "is missing", altered(at, None)
         yield argument.name, "has another dtype", altered(at, value.to(torch.int64))
         if argument.dtype in (ACCUMULATION, OF_ARGUMENT, SUMS):
             other = torch.float16 if value.dtype != torch.float16 else torch.float64

@@ -54,7 +54,7 @@ def _additive_score_bwd_reference(grad: Tensor, q: Tensor, k: Any, v: Tensor) ->
     for n, i in _blocks(q, k):
         t = (q[n, i, None] + k[n, None]).tanh_()  # [N, Q, K, h]
         g = grad[n, i].contiguous()
-        dv += g.view(-1) @ t.view(-1, t.shape[3])
+        dv += g.view(-1) @ t.reshape(-1, t.shape[3])
         slope = t.square_().neg_().add_(1).mul_(g[..., None])
         dq[n, i] = slope.sum(2)
         dk[n] += slope.sum(1)

@@ -104,6 +104,7 @@ def gate_op(
     late = options if backward_options is None else backward_options
 
     fits = {key: shape if shape == "like x" else f"{shape} : floating" for key, shape in shapes.items()}
+    fits |= {key: f"{fits[key]} with {statistics[0]}" for key in statistics[1:]}
     x_and_rest = {"x": MAP}, {"residual": "like x"} if epilogue else {}
     bounds = {**(limits or {}), **(ranges or {})}
 

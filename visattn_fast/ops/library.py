@@ -47,7 +47,6 @@ class Op(NamedTuple):
 OPS: dict[str, Op] = {}
 NATIVE_LIBRARY = torch.library.Library("visattn_fast_cuda", "DEF")  # the same schemas, of the native kernels
 
-_LAUNCHERS = "visattn_fast.kernels.ops"
 _NORM = ("norm_weight", "norm_bias", "norm_mean", "norm_var")
 
 # The kernels for CUDA by the op's name, and whether the native ones are chosen.
@@ -111,7 +110,12 @@ def _rounded(function: Callable[..., Any], gradients_of: Sequence[int]) -> Calla
 
 def _checked(function: Callable[..., Any], signature: Signature) -> Callable[..., Any]:
     """Puts the check of the arguments in front of ``function``."""
-    return lambda *args: function(*signature.fit(args))
+
+    @functools.wraps(function)
+    def checked(*args: Any) -> Any:
+        return function(*signature.fit(args))
+
+    return checked
 
 
 def define_infer(name: str) -> Any:
@@ -156,7 +160,9 @@ def register_triton(dispatch_key: str) -> None:
         ImportError: triton is not installed.
     """
     launched = {name: op for name, op in OPS.items() if op.launcher}
-    modules = {op.launcher: importlib.import_module(f"{_LAUNCHERS}.{op.launcher}") for op in launched.values()}
+    modules = {
+        op.launcher: importlib.import_module(f"visattn_fast.kernels.ops.{op.launcher}") for op in launched.values()
+    }
     for name, op in launched.items():  # after all imports: one that fails leaves nothing half done
         launcher = _checked(getattr(modules[op.launcher], name), op.signature)
         if dispatch_key == "CUDA":

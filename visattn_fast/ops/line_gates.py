@@ -125,7 +125,7 @@ def _batch_statistic(given: Arguments) -> Tensor:
     return empty_small(given["means"], 0 if given["mean"] is not None else given["w1"].shape[0])
 
 
-_NORM = dict.fromkeys(("bn_weight", "bn_bias", "mean", "var"), "M : floating")
+_NORM = dict.fromkeys(("bn_weight", "bn_bias", "mean"), "M : floating") | {"var": "M : floating with mean"}
 _LAYERS = {"means": "N C L : sums lines of means", "height": "1..L-1", "w1": "M C : floating", **_NORM, "eps": "0.."}
 _LAYERS |= dict.fromkeys(("w_h", "w_w"), "C M : floating")
 _BIASES = {"b1": "M : floating", "b_h": "C : floating", "b_w": "C : floating"}

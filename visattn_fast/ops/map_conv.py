@@ -25,7 +25,7 @@ def _map_conv_bwd_reference(grad: Tensor, maps: Tensor, w: Tensor) -> tuple[Tens
     return dmaps.contiguous(), dw
 
 
-_MAPS = {"maps": "N 2 H W : sums", "w": "1 2 2*k+1 2*k+1 : floating"}
+_MAPS = {"maps": "N 2 H W : sums", "w": "1 2 2*k+1 2*k+1 : floating strided"}
 # Maps and results are in an accumulation dtype.
 map_conv = define(
     "map_conv(Tensor maps, Tensor w) -> Tensor",

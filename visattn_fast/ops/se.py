@@ -57,7 +57,7 @@ def _backward(
     a = accumulation_dtype(x)
     grad = start_backward(grad, x, gate[:, :, None, None], residual, activation)
     # Not torch.where of two numbers, which makes float32 of 1 / 6.
-    slope = (~((gate <= 0) | (gate >= 1))).to(a) / 6 if gate_activation else gate * (1 - gate)
+    slope = ((gate > 0) & (gate < 1)).to(a) / 6 if gate_activation else gate * (1 - gate)
     dz2 = (grad * x).sum((2, 3)) * slope
     dz1 = activation_gradient(dz2 @ w2.flatten(1).to(a), hidden, hidden_activation)
     dmean = dz1 @ w1.flatten(1).to(a)

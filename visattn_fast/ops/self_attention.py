@@ -233,7 +233,7 @@ def _attention_mean_reference(
     return total.div_(height * width).unflatten(2, (height, width))
 
 
-_QKV = {"qkv": "N H W 3 heads d : floating strided", "key_mask": "N H W : bool"}
+_QKV = {"qkv": "N H W 3 heads d : floating rows", "key_mask": "N H W : bool"}
 _QKV |= {"table": "2*th-1 2*tw-1 heads : floating", "th": "H..", "tw": "W.."}
 
 

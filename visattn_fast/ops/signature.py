@@ -8,9 +8,11 @@ device, and its dtype gives the accumulation dtype. A text says what an argument
   numbers, such as ``2*k+1``; at most one letter in it may be new. ``*`` stands for any number of sizes.
 - dtypes: ``floating`` (any real floating-point dtype; sizes of 1 may follow, as in a 1x1 convolution's weight),
   ``sums`` (float32 or float64), the name of an argument, or a dtype of torch. Without one: the accumulation dtype.
-- layouts: ``strided`` (any strides); ``lines of x`` (dense along the last dimension, or along the one before it if x is
-  in channels_last). Without one: dense. A tensor of another layout is copied to it, so that no kernel sees its strides.
+- layouts: ``strided`` (any strides); ``rows`` (any strides but the last, which is 1); ``lines of x`` (dense along the
+  last dimension, or along the one before it if x is in channels_last). Without one: dense. Tensors of other layouts are
+  copied, so that no kernel sees their strides.
 - ``"N C : int32 in 0..H*W-1"``: indices. They are compared with the range where kernels address memory by them.
+- ``"M : floating with mean"``: an optional tensor that is given if and only if ``mean`` is.
 - ``"like x"``: the sizes and the dtype of x, any strides.
 - ``"0..2"``, ``"1.."``: the range of a number, or of a letter. Without a range, a float must still be finite.
 - ``"A | B"``: the values that a letter may have.
@@ -39,7 +41,7 @@ from .layout import accumulation_dtype, memory_format
 # Codes of the table. csrc/common/signature.h has the same.
 TENSOR, NUMBER = 0, 1
 FLOATING, SUMS, ACCUMULATION, OF_ARGUMENT, INT32, BOOL = range(6)
-STRIDED, DENSE, LINES = range(3)
+STRIDED, DENSE, LINES, ROWS = range(4)
 CONSTANT, VARIABLE, ADD, SUBTRACT, MULTIPLY, DIVIDE = range(6)
 
 MAP = "N C H W : floating strided"
@@ -126,6 +128,7 @@ class TensorArgument:
     dtype_of: str
     layout: int
     lines_of: str
+    partner: str  # given if and only if this argument is
     low: Expression | None
     high: Expression | None
 
@@ -195,12 +198,12 @@ class Signature:
             other = text.removeprefix("like ")
             text = f"{self.texts[other].partition(' : ')[0]} : {other} strided"
         text, _, bounds = text.partition(" in ")
+        text, _, partner = text.partition(" with ")
         shape, _, rest = text.partition(" : ")
         words = rest.split()
         layout, lines_of = DENSE, ""
-        if words and words[-1] == "strided":
-            layout = STRIDED
-            words.pop()
+        if words and words[-1] in ("strided", "rows"):
+            layout = STRIDED if words.pop() == "strided" else ROWS
         elif "lines" in words:
             layout, lines_of = LINES, words[-1]
             del words[-3:]
@@ -220,6 +223,7 @@ class Signature:
             words[0] if dtype == OF_ARGUMENT else "",
             layout,
             lines_of,
+            partner,
             expression(low) if low else None,
             expression(high) if high else None,
         )
@@ -254,6 +258,9 @@ class Signature:
         sizes: dict[str, Any] = {}
         for argument in self.arguments:
             value = given[argument.name] if argument.position >= 0 else sizes.get(argument.name)
+            partner = argument.partner if isinstance(argument, TensorArgument) else ""
+            if partner and (value is None) != (given[partner] is None):
+                raise RuntimeError(f"{self.name}: {argument.name} must be given if and only if {partner} is")
             if value is None:
                 continue  # an absent tensor, or a letter that it would have given a size
             if isinstance(argument, NumberArgument):
@@ -280,16 +287,27 @@ class Signature:
         """Returns the declaration for the native library: its texts in lines, and its numbers.
 
         The numbers: position of the leading tensor, number of arguments, then of each argument its kind and position;
-        of a tensor dtype, the argument with this dtype, layout, the argument for lines, whether sizes of 1 may follow,
-        whether any may come before, and its sizes (least, defined letter, program); of a number its letter and whether
-        it is an integer; at last the programs of the lower bound, the upper bound and the values, with their number.
+        of a tensor dtype, the argument with this dtype, layout, the argument for lines, the argument with which it is
+        given, whether sizes of 1 may follow, whether any may come before, and its sizes (least, defined letter,
+        program); of a number its letter and whether it is an integer; at last the programs of the lower bound, the
+        upper bound and the values, each with their number.
         """
         lines, numbers = [self.name, " ".join(self.variables)], [self.names.index(self.leading), len(self.arguments)]
         for a in self.arguments:
             lines += [a.name, ", ".join(a.text.split()) if isinstance(a, TensorArgument) else a.text]
             if isinstance(a, TensorArgument):
-                others = [self.names.index(name) if name else -1 for name in (a.dtype_of, a.lines_of)]
-                numbers += [TENSOR, a.position, a.dtype, others[0], a.layout, others[1], a.extends, a.ellipsis]
+                others = [self.names.index(n) if n else -1 for n in (a.dtype_of, a.lines_of, a.partner)]
+                numbers += [
+                    TENSOR,
+                    a.position,
+                    a.dtype,
+                    others[0],
+                    a.layout,
+                    others[1],
+                    others[2],
+                    a.extends,
+                    a.ellipsis,
+                ]
                 numbers.append(len(a.sizes))
                 for size in a.sizes:
                     defined = self.variables.index(size.defines) if size.defines else -1
@@ -320,6 +338,8 @@ class Signature:
                 self._fail(argument, f"values in {low}..{high}", f"{int(t.min())}..{int(t.max())}")
         if argument.layout == LINES:
             return _as_lines(t, given[argument.lines_of])
+        if argument.layout == ROWS:
+            return t if t.stride(-1) == 1 else t.contiguous()
         return t if argument.layout == STRIDED or t.is_contiguous() else t.contiguous()
 
     def _check_shape(self, argument: TensorArgument, shape: torch.Size, sizes: dict[str, Any]) -> None:

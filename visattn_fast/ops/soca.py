@@ -30,7 +30,10 @@ _BLOCK = 1 << 18  # elements of x centred at a time; on a GPU 32 times as many, 
 
 
 def _blocks(x: Tensor) -> Iterator[tuple[slice, slice]]:
-    """Yields slices of images and of pixels: several whole images, or parts of one."""
+    """Yields slices of images and of pixels: several whole images, or parts of one. Compiled, all of x is one block."""
+    if torch.compiler.is_compiling():
+        yield slice(None), slice(None)
+        return
     n, c, h, w = x.shape
     limit = _BLOCK if x.is_cpu else 32 * _BLOCK
     images, pixels = limit // (c * h * w), max(limit // c, 1)
@@ -73,8 +76,8 @@ covariance = define(
 covariance_bwd = define(
     "channel_covariance_bwd(Tensor dcov, Tensor x) -> Tensor factor",
     None,
-    lambda dcov, x: dcov * (2 / (x.shape[2] * x.shape[3])),
-    ("N C C",),
+    lambda dcov, x: (dcov * (2 / (x.shape[2] * x.shape[3]))).to(x.dtype),
+    ("N C C : x",),
     {"x": MAP, "dcov": "N C C"},
     flops_of=lambda dcov, x: flops.count_gradient(plain_covariance, (x,)),
 )
@@ -272,17 +275,13 @@ def _gradients(grad: Tensor, tensors: Any, small: Any, options: Any, needs: Any)
 
 
 def _add_product(dx: Tensor, factor: Tensor, x: Tensor, mean: Tensor) -> None:
-    """Adds ``factor (x - mean)`` to dx in place, block by block as in `_covariance_reference`."""
+    """Adds ``factor (x - mean)`` to dx in place, block by block as in `_covariance_reference`, centred in x's dtype."""
     nhwc = memory_format(dx) == torch.channels_last
     matrices, sums, mean = _matrices(x, nhwc), _matrices(dx, nhwc), mean[:, None] if nhwc else mean[:, :, None]
     for images, pixels in _blocks(x):
         block = (images, pixels) if nhwc else (images, slice(None), pixels)
-        centred, into = matrices[block] - mean[images], sums[block]
-        pair = (centred, factor[images]) if nhwc else (factor[images], centred)
-        if into.dtype == centred.dtype:
-            into.baddbmm_(*pair)
-        else:
-            into.add_(torch.bmm(*pair))  # rounded once
+        centred = torch.sub(matrices[block], mean[images]).to(x.dtype)
+        sums[block].baddbmm_(*((centred, factor[images]) if nhwc else (factor[images], centred)))
 
 
 SOCA = composed_op(

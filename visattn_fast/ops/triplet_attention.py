@@ -168,7 +168,7 @@ def batch_statistics(small: Sequence[Tensor]) -> list[tuple[Tensor, Tensor, Tens
 
     Mean and variance are empty if the gate does not take the batch's.
     """
-    return [(small[i], small[i + 1], small[i + 2]) for i in range(3, len(small), 3)]
+    return [(small[i], small[i + 1], small[i + 2]) for i in range(3, len(small) - 1, 3)]
 
 
 @without_autocast
@@ -184,7 +184,9 @@ def _forward(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
         logits.append(normed.flatten(1))
         small += [z, *batch]
     opened = torch.cat(logits, 1).sigmoid_()
-    return triplet_scale(x, opened, residual, activation), pooled, argmax, opened, *small
+    # The last result only tells backward how the faces lie: hooks on saved tensors may bring x back in another layout.
+    layout = empty_small(x, 0, 0) if _channels_last(x) else empty_small(x, 0)
+    return triplet_scale(x, opened, residual, activation), pooled, argmax, opened, *small, layout
 
 
 @without_autocast
@@ -192,7 +194,9 @@ def _gradients(
     grad: Tensor, tensors: Sequence[Any], small: Sequence[Tensor], options: Any, needs: Sequence[bool]
 ) -> tuple[Any, ...]:
     x, *weights, residual = tensors
-    (pooled, argmax, opened, *_), (activation, *eps) = small, options
+    (pooled, argmax, opened, *_, layout), (activation, *eps) = small, options
+    if _channels_last(x) != (layout.dim() == 2):
+        x = x.contiguous(memory_format=torch.channels_last if layout.dim() == 2 else torch.contiguous_format)
     dgates, dresidual = triplet_scale_bwd(grad, x, opened, residual, activation)
     dlogits = torch.ops.aten.sigmoid_backward(dgates, opened)
     dpooled: list[Tensor] = []

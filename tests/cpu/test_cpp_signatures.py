@@ -34,9 +34,9 @@ class Signature(NamedTuple):
 
 
 def registrations() -> list[tuple[str, str, str]]:
-    """(source, op, C++ function) of each ``m.impl("op", TORCH_BOX(&function))``."""
-    pattern = re.compile(r'm\.impl\("(\w+)", TORCH_BOX\(&[\w:]*?(\w+)\)\)')
-    return [(source, *found) for source, text in SOURCES.items() for found in pattern.findall(text)]
+    """(source, op, C++ function) of each ``implement<function>(m, "op")``."""
+    pattern = re.compile(r'implement<[\w:]*?(\w+)>\(m, "(\w+)"\)')
+    return [(source, op, function) for source, text in SOURCES.items() for function, op in pattern.findall(text)]
 
 
 def cpp_signature(source: str, function: str) -> Signature:
