@@ -26,16 +26,18 @@ from .layout import as_matrices, empty_small, memory_format
 from .library import define
 from .signature import MAP
 
-_BLOCK = 1 << 18  # elements of x centred at a time; on a GPU 32 times as many, because there launches cost the most
+# Elements of x centred at a time, on a CPU and elsewhere, where launches cost the most. Backward, which keeps more, has
+# smaller blocks.
+_FORWARD, _BACKWARD = (1 << 18, 1 << 23), (1 << 18, 1 << 21)
 
 
-def _blocks(x: Tensor) -> Iterator[tuple[slice, slice]]:
+def _blocks(x: Tensor, limits: tuple[int, int]) -> Iterator[tuple[slice, slice]]:
     """Yields slices of images and of pixels: several whole images, or parts of one. Compiled, all of x is one block."""
     if torch.compiler.is_compiling():
         yield slice(None), slice(None)
         return
     n, c, h, w = x.shape
-    limit = _BLOCK if x.is_cpu else 32 * _BLOCK
+    limit = limits[0 if x.is_cpu else 1]
     images, pixels = limit // (c * h * w), max(limit // c, 1)
     if images:
         yield from ((slice(first, first + images), slice(None)) for first in range(0, n, images))
@@ -55,7 +57,7 @@ def _covariance_reference(x: Tensor, mean: Tensor) -> Tensor:
     nhwc = memory_format(x) == torch.channels_last
     matrices, mean = _matrices(x, nhwc), mean[:, None] if nhwc else mean[:, :, None]
     cov = empty_small(x, n, c, c)
-    for images, pixels in _blocks(x):
+    for images, pixels in _blocks(x, _FORWARD):
         centred = (matrices[images, pixels] if nhwc else matrices[images, :, pixels]) - mean[images]  # in mean's dtype
         pair = (centred.mT, centred) if nhwc else (centred, centred.mT)
         cov[images].baddbmm_(*pair, beta=1 if pixels.start else 0, alpha=1 / (h * w))
@@ -278,9 +280,11 @@ def _add_product(dx: Tensor, factor: Tensor, x: Tensor, mean: Tensor) -> None:
     """Adds ``factor (x - mean)`` to dx in place, block by block as in `_covariance_reference`, centred in x's dtype."""
     nhwc = memory_format(dx) == torch.channels_last
     matrices, sums, mean = _matrices(x, nhwc), _matrices(dx, nhwc), mean[:, None] if nhwc else mean[:, :, None]
-    for images, pixels in _blocks(x):
+    centred: Any = None
+    for images, pixels in _blocks(x, _BACKWARD):
+        centred = None  # before the next block is allocated
         block = (images, pixels) if nhwc else (images, slice(None), pixels)
-        centred = torch.sub(matrices[block], mean[images]).to(x.dtype)
+        centred = torch.sub(matrices[block], mean[images], out=torch.empty_like(matrices[block]))
         sums[block].baddbmm_(*((centred, factor[images]) if nhwc else (factor[images], centred)))
 
 
