@@ -204,7 +204,7 @@ def check_accelerated(case: Case) -> None:
     plain = MODULES[case.name]()
     fast = copy.deepcopy(plain)
     vf.accelerate(fast)
-    # PyTorch's gradient of a hard sigmoid is as exact as float32, in float64 too: findings/hardsigmoid_float64_gradient.sh
+    # In float64 PyTorch's gradient of a hard sigmoid has float32's accuracy: findings/hardsigmoid_float64_gradient.sh
     rounds = any(isinstance(m, nn.Hardsigmoid) or "hardsigmoid" in str(m).lower() for m in plain.modules())
     dtype = torch.float32 if case.dtype == torch.bfloat16 or rounds else case.dtype
     case = Case(**{**case.__dict__, "dtype": dtype, "mixed": False})
