@@ -76,14 +76,14 @@ def cases(draw: st.DrawFn, names: list[str], channels: st.SearchStrategy[int] | 
     name = draw(st.sampled_from(names))
     entry = catalogue.ENTRIES.get(name)
     # timm's modules reshape no empty batch, and their norms of pooled values need two images.
-    n, h, w = draw(st.integers(0 if entry else 2, 3)), draw(_size(70)), draw(_size(70))
+    n, h, w = draw(st.integers(0 if channels is None else 2, 3)), draw(_size(70)), draw(_size(70))
     c = draw(channels if channels is not None else _size(70))
     if channels is None and draw(st.booleans()):
         c = draw(st.sampled_from([8, 16, 32, 64]))
     if draw(st.integers(0, 19)) == 0:  # one very large side
         h, w = draw(st.sampled_from([(1, 4099), (2053, 1), (257, 129)]))
     assume(n * c * h * w <= MOST)
-    assume(entry is not None or h * w > 3)  # a norm of two values magnifies rounding
+    assume(channels is None or h * w > 3)  # a norm of two values magnifies rounding
     epilogue = entry is not None and entry.epilogue
     if entry is not None:
         assume(entry.supports((n, c, h, w)))
@@ -109,7 +109,7 @@ def filled(case: Case) -> Tensor:
     x = catalogue.feature_map(case.shape, dtype=torch.float64, seed=case.seed) + 0.25
     generator = torch.Generator().manual_seed(case.seed)
     if case.values == "shifted":
-        return x + 30
+        return x + 5
     if case.values == "rounded":  # many equal values
         return x.round()
     if case.values == "denormal":
@@ -290,8 +290,11 @@ def check_raw(name: str, seed: int) -> None:
                 key=lambda d: torch.finfo(d).eps,
             )
         ]
-        scale = b.double().abs().max().item() if b.numel() else 1.0
-        assert not b.numel() or (a.double() - b.double()).abs().max().item() <= tolerance * max(scale, 1.0), (i, call)
+        finite = b.isfinite()
+        assert torch.equal(a[~finite], b[~finite]), (i, call)
+        if finite.any():
+            a, b = a[finite].double(), b[finite].double()
+            assert (a - b).abs().max().item() <= tolerance * max(b.abs().max().item(), 1.0), (i, call)
 
 
 _STEEP = ("window_attention_fwd", "window_attention_bwd", "attention_fwd", "attention_bwd", "attention_mean")
