@@ -66,6 +66,14 @@ def partials_max(partials_ptr, argmax_ptr, n, k, L, splits, SHARE_TIES: tl.const
 
 
 @triton.jit
+def add_compensated(total, lost, v):
+    """Adds v to a long sum. Returns the new sum and what rounding took from it, to be added next time (Kahan)."""
+    v -= lost
+    new = total + v
+    return new, tl.where(new - new == 0, (new - total) - v, 0.0)  # infinity stays infinity
+
+
+@triton.jit
 def pair_sums(partials_ptr, k, L, rows, BLOCK_S: tl.constexpr):
     """Returns both sums of partials [rows, 2, L] over the rows at columns k, BLOCK_S rows at a time, in order."""
     acc_ty = partials_ptr.dtype.element_ty
@@ -130,10 +138,12 @@ def _combine_kernel(
     m = (tl.program_id(0) // blocks).to(tl.int64)
     k = tl.program_id(0) % blocks * BLOCK_L + tl.arange(0, BLOCK_L)
     total = tl.zeros([BLOCK_S, BLOCK_L], acc_ty)
-    for start in range(0, splits, BLOCK_S):  # few enough for one chain: see `summed_steps`
+    lost = tl.zeros([BLOCK_S, BLOCK_L], acc_ty)
+    for start in range(0, splits, BLOCK_S):
         s = start + tl.arange(0, BLOCK_S)
         mask = (s < splits)[:, None] & (k < L)[None, :]
-        total += tl.load(partials_ptr + (m * splits + s[:, None]) * L + k[None, :], mask=mask, other=0.0).to(acc_ty)
+        v = tl.load(partials_ptr + (m * splits + s[:, None]) * L + k[None, :], mask=mask, other=0.0).to(acc_ty)
+        total, lost = add_compensated(total, lost, v)
     out = tl.sum(total, 0) / divisor
     if gate_ptr is not None:
         out *= gate_grad(tl.load(gate_ptr + m * L + k, mask=k < L, other=0.0).to(acc_ty), GATE_ACTIVATION)

@@ -15,6 +15,7 @@ import triton.language as tl
 from ..core.activations import RELU, activate
 from ..core.heuristics import cdiv, vector_block
 from ..core.tiles import bound_if
+from .partials import add_compensated
 
 
 class MLPOperands(NamedTuple):
@@ -155,14 +156,12 @@ def sum_rows(program, operands, rows, SUM: tl.constexpr):
     L = operands.L
     s, k = tl.arange(0, BLOCK_S), program * BLOCK_L + tl.arange(0, BLOCK_L)
     total = tl.zeros([BLOCK_S, BLOCK_L], operands.partials.dtype.element_ty)
-    lost = tl.zeros([BLOCK_S, BLOCK_L], total.dtype)  # what rounding took from the total (Kahan): chains are long here
+    lost = tl.zeros([BLOCK_S, BLOCK_L], total.dtype)
     for start in tl.range(0, rows, BLOCK_S, loop_unroll_factor=4):
         row = start + s[:, None]
         mask = (row < rows) & (k < L)[None, :]
-        added = tl.load(operands.partials + row.to(tl.int64) * L + k[None, :], mask=mask, other=0.0) - lost
-        new = total + added
-        lost = tl.where(new - new == 0, (new - total) - added, 0.0)  # infinity stays infinity
-        total = new
+        v = tl.load(operands.partials + row.to(tl.int64) * L + k[None, :], mask=mask, other=0.0)
+        total, lost = add_compensated(total, lost, v)
     tl.store(operands.out + k, tl.sum(total, 0), mask=k < L)
 
 
