@@ -19,6 +19,7 @@ FAILED = [
     Case("self_attention", (2, 8, 4, 5), hooks="spread"),
     Case("self_attention", (1, 16, 3, 3), strides="reversed", hooks="spread"),
     Case("triplet_attention", (1, 8, 8, 1), strides="nhwc", hooks="spread"),
+    Case("triplet_attention", (1, 1, 8, 8), strides="reversed", hooks="spread"),
     Case("coord_att", (2, 4, 4, 24), strides="sliced", values="inf", activation="silu"),
     Case("torchvision SqueezeExcitation of MobileNetV3", (2, 32, 2, 2), values="nan"),
     Case("local_attention", (1, 21, 21, 21), strides="gaps", values="shifted", activation="silu", gradient="nhwc"),

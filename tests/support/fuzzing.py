@@ -112,7 +112,7 @@ def filled(case: Case) -> Tensor:
     x = catalogue.feature_map(case.shape, dtype=torch.float64, seed=case.seed) + 0.25
     generator = torch.Generator().manual_seed(case.seed)
     if case.values == "shifted":
-        return x + 5
+        return x + (1 if case.name in SOFTMAX else 5)
     if case.values == "rounded":  # many equal values
         return x.round()
     if case.values == "denormal":
@@ -230,7 +230,7 @@ def compare(case: Case, fast: nn.Module, plain: nn.Module) -> None:
         assert t.shape == eager[name].shape, f"{name}: {tuple(t.shape)}, expected {tuple(eager[name].shape)}"
     finite = all(t.isfinite().all() for run in (exact, eager) for t in run.values())
     if not finite or case.values in ("huge", "denormal"):
-        _check_pattern(fused, eager, exact)
+        _check_pattern(case, fused, eager, exact)
         return
     with torch.no_grad():
         eps = torch.finfo(next((p.dtype for p in plain.parameters()), case.dtype)).eps
@@ -254,12 +254,14 @@ def _plain_run(case: Case, plain: nn.Module, x: Tensor, residual: Tensor | None)
     return {name: t.to(case.dtype) if name in ("y", "dx", "dresidual") else t for name, t in found.items()}
 
 
-def _check_pattern(fused: dict[str, Tensor], eager: dict[str, Tensor], exact: dict[str, Tensor]) -> None:
+def _check_pattern(case: Case, fused: dict[str, Tensor], eager: dict[str, Tensor], exact: dict[str, Tensor]) -> None:
     """Where plain PyTorch and float64 are both finite, the fused result is finite, and near them.
 
     Where both are NaN, y and dx are not finite. Gradients of biases may be: before a batch norm, they are zero.
     """
     run = max((float(t[t.isfinite()].abs().max()) for t in exact.values() if t.isfinite().any()), default=0.0)
+    if case.values in ("nan", "inf"):  # gradients of parameters sum over what is not finite
+        fused = {name: t for name, t in fused.items() if name in ("y", "dx")}
     coarse = any(t.dtype == torch.bfloat16 for t in fused.values())
     for name, t in fused.items():
         sound = eager[name].isfinite() & exact[name].isfinite()

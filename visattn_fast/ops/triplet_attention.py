@@ -33,7 +33,9 @@ FIELDS = 5  # tensors of a gate: convolution, weight, bias, mean and variance
 
 
 def _channels_last(x: Tensor) -> bool:
-    return memory_format(x) == torch.channels_last
+    """True if faces lie as in channels_last. With one channel or one pixel they lie the same in both layouts."""
+    _, c, h, w = x.shape
+    return c > 1 and h * w > 1 and memory_format(x) == torch.channels_last
 
 
 def _shapes(x: Tensor, spatial: bool) -> list[tuple[int, int]]:
