@@ -209,3 +209,19 @@ def test_weights_sum_to_one_in_both_layouts():
             bad(x, need_weights="all")
     with pytest.raises(ValueError, match=r"x must have shape \[N, H, W, 16\] .*got \[2, 16, 7, 6\]"):
         grids(x)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_biases_of_any_strides_are_read(compiled):
+    """A bias may be a column of a matrix, as parametrizations make them. The products are large: oneDNN serves."""
+    torch.manual_seed(0)
+    fast = vf.FastWindowAttention2d(96, heads=3, window=7)
+    plain = reference.WindowAttention2d(96, heads=3, window=7)
+    plain.load_state_dict(fast.state_dict())
+    for module in (fast, plain):
+        for layer in (module.qkv, module.proj):
+            columns = torch.stack([layer.bias.detach() + 1, torch.full_like(layer.bias, 100.0)], 1)
+            layer.bias = torch.nn.Parameter(columns[:, 0])
+    x = feature_map((1, 96, 56, 56), "nchw", torch.float32)
+    module = torch.compile(fast, backend="aot_eager") if compiled else fast
+    torch.testing.assert_close(module(x), plain(x), rtol=1e-4, atol=1e-4)

@@ -119,3 +119,24 @@ def test_both_orders_of_ties_match_reference(kind):
             (dx,) = torch.autograd.grad(fast(x).square().sum(), x, create_graph=True)
             grads.append([dx, *torch.autograd.grad(dx.square().sum(), [x, *fast.parameters()], allow_unused=True)])
     torch.testing.assert_close(*grads, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("functions", [vf.functional, reference], ids=["fused", "reference"])
+def test_gates_on_another_device_are_refused(functions):
+    """Also between layers of the caller's, which may have been left on another device."""
+    x = feature_map((2, 8, 5, 4), "nchw", torch.float32)
+
+    def elsewhere(*sizes):
+        return lambda *_: torch.rand(sizes, device="meta")
+
+    def here(*sizes):
+        return lambda *_: torch.rand(sizes)
+
+    with pytest.raises(ValueError, match="gate must return a tensor on the device of x, cpu, got meta"):
+        functions.gate_channels(x, elsewhere(2, 8, 1, 1))
+    for gates, name in (
+        ((elsewhere(2, 8, 1, 1), here(2, 1, 5, 4)), "channel"),
+        ((here(2, 8, 1, 1), elsewhere(2, 1, 5, 4)), "spatial"),
+    ):
+        with pytest.raises(ValueError, match=f"{name} must return a tensor on the device of x"):
+            functions.gate_twice(x, *gates)

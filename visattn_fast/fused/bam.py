@@ -63,8 +63,8 @@ def bam(
         return reference.epilogue(reference.bam(x, channel, spatial, combine).to(x.dtype), residual, activation)
     n, c, h, w = x.shape
     mean, again, *carriers = call_function(Branches, x, added)
-    of_channel = checked(channel(mean.to(x.dtype)[:, :, None, None]), (n, c, 1, 1), "channel").flatten(1)
-    of_pixel = checked(spatial(again), (n, 1, h, w), "spatial")[:, 0]
+    of_channel = checked(channel(mean.to(x.dtype)[:, :, None, None]), (n, c, 1, 1), "channel", x).flatten(1)
+    of_pixel = checked(spatial(again), (n, 1, h, w), "spatial", x)[:, 0]
     tensors = (x, of_channel.to(mean.dtype), of_pixel.to(mean.dtype))
     return last_pass(JointScale, tensors, residual, carriers, code, added)
 

@@ -56,7 +56,7 @@ def gate_channels(
     if not decide(x, GATE_CHANNELS).fused:
         return reference.epilogue(reference.gate_channels(x, gate).to(x.dtype), residual, activation)
     mean, *carriers = call_function(Mean, x, 0)
-    found = checked(gate(mean.to(x.dtype)[:, :, None, None]), (*x.shape[:2], 1, 1), "gate")
+    found = checked(gate(mean.to(x.dtype)[:, :, None, None]), (*x.shape[:2], 1, 1), "gate", x)
     return last_pass(ChannelScale, (x, found.flatten(1).to(mean.dtype)), residual, carriers, code)
 
 
@@ -109,9 +109,9 @@ def gate_twice(
         gate = pooled.new_ones((n, c))
     else:
         mean, maximum = pooled.to(x.dtype)[..., None, None].unbind(1)
-        gate = checked(channel(mean, maximum), (n, c, 1, 1), "channel").flatten(1).to(pooled.dtype)
+        gate = checked(channel(mean, maximum), (n, c, 1, 1), "channel", x).flatten(1).to(pooled.dtype)
     maps, _ = call_function(PoolChannels, x, gate, *for_maps, share_ties)
-    pixel = checked(spatial(maps.to(x.dtype)), (n, 1, h, w), "spatial").flatten(0, 1).to(pooled.dtype)
+    pixel = checked(spatial(maps.to(x.dtype)), (n, 1, h, w), "spatial", x).flatten(0, 1).to(pooled.dtype)
     return last_pass(ChannelSpatialScale, (x, gate, pixel), residual, (for_grad, for_channel, for_pixel), code)
 
 

@@ -88,7 +88,7 @@ def gate_normed_channels(
         means = channel_mean(z) if passes else d.mean((2, 3)) + mean
     gain = torch.rsqrt(var + eps) * weight
     pooled = ((means - mean) * gain + bias).to(z.dtype)[:, :, None, None]
-    factor = checked(gate(pooled), (*z.shape[:2], 1, 1), "gate").to(wide)
+    factor = checked(gate(pooled), (*z.shape[:2], 1, 1), "gate", z).to(wide)
     if passes and not recorded((factor,)):
         factor = factor.flatten(1)
         scale = gain * factor

@@ -44,8 +44,8 @@ def bam(
     check_choice("combine", combine, COMBINE)
     of_channel, of_pixel = channel(x.mean((2, 3), keepdim=True)), spatial(x)
     if isinstance(x, Tensor):  # not in a trace of torch.fx
-        checked(of_channel, (*x.shape[:2], 1, 1), "channel")
-        checked(of_pixel, (x.shape[0], 1, *x.shape[2:]), "spatial")
+        checked(of_channel, (*x.shape[:2], 1, 1), "channel", x)
+        checked(of_pixel, (x.shape[0], 1, *x.shape[2:]), "spatial", x)
     return x * joint_gate(of_channel, of_pixel, combine)
 
 

@@ -28,7 +28,7 @@ def gate_channels(x: Tensor, gate: Callable[[Tensor], Tensor]) -> Tensor:
     check_feature_map(x)
     found = gate(x.mean((2, 3), keepdim=True))
     if isinstance(x, Tensor):  # not in a trace of torch.fx
-        checked(found, (*x.shape[:2], 1, 1), "gate")
+        checked(found, (*x.shape[:2], 1, 1), "gate", x)
     return x * found
 
 
@@ -57,17 +57,19 @@ def gate_twice(
         maximum = x.amax((2, 3), keepdim=True) if even else global_maximum(x)
         gate = channel(x.mean((2, 3), keepdim=True), maximum)
         if isinstance(x, Tensor):  # not in a trace of torch.fx
-            checked(gate, (*x.shape[:2], 1, 1), "channel")
+            checked(gate, (*x.shape[:2], 1, 1), "channel", x)
         x = x * gate
     maximum = x.amax(1, keepdim=True) if even else x.max(dim=1, keepdim=True).values
     gate = spatial(torch.cat([x.mean(1, keepdim=True), maximum], 1))
     if isinstance(x, Tensor):
-        checked(gate, (x.shape[0], 1, *x.shape[2:]), "spatial")
+        checked(gate, (x.shape[0], 1, *x.shape[2:]), "spatial", x)
     return x * gate
 
 
-def checked(gate: Tensor, shape: tuple[int, ...], name: str) -> Tensor:
-    """Returns ``gate``, the result of the callable ``name``. Raises ValueError unless it has ``shape``."""
+def checked(gate: Tensor, shape: tuple[int, ...], name: str, x: Tensor) -> Tensor:
+    """Returns ``gate``, the result of ``name``. Raises ValueError unless it has ``shape`` and is on the device of x."""
     if gate.shape != shape:
         raise ValueError(f"{name} must return shape {list(shape)}, got {list(gate.shape)}")
+    if gate.device != x.device:
+        raise ValueError(f"{name} must return a tensor on the device of x, {x.device}, got {gate.device}")
     return gate
