@@ -19,6 +19,15 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 torch.backends.cudnn.allow_tf32 = False
 
 
+@pytest.fixture(autouse=True)
+def _same_threads():
+    """Gives the next test the number of threads that this one got."""
+    before = torch.get_num_threads()
+    yield
+    if torch.get_num_threads() != before:
+        torch.set_num_threads(before)
+
+
 @pytest.hookimpl(tryfirst=True)  # before pytest selects by -m
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Marks the tests in kernels/ as `interpreted`; under the interpreter, skips the tests without this mark.
