@@ -13,7 +13,7 @@ from visattn_fast.ops.library import OPS
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 quick = settings(
-    max_examples=12, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
+    max_examples=6, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
 )
 FAILED = [
     Case("self_attention", (2, 8, 4, 5), hooks="spread"),
@@ -34,14 +34,14 @@ def test_modules(name, data):
 
 
 @pytest.mark.parametrize("name", [name for name in MODULES if name not in catalogue.ENTRIES])
-@settings(quick, max_examples=3)
+@settings(quick, max_examples=2)
 @given(st.data())
 def test_accelerated(name, data):
     check_accelerated(data.draw(cases([name], st.just(32))))
 
 
 @pytest.mark.parametrize("name", OPS)
-@settings(quick, max_examples=6)
+@settings(quick, max_examples=3)
 @given(st.integers(0, 1 << 30))
 def test_raw_ops(name, seed):
     check_raw(name, seed)
