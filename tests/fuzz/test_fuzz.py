@@ -47,6 +47,11 @@ def test_raw_ops(name, seed):
     check_raw(name, seed)
 
 
+@pytest.mark.parametrize(("name", "seed"), [("se_bwd", 23), ("attention_fwd", 247914)])
+def test_raw_calls_that_once_failed(name, seed):
+    check_raw(name, seed)
+
+
 @pytest.mark.parametrize("case", FAILED, ids=str)
 def test_cases_that_once_failed(case):
     (check_module if case.name in catalogue.ENTRIES else check_accelerated)(case)

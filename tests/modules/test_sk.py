@@ -85,3 +85,24 @@ def test_branch_kernels_compile_without_faults(layout, target, shape):
     seen = {c.variant.uses[0].launch.constants.get("TILE.CHANNELS_LAST") for c in found} - {None}
     assert seen == {layout == "channels_last"}
     assert not [fault for c in found for fault in c.faults]
+
+
+@layouts
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)], ids=str)
+@pytest.mark.parametrize("training", [False, True])
+def test_branches_of_two_dtypes_are_widened(layout, dtypes, training):
+    """The result has v1's dtype, and both branches' gradients their own; running statistics are updated once."""
+    tensors = arguments((3, 8, 4, 5), layout)
+    found = []
+    for function, wide in ((vf.functional.sk, False), (reference.sk, True)):
+        given = [t.clone() for t in tensors]
+        given[:2] = [t.to(d).requires_grad_() for t, d in zip(given[:2], dtypes, strict=True)]
+        branches = [t.double() for t in given[:2]] if wide else given[:2]
+        rest = [t.double() for t in given[2:]] if wide else given[2:]
+        y = function(*branches, *rest, training=training, momentum=0.25)
+        grads = torch.autograd.grad(y.square().sum(), given[:2])
+        assert [g.dtype for g in grads] == list(dtypes)
+        assert wide or y.dtype == dtypes[0]
+        found.append([t.detach().double() for t in (y, *grads, rest[3], rest[4])])
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want, rtol=0.02, atol=0.02 * want.abs().max().item())
