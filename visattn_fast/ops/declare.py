@@ -52,7 +52,6 @@ def gate_op(
     mathematics: Callable[..., Tensor],
     options: str = "",
     ranges: Mapping[str, str] | None = None,
-    limits: Mapping[str, str] | None = None,
     kernels: str = "",
     unread: Sequence[str] = (),
     statistics: Sequence[str] = (),
@@ -77,8 +76,7 @@ def gate_op(
         forward, backward: the ops in plain PyTorch, with the arguments of the schemas, by position.
         mathematics: ``(x, *weights, *options) -> y`` in differentiable PyTorch, without the epilogue.
         options: numbers after the activation, as in a schema: ``"float eps"``.
-        ranges: option -> range, as in `signature`.
-        limits: letter -> its range or values, as in `signature`.
+        ranges: option or letter -> its range or values, as in `signature`.
         kernels: the module of ``visattn_fast.kernels.ops`` with the launchers, if not named after the family.
         unread: weights that backward does not take, such as biases; it returns their gradients all the same.
         statistics: weights that have no gradient, such as running means; backward does not take them either.
@@ -105,8 +103,9 @@ def gate_op(
 
     fits = {key: shape if shape == "like x" else f"{shape} : floating" for key, shape in shapes.items()}
     fits |= {key: f"{fits[key]} with {statistics[0]}" for key in statistics[1:]}
-    x_and_rest = {"x": MAP}, {"residual": "like x"} if epilogue else {}
-    bounds = {**(limits or {}), **(ranges or {})}
+    added = {"residual": "like x"} if epilogue else {}
+    bounds = ranges or {}
+    dropped = {*_names(options)} - {*_names(late)}  # options that backward does not take
 
     arguments = ["Tensor x", *schema.values(), *residual, *code, *_listed(options)]
     results = ["Tensor y"] * epilogue + saved
@@ -115,7 +114,7 @@ def gate_op(
         kernels or name,
         forward,
         (result, *(text.partition(" in ")[0] for text in saves.values())),
-        {**x_and_rest[0], **fits, **x_and_rest[1], **bounds},
+        {"x": MAP, **fits, **added, **bounds},
     )
 
     def gradient(key: str) -> Shape:
@@ -129,7 +128,7 @@ def gate_op(
         given = dict(zip(signature.names, args, strict=True))
         x, sizes = given["x"], signature.check(args)[1]
         tensors = [given[key] if key in given else allocated(shapes[key], given, sizes, x) for key in weights]
-        values = [given.get(option.split()[-1], 1) for option in _listed(options)]
+        values = [given.get(option, 1) for option in _names(options)]
         constants = [1 + i for i, key in enumerate(weights) if key in statistics]
         return flops.count_gradient(mathematics, (x, *tensors, *values), constants)
 
@@ -146,20 +145,20 @@ def gate_op(
             *(gradient(key) for key in small),
         ),
         {
-            **x_and_rest[0],
+            "x": MAP,
             **{key: fits[key] for key in read},
-            **x_and_rest[1],
+            **added,
             "grad": "like x" if epilogue else result,
             **({} if epilogue else {"gate": result}),
             **saves,
-            **{key: text for key, text in bounds.items() if key in late or key in (limits or {})},
+            **{key: text for key, text in bounds.items() if key not in dropped},
         },
         gradients_of=[_owner(key, weights) for key in small],
         flops_of=backward_flops,
     )
     names = ["x", *weights, *(["residual"] if epilogue else [])]
-    numbers = [argument.split()[-1] for argument in (*code, *_listed(options))]
-    late_numbers = [argument.split()[-1] for argument in (*code, *_listed(late))]
+    activation = ["activation"] * epilogue
+    numbers, late_numbers = [*activation, *_names(options)], [*activation, *_names(late)]
     order = [result.removeprefix("Tensor d") for result in bwd_results]
     picked = [names.index(key) for key in ("x", *read, *(["residual"] if epilogue else []))]
     places = [order.index(key) if key in order else -1 for key in names]  # the last gradient is None
@@ -219,6 +218,10 @@ def composed_op(
 
 def _listed(options: str) -> list[str]:
     return options.split(", ") if options else []
+
+
+def _names(options: str) -> list[str]:
+    return [option.split()[-1] for option in _listed(options)]
 
 
 def _owner(key: str, weights: Mapping[str, str]) -> str:

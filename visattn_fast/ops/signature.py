@@ -38,7 +38,7 @@ from torch import Tensor
 
 from .layout import accumulation_dtype, memory_format
 
-# Codes of the table. csrc/common/signature.h has the same.
+# Codes of the table. csrc/common/signature.cpp has the same.
 TENSOR, NUMBER = 0, 1
 FLOATING, SUMS, ACCUMULATION, OF_ARGUMENT, INT32, BOOL = range(6)
 STRIDED, DENSE, LINES, ROWS = range(4)
@@ -179,8 +179,7 @@ class Signature:
         missing = [name for name, kind in types.items() if kind.startswith("Tensor") and name not in declared]
         if missing:
             raise ValueError(f"{self.name}: arguments must declare {', '.join(missing)}")
-        self.tensors = [name for name in declared if types.get(name, "").startswith("Tensor")]
-        self.leading = self.tensors[0]
+        self.leading = next(name for name in declared if types.get(name, "").startswith("Tensor"))
         self.variables: list[str] = []
         self.arguments: list[TensorArgument | NumberArgument] = []
         self.texts = declared
@@ -191,6 +190,7 @@ class Signature:
                 self.arguments.append(self._tensor(name, position, kind.endswith("?"), text))
             else:
                 self.arguments.append(self._number(name, position, kind != "float", text))
+        self._has_indices = any(isinstance(a, TensorArgument) and a.high is not None for a in self.arguments)
         self._fitting: set[Any] = set()
 
     def _tensor(self, name: str, position: int, optional: bool, text: str) -> TensorArgument:
@@ -278,7 +278,8 @@ class Signature:
         except TypeError:  # a size that torch.compile has not fixed
             return self.check(args)[0]
         fitting = self.check(args)[0]
-        indices = any(isinstance(a, TensorArgument) and a.high is not None for a in self.arguments)
+        # Their values are part of the check, on CPUs.
+        indices = args[self.names.index(self.leading)].is_cpu and self._has_indices
         if all(a is b for a, b in zip(args, fitting, strict=True)) and not indices and len(self._fitting) < _REMEMBERED:
             self._fitting.add(key)
         return fitting
