@@ -167,19 +167,24 @@ void hidden_grad(const LineShape& s, const A* dlines, const A* w_h, const A* w_w
   });
 }
 
-// sums [3, M]: the gradients of the norm's bias and weight and of b1, from those of the images [N, 2, ld].
-// batch [2, ld]: the means of the first two over the batch.
+// sums [3, M]: the gradients of the norm's bias and weight and of b1, from the sums of the images [N, 3, ld].
+// batch [2, ld]: the means over the batch that norm_rows_grad subtracts. The batch's mean is rounded, so the
+// mean of the normalised z is not quite zero: both account for it, and the gradients of z add up to zero.
 template <class A>
 void norm_sums(const LineShape& s, const LineNorm<A>& norm, const A* images, bool fixed, A* sums, A* batch) {
-  const A count = static_cast<A>(s.N ? s.N * s.L : 1);
+  const double count = static_cast<double>(s.N ? s.N * s.L : 1);
   for (int64_t m = 0; m < s.M; ++m) {
-    double dbias = 0, dweight = 0;
+    double dbias = 0, dweight = 0, offset = 0;
     for (int64_t n = 0; n < s.N; ++n) {
-      dbias += images[2 * n * s.ld + m], dweight += images[(2 * n + 1) * s.ld + m];
+      const A* image = images + 3 * n * s.ld + m;
+      dbias += image[0], dweight += image[s.ld], offset += image[2 * s.ld];
     }
+    offset = fixed ? 0 : offset / count;
+    dweight -= offset * dbias;
     sums[m] = static_cast<A>(dbias), sums[s.M + m] = static_cast<A>(dweight);
     sums[2 * s.M + m] = fixed ? sums[m] * norm.gain(m) : A(0);  // the batch's mean removes b1
-    batch[m] = sums[m] / count, batch[s.ld + m] = sums[s.M + m] / count;
+    batch[m] = static_cast<A>((dbias - offset * dweight) / count);
+    batch[s.ld + m] = static_cast<A>(dweight / count);
   }
 }
 
@@ -263,7 +268,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> line_gates_bw
     const Buffer<A> weights[] = {buffer_of<A>(w_h, s.C * s.M), buffer_of<A>(w_w, s.C * s.M),
                                  buffer_of<A>(w1, s.M * s.C)};
     Tensor dmeans = lines_like(lines), sums = empty({3, s.M}, kDtype<A>);
-    Buffer<A> hidden(s.N * s.L * s.ld), dz(s.N * s.L * s.ld), of_norm(2 * s.N * s.ld), batch(2 * s.ld),
+    Buffer<A> hidden(s.N * s.L * s.ld), dz(s.N * s.L * s.ld), of_norm(3 * s.N * s.ld), batch(2 * s.ld),
         along(s.nhwc ? 0 : s.N * s.L * s.M);
 
     for_images(s.N, s.C * s.L, [&](int64_t begin, int64_t end, const Workers& workers) {
@@ -277,7 +282,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> line_gates_bw
           hidden_grad(s, dlines, weights[0].get(), weights[1].get(), b, e, dz.get() + rows);
         });
         activate_rows_grad(s, norm, data<A>(units) + n * s.L * s.M, hidden.get() + rows, dz.get() + rows,
-                           of_norm.get() + 2 * n * s.ld);
+                           of_norm.get() + 3 * n * s.ld);
       }
     });
 

@@ -191,8 +191,8 @@ void activate_rows(const LineShape& s, const LineNorm<A>& norm, const A* z, A* h
   });
 }
 
-// Computes hidden as above, and turns the gradients of hidden in `grads` into those of bn(z). sums [2, ld]
-// are the sums of the latter over the lines, plain and times the normalised z.
+// Computes hidden as above, and turns the gradients of hidden in `grads` into those of bn(z). sums [3, ld]
+// are the sums of the latter over the lines, plain and times the normalised z, and of the normalised z.
 template <class A>
 void activate_rows_grad(const LineShape& s, const LineNorm<A>& norm, const A* z, A* hidden, A* grads,
                         A* sums) {
@@ -200,15 +200,15 @@ void activate_rows_grad(const LineShape& s, const LineNorm<A>& norm, const A* z,
   simd([=]() VF_INLINE {
     for_vectors<A>(s.M, [&](int64_t m, auto lanes) VF_INLINE {
       const NormLanes<A> k = by->at(m);
-      Vec<A> dbias = set1<A>(0), dweight = dbias;
+      Vec<A> dbias = set1<A>(0), dweight = dbias, offset = dbias;
       for (int64_t l = 0; l < s.L; ++l) {
         const Vec<A> normal = k.normal(load(z + l * s.M + m, lanes)), v = k.affine(normal);
         const Vec<A> d = hardswish_grad(load(grads + l * s.ld + m), v);
         store(hidden + l * s.ld + m, hardswish(v));
         store(grads + l * s.ld + m, d);
-        dbias += d, dweight += d * normal;
+        dbias += d, dweight += d * normal, offset += normal;
       }
-      store(sums + m, dbias), store(sums + s.ld + m, dweight);
+      store(sums + m, dbias), store(sums + s.ld + m, dweight), store(sums + 2 * s.ld + m, offset);
     });
   });
 }

@@ -151,6 +151,7 @@ class WindowTiles {
         }
       }
       weights();
+      centre_values();
       transpose_tile(v_.get(), Lp_, dp_, vt_.get());
       product<A>(Broadcast<A>{g_.get(), dp_, 1}, vt_.get(), Lp_, L_, Lp_, w_.d,
                  [&](int64_t i, int64_t j, Vec<A> sum, Full)
@@ -263,6 +264,20 @@ class WindowTiles {
       const A sum = sum_lanes<A>(total);
       inverse_[i] = 1 / sum;
       whole_[i] = sum * inverse_[i];
+    }
+  }
+
+  // Subtracts the mean of the values. The gradients of the logits do not depend on it, and would cancel if all
+  // values lay far from zero.
+  VF_INLINE void centre_values() {
+    const Vec<A> share = set1(A(1) / static_cast<A>(L_));
+    for (int64_t c = 0; c < dp_; c += kLanes<A>) {
+      A* column = v_.get() + c;
+      Vec<A> sum = set1(A(0));
+      for (int64_t i = 0; i < L_; ++i) sum += load(column + i * dp_);
+      Vec<A> mean = sum * share;
+      mean = mean - mean == set1(A(0)) ? mean : set1(A(0));  // NaN or infinity stays at its token
+      for (int64_t i = 0; i < L_; ++i) store(column + i * dp_, load(column + i * dp_) - mean);
     }
   }
 

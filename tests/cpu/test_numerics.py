@@ -35,6 +35,29 @@ def test_large_maps_are_not_twice_as_wrong_as_eager(name, layout, values):
     assert not measure(Case(ENTRIES[name], LONG, layout, "fp32", values)).worse
 
 
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("self_attention", "mean 100"),
+        ("self_attention", "mean 1000"),
+        ("criss_cross", "mean 100"),
+        ("criss_cross", "mean 1000"),
+        ("window_attention", "mean 1000"),
+        ("soca", "mean 1000"),
+    ],
+)
+@layouts
+def test_maps_far_from_zero_are_not_twice_as_wrong_as_eager(name, values, layout):
+    assert not measure(Case(ENTRIES[name], SHAPE, layout, "fp32", values)).worse
+
+
+@layouts
+def test_rounding_of_a_mean_does_not_reach_weights(layout):
+    """A mean of a batch that is rounded makes the gradients of what it normalises add up to more than zero."""
+    errors = measure(Case(ENTRIES["coord_att"], SHAPE, layout, "fp32", "mean 1000"))
+    assert errors.fused["dconv1.weight"] <= 0.1 * errors.eager["dconv1.weight"]
+
+
 def error(found, exact):
     return largest((found.double() - exact).detach()) / (largest(exact.detach()) or 1.0)
 
@@ -57,11 +80,12 @@ def test_means_of_equal_values_do_not_drift(shape, layout):
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("side", [3, 7, 14])
-def test_self_attention_far_from_zero(bias, masked, side):
+@pytest.mark.parametrize("far", [(1,), (2,), (1, 2)], ids=["keys", "values", "both"])
+def test_self_attention_far_from_zero(bias, masked, side, far):
     """The gradients of scores are differences of products with values and results, which must not cancel."""
     generator = torch.Generator().manual_seed(0)
     qkv = torch.randn(2, side, side, 3, 2, 8, generator=generator, dtype=torch.float64)
-    qkv[:, :, :, 2] += 100
+    qkv[:, :, :, far] += 100
     qkv = qkv.float()
     table = torch.randn(2 * side - 1, 2 * side - 1, 2, generator=generator) if bias else None
     mask = torch.rand(2, side, side, generator=generator) > 0.5 if masked else None

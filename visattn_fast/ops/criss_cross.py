@@ -129,6 +129,11 @@ def _criss_cross_bwd_reference(
     dweight[hidden : 2 * hidden] -= dbias[:, hidden : 2 * hidden].t() @ pixels.mean(1, dtype=a)
     dbias = dbias.sum(0)
     dbias[hidden : 2 * hidden] = 0.0
+    # The weights of a query add up to one, so the values' part is the sum of the gradients of the attended values. It
+    # has no rounding of the weights. NaN comes from the values' own gradients.
+    of_values = dbias[2 * hidden :]
+    total = grad.sum((0, 2, 3), dtype=a) * gamma
+    of_values.copy_(torch.where(of_values.isfinite(), total, of_values))
     dx = to_map(grad, x)
     if x.dtype != a:
         dx.copy_(grad + (dpacked @ weight).unflatten(1, (height, width)).permute(0, 3, 1, 2))

@@ -2,10 +2,12 @@
 
 On CPUs PyTorch's fused attention serves, for a few rows of queries at a time: their bias is a small part of the whole.
 The result and the logarithms of the softmax sums (lse) are saved for backward. With a bias, backward computes the
-weights of these rows again, from lse.
+weights of these rows again.
 
-Both directions subtract the mean of the values from them, and forward adds it to the result. A score's gradient is the
-difference of a product with its value and one with the result, which would cancel if all values lie far from zero.
+Far from zero values and keys would cancel: a score's gradient is the difference of two products with the upstream
+gradient, of its value and of the result, and a row of them adds up to zero before it meets the keys. So forward
+subtracts the mean of the values and adds it to the result. Backward subtracts both means, which leaves the gradients of
+the scores as they are.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from .shapes import Arguments
 
 _FLASH = 16  # keys; with fewer, less than a vector, PyTorch's CPU kernel returns zeros for a query that is NaN
 _BLOCK = 1 << 18  # weights, or biases, computed at a time
+_LARGE = 256  # an lse beyond it is rounded by more than 1e-5, and so are weights computed from it
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
@@ -81,17 +84,27 @@ class _Bias:
                 yield queries, bias[None] if self.shut is None else bias + self.shut
 
 
-def _centred(v: Tensor, key_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Returns v minus its mean over the keys that are not masked, and the mean ``[N, heads, 1, d]``.
+def _centred(t: Tensor, key_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Returns keys or values minus their mean over the keys that are not masked, and the mean ``[N, heads, 1, d]``.
 
-    v ``[N, heads, L, d]`` has zeros at masked keys. Where the mean is not finite, 0 takes its place.
+    t ``[N, heads, L, d]`` has zeros at masked keys. Where the mean is not finite, 0 takes its place.
     """
     keys: Tensor | int = (
-        v.shape[2] if key_mask is None else key_mask.flatten(1).sum(1).clamp_(min=1)[:, None, None, None]
+        t.shape[2] if key_mask is None else key_mask.flatten(1).sum(1).clamp_(min=1)[:, None, None, None]
     )
-    mean = v.sum(2, keepdim=True, dtype=accumulation_dtype(v)) / keys
+    mean = t.sum(2, keepdim=True, dtype=accumulation_dtype(t)) / keys
     mean.masked_fill_(~mean.isfinite(), 0.0)
-    return (v - mean).to(v.dtype), mean
+    return (t - mean).to(t.dtype), mean
+
+
+def _lie_far(t: Tensor, key_mask: Tensor | None) -> bool:
+    """True if in some head the keys or values t ``[N, heads, L, d]`` lie farther from zero than they spread."""
+    top = bottom = t
+    if key_mask is not None:
+        unseen = ~key_mask.flatten(1)[:, None, :, None]
+        top, bottom = t.masked_fill(unseen, -torch.inf), t.masked_fill(unseen, torch.inf)
+    top, bottom = top.amax(2), bottom.amin(2)
+    return bool(((top + bottom).abs().amax(2) > 2 * (top - bottom).amax(2)).any())
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
@@ -131,11 +144,12 @@ def _attention_fwd_reference(
 class _Products:
     """Attention weights in blocks: some rows of queries of some images at a time."""
 
-    def __init__(self, qkv: Tensor, table: Tensor | None, key_mask: Tensor | None, lse: Tensor, scale: float) -> None:
+    def __init__(self, qkv: Tensor, table: Tensor | None, key_mask: Tensor | None, scale: float) -> None:
         _, height, width, _, self.heads, _ = qkv.shape
         a = accumulation_dtype(qkv)
-        self.q, self.k = (t.to(a).contiguous() for t in split_heads(qkv, key_mask)[:2])
-        self.lse, self.scale, self.bias = lse[..., None], scale, _Bias(qkv, table, key_mask)
+        q, k, _ = split_heads(qkv, key_mask)
+        self.q, self.k = q.to(a).contiguous(), _centred(k.to(a), key_mask)[0]
+        self.scale, self.bias = scale, _Bias(qkv, table, key_mask)
         self.row_weights = self.heads * height * width**2
 
     def blocks(self) -> Iterator[tuple[slice, slice, Tensor]]:
@@ -146,7 +160,7 @@ class _Products:
                 yield images, queries, self._weights(images, queries, relative)
 
     def _weights(self, images: slice, queries: slice, relative: Tensor | None) -> Tensor:
-        q, k, lse = self.q[images, :, queries], self.k[images], self.lse[images, :, queries]
+        q, k = self.q[images, :, queries], self.k[images]
         weights = empty_small(q, *q.shape[:3], k.shape[2], dtype=q.dtype)
         if relative is not None:
             weights.copy_(relative)
@@ -154,7 +168,7 @@ class _Products:
         weights.flatten(0, 1).baddbmm_(q.flatten(0, 1), k.flatten(0, 1).mT, beta=beta, alpha=self.scale)
         if self.bias.shut is not None:
             weights += self.bias.shut[images]
-        return weights.sub_(lse).exp_().flatten(0, 1)
+        return weights.softmax(3).flatten(0, 1)
 
 
 def _sum_images(dscores: Tensor, heads: int) -> Tensor:
@@ -182,37 +196,48 @@ def _add_offsets(dtable: Tensor, dscores: Tensor, first: int, width: int) -> Non
         dtable[:, h + row - height : h + row, w - width : w + width - 1] += found
 
 
+def _fused_gradients(g: Tensor, qkv: Tensor, key_mask: Tensor | None, out: Tensor, lse: Tensor, scale: float) -> Tensor:
+    """Returns the gradient of qkv by PyTorch's fused attention; g ``[N, heads, L, d]`` is that of the result."""
+    q, k, v = split_heads(qkv, key_mask)
+    far = _lie_far(k, key_mask) or _lie_far(v, key_mask)
+    v, mean = _centred(v, key_mask)
+    bias = _Bias(qkv, None, key_mask).shut
+    if far:  # what forward saved has too few digits
+        k = _centred(k, key_mask)[0]
+        o, lse = _attend(q, k, v, bias, scale)
+    else:
+        o = out.flatten(1, 2).transpose(1, 2) - mean
+    gradients = _flash_backward(g, q, k, v, o.to(out.dtype), lse, 0.0, False, attn_mask=bias, scale=scale)
+    dqkv = torch.empty(qkv.shape, dtype=qkv.dtype)
+    for into, gradient in zip(split_heads(dqkv, None), gradients, strict=True):
+        into.copy_(gradient)
+    return dqkv
+
+
 @torch.no_grad()
 def _attention_bwd_reference(
     grad: Tensor, qkv: Tensor, table: Tensor | None, key_mask: Tensor | None, out: Tensor, lse: Tensor, scale: float
 ) -> tuple[Tensor, ...]:
     n, _, width, _, heads, _ = qkv.shape
     a = accumulation_dtype(qkv)
-    dqkv = torch.zeros(qkv.shape, dtype=a, device=qkv.device)
-    dtable = empty_small(qkv, *(table.permute(2, 0, 1).shape if table is not None else (0,))).zero_()
-    lse = lse.masked_fill(lse == -torch.inf, 0.0)  # images without keys: -inf would make NaN
     if key_mask is not None:
         grad = grad.masked_fill(~key_mask.flatten(1).any(1)[:, None, None, None, None], 0.0)
-    g, o = (t.flatten(1, 2).transpose(1, 2) for t in (grad, out))
-    q, k, v = split_heads(qkv, key_mask)
-    v, mean = _centred(v, key_mask)
-    o = (o - mean).to(o.dtype)
-    found = split_heads(dqkv, None)
-    if table is None and qkv.is_cpu and n:
-        bias = _Bias(qkv, None, key_mask).shut
-        gradients = _flash_backward(g, q, k, v, o, lse, 0.0, False, attn_mask=bias, scale=scale)
-        for into, gradient in zip(found, gradients, strict=True):
-            into.copy_(gradient)
-        return dqkv.to(qkv.dtype), dtable
-    g, o, v = (t.to(a).contiguous() for t in (g, o, v))
-    delta = (g * o).sum(3, keepdim=True)
-    dq, dk, dv = found
-    products = _Products(qkv, table, key_mask, lse, scale)
+    g = grad.flatten(1, 2).transpose(1, 2)
+    lse = lse.masked_fill(lse == -torch.inf, 0.0)  # images without keys: -inf would make NaN
+    if table is None and qkv.is_cpu and n and not lse.abs().amax() > _LARGE:
+        return _fused_gradients(g, qkv, key_mask, out, lse, scale), empty_small(qkv, 0)
+    dqkv = torch.zeros(qkv.shape, dtype=a, device=qkv.device)
+    dtable = empty_small(qkv, *(table.permute(2, 0, 1).shape if table is not None else (0,))).zero_()
+    dq, dk, dv = split_heads(dqkv, None)
+    v = _centred(split_heads(qkv, key_mask)[2], key_mask)[0]
+    g, v = (t.to(a).contiguous() for t in (g, v))
+    products = _Products(qkv, table, key_mask, scale)
     for images, i, p in products.blocks():
         q, upstream = (t[images, :, i].flatten(0, 1) for t in (products.q, g))
         k, values = (t[images].flatten(0, 1) for t in (products.k, v))
         dv[images] += (p.mT @ upstream).unflatten(0, (-1, heads))
-        ds = (upstream @ values.mT).sub_(delta[images, :, i].flatten(0, 1)).mul_(p)
+        ds = upstream @ values.mT
+        ds.sub_(torch.linalg.vecdot(p, ds)[..., None]).mul_(p)
         dq[images, :, i] = (ds @ k).mul_(scale).unflatten(0, (-1, heads))
         dk[images] += (ds.mT @ q).mul_(scale).unflatten(0, (-1, heads))
         if table is not None:
@@ -226,7 +251,7 @@ def _attention_mean_reference(
 ) -> Tensor:
     n, height, width, _, heads, _ = qkv.shape
     total = empty_small(qkv, n, heads, height * width).zero_()
-    for images, _, p in _Products(qkv, table, key_mask, lse, scale).blocks():
+    for images, _, p in _Products(qkv, table, key_mask, scale).blocks():
         total[images] += p.sum(1).unflatten(0, (-1, heads))
     if key_mask is not None:
         total.masked_fill_(~key_mask.flatten(1).any(1)[:, None, None], 0.0)

@@ -22,7 +22,7 @@ from . import flops
 from .autograd import without_autocast
 from .channel_scale import channel_input_grad, channel_mean, channel_scale_bwd, channel_scale_fwd
 from .declare import composed_op
-from .layout import as_matrices, empty_small, memory_format
+from .layout import as_matrices, empty_small, memory_format, zeros_small
 from .library import define
 from .signature import MAP
 
@@ -51,24 +51,26 @@ def _matrices(x: Tensor, nhwc: bool) -> Tensor:
     return x.permute(0, 2, 3, 1).flatten(1, 2) if nhwc else x.flatten(2)
 
 
-def _covariance_reference(x: Tensor, mean: Tensor) -> Tensor:
+def _covariance_reference(x: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
     """Centres some images at a time, or blocks of one: sums do not cancel, and no centred copy of x is stored."""
     n, c, h, w = x.shape
     nhwc = memory_format(x) == torch.channels_last
     matrices, mean = _matrices(x, nhwc), mean[:, None] if nhwc else mean[:, :, None]
-    cov = empty_small(x, n, c, c)
+    cov, rest = empty_small(x, n, c, c), zeros_small(x, n, c)
     for images, pixels in _blocks(x, _FORWARD):
         centred = (matrices[images, pixels] if nhwc else matrices[images, :, pixels]) - mean[images]  # in mean's dtype
         pair = (centred.mT, centred) if nhwc else (centred, centred.mT)
         cov[images].baddbmm_(*pair, beta=1 if pixels.start else 0, alpha=1 / (h * w))
-    return cov
+        rest[images] += centred.sum(1 if nhwc else 2)
+    return cov, rest
 
 
+# rest: the sums of x - mean over the pixels, zero but for the rounding of mean.
 covariance = define(
-    "channel_covariance(Tensor x, Tensor mean) -> Tensor cov",
+    "channel_covariance(Tensor x, Tensor mean) -> (Tensor cov, Tensor rest)",
     None,
     _covariance_reference,
-    ("N C C",),
+    ("N C C", "N C"),
     {"x": MAP, "mean": "N C"},
     flops_of=lambda x, mean: flops.count(plain_covariance, x),
 )
@@ -260,19 +262,22 @@ def _forward(
 ) -> tuple[Tensor, ...]:
     # On a GPU PyTorch's own mean of a channels_last map takes many megabytes of scratch for partial sums.
     mean = channel_mean(x)
-    cov = covariance(x, mean)
+    cov, rest = covariance(x, mean)
     pooled, hidden, gate = soca_gate_fwd(cov, w1, b1, w2, b2)
-    return channel_scale_fwd(x, gate, residual, activation), mean, cov, pooled, hidden, gate
+    return channel_scale_fwd(x, gate, residual, activation), mean, rest, cov, pooled, hidden, gate
 
 
 def _gradients(grad: Tensor, tensors: Any, small: Any, options: Any, needs: Any) -> tuple[Tensor | None, ...]:
-    (x, w1, _, w2, _, residual), (mean, cov, pooled, hidden, gate) = tensors, small
+    (x, w1, _, w2, _, residual), (mean, rest, cov, pooled, hidden, gate) = tensors, small
     dgate, dresidual = channel_scale_bwd(grad, x, gate, residual, *options)
     if not needs[0]:
         return None, *_layer_gradients(dgate, w1, w2, pooled, hidden, gate)[1:], dresidual
     dcov, dw1, db1, dw2, db2 = soca_gate_bwd(dgate, cov, w1, w2, pooled, hidden, gate)
-    dx = channel_input_grad(dresidual if options[0] else grad, x, gate, None)
-    _add_product(dx, covariance_bwd(dcov, x), x, mean)
+    factor = covariance_bwd(dcov, x)
+    # A mean far from zero is rounded by a part of the deviations: factor times the rest of it is taken off again.
+    shift = -torch.bmm(factor.to(rest.dtype), rest[:, :, None])[:, :, 0]
+    dx = channel_input_grad(dresidual if options[0] else grad, x, gate, shift)
+    _add_product(dx, factor, x, mean)
     return dx, dw1, db1, dw2, db2, dresidual
 
 
