@@ -96,9 +96,9 @@ build: $(VENV)/installed ## build a source distribution and a wheel
 
 # The tool has an environment of its own, so that it lists the wheel's alone and tests do not meet its packages.
 sbom: build ## write dist/visattn_fast.cdx.json, a list of the wheel and of all that it depends on
-	$(PYTHON) -m venv --clear build/sbom/wheel
+	$(PYTHON) -m venv --clear --without-pip build/sbom/wheel
 	$(PYTHON) -m venv --clear build/sbom/tool
-	build/sbom/wheel/bin/pip install --quiet --constraint constraints.txt dist/*.whl
+	build/sbom/tool/bin/pip --python build/sbom/wheel/bin/python install --quiet --constraint constraints.txt dist/*.whl
 	build/sbom/tool/bin/pip install --quiet --constraint constraints.txt cyclonedx-bom
 	build/sbom/tool/bin/cyclonedx-py environment --pyproject pyproject.toml --mc-type library --output-reproducible \
 	  --output-file dist/visattn_fast.cdx.json build/sbom/wheel/bin/python
