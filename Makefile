@@ -29,10 +29,10 @@ KERNEL_TESTS := tests/backends/test_backends.py::test_cpu_has_kernels_to_test te
   tests/modules/test_window_attention.py tests/modules/test_self_attention.py tests/modules/test_mixed_precision.py
 PRELOAD = LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)"
 
-# Leaks are not looked for: Python and torch keep memory until they end.
+# Leaks are not looked for: Python and torch keep memory until they end. LLVM in triton brings its own signal stacks.
 sanitize: $(VENV)/installed ## run the CPU kernels' tests with AddressSanitizer and UBSan
 	VISATTN_BUILD_VARIANT=sanitized $(BIN)/python setup.py --quiet build_ext
-	$(PRELOAD) ASAN_OPTIONS=detect_leaks=0:halt_on_error=1:quarantine_size_mb=64 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
+	$(PRELOAD) ASAN_OPTIONS=detect_leaks=0:halt_on_error=1:quarantine_size_mb=64:use_sigaltstack=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 	  VISATTN_LIBRARY=$(CURDIR)/build/sanitized/_C.so OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive \
 	  $(BIN)/python -m pytest --numprocesses $(PROCESSES) $(KERNEL_TESTS) --ignore tests/cpu/test_headers.py --ignore tests/cpu/test_simd.py
 

@@ -275,7 +275,7 @@ def _gradients(grad: Tensor, tensors: Any, small: Any, options: Any, needs: Any)
     dcov, dw1, db1, dw2, db2 = soca_gate_bwd(dgate, cov, w1, w2, pooled, hidden, gate)
     factor = covariance_bwd(dcov, x)
     # A mean far from zero is rounded by a part of the deviations: factor times the rest of it is taken off again.
-    shift = -torch.bmm(factor.to(rest.dtype), rest[:, :, None])[:, :, 0]
+    shift = -(factor * rest[:, None]).sum(2)
     dx = channel_input_grad(dresidual if options[0] else grad, x, gate, shift)
     _add_product(dx, factor, x, mean)
     return dx, dw1, db1, dw2, db2, dresidual
