@@ -15,6 +15,7 @@ from .fused.criss_cross import FastCrissCross
 from .fused.eca import FastECA
 from .fused.gam import FastGAM
 from .fused.local_attention import FastLocalAttention
+from .fused.map_attention import FastMapAttention2d
 from .fused.nam import FastNAM
 from .fused.scse import FastscSE
 from .fused.se import FastSE
@@ -42,6 +43,7 @@ __all__ = [
     "FastECA",
     "FastGAM",
     "FastLocalAttention",
+    "FastMapAttention2d",
     "FastNAM",
     "FastS2MLPv2",
     "FastSE",

@@ -106,6 +106,14 @@ def _self_attention_heads(channels: int) -> dict[str, int]:
     return {"heads": channels // 32} if channels % 64 == 0 else {"heads": 2, "head_dim": -(-channels // 2)}
 
 
+def _map_heads(channels: int) -> dict[str, float]:
+    """Heads with values of 64 channels, as in YOLO, if possible; else two or one."""
+    heads = channels // 64 if channels % 64 == 0 else 2 if channels > 2 and channels % 2 == 0 else 1
+    return {"heads": heads, "attn_ratio": 0.5 if channels > heads else 1.0}
+
+
+# YOLO11s at 640, 1280 and 2048 pixels.
+_YOLO_MAPS = ((1, 256, 20, 20), (1, 256, 40, 40), (1, 256, 64, 64))
 # Swin-T's stages at 224 x 224, and a vision transformer's maps at images of 112, 224 and 256 pixels.
 _SWIN_STAGES = ((4, 96, 56, 56), (4, 192, 28, 28), (4, 384, 14, 14), (4, 768, 7, 7))
 _VIT_MAPS = ((4, 384, 7, 7), (4, 384, 14, 14), (4, 384, 16, 16))
@@ -344,6 +352,21 @@ _ENTRIES = (
         has_torch_layers=True,
         ops=("attention_fwd", "attention_bwd"),
         shapes=_VIT_MAPS,
+    ),
+    *_both_modes(
+        Entry(
+            "map_attention",
+            modules.FastMapAttention2d,
+            reference.MapAttention2d,
+            lambda c: {"channels": c, **_map_heads(c)},
+            forward_passes=0,  # the ops of self-attention serve
+            backward_passes=0,
+            epilogue=False,
+            supports=lambda shape: min(shape[:2]) > 1 and _pixels(shape) >= 8 and shape[2] * shape[3] <= 400,
+            has_torch_layers=True,
+            ops=("map_attention_fwd", "map_attention_bwd"),
+            shapes=_YOLO_MAPS,
+        )
     ),
 )
 ENTRIES = {entry.name: entry for entry in _ENTRIES}

@@ -12,6 +12,7 @@ from .fused.eca import eca
 from .fused.gam import channel_mlp, norm_gate
 from .fused.gates import conv_maps, gate_channels, gate_twice
 from .fused.local_attention import local_attention
+from .fused.map_attention import map_attention
 from .fused.nam import nam
 from .fused.scse import scse
 from .fused.se import se
@@ -41,6 +42,7 @@ __all__ = [
     "gate_channels",
     "gate_twice",
     "local_attention",
+    "map_attention",
     "masked_attention",
     "nam",
     "norm_gate",

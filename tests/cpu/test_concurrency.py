@@ -39,7 +39,7 @@ def test_threads_do_not_change_any_op(entry, layout, shape):
     """Every op of every module, forward and backward, gives the same bits with 1, 2, 3 and 8 threads.
 
     The ops run again with the arguments that the module gave them. PyTorch's layers between them stay out, and so do
-    ops without a native kernel, of criss-cross and self-attention: the sums of PyTorch's products depend on the number
+    ops without a native kernel, of criss-cross, self- and map attention: the sums of PyTorch's products depend on the number
     of threads.
     """
     if not entry.supports(shape):
@@ -48,7 +48,7 @@ def test_threads_do_not_change_any_op(entry, layout, shape):
     with vf.use_backend("cpp"), RecordedOps() as recorded:
         forward_and_backward(module, feature_map(shape, layout, torch.float32))
     native = [c for c in recorded.calls if torch._C._dispatch_has_kernel_for_dispatch_key(c[0].name(), "CPU")]
-    assert native or entry.name in ("criss_cross", "self_attention")
+    assert native or entry.name in ("criss_cross", "self_attention", "map_attention", "map_attention_eval")
     for op, arguments in native:
         runs = []
         for count in (1, 2, 3, 8):

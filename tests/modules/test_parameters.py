@@ -60,6 +60,14 @@ KEYS = {
         "proj.weight": (32, 32),
         "proj.bias": (32,),
     },
+    "MapAttention2d": {
+        "qkv.conv.weight": (64, 32, 1, 1),
+        **batch_norm("qkv.bn", 64),
+        "proj.conv.weight": (32, 32, 1, 1),
+        **batch_norm("proj.bn", 32),
+        "pe.conv.weight": (32, 1, 3, 3),
+        **batch_norm("pe.bn", 32),
+    },
     "CrissCross": {
         "query_conv.weight": (4, 32, 1, 1),
         "query_conv.bias": (4,),

@@ -103,7 +103,7 @@ class Recipe:
     @property
     def gate(self) -> bool:
         """True if the module only scales its input. Attention over positions does more."""
-        return not self.block and self.op not in ("window_attention", "self_attention")
+        return not self.block and self.op not in ("window_attention", "self_attention", "map_attention")
 
     def plan(self, module: nn.Module) -> tuple[str, str]:
         """Returns the name of the function that serves ``module`` as it is now, and why it calls its layers.

@@ -14,6 +14,7 @@ from .eca import ECA, eca
 from .epilogue import epilogue
 from .gam import GAM, channel_mlp, norm_gate
 from .local_attention import LocalAttention, local_attention
+from .map_attention import MapAttention2d, map_attention
 from .masking import masked_softmax
 from .nam import NAM, nam
 from .scse import scSE, scse
@@ -43,6 +44,7 @@ __all__ = [
     "CoordAtt",
     "CrissCross",
     "LocalAttention",
+    "MapAttention2d",
     "S2MLPv2",
     "SelfAttention2d",
     "SequenceAttention",
@@ -64,6 +66,7 @@ __all__ = [
     "gate_channels",
     "gate_twice",
     "local_attention",
+    "map_attention",
     "masked_softmax",
     "nam",
     "norm_gate",
