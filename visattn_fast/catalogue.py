@@ -113,7 +113,7 @@ def _map_heads(channels: int) -> dict[str, float]:
 
 
 # YOLO11s at 640, 1280 and 2048 pixels.
-_YOLO_MAPS = ((1, 256, 20, 20), (1, 256, 40, 40), (1, 256, 64, 64))
+_YOLO_MAPS = ((1, 128, 20, 20), (1, 128, 40, 40), (1, 128, 64, 64))
 # Swin-T's stages at 224 x 224, and a vision transformer's maps at images of 112, 224 and 256 pixels.
 _SWIN_STAGES = ((4, 96, 56, 56), (4, 192, 28, 28), (4, 384, 14, 14), (4, 768, 7, 7))
 _VIT_MAPS = ((4, 384, 7, 7), (4, 384, 14, 14), (4, 384, 16, 16))

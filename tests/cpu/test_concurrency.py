@@ -39,8 +39,8 @@ def test_threads_do_not_change_any_op(entry, layout, shape):
     """Every op of every module, forward and backward, gives the same bits with 1, 2, 3 and 8 threads.
 
     The ops run again with the arguments that the module gave them. PyTorch's layers between them stay out, and so do
-    ops without a native kernel, of criss-cross, self- and map attention: the sums of PyTorch's products depend on the number
-    of threads.
+    ops without a native kernel, of criss-cross, self- and map attention: the sums of PyTorch's products depend on the
+    number of threads.
     """
     if not entry.supports(shape):
         pytest.skip(f"no {entry.name} for {shape}")

@@ -18,6 +18,7 @@ from visattn_fast.catalogue import ENTRIES, feature_map
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 KINDS = {"ChannelAttention": ["channel"], "SpatialAttention": ["spatial"], "CoordAttn": ["height", "width"]}
 BOTH = ("Cbam", "CBAM", "SCSE")  # channels, then pixels
+POSITIONS = ("ultralytics Attention", "ultralytics AAttn")  # attention over positions scales nothing
 SUMS = ("skip", "Residual", "SCSE")  # their result is not the product of the input and the gates
 
 
@@ -29,7 +30,7 @@ def built(name: str) -> nn.Module:
 
 
 @pytest.mark.parametrize("fused", [True, False], ids=["accelerated", "plain"])
-@pytest.mark.parametrize("name", [name for name in MODULES if name not in ENTRIES])
+@pytest.mark.parametrize("name", [name for name in MODULES if name not in ENTRIES and name not in POSITIONS])
 def test_gates_have_their_usual_names_and_scale_the_input(name, fused):
     module, x = built(name).eval(), feature_map((2, C, 7, 6), dtype=torch.float64)
     y = module(x)
@@ -76,6 +77,24 @@ def test_windows_return_the_weights_that_tokens_receive(name, fused):
     assert torch.equal(rng, torch.get_rng_state())
     assert list(maps) == ["received"]
     torch.testing.assert_close(maps["received"], ours.attention(before(x))["received"])
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("fused", [True, False], ids=["accelerated", "plain"])
+@pytest.mark.parametrize("name", POSITIONS)
+def test_attention_over_positions_returns_the_weights_that_they_receive(name, fused, training):
+    """They equal those of our module with the library's weights; running statistics stay as they are."""
+    module, x = built(name).train(training), feature_map((2, C, 8, 6), dtype=torch.float64)
+    options = {"attn_ratio": 1.0, "areas": 2, "kernel_size": 7} if name.endswith("AAttn") else {}
+    ours = reference.MapAttention2d(C, 2, **options).double().train(training)
+    ours.load_state_dict(module.state_dict())
+    if fused:
+        vf.accelerate(module)
+    maps = vf.attention_maps(module, x)
+    assert list(maps) == ["received"]
+    torch.testing.assert_close(maps["received"], vf.attention_maps(ours, x)["received"])
+    torch.testing.assert_close(module.state_dict(), ours.state_dict(), rtol=0, atol=0)
+    torch.testing.assert_close(module(x), ours(x))
 
 
 def resnet() -> nn.Module:

@@ -10,7 +10,8 @@ from outside import library
 from twins import TWINS, images, twins
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-UNTRACED = ("soca", "window_attention", "split_attention", "self_attention", "map_attention")  # plain ones look at the size of x
+# Plain ones look at the size of x.
+UNTRACED = ("soca", "window_attention", "split_attention", "self_attention", "map_attention")
 names = pytest.mark.parametrize("name", [name for name in TWINS if name not in UNTRACED])
 
 

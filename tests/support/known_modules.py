@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from outside import library, ultralytics_modules
+from outside import library
 from visattn_fast.catalogue import ENTRIES
 
 C = 32  # channels
@@ -26,8 +26,8 @@ def monai(name: str, *arguments: Any, dimensions: int = 2) -> nn.Module:
     return getattr(library("monai.networks.blocks"), name)(dimensions, C, *arguments)
 
 
-def ultralytics(name: str, *arguments: Any) -> nn.Module:
-    return getattr(ultralytics_modules(), name)(*arguments)
+def ultralytics(name: str, *arguments: Any, file: str = "conv") -> nn.Module:
+    return getattr(library(f"ultralytics.nn.modules.{file}"), name)(*arguments)
 
 
 MODULES: dict[str, Callable[[], nn.Module]] = {
@@ -71,6 +71,8 @@ MODULES: dict[str, Callable[[], nn.Module]] = {
     "ultralytics CBAM": lambda: ultralytics("CBAM", C),
     "ultralytics ChannelAttention": lambda: ultralytics("ChannelAttention", C),
     "ultralytics SpatialAttention": lambda: ultralytics("SpatialAttention", 3),
+    "ultralytics Attention": lambda: ultralytics("Attention", C, 2, file="block"),
+    "ultralytics AAttn": lambda: ultralytics("AAttn", C, 2, 2, file="block"),
     "smp SCSEModule": lambda: library("segmentation_models_pytorch.base.modules").SCSEModule(C),
     **{name: lambda e=e: e.reference(**e.arguments(C)) for name, e in ENTRIES.items() if e.main},
 }

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 import importlib.util
 import os
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +19,6 @@ from torch import nn
 os.environ.setdefault("YOLO_OFFLINE", "1")
 os.environ.setdefault("YOLO_CONFIG_DIR", tempfile.gettempdir())
 
-_ULTRALYTICS = "ultralytics.nn.modules.conv"
 _needs_torchvision = ("peft", "ptflops", "segmentation_models_pytorch", "timm", "torchvision", "ultralytics")
 
 
@@ -33,28 +30,6 @@ def library(name: str) -> ModuleType:
     if package in _needs_torchvision:
         _declare_torchvision_operators()
     return importlib.import_module(name)
-
-
-def ultralytics_modules() -> ModuleType:
-    """Imports Ultralytics' convolution modules, or stand-ins if it is not installed.
-
-    The stand-ins, `ultralytics_gates`, have the names, parameters and mathematics of its three gates.
-    """
-    if importlib.util.find_spec("ultralytics") is not None:
-        return library(_ULTRALYTICS)
-    if _ULTRALYTICS not in sys.modules:
-        sys.modules[_ULTRALYTICS] = importlib.import_module("ultralytics_gates")
-        _make_stand_ins_known()
-    return sys.modules[_ULTRALYTICS]
-
-
-def _make_stand_ins_known() -> None:
-    """Makes the recipes for Ultralytics take the forwards of the stand-ins for the known version."""
-    source_hash = importlib.import_module("visattn_fast.integrations.recipe").source_hash
-    recipes = importlib.import_module("visattn_fast.integrations.ultralytics").RECIPES
-    for i, recipe in enumerate(recipes):
-        repeats = tuple(r._replace(known=source_hash(r.function)) for r in recipe.repeats)
-        recipes[i] = dataclasses.replace(recipe, repeats=repeats)
 
 
 def timm_model(name: str, **options: Any) -> Callable[[], nn.Module]:

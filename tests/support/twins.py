@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import visattn_fast as vf
 from blocks import C, block
 from cases import feature_map
-from outside import library, ultralytics_modules
+from outside import library
 from visattn_fast import catalogue
 
 _GATES_ALONE = ("channel_attention", "spatial_attention")  # they return no map; CBAM holds both
@@ -46,7 +46,7 @@ _LIBRARY: dict[str, Callable[[], nn.Module]] = {
     "torchvision_se": lambda: library("torchvision.ops.misc").SqueezeExcitation(C, 8),
     "monai_se": lambda: block(None, "SEBlock"),
     "smp_scse": lambda: library("segmentation_models_pytorch.base.modules").SCSEModule(C),
-    "ultralytics_cbam": lambda: ultralytics_modules().CBAM(C),
+    "ultralytics_cbam": lambda: library("ultralytics.nn.modules.conv").CBAM(C),
 }
 TWINS = [*OWN, *_LIBRARY]
 

@@ -13,13 +13,14 @@ from ..backends import select
 from .outcome import Acceleration, Skipped, Swapped
 from .recipe import Look, Recipe, is_fused, is_swapped, own_class, put_back, swap, why_not_put_back
 
-# Our file for a library -> the module of the library that must have been imported.
+# Our file for a library -> the module of the library that must have been imported, and a class that it must have.
 _LIBRARIES = {
     "timm": "timm",
     "torchvision": "torchvision",
     "monai": "monai",
     "segmentation_models_pytorch": "segmentation_models_pytorch",
     "ultralytics": "ultralytics.nn.modules.conv",
+    "ultralytics_attention": "ultralytics.nn.modules.block:AAttn",
 }
 
 
@@ -132,9 +133,15 @@ def restore(model: nn.Module) -> int:
 
 def known() -> dict[type[nn.Module], Recipe]:
     """Returns the recipes by original class, for this package's reference modules and for every imported library."""
-    there = ["own", *(name for name, needed in _LIBRARIES.items() if needed in sys.modules)]
+    there = ["own", *(name for name, needed in _LIBRARIES.items() if _is_imported(needed))]
     found = [importlib.import_module(f".{name}", __package__).RECIPES for name in there]
     return {recipe.original: recipe for recipes in found for recipe in recipes}
+
+
+def _is_imported(needed: str) -> bool:
+    """True if the module is imported and, in ``"module:class"``, has the class: older releases may lack it."""
+    module, _, name = needed.partition(":")
+    return module in sys.modules and (not name or hasattr(sys.modules[module], name))
 
 
 def look_at(module: nn.Module) -> Look | None:

@@ -1,16 +1,14 @@
-"""Ultralytics' attention over positions, and its CBAM and halves of it. Their own layers run. Source: ultralytics 8."""
+"""Ultralytics' CBAM and its halves, whose own layers run on pooled values and maps. Source: ultralytics 8."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from torch import Tensor
-from ultralytics.nn.modules.block import AAttn, Attention
 from ultralytics.nn.modules.conv import CBAM, ChannelAttention, SpatialAttention
 
 from .. import functional
 from ..reference.as_built import MEAN, Layers, container
-from ..reference.map_attention import map_values, received
 from .looking import layers_as_gates
 from .pooled import map_logit, pointwise
 from .recipe import Recipe, Repeated
@@ -58,32 +56,6 @@ class FastCBAM(CBAM):
         return functional.gate_twice(x, lambda mean, _: _channel_gate(c, mean), lambda maps: _spatial_gate(s, maps))
 
 
-class FastAttention(Attention):
-    """The attention of Ultralytics' PSA blocks (YOLOv10, YOLO11, YOLO26) without its map of weights."""
-
-    LAYERS = Layers({})
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.format == "coreml" or not may_fuse(self, x, self.LAYERS):
-            return super().forward(x)
-        qkv = self.qkv(x)
-        out = functional.map_attention(qkv, self.num_heads, self.key_dim, scale=self.scale)
-        return self.proj(self.pe(map_values(qkv, self.num_heads, self.key_dim)) + out)
-
-
-class FastAAttn(AAttn):
-    """Ultralytics' area attention (YOLO12) without its map of weights."""
-
-    LAYERS = Layers({})
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not may_fuse(self, x, self.LAYERS):
-            return super().forward(x)
-        qkv = self.qkv(x)
-        out = functional.map_attention(qkv, self.num_heads, self.head_dim, self.area)
-        return self.proj(self.pe(map_values(qkv, self.num_heads, self.head_dim)) + out)
-
-
 def _channel_gate(module: Any, mean: Tensor) -> Tensor:
     return module.act(pointwise(module.fc, mean))
 
@@ -100,20 +72,6 @@ _OF_CHANNELS, _OF_PIXELS = (
 )
 
 RECIPES = [
-    Recipe(
-        Attention,
-        FastAttention,
-        "map_attention",
-        look=lambda module, x: received(module.qkv(x), module.num_heads, module.key_dim),
-        repeats=(Repeated(Attention, "0dfc8f40f16568ca"),),
-    ),
-    Recipe(
-        AAttn,
-        FastAAttn,
-        "map_attention",
-        look=lambda module, x: received(module.qkv(x), module.num_heads, module.head_dim, module.area),
-        repeats=(Repeated(AAttn, "a954becb65e5083a"),),
-    ),
     Recipe(
         ChannelAttention,
         FastChannelAttention,
