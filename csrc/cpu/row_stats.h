@@ -154,8 +154,9 @@ VF_INLINE inline void short_row_stats(const Matrix<const T>& x, int64_t r0, cons
     for (int j = 0; j < half; ++j) total[j] += total[j + half];
   }
   // The largest terms last, in double: far from zero their rounding would exceed the mean's own.
-  const Wide<A> even = widen<A>(total[0]) + widen<A>(total[2]), odd = widen<A>(total[1]) + widen<A>(total[3]);
-  total[0] = __builtin_convertvector(even + odd, Vec<A>);
+  Wide<A> sums = widen<A>(total[0]) + widen<A>(total[1]);
+  if constexpr (L > 2) sums += widen<A>(total[2]) + widen<A>(total[3]);
+  total[0] = __builtin_convertvector(sums, Vec<A>);
   for (int j = 1; j < L; ++j) {
     const auto other_wins = (top[j] > top[0]) | ((top[j] == top[0]) & (where[j] < where[0]));
     where[0] = other_wins ? where[j] : where[0];

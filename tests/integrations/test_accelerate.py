@@ -294,8 +294,15 @@ def test_example_fills_in_the_figures():
     ("shape", "message"),
     [
         ((2, 5, 8, 8), "0.gate: x must have 32 channels, as the weights have, got shape (2, 5, 8, 8)"),
-        ((C, 8, 8), "0.gate: x must have shape [N, C, H, W], got 3 dimensions: (32, 8, 8); x[None] is one image"),
-        ((2, C, 4, 8, 8), "got 5 dimensions: (2, 32, 4, 8, 8); x.flatten(2, 3) is a volume"),
+        ((C, 8), "0.gate: x must have shape [N, C, H, W], got 2 dimensions: (32, 8)"),
+        (
+            (C, 8, 8),
+            "0.gate: x must have 32 channels, as the weights have, got shape (32, 8, 1, 8), made of (32, 8, 8); x[",
+        ),
+        (
+            (2, 5, 4, 8, 8),
+            "x must have 32 channels, as the weights have, got shape (2, 5, 32, 8), made of (2, 5, 4, 8, 8)",
+        ),
     ],
 )
 def test_errors_name_the_module_and_the_way_out(shape, message):

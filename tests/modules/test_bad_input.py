@@ -11,7 +11,7 @@ from visattn_fast import reference
 
 X = torch.randn(2, 32, 4, 4)
 BAD_CALLS = {
-    "rank": (lambda m: m(X[0]), ValueError, r"x must have shape \[N, C, H, W\], got 3 dimensions: \(32, 4, 4\)"),
+    "rank": (lambda m: m(X[0, 0]), ValueError, r"x must have shape \[N, C, H, W\], got 2 dimensions: \(4, 4\)"),
     "channels": (lambda m: m(X[:, :8]), ValueError, r"x must have 32 channels, .*got shape \(2, 8, 4, 4\)"),
     "integer": (lambda m: m(X.long()), TypeError, r"x must have a floating-point dtype, got torch.int64"),
     "complex": (lambda m: m(X.to(torch.cfloat)), TypeError, r"x must have a floating-point dtype, got torch.complex64"),

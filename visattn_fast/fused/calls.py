@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.fx import Proxy
 
 from .. import reference
-from ..reference.checks import check_feature_map
+from ..reference.checks import check_floating
 from .serve import check_epilogue
 
 
@@ -30,7 +30,7 @@ def call_layers(
     """
     if isinstance(x, Proxy):
         return finish_trace(forward(x), residual, activation)
-    check_feature_map(x)
+    check_floating("x", x)
     check_epilogue(x, residual, activation)
     return reference.epilogue(forward(x), residual, activation)
 

@@ -16,6 +16,7 @@ from ..ops.gates import GATE_CHANNELS, GATE_TWICE, ChannelScale, ChannelSpatialS
 from ..ops.map_conv import MAP_CONV
 from ..reference.checks import ACTIVATIONS, TIES, check_choice, check_feature_map, check_spatial_kernel
 from ..reference.custom_gates import checked
+from ..reference.positions import as_before, as_map, is_signal_or_volume
 from .calls import finish_trace
 from .serve import check_epilogue
 
@@ -35,7 +36,8 @@ def gate_channels(
     copy of x is made.
 
     Args:
-        x: ``[N, C, H, W]``, any floating dtype, NCHW or channels_last.
+        x: ``[N, C, H, W]``, any floating dtype, NCHW or channels_last; also ``[N, C, L]`` and ``[N, C, D, H, W]``, in
+            either layout.
         gate: ``[N, C, 1, 1]`` in x's dtype -> ``[N, C, 1, 1]``. It is called once.
         residual: added before the activation; x's shape, or None.
         activation: None, ``"relu"`` or ``"silu"``.
@@ -51,6 +53,10 @@ def gate_channels(
     """
     if isinstance(x, Proxy):
         return finish_trace(reference.gate_channels(x, gate), residual, activation)
+    if is_signal_or_volume(x):
+        check_epilogue(x, residual, activation)
+        added = None if residual is None else as_map(residual)
+        return as_before(gate_channels(as_map(x), gate, residual=added, activation=activation), x)
     check_feature_map(x)
     code = check_epilogue(x, residual, activation)
     if not decide(x, GATE_CHANNELS).fused:

@@ -13,7 +13,8 @@ from .. import reference
 from ..backends import Decision, decide
 from ..ops.autograd import FusedOp, Update, recorded
 from ..reference.batch_norm import Norm, update_running_statistics
-from ..reference.checks import ACTIVATIONS, check_batch_norm, check_choice, check_residual
+from ..reference.checks import ACTIVATIONS, RESHAPES, check_batch_norm, check_choice, check_residual
+from ..reference.positions import as_before, as_map, is_signal_or_volume
 
 _compiling = torch.compiler.is_compiling  # looked up once: a look-up at each call shows on small maps
 
@@ -34,7 +35,8 @@ def serve(
 
     Args:
         op: the op to call.
-        tensors: x and the weights. For an op with an epilogue, x is ``[N, C, H, W]``.
+        tensors: x and the weights. For an op with an epilogue, x is ``[N, C, H, W]``; if all positions are alike to it,
+            also ``[N, C, L]`` or ``[N, C, D, H, W]``.
         check: called with ``tensors``; raises unless they fit each other. None: the caller has checked them. Native
             kernels check what they get, in less time: then this is called only if they refuse, to say what is wrong.
         options: the op's numbers.
@@ -53,6 +55,15 @@ def serve(
         ValueError: a residual that does not fit x, an unknown activation.
         RuntimeError: the backend asked for cannot serve this call.
     """
+    if op.over_positions and is_signal_or_volume(tensors[0]):
+        x = tensors[0]
+        check_residual(residual, x)
+        added = None if residual is None else as_map(residual)
+        same = {"check": check, "options": options, "activation": activation, "norm": norm}
+        try:
+            return as_before(serve(op, (as_map(x), *tensors[1:]), residual=added, **same), x)
+        except ValueError as error:
+            raise ValueError(f"{error}, made of {tuple(x.shape)}{RESHAPES.get(x.dim(), '')}") from None
     if norm is not None:
         z, *weights = tensors
         if check is not None:

@@ -36,9 +36,10 @@ def simam(
 
     Source: Yang et al., "SimAM: A Simple, Parameter-Free Attention Module", ICML 2021.
     """
-    check_feature_map(x)
     check_positive_number("e_lambda", e_lambda)
-    return serve(SIMAM, (x,), options=(float(e_lambda),), residual=residual, activation=activation)
+    return serve(
+        SIMAM, (x,), check=check_feature_map, options=(float(e_lambda),), residual=residual, activation=activation
+    )
 
 
 class FastSimAM(reference.SimAM):

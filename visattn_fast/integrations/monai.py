@@ -1,4 +1,4 @@
-"""MONAI's channel squeeze-and-excitation in two dimensions, and the blocks of its SENets.
+"""MONAI's channel squeeze-and-excitation in one to three dimensions, and the blocks of its SENets.
 
 Source: MONAI 1.6 (Apache-2.0).
 """
@@ -22,7 +22,16 @@ from torch import Tensor, nn
 
 from .. import functional
 from ..fused.calls import call_layers
-from ..reference.as_built import AFFINE_BATCH_NORM, LINEAR, MEAN, Layers, are_plain, container, layer
+from ..reference.as_built import (
+    AFFINE_BATCH_NORM,
+    LINEAR,
+    MEAN_DIMENSIONS,
+    MEAN_OF_POSITIONS,
+    Layers,
+    are_plain,
+    container,
+    layer,
+)
 from ..reference.batch_norm import Norm
 from .looking import layers_as_gates
 from .normed import normed_gate
@@ -30,10 +39,10 @@ from .recipe import ACTIVATIONS, Recipe, Repeated, swapped_gate
 from .se_like import se_layers, se_like
 from .tiers import may_fuse
 
-_PARTS = Layers({"avg_pool": MEAN})
+_PARTS = Layers({"avg_pool": MEAN_OF_POSITIONS})
 _LAYERS = Layers(
     {
-        "avg_pool": MEAN,
+        "avg_pool": MEAN_OF_POSITIONS,
         "fc": container(nn.Sequential, 4),
         **se_layers("fc.0", "fc.1", "fc.2", "fc.3", linear=LINEAR),
     }
@@ -81,10 +90,12 @@ def _gate(
 ) -> Tensor:
     """Computes what ``module`` does, which may add its input instead of a residual."""
     added = x if module.add_residual else residual
-    if may_fuse(module, x, module.LAYERS):
+    # Of other dimensions, the pooling may take the batch for channels.
+    fits = isinstance(x, Tensor) and MEAN_DIMENSIONS.get(type(module.avg_pool), x.dim()) == x.dim()
+    if fits and may_fuse(module, x, module.LAYERS):
         reduce, hidden, expand, gate = module.fc
         return se_like(x, reduce, hidden, expand, gate, added, activation, norm)
-    if may_fuse(module, x, module.PARTS):
+    if fits and may_fuse(module, x, module.PARTS):
         return functional.gate_channels(x, module.channel_gate, residual=added, activation=activation)
     return call_layers(own, x, None if module.add_residual else residual, activation)
 

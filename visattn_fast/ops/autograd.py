@@ -42,6 +42,7 @@ class FusedOp:
         tiny: maps of at most so many pixels are left to ``plain`` by `torch.compile`: Inductor's code is faster there.
         pixels: the dimensions of x that are its height and width.
         compiled_plain: True if `torch.compile` always takes ``plain``.
+        over_positions: True if the op treats all positions of a channel alike, so that signals and volumes are maps.
         in_torch: ``"cpu"`` or ``"all"``: devices on which the op is made of PyTorch's operations and needs no kernel.
     """
 
@@ -54,6 +55,7 @@ class FusedOp:
     tiny: int = 0
     pixels: tuple[int, int] = (2, 3)
     compiled_plain: bool = False
+    over_positions: bool = False
     in_torch: str = ""
 
     def __call__(self, *args: Any) -> tuple[Tensor, ...]:

@@ -38,4 +38,5 @@ CHANNEL_ATTENTION = gate_op(
     backward=_backward,
     mathematics=reference.channel_attention,
     kernels="cbam",
+    over_positions=True,
 )

@@ -63,6 +63,7 @@ def gate_op(
     infer: bool = False,
     normed: bool = False,
     tiny: int = 0,
+    over_positions: bool = False,
 ) -> FusedOp:
     """Declares the ops of a gate. Returns its `FusedOp`, which the public function hands to `serve`.
 
@@ -88,7 +89,7 @@ def gate_op(
         epilogue: False for a gate that is itself the result.
         infer: True declares ``<name>_infer``.
         normed: True declares ``<name>_normed``.
-        tiny: as in `FusedOp`.
+        tiny, over_positions: as in `FusedOp`.
     """
     shapes = {key: shape.removesuffix(" or None") for key, shape in weights.items()}
     schema = {key: f"Tensor{'?' * shape.endswith(' or None')} {key}" for key, shape in weights.items()}
@@ -182,6 +183,7 @@ def gate_op(
         infer=define_infer(name) if infer else None,
         normed=define_normed(name) if normed else None,
         tiny=tiny,
+        over_positions=over_positions,
     )
 
 

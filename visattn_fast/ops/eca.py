@@ -47,4 +47,5 @@ ECA = gate_op(
     mathematics=reference.eca,
     infer=True,
     normed=True,
+    over_positions=True,
 )

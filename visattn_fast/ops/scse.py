@@ -85,4 +85,5 @@ SCSE = gate_op(
     forward=_forward,
     backward=_backward,
     mathematics=reference.scse,
+    over_positions=True,
 )

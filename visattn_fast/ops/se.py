@@ -95,4 +95,5 @@ SE = gate_op(
     infer=True,
     normed=True,
     tiny=25,
+    over_positions=True,
 )

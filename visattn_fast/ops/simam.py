@@ -44,4 +44,5 @@ SIMAM = gate_op(
     backward=_backward,
     mathematics=reference.simam,
     tiny=196,
+    over_positions=True,
 )

@@ -180,6 +180,13 @@ replicates = Fit(_CONVOLUTION, _of_same_size("replicate"))
 
 RELU, SIGMOID = layer(nn.ReLU), layer(nn.Sigmoid)
 MEAN = layer(nn.AdaptiveAvgPool2d, fits=Fit(("output_size",), {1: (), (1, 1): ()}), words="the mean of the map")
+# The mean over all positions of a signal, a map or a volume: in each, the number of dimensions that the layer takes.
+MEAN_DIMENSIONS = {nn.AdaptiveAvgPool1d: 3, nn.AdaptiveAvgPool2d: 4, nn.AdaptiveAvgPool3d: 5}
+MEAN_OF_POSITIONS = layer(
+    *MEAN_DIMENSIONS,
+    fits=Fit(("output_size",), {1: (), (1,): (), (1, 1): (), (1, 1, 1): ()}),
+    words="the mean of all positions",
+)
 LINEAR = layer(nn.Linear)
 LINEAR_WITH_BIAS = layer(nn.Linear, fits=Fit(parameters=_WITH_BIAS), words="with a bias")
 LINEAR_WITHOUT_BIAS = layer(nn.Linear, fits=Fit(parameters=_WITHOUT_BIAS), words="without a bias")

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from .as_built import POINTWISE_WITHOUT_BIAS, SAME_SIZE, Layers, container, has_plain_layers
 from .checks import check_bottleneck, check_feature_map, check_spatial_kernel, hidden_width
 from .parameter_access import child, parameter, weight_and_bias
+from .positions import over_positions
 
 __all__ = ["CBAM", "ChannelAttention", "SpatialAttention", "cbam", "channel_attention", "spatial_attention"]
 
@@ -16,6 +17,7 @@ __all__ = ["CBAM", "ChannelAttention", "SpatialAttention", "cbam", "channel_atte
 CALLED_TWICE = POINTWISE_WITHOUT_BIAS._replace(twice=True)  # for the mean and for the maximum
 
 
+@over_positions
 def channel_attention(x: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
     """The gate ``sigmoid(f(mean(x)) + f(max(x)))`` with ``f(v) = w2 relu(w1 v)``, mean and max over H and W.
 
@@ -111,6 +113,7 @@ class ChannelAttention(nn.Module):
         """``(w1, w2)``, as `channel_attention` takes them."""
         return parameter(child(self, "fc1"), "weight"), parameter(child(self, "fc2"), "weight")
 
+    @over_positions
     def forward(self, x: Tensor) -> Tensor:
         """Computes the gate: ``[N, C, H, W]`` -> ``[N, C, 1, 1]``."""
         if has_plain_layers(self, x, self.LAYERS):

@@ -19,12 +19,7 @@ ACTIVATIONS = (None, *(code.name.lower() for code in Activation if code is not A
 GATES = tuple(code.name.lower() for code in GateActivation)
 TIES = tuple(code.name.lower() for code in Ties)
 
-
-# How a tensor of other dimensions becomes a map.
-_RESHAPES = {
-    3: "; x[None] is one image [C, H, W] as a batch",
-    5: "; x.flatten(2, 3) is a volume [N, C, D, H, W] as a map, for gates that pool all positions alike",
-}
+RESHAPES = {3: "; x[None] is one image [C, H, W] as a batch"}  # how a tensor of other dimensions becomes a map
 
 
 def check_positive(name: str, value: int) -> None:
@@ -70,7 +65,7 @@ def check_feature_map(x: Tensor, channels: int | None = None) -> None:
     check_floating("x", x)
     shape = x.shape
     if len(shape) != 4:
-        hint = _RESHAPES.get(len(shape), "")
+        hint = RESHAPES.get(len(shape), "")
         raise ValueError(_named(f"x must have shape [N, C, H, W], got {len(shape)} dimensions: {tuple(shape)}{hint}"))
     _, c, h, w = shape
     if c == 0 or h == 0 or w == 0:

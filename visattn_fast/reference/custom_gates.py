@@ -10,10 +10,12 @@ from torch import Tensor
 from .activations import Ties
 from .cbam import global_maximum
 from .checks import TIES, check_choice, check_feature_map
+from .positions import over_positions
 
 __all__ = ["gate_channels", "gate_twice"]
 
 
+@over_positions
 def gate_channels(x: Tensor, gate: Callable[[Tensor], Tensor]) -> Tensor:
     """``x * gate(mean(x))``, the mean over H and W.
 

@@ -11,10 +11,12 @@ from torch import Tensor, nn
 from .as_built import SAME_SIZE_1D_WITHOUT_BIAS, Layers, has_plain_layers
 from .checks import check_channel_kernel, check_feature_map, check_odd, check_positive
 from .parameter_access import child, parameter
+from .positions import over_positions
 
 __all__ = ["ECA", "eca"]
 
 
+@over_positions
 def eca(x: Tensor, weight: Tensor) -> Tensor:
     """``x * sigmoid(conv1d(mean(x)))``, the mean over H and W, the convolution along C with zero padding.
 
@@ -78,6 +80,7 @@ class ECA(nn.Module):
         """``(weight,)``, as `eca` takes it."""
         return (parameter(child(self, "conv"), "weight"),)
 
+    @over_positions
     def forward(self, x: Tensor) -> Tensor:
         """Applies the attention: ``[N, C, H, W]`` -> ``[N, C, H, W]``."""
         self.check(x)
@@ -95,6 +98,7 @@ class ECA(nn.Module):
         else:
             check_feature_map(x)
 
+    @over_positions
     def attention(self, x: Tensor) -> dict[str, Tensor]:
         """The gate of x: ``{"channel": [N, C, 1, 1]}``."""
         self.check(x)

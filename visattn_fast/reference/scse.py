@@ -11,11 +11,13 @@ from torch import Tensor, nn
 from .as_built import MEAN, POINTWISE, RELU, SIGMOID, Layers, container, has_plain_layers
 from .checks import check_bottleneck, check_feature_map, check_weight, hidden_width
 from .parameter_access import child, weight_and_bias
+from .positions import over_positions
 from .se import se_gate
 
 __all__ = ["scSE", "scse"]
 
 
+@over_positions
 def scse(
     x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, ws: Tensor, bs: Tensor | None
 ) -> Tensor:
@@ -106,6 +108,7 @@ class scSE(nn.Module):
         spatial, _ = child(self, "sSE")
         return *weight_and_bias(squeeze), *weight_and_bias(excite), *weight_and_bias(spatial)
 
+    @over_positions
     def forward(self, x: Tensor) -> Tensor:
         """Applies the attention: ``[N, C, H, W]`` -> ``[N, C, H, W]``."""
         self.check(x)
@@ -118,6 +121,7 @@ class scSE(nn.Module):
         else:
             check_feature_map(x)
 
+    @over_positions
     def attention(self, x: Tensor) -> dict[str, Tensor]:
         """Both gates of x: ``{"channel": [N, C, 1, 1], "spatial": [N, 1, H, W]}``."""
         self.check(x)

@@ -11,10 +11,12 @@ from torch import Tensor, nn
 from .as_built import LINEAR, RELU, SIGMOID, Layers, container, has_plain_layers
 from .checks import ACTIVATIONS, GATES, check_bottleneck, check_choice, check_feature_map, hidden_width
 from .parameter_access import child, weight_and_bias
+from .positions import over_positions
 
 __all__ = ["SE", "se"]
 
 
+@over_positions
 def se(
     x: Tensor,
     w1: Tensor,
@@ -96,6 +98,7 @@ class SE(nn.Module):
         layers = child(self, "fc")._modules
         return *weight_and_bias(layers["0"]), *weight_and_bias(layers["2"])
 
+    @over_positions
     def forward(self, x: Tensor) -> Tensor:
         """Applies the attention: ``[N, C, H, W]`` -> ``[N, C, H, W]``."""
         self.check(x)
@@ -113,6 +116,7 @@ class SE(nn.Module):
         else:
             check_feature_map(x)
 
+    @over_positions
     def attention(self, x: Tensor) -> dict[str, Tensor]:
         """The gate of x: ``{"channel": [N, C, 1, 1]}``."""
         self.check(x)

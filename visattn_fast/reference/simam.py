@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .checks import check_feature_map, check_positive_number
+from .positions import over_positions
 
 __all__ = ["SimAM", "simam"]
 
@@ -25,6 +26,7 @@ def simam_gate(x: Tensor, e_lambda: float = 1e-4) -> Tensor:
     return torch.sigmoid((d / (2 * (variance + floor).sqrt())).square() + 0.5)
 
 
+@over_positions
 def simam(x: Tensor, e_lambda: float = 1e-4) -> Tensor:
     """``x * sigmoid(d^2 / (4 (sum(d^2) / (HW - 1) + e_lambda)) + 0.5)`` with ``d = x - mean(x)``, over H and W.
 
@@ -64,10 +66,12 @@ class SimAM(nn.Module):
         check_positive_number("e_lambda", e_lambda)
         self.e_lambda = e_lambda
 
+    @over_positions
     def forward(self, x: Tensor) -> Tensor:
         """Applies the attention: ``[N, C, H, W]`` -> ``[N, C, H, W]``."""
         return simam(x, self.e_lambda)
 
+    @over_positions
     def attention(self, x: Tensor) -> dict[str, Tensor]:
         """The gate of every element of x: ``{"element": [N, C, H, W]}``."""
         return {"element": simam_gate(x, self.e_lambda)}
