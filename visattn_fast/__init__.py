@@ -14,6 +14,7 @@ from .fused.coord_att import FastCoordAtt
 from .fused.criss_cross import FastCrissCross
 from .fused.eca import FastECA
 from .fused.gam import FastGAM
+from .fused.grn import FastGRN
 from .fused.local_attention import FastLocalAttention
 from .fused.map_attention import FastMapAttention2d
 from .fused.nam import FastNAM
@@ -42,6 +43,7 @@ __all__ = [
     "FastCrissCross",
     "FastECA",
     "FastGAM",
+    "FastGRN",
     "FastLocalAttention",
     "FastMapAttention2d",
     "FastNAM",

@@ -161,6 +161,15 @@ _ENTRIES = (
         forward_passes=4,
         backward_passes=5,
     ),
+    Entry(
+        "grn",
+        modules.FastGRN,
+        reference.GRN,
+        lambda c: {"channels": c},
+        forward_passes=3,
+        backward_passes=5,
+        epilogue=False,
+    ),
     *_both_modes(
         Entry(
             "coord_att",

@@ -11,6 +11,7 @@ from .fused.criss_cross import criss_cross
 from .fused.eca import eca
 from .fused.gam import channel_mlp, norm_gate
 from .fused.gates import conv_maps, gate_channels, gate_twice
+from .fused.grn import grn
 from .fused.local_attention import local_attention
 from .fused.map_attention import map_attention
 from .fused.nam import nam
@@ -41,6 +42,7 @@ __all__ = [
     "eca",
     "gate_channels",
     "gate_twice",
+    "grn",
     "local_attention",
     "map_attention",
     "masked_attention",

@@ -60,6 +60,7 @@ KEYS = {
         "proj.weight": (32, 32),
         "proj.bias": (32,),
     },
+    "GRN": {"weight": (32,), "bias": (32,)},
     "MapAttention2d": {
         "qkv.conv.weight": (64, 32, 1, 1),
         **batch_norm("qkv.bn", 64),

@@ -9,7 +9,8 @@ import visattn_fast as vf
 from visattn_fast import catalogue, reference
 from visattn_fast.backends import backends
 
-GATES = ("se", "eca", "simam", "scse", "channel_attention")
+GATES = ("se", "eca", "simam", "scse", "channel_attention", "grn")
+EPILOGUE = [name for name in GATES if catalogue.ENTRIES[name].epilogue]
 OTHERS = [name for name in catalogue.ENTRIES if name not in GATES]
 SHAPES = {"signal": (2, 8, 11), "volume": (2, 8, 3, 5, 4)}
 shapes = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
@@ -63,7 +64,7 @@ def test_no_position_is_copied(name, shape):
 
 
 @shapes
-@pytest.mark.parametrize("name", [name for name in GATES if name != "channel_attention"])
+@pytest.mark.parametrize("name", EPILOGUE)
 def test_residual_and_activation(name, shape):
     fast, plain = catalogue.ENTRIES[name].pair(8, torch.float64)
     x, residual = values(shape), values(shape, seed=1)
@@ -83,6 +84,9 @@ def test_attention_has_the_dimensions_of_x(name, shape, last):
     assert {gate.dim() for gate in found.values()} == {x.dim()}
     if name == "scse":
         torch.testing.assert_close(x * sum(found.values()), fast(x))
+    elif name == "grn":
+        bias = fast.bias.view(-1, *[1] * (x.dim() - 2))
+        torch.testing.assert_close(x * found["channel"] + bias, fast(x))
     elif name != "channel_attention":
         torch.testing.assert_close(x * next(iter(found.values())), fast(x))
 

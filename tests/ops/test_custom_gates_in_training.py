@@ -107,7 +107,7 @@ def test_bad_argument_raises(function, module):
     x = torch.ones(2, 8, 4, 4)
     call(x, *gates[function])
     with pytest.raises(ValueError, match=r"x must have shape \[N, C, H, W\]"):
-        call(x[0], *gates[function])
+        call(x[0, 0], *gates[function])
     with pytest.raises(TypeError, match="floating"):
         call(x.int(), *gates[function])
     if function == "gate_twice":

@@ -58,10 +58,10 @@ def serve(
     if op.over_positions and is_signal_or_volume(tensors[0]):
         x = tensors[0]
         check_residual(residual, x)
-        added = None if residual is None else as_map(residual)
-        same = {"check": check, "options": options, "activation": activation, "norm": norm}
+        on_map = functools.partial(serve, check=check, options=options, activation=activation, norm=norm)
         try:
-            return as_before(serve(op, (as_map(x), *tensors[1:]), residual=added, **same), x)
+            y = on_map(op, (as_map(x), *tensors[1:]), residual=None if residual is None else as_map(residual))
+            return as_before(y, x)
         except ValueError as error:
             raise ValueError(f"{error}, made of {tuple(x.shape)}{RESHAPES.get(x.dim(), '')}") from None
     if norm is not None:

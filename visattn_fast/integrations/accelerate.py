@@ -18,7 +18,9 @@ _LIBRARIES = {
     "timm": "timm",
     "torchvision": "torchvision",
     "monai": "monai",
+    "monai_mednext": "monai.networks.blocks.mednext_block:MedNeXtBlock",
     "segmentation_models_pytorch": "segmentation_models_pytorch",
+    "transformers": "transformers.models.convnextv2.modeling_convnextv2",
     "ultralytics": "ultralytics.nn.modules.conv",
     "ultralytics_attention": "ultralytics.nn.modules.block:AAttn",
 }
@@ -98,6 +100,8 @@ def _swap_all(model: nn.Module, wanted: set[nn.Module], blocks: bool, found: Acc
             if module not in wanted or module in parts:
                 continue
             recipe = recipes.get(type(module))
+            if recipe is not None and recipe.inline is not None and not recipe.inline(module):
+                continue
             if recipe is not None and recipe.block is block:
                 op, reason = recipe.plan(module)
                 if op:

@@ -87,6 +87,8 @@ class Recipe:
         passes: the name of the function that serves instead if layers have to be called; empty: none does.
         why_not: the reason why a module can never be served; an empty string if it can.
         block: True if the module is a block around a gate, and the gate takes over the block's epilogue.
+        inline: for a class whose own forward may compute a gate among other things: True if it does in this module. The
+            others of the class are none of our business.
         look: returns the gates of a module of the original class; None: the class has a method ``attention``, or none.
         repeats: the library's functions that ``fused`` repeats. If one is another, the module is left alone.
     """
@@ -97,13 +99,18 @@ class Recipe:
     passes: str = ""
     why_not: Check = always
     block: bool = False
+    inline: Callable[[Any], bool] | None = None
     look: Look | None = None
     repeats: tuple[Repeated, ...] = ()
 
     @property
     def gate(self) -> bool:
         """True if the module only scales its input. Attention over positions does more."""
-        return not self.block and self.op not in ("window_attention", "self_attention", "map_attention")
+        return (
+            not self.block
+            and self.inline is None
+            and self.op not in ("window_attention", "self_attention", "map_attention")
+        )
 
     def plan(self, module: nn.Module) -> tuple[str, str]:
         """Returns the name of the function that serves ``module`` as it is now, and why it calls its layers.

@@ -13,6 +13,7 @@ from .custom_gates import gate_channels, gate_twice
 from .eca import ECA, eca
 from .epilogue import epilogue
 from .gam import GAM, channel_mlp, norm_gate
+from .grn import GRN, grn
 from .local_attention import LocalAttention, local_attention
 from .map_attention import MapAttention2d, map_attention
 from .masking import masked_softmax
@@ -34,6 +35,7 @@ __all__ = [
     "CBAM",
     "ECA",
     "GAM",
+    "GRN",
     "NAM",
     "SE",
     "SK",
@@ -65,6 +67,7 @@ __all__ = [
     "epilogue",
     "gate_channels",
     "gate_twice",
+    "grn",
     "local_attention",
     "map_attention",
     "masked_softmax",
