@@ -19,8 +19,8 @@ from visattn_fast import catalogue
 
 THREADS = (1, 2, 3, 8)
 SHAPE = (3, 32, 15, 17)
-# Modules without layers inside whose op on CPUs multiplies matrices by PyTorch, whose sums depend on the threads.
-PRODUCTS = ("criss_cross",)
+# Modules in which PyTorch multiplies matrices on CPUs, in an op or in a gate: its sums depend on the threads.
+PRODUCTS = ("criss_cross", "normed_gate")
 
 
 class Differences(NamedTuple):
