@@ -70,7 +70,6 @@ UNSERVED = {
         lambda: timm("CoordAttn", C, act_layer=nn.ReLU, module="timm.layers.coord_attn"),
         "act is ReLU",
     ),
-    "monai in three dimensions": (lambda: monai("ChannelSELayer", dimensions=3), "avg_pool is AdaptiveAvgPool3d"),
 }
 
 

@@ -61,6 +61,8 @@ def source_hash(function: Any) -> str:
     """Hashes the code of a function, without comments, docstring and annotations. Empty if it has no source."""
     if not isinstance(function, FunctionType) or hasattr(function, "__wrapped__"):
         return ""  # inspect would read the source of the wrapped function
+    if function.__code__.co_filename == "<string>":
+        return ""  # made by exec: Python 3.13 would read that of ``python -c``
     try:
         code = ast.parse(textwrap.dedent(inspect.getsource(function)))
     except (OSError, TypeError, SyntaxError):

@@ -22,7 +22,7 @@ from . import flops
 from .autograd import without_autocast
 from .channel_scale import channel_input_grad, channel_mean, channel_scale_bwd, channel_scale_fwd
 from .declare import composed_op
-from .layout import as_matrices, empty_small, memory_format, zeros_small
+from .layout import as_matrices, empty_small, memory_format
 from .library import define
 from .signature import MAP
 
@@ -56,12 +56,15 @@ def _covariance_reference(x: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
     n, c, h, w = x.shape
     nhwc = memory_format(x) == torch.channels_last
     matrices, mean = _matrices(x, nhwc), mean[:, None] if nhwc else mean[:, :, None]
-    cov, rest = empty_small(x, n, c, c), zeros_small(x, n, c)
+    cov, rest = empty_small(x, n, c, c), empty_small(x, n, c)
     for images, pixels in _blocks(x, _FORWARD):
         centred = (matrices[images, pixels] if nhwc else matrices[images, :, pixels]) - mean[images]  # in mean's dtype
         pair = (centred.mT, centred) if nhwc else (centred, centred.mT)
         cov[images].baddbmm_(*pair, beta=1 if pixels.start else 0, alpha=1 / (h * w))
-        rest[images] += centred.sum(1 if nhwc else 2)
+        if pixels.start:
+            rest[images] += centred.sum(1 if nhwc else 2)
+        else:
+            torch.sum(centred, 1 if nhwc else 2, out=rest[images])
     return cov, rest
 
 
