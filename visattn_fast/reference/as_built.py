@@ -220,11 +220,10 @@ def as_built(module: nn.Module, x: Any, layers: Layers) -> bool:
     """
     if not isinstance(x, Tensor):
         return False
-    d = module.__dict__
     if _native is not None and not _compiling():
-        if _native(d, layers, layers.fits, PLAIN, _GLOBAL_HOOKS):
+        if _native(module.__dict__, layers, layers.fits, PLAIN, _GLOBAL_HOOKS):
             return True
-    elif _is_untouched(d, layers):
+    elif _is_untouched(settings_of(module), layers):
         return True
     reason = why_not(module, layers)
     if reason and not torch.compiler.is_compiling():
@@ -234,7 +233,7 @@ def as_built(module: nn.Module, x: Any, layers: Layers) -> bool:
 
 def has_plain_layers(module: nn.Module, x: Any, layers: Layers) -> bool:
     """True if x is a tensor, and checks may read the weights: the layers are as built and have no parametrization."""
-    return isinstance(x, Tensor) and is_untouched(module.__dict__, layers)
+    return isinstance(x, Tensor) and is_untouched(settings_of(module), layers)
 
 
 def are_plain(modules: Mapping[str, Any], layers: Layers) -> bool:
@@ -242,7 +241,31 @@ def are_plain(modules: Mapping[str, Any], layers: Layers) -> bool:
     return is_untouched({"_parameters": {}, "_modules": modules}, layers) or not _why_not(modules, layers)
 
 
-def is_untouched(d: dict[str, Any], layers: Layers) -> bool:
+class _Attributes:
+    """The ``__dict__`` of a module, read as attributes."""
+
+    def __init__(self, module: nn.Module, **others: Any) -> None:
+        self.module, self.others = module, others
+
+    def __getitem__(self, name: str) -> Any:
+        return self.others[name] if name in self.others else getattr(self.module, name)
+
+    def get(self, name: str) -> Any:
+        return self[name] if name in self.module.__dict__ else None
+
+
+def settings_of(module: nn.Module, **others: Any) -> Settings:
+    """Returns the ``__dict__`` of a module, with ``others`` in place of its own values.
+
+    torch.compile gets a view that reads attributes: in PyTorch 2.15 a value that was read from the ``__dict__`` of a
+    layer may change without the code being compiled again.
+    """
+    if _compiling():
+        return _Attributes(module, **others)  # type: ignore[return-value]
+    return {**module.__dict__, **others} if others else module.__dict__
+
+
+def is_untouched(d: Settings, layers: Layers) -> bool:
     """The fast form of `why_not`, for a module without parametrizations: on small maps each microsecond shows.
 
     Args:
@@ -271,13 +294,13 @@ def _is_untouched(d: Settings, layers: Layers) -> bool:
         if inner is None:
             found.append({})
             continue
-        d = inner.__dict__
+        d = settings_of(inner)
         if d["_forward_pre_hooks"] or d["_backward_hooks"] or d["_backward_pre_hooks"]:
             return False
         if d["_forward_hooks"] and _change_something(d["_forward_hooks"]):
             return False
         below, own = d["_modules"], d["_parameters"]
-        if "forward" in d or (len(below) != children and children is not None) or (fits and not fits(d)):
+        if "forward" in inner.__dict__ or (len(below) != children and children is not None) or (fits and not fits(d)):
             return False
         if own:
             for parameter in own.values():
@@ -289,7 +312,7 @@ def _is_untouched(d: Settings, layers: Layers) -> bool:
 
 def why_not(module: nn.Module, layers: Layers) -> str:
     """Returns why ``module`` must call its layers; an empty string if it need not."""
-    if layers.fits is not None and not layers.fits(module.__dict__):
+    if layers.fits is not None and not layers.fits(settings_of(module)):
         return layers.words
     for name, parameter in module._parameters.items():
         if not _is_plain(parameter):
@@ -325,17 +348,17 @@ def why_not_layer(inner: Any, expected: Layer) -> str:
         return "has hooks"
     if "forward" in inner.__dict__:
         return "has a forward of its own in its instance"
-    settings = dict(inner.__dict__)
+    parameters = inner._parameters
     if parametrized:
         if expected.twice:
             return "has a parametrization, and is called twice"
         originals = {name: next(p.parameters(), None) for name, p in inner.parametrizations.items()}
-        settings["_parameters"] = {**inner._parameters, **originals}
+        parameters = {**inner._parameters, **originals}
     if expected.children is not None and len(inner._modules) - parametrized != expected.children:
         return f"has {len(inner._modules)} layers, not {expected.children}"
-    if expected.fits is not None and not expected.fits(settings):
+    if expected.fits is not None and not expected.fits(settings_of(inner, _parameters=parameters)):
         return f"is not {expected.words}"
-    for name, parameter in settings["_parameters"].items():
+    for name, parameter in parameters.items():
         if not _is_plain(parameter):
             return f"has a {type(parameter).__name__} as {name}"
     return ""
