@@ -13,7 +13,7 @@ from torch import nn
 import visattn_fast as vf
 from blocks import block, swin
 from cases import run
-from known_modules import MODULES, C, monai, spread_statistics, timm
+from known_modules import MODULES, C, spread_statistics, timm
 from outside import library
 from visattn_fast import catalogue
 from visattn_fast.catalogue import feature_map
