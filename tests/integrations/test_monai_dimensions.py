@@ -49,7 +49,7 @@ def test_layers_match(name, dimensions, last):
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 @pytest.mark.parametrize("name", ["SEResNetBottleneck", "SEResNeXtBottleneck", "SEBottleneck"])
 def test_blocks_match(name, dimensions, training):
-    options = {"SEBottleneck": (4, 2), "SEResNetBottleneck": (1, 2), "SEResNeXtBottleneck": (2, 2, 2, 8)}[name]
+    options = {"SEBottleneck": (4, 2), "SEResNetBottleneck": (1, 2), "SEResNeXtBottleneck": (2, 2, 1, None, 8)}[name]
     plain, fast = twins(name, dimensions, 32, 8, *options)
     x = torch.randn(2, 32, *SIZES[:dimensions], dtype=torch.float64)
     plain.train(training)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias
 from weakref import WeakKeyDictionary
 
 import torch
@@ -39,7 +39,34 @@ _GLOBAL_HOOKS = (
     _module._global_backward_pre_hooks,
 )
 
-Settings = Mapping[str, Any]  # a layer's __dict__
+
+class Settings(Protocol):
+    """The settings of a layer: its ``__dict__``, or its `Attributes`."""
+
+    def __getitem__(self, name: str, /) -> Any: ...
+
+    def get(self, name: str, /) -> Any: ...
+
+
+class Attributes:
+    """Reads the settings of a layer as its attributes: torch.compile compiles anew when one changes.
+
+    From torch 2.15 on, it does not when a value changes that was read from ``__dict__``.
+    """
+
+    __slots__ = ("layer", "parameters")
+
+    def __init__(self, layer: Any, parameters: Mapping[str, Any] | None = None) -> None:
+        self.layer = layer
+        self.parameters = layer._parameters if parameters is None else parameters
+
+    def __getitem__(self, name: str, /) -> Any:
+        return self.parameters if name == "_parameters" else getattr(self.layer, name)
+
+    def get(self, name: str, /) -> Any:
+        return getattr(self.layer, name, None)
+
+
 Check: TypeAlias = "Callable[[Settings], bool] | Fit"
 
 # Called with each module that calls its layers, and the reason, by `explain`.
@@ -152,7 +179,7 @@ class Fit(_Fit):
     __slots__ = ()
 
     def __call__(self, d: Settings) -> bool:
-        """True if the layer, of which ``d`` is the ``__dict__``, has these settings and parameters."""
+        """True if the layer has these settings and parameters."""
         if self.names:
             first, *others = self.names
             if self.allowed.get(d[first]) != tuple([d[name] for name in others]):
@@ -223,7 +250,7 @@ def as_built(module: nn.Module, x: Any, layers: Layers) -> bool:
     if _native is not None and not _compiling():
         if _native(module.__dict__, layers, layers.fits, PLAIN, _GLOBAL_HOOKS):
             return True
-    elif _is_untouched(settings_of(module), layers):
+    elif _is_untouched(module, layers):
         return True
     reason = why_not(module, layers)
     if reason and not torch.compiler.is_compiling():
@@ -233,60 +260,40 @@ def as_built(module: nn.Module, x: Any, layers: Layers) -> bool:
 
 def has_plain_layers(module: nn.Module, x: Any, layers: Layers) -> bool:
     """True if x is a tensor, and checks may read the weights: the layers are as built and have no parametrization."""
-    return isinstance(x, Tensor) and is_untouched(settings_of(module), layers)
+    return isinstance(x, Tensor) and is_untouched(module, layers)
 
 
 def are_plain(modules: Mapping[str, Any], layers: Layers) -> bool:
     """Answers `as_built` for layers by name, instead of a module that has them. Tells nobody."""
-    return is_untouched({"_parameters": {}, "_modules": modules}, layers) or not _why_not(modules, layers)
+    return is_untouched(_Parts(modules), layers) or not _why_not(modules, layers)
 
 
-class _Attributes:
-    """The ``__dict__`` of a module, read as attributes."""
+class _Parts:
+    """Layers by name, held as a module holds them."""
 
-    def __init__(self, module: nn.Module, **others: Any) -> None:
-        self.module, self.others = module, others
-
-    def __getitem__(self, name: str) -> Any:
-        return self.others[name] if name in self.others else getattr(self.module, name)
-
-    def get(self, name: str) -> Any:
-        return self[name] if name in self.module.__dict__ else None
+    def __init__(self, modules: Mapping[str, Any]) -> None:
+        self._parameters: dict[str, Any] = {}
+        self._modules = modules
 
 
-def settings_of(module: nn.Module, **others: Any) -> Settings:
-    """Returns the ``__dict__`` of a module, with ``others`` in place of its own values.
-
-    torch.compile gets a view that reads attributes: in PyTorch 2.15 a value that was read from the ``__dict__`` of a
-    layer may change without the code being compiled again.
-    """
-    if _compiling():
-        return _Attributes(module, **others)  # type: ignore[return-value]
-    return {**module.__dict__, **others} if others else module.__dict__
-
-
-def is_untouched(d: Settings, layers: Layers) -> bool:
-    """The fast form of `why_not`, for a module without parametrizations: on small maps each microsecond shows.
-
-    Args:
-        d: the ``__dict__`` of the module.
-        layers: what the module assumes.
-    """
+def is_untouched(module: nn.Module | _Parts, layers: Layers) -> bool:
+    """The fast form of `why_not`, for a module without parametrizations: on small maps each microsecond shows."""
     if _native is not None and not _compiling():
-        return bool(_native(d, layers, layers.fits, PLAIN, _GLOBAL_HOOKS)) or _is_untouched(d, layers)
-    return _is_untouched(d, layers)
+        untouched = _native(module.__dict__, layers, layers.fits, PLAIN, _GLOBAL_HOOKS)
+        return bool(untouched) or _is_untouched(module, layers)
+    return _is_untouched(module, layers)
 
 
-def _is_untouched(d: Settings, layers: Layers) -> bool:
+def _is_untouched(module: nn.Module | _Parts, layers: Layers) -> bool:
     """`is_untouched` in Python, which torch.compile traces."""
-    if any(_GLOBAL_HOOKS) or (layers.fits and not layers.fits(d)):
+    if any(_GLOBAL_HOOKS) or (layers.fits and not layers.fits(Attributes(module))):
         return False
-    own = d["_parameters"]
+    own = module._parameters
     if own:
         for parameter in own.values():
             if parameter is not None and type(parameter) not in PLAIN:
                 return False
-    found = [d["_modules"]]
+    found = [module._modules]
     for parent, key, kinds, fits, children, _ in layers:
         inner = found[parent].get(key)
         if type(inner) not in kinds:
@@ -294,13 +301,15 @@ def _is_untouched(d: Settings, layers: Layers) -> bool:
         if inner is None:
             found.append({})
             continue
-        d = settings_of(inner)
+        d = inner.__dict__
         if d["_forward_pre_hooks"] or d["_backward_hooks"] or d["_backward_pre_hooks"]:
             return False
         if d["_forward_hooks"] and _change_something(d["_forward_hooks"]):
             return False
         below, own = d["_modules"], d["_parameters"]
-        if "forward" in inner.__dict__ or (len(below) != children and children is not None) or (fits and not fits(d)):
+        if "forward" in d or (len(below) != children and children is not None):
+            return False
+        if fits and not fits(Attributes(inner)):
             return False
         if own:
             for parameter in own.values():
@@ -312,7 +321,7 @@ def _is_untouched(d: Settings, layers: Layers) -> bool:
 
 def why_not(module: nn.Module, layers: Layers) -> str:
     """Returns why ``module`` must call its layers; an empty string if it need not."""
-    if layers.fits is not None and not layers.fits(settings_of(module)):
+    if layers.fits is not None and not layers.fits(Attributes(module)):
         return layers.words
     for name, parameter in module._parameters.items():
         if not _is_plain(parameter):
@@ -348,7 +357,7 @@ def why_not_layer(inner: Any, expected: Layer) -> str:
         return "has hooks"
     if "forward" in inner.__dict__:
         return "has a forward of its own in its instance"
-    parameters = inner._parameters
+    parameters: Mapping[str, Any] = inner._parameters
     if parametrized:
         if expected.twice:
             return "has a parametrization, and is called twice"
@@ -356,7 +365,7 @@ def why_not_layer(inner: Any, expected: Layer) -> str:
         parameters = {**inner._parameters, **originals}
     if expected.children is not None and len(inner._modules) - parametrized != expected.children:
         return f"has {len(inner._modules)} layers, not {expected.children}"
-    if expected.fits is not None and not expected.fits(settings_of(inner, _parameters=parameters)):
+    if expected.fits is not None and not expected.fits(Attributes(inner, parameters)):
         return f"is not {expected.words}"
     for name, parameter in parameters.items():
         if not _is_plain(parameter):
