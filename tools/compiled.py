@@ -186,7 +186,7 @@ def specialise(uses: Iterable[Use], targets: Iterable[str]) -> list[Variant]:
     found: dict[str, Variant] = {}
     for target, use in itertools.product(targets, uses):
         kernel, backend = use.launch.kernel, make_backend(EVERY[target])
-        given = {"debug": False, "instrumentation_mode": "", **use.launch.options}
+        given = {"debug": False, "instrumentation_mode": "", "enable_fp_fusion": True, **use.launch.options}
         bind = create_function_from_signature(kernel.signature, kernel.params, backend)
         arguments, specialization, options = bind(**use.launch.arguments, **given)
         options, signature, constants, attributes = kernel._pack_args(

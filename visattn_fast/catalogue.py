@@ -82,7 +82,7 @@ class Entry:
 
 def _both_modes(entry: Entry, **evaluated: Any) -> tuple[Entry, Entry]:
     """Returns an entry and its twin in eval mode, where batch norms take running statistics; ``evaluated`` differs."""
-    twin = replace(entry, name=f"{entry.name}_eval", training=False, supports=lambda shape: True, **evaluated)
+    twin = replace(entry, name=f"{entry.name}_eval", training=False, **{"supports": lambda shape: True, **evaluated})
     return entry, twin
 
 
@@ -110,6 +110,11 @@ def _map_heads(channels: int) -> dict[str, float]:
     """Heads with values of 64 channels, as in YOLO, if possible; else two or one."""
     heads = channels // 64 if channels % 64 == 0 else 2 if channels > 2 and channels % 2 == 0 else 1
     return {"heads": heads, "attn_ratio": 0.5 if channels > heads else 1.0}
+
+
+def _has_map_heads(shape: tuple[int, ...]) -> bool:
+    """True if the Triton kernels serve heads so wide, and the reference's weights are not too many."""
+    return shape[2] * shape[3] <= 400 and (shape[1] <= 128 or shape[1] % 64 == 0)
 
 
 # YOLO11s at 640, 1280 and 2048 pixels.
@@ -371,11 +376,12 @@ _ENTRIES = (
             forward_passes=0,  # the ops of self-attention serve
             backward_passes=0,
             epilogue=False,
-            supports=lambda shape: min(shape[:2]) > 1 and _pixels(shape) >= 8 and shape[2] * shape[3] <= 400,
+            supports=lambda shape: min(shape[:2]) > 1 and _pixels(shape) >= 8 and _has_map_heads(shape),
             has_torch_layers=True,
             ops=("map_attention_fwd", "map_attention_bwd"),
             shapes=_YOLO_MAPS,
-        )
+        ),
+        supports=_has_map_heads,
     ),
 )
 ENTRIES = {entry.name: entry for entry in _ENTRIES}

@@ -37,5 +37,5 @@ def grn_bwd(
         factors, parts = slopes(channel_sums(grad, x, layout), weight.contiguous(), norm.contiguous(), eps)
         dx = response_input_grad(grad, x, layout, factors)
         sums = combine(parts.view(1, layout.N, 2 * layout.C), None, parts.new_empty((1, 2 * layout.C)))
-        dweight, dbias = (t.to(weight.dtype) for t in sums.view(2, layout.C))
+        dweight, dbias = (t.to(weight.dtype, copy=True) for t in sums.view(2, layout.C))  # results share no memory
         return dx, dweight, dbias

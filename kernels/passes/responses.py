@@ -96,7 +96,8 @@ def _slopes_kernel(
         weight = tl.load(weight_ptr + c, mask=c < C, other=0.0).to(acc_ty)
         norm = tl.load(norm_ptr + n * C + c, mask=c < C, other=0.0)
         dot = partials_sum(sums_ptr, n, c, C, splits, 2, BLOCK_S)
-        slope = tl.where(norm == 0, 0.0, (dot * weight - middle) / mean / norm)  # zero everywhere: no gradient
+        # A channel that is zero everywhere has no gradient.
+        slope = tl.where(norm == 0, 0.0, (dot * weight - middle) / mean / tl.where(norm == 0, 1.0, norm))
         row = 2 * n * C + c
         tl.store(factors_ptr + row, 1 + weight * norm / mean, mask=c < C)
         tl.store(factors_ptr + row + C, slope, mask=c < C)

@@ -46,7 +46,7 @@ LAUNCHES = {
     "local_attention": (3, 5),
     "nam": (8, 4),
     "gam": ((19, 20), (24, 25)),
-    "soca": ((264, 275), (555, 620)),
+    "soca": ((264, 282), (555, 620)),
     "coord_att": ((10, 11), (9, 10)),
     "triplet_attention": (37, 25),
     "window_attention": ((6, 8), (13, 15)),

@@ -51,7 +51,7 @@ class Settings(Protocol):
 class Attributes:
     """Reads the settings of a layer as its attributes: torch.compile compiles anew when one changes.
 
-    From torch 2.15 on, it does not when a value changes that was read from ``__dict__``.
+    On Python 3.13.0 it does not when a value changes that was read from ``__dict__``.
     """
 
     __slots__ = ("layer", "parameters")
