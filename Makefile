@@ -10,7 +10,7 @@ FORMATTED := $(SOURCES) $(CUDA_SOURCES) tests/cpu/simd_test.cpp tests/faults/fai
 # Test processes. Threads of two of them share the cores, and wait asleep; the interpreter needs one thread each.
 PROCESSES ?= 2
 
-.PHONY: help report test sanitize portable determinism fuzz bench kernels evidence names docs lint format ext-cuda gpu-check build sbom clean
+.PHONY: help report test sanitize portable determinism fuzz matrix bench kernels evidence names docs lint format ext-cuda gpu-check build sbom clean
 
 help: ## list the targets
 	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
@@ -48,6 +48,10 @@ fuzz: $(VENV)/built ## run 20,000 random cases against float64, crashes caught
 
 determinism: $(VENV)/built ## run every module 100 times, with several numbers of threads; compare the bits
 	OMP_WAIT_POLICY=passive $(BIN)/python -m tools.determinism
+
+# Each cell needs 6 GB in build/matrix and about an hour. `make matrix MATRIX="--cell py3.13-torch2.15.0 -- tests/ops"` runs a part.
+matrix: $(VENV)/built ## run all tests on every supported pair of Python and torch
+	$(BIN)/python -m tools.matrix --processes $(PROCESSES) $(MATRIX)
 
 bench: $(VENV)/built ## run the benchmarks
 	$(BIN)/python -m pytest bench --benchmark-only

@@ -153,11 +153,8 @@ class Record:
         return time.perf_counter() - self.start
 
     def write(self) -> None:
-        """Writes the file in one piece, so that no reader sees a part of it."""
         self.found["seconds"] = round(self.seconds)
-        with tempfile.NamedTemporaryFile("w", dir=self.path.parent, suffix=".tmp", delete=False) as file:
-            json.dump(self.found, file, indent=1)
-        Path(file.name).replace(self.path)
+        ledger.write_result(self.path, self.found)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

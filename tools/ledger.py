@@ -64,9 +64,16 @@ def section(title: str, *sentences: str) -> str:
 
 
 def gpu_results() -> list[dict[str, Any]]:
-    """Reads the results of GPU checks, the oldest first, without rehearsals."""
-    results = (json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("*.json")))
+    """Reads the results of GPU checks, the oldest first, without rehearsals. Their names begin with the date."""
+    results = (json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("[0-9]*.json")))
     return [result for result in results if not result["rehearsal"]]
+
+
+def write_result(path: Path, result: dict[str, Any]) -> None:
+    """Writes a JSON in one piece, so that no reader sees a part of it."""
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False) as file:
+        json.dump(result, file, indent=1)
+    Path(file.name).replace(path)
 
 
 def gpu_section(results: list[dict[str, Any]]) -> str:

@@ -69,7 +69,7 @@ def test_gpu_result_is_shown(tmp_path, monkeypatch):
         "complete": True,
     }
     monkeypatch.setattr(ledger, "RESULTS", tmp_path)
-    (tmp_path / "result.json").write_text(json.dumps(result))
+    (tmp_path / "2000-01-01.json").write_text(json.dumps(result))
     text = ledger.gpu_section(ledger.gpu_results())
     assert "### A card, 2000-01-01, commit abc" in text
     assert "Tests: 7 passed." in text
