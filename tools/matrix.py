@@ -228,11 +228,11 @@ def record(cell: Cell, python: str, suite: str, machine: Machine, found: Mapping
 
 
 def table() -> str:
-    """Tabulates the cells that have run."""
-    rows = []
-    for cell in results().values():
-        suites = (cell["suites"].get(name) for name in SUITES)
-        rows.append((*(cell[name] for name in Cell._fields[:3]), *(summary(s) if s else "not run" for s in suites)))
+    """Tabulates all cells; of those that have run, what passed."""
+    known, rows = results(), []
+    for cell in CELLS.values():
+        suites = (known.get(cell.name, {}).get("suites", {}).get(name) for name in SUITES)
+        rows.append((*cell[:3], *(summary(s) if s else "not run yet" for s in suites)))
     return ledger.table(("Python", "torch", "triton", "tests", "under Triton's interpreter"), rows)
 
 
