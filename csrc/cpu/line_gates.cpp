@@ -179,7 +179,8 @@ void norm_sums(const LineShape& s, const LineNorm<A>& norm, const A* images, boo
       const A* image = images + 3 * n * s.ld + m;
       dbias += image[0], dweight += image[s.ld], offset += image[2 * s.ld];
     }
-    offset = fixed ? 0 : offset / count;
+    offset /= count;
+    if (fixed || !(std::abs(offset) <= norm.rounding(m))) offset = 0;  // the statistics of another batch
     dweight -= offset * dbias;
     sums[m] = static_cast<A>(dbias), sums[s.M + m] = static_cast<A>(dweight);
     sums[2 * s.M + m] = fixed ? sums[m] * norm.gain(m) : A(0);  // the batch's mean removes b1

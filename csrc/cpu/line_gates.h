@@ -11,6 +11,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <optional>
 
 #include "gemm.h"
@@ -172,6 +173,12 @@ class LineNorm {
 
   // The factor of z.
   A gain(int64_t m) const { return inverse_.get()[m] * weight_.get()[m]; }
+
+  // The largest mean of the normalised z that the rounding of its mean, and of z, can leave.
+  double rounding(int64_t m) const {
+    return 2 * static_cast<double>(std::numeric_limits<A>::epsilon()) *
+           (1 + std::abs(static_cast<double>(mean_.get()[m]) * inverse_.get()[m]));
+  }
 
  private:
   Buffer<A> mean_, inverse_, weight_, bias_;

@@ -10,9 +10,9 @@ from ..core.heuristics import grain, next_power_of_2, reduction, tile, tiles
 from ..core.launch import launch
 from ..core.layout import Layout, accumulation_dtype
 from ..core.tiles import dense_offsets, load_channels, program_tile, tile_full, tile_mask, x_offsets
-from .partials import partials_sum
+from .partials import combine
 
-_WIDEST = 2048  # channels that a program takes at a time, beside all partials of them
+_WIDEST = 1024  # channels that a program takes at a time
 
 
 @triton.jit
@@ -43,66 +43,54 @@ def _sums_kernel(grad_ptr, x_ptr, sums_ptr, size, steps, TILE: tl.constexpr):
 
 
 @triton.jit
-def _norms_kernel(
-    sums_ptr, weight_ptr, norm_ptr, factor_ptr, C, splits, eps, BLOCK_S: tl.constexpr, BLOCK: tl.constexpr
-):
-    """norm [N, C] and factor = 1 + weight norm / (mean(norm) + eps) of one image."""
+def _norms_kernel(squares_ptr, weight_ptr, norm_ptr, factor_ptr, C, eps, BLOCK: tl.constexpr):
+    """norm [N, C] and factor = 1 + weight norm / (mean(norm) + eps) of one image, from sums of squares [N, C]."""
     acc_ty = norm_ptr.dtype.element_ty
     n = tl.program_id(0).to(tl.int64)
     total = tl.zeros([BLOCK], acc_ty)
     for start in range(0, C, BLOCK):
         c = start + tl.arange(0, BLOCK)
-        norm = tl.sqrt(partials_sum(sums_ptr, n, c, C, splits, 1, BLOCK_S))
+        norm = tl.sqrt(tl.load(squares_ptr + n * C + c, mask=c < C, other=0.0))
         tl.store(norm_ptr + n * C + c, norm, mask=c < C)
-        total += tl.where(c < C, norm, 0.0)
+        total += norm
     mean = tl.sum(total, 0) / C + eps
     for start in range(0, C, BLOCK):
         c = start + tl.arange(0, BLOCK)
-        norm = tl.sqrt(partials_sum(sums_ptr, n, c, C, splits, 1, BLOCK_S))  # not read back from what others wrote
+        norm = tl.sqrt(tl.load(squares_ptr + n * C + c, mask=c < C, other=0.0))
         weight = tl.load(weight_ptr + c, mask=c < C, other=0.0).to(acc_ty)
         tl.store(factor_ptr + n * C + c, 1 + weight * norm / mean, mask=c < C)
 
 
 @triton.jit
-def _slopes_kernel(
-    sums_ptr,
-    weight_ptr,
-    norm_ptr,
-    factors_ptr,
-    dweights_ptr,
-    C,
-    splits,
-    eps,
-    BLOCK_S: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """The factors of grad and of x in dx, [N, 2, C], and one image's parts of dweight and dbias, [N, 2, C]."""
+def _slopes_kernel(sums_ptr, weight_ptr, norm_ptr, factors_ptr, dweights_ptr, C, eps, BLOCK: tl.constexpr):
+    """The factors of grad and of x in dx, [N, 2, C], and one image's parts of dweight and dbias, [N, 2, C].
+
+    sums [N, 2, C]: of grad x, and of grad.
+    """
     acc_ty = norm_ptr.dtype.element_ty
     n = tl.program_id(0).to(tl.int64)
     total = tl.zeros([BLOCK], acc_ty)
-    for start in range(0, C, BLOCK):
-        c = start + tl.arange(0, BLOCK)
-        total += tl.load(norm_ptr + n * C + c, mask=c < C, other=0.0)
-    mean = tl.sum(total, 0) / C + eps
     shared = tl.zeros([BLOCK], acc_ty)
     for start in range(0, C, BLOCK):
         c = start + tl.arange(0, BLOCK)
+        norm = tl.load(norm_ptr + n * C + c, mask=c < C, other=0.0)
         weight = tl.load(weight_ptr + c, mask=c < C, other=0.0).to(acc_ty)
-        response = tl.load(norm_ptr + n * C + c, mask=c < C, other=0.0) / mean
-        shared += partials_sum(sums_ptr, n, c, C, splits, 2, BLOCK_S) * weight * response
-    middle = tl.sum(shared, 0) / C
+        total += norm
+        shared += tl.load(sums_ptr + 2 * n * C + c, mask=c < C, other=0.0) * weight * norm
+    mean = tl.sum(total, 0) / C + eps
+    middle = tl.sum(shared, 0) / C / mean
     for start in range(0, C, BLOCK):
         c = start + tl.arange(0, BLOCK)
+        row = 2 * n * C + c
         weight = tl.load(weight_ptr + c, mask=c < C, other=0.0).to(acc_ty)
         norm = tl.load(norm_ptr + n * C + c, mask=c < C, other=0.0)
-        dot = partials_sum(sums_ptr, n, c, C, splits, 2, BLOCK_S)
+        dot = tl.load(sums_ptr + row, mask=c < C, other=0.0)
         # A channel that is zero everywhere has no gradient.
         slope = tl.where(norm == 0, 0.0, (dot * weight - middle) / mean / tl.where(norm == 0, 1.0, norm))
-        row = 2 * n * C + c
         tl.store(factors_ptr + row, 1 + weight * norm / mean, mask=c < C)
         tl.store(factors_ptr + row + C, slope, mask=c < C)
         tl.store(dweights_ptr + row, dot * norm / mean, mask=c < C)
-        tl.store(dweights_ptr + row + C, partials_sum(sums_ptr + C, n, c, C, splits, 2, BLOCK_S), mask=c < C)
+        tl.store(dweights_ptr + row + C, tl.load(sums_ptr + row + C, mask=c < C, other=0.0), mask=c < C)
 
 
 @triton.jit
@@ -119,13 +107,13 @@ def _dx_kernel(grad_ptr, x_ptr, factors_ptr, dx_ptr, size, TILE: tl.constexpr):
 
 
 def channel_sums(grad: torch.Tensor | None, x: torch.Tensor, layout: Layout) -> torch.Tensor:
-    """Returns partial sums over the pixels: of x x, [N, S, C], or of grad x and of grad, [N, S, 2, C].
+    """Returns sums over the pixels: of x x, [N, C], or of grad x and of grad, [N, 2, C].
 
     Reads x, and grad if it is given: dense in x's layout.
     """
     t, blocks, splits, steps = reduction(layout, False, *grain("mean", layout))
-    shape = (layout.N, splits, layout.C) if grad is None else (layout.N, splits, 2, layout.C)
-    sums = x.new_empty(shape, dtype=accumulation_dtype(x))
+    kept = layout.C if grad is None else 2 * layout.C
+    sums = x.new_empty((layout.N, splits, kept), dtype=accumulation_dtype(x))
     launch(
         _sums_kernel,
         layout.N * blocks,
@@ -138,14 +126,14 @@ def channel_sums(grad: torch.Tensor | None, x: torch.Tensor, layout: Layout) -> 
         num_warps=t.num_warps,
         splits=splits,
     )
-    return sums
+    return sums[:, 0] if splits == 1 else combine(sums, None, sums.new_empty((layout.N, kept)))
 
 
-def norms(sums: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns the norms of the channels and the factors of x, [N, C], from partial sums of squares [N, S, C]."""
-    N, S, C = sums.shape
-    norm, factor = sums.new_empty((N, C)), sums.new_empty((N, C))
-    launch(_norms_kernel, N, sums, weight, norm, factor, C, S, eps, **_blocks(S, C))
+def norms(squares: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the norms of the channels and the factors of x, [N, C], from sums of squares [N, C]."""
+    N, C = squares.shape
+    norm, factor = torch.empty_like(squares), torch.empty_like(squares)
+    launch(_norms_kernel, N, squares, weight, norm, factor, C, eps, BLOCK=_channels(C))
     return norm, factor
 
 
@@ -153,9 +141,9 @@ def slopes(
     sums: torch.Tensor, weight: torch.Tensor, norm: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns the factors of grad and x in dx, and the parts of dweight and dbias of each image; both [N, 2, C]."""
-    N, S, _, C = sums.shape
-    factors, dweights = sums.new_empty((N, 2, C)), sums.new_empty((N, 2, C))
-    launch(_slopes_kernel, N, sums, weight, norm, factors, dweights, C, S, eps, **_blocks(S, C))
+    N, C = norm.shape
+    factors, dweights = norm.new_empty((N, 2, C)), norm.new_empty((N, 2, C))
+    launch(_slopes_kernel, N, sums, weight, norm, factors, dweights, C, eps, BLOCK=_channels(C))
     return factors, dweights
 
 
@@ -167,7 +155,6 @@ def response_input_grad(grad: torch.Tensor, x: torch.Tensor, layout: Layout, fac
     return dx
 
 
-def _blocks(splits: int, channels: int) -> dict[str, int]:
-    """Returns as many channels as a program takes at a time beside all their partials, and those."""
-    block_s = next_power_of_2(splits)
-    return {"BLOCK_S": block_s, "BLOCK": max(min(next_power_of_2(channels), _WIDEST // block_s), 16)}
+def _channels(C: int) -> int:
+    """Returns the channels that a program takes at a time."""
+    return min(next_power_of_2(C), _WIDEST)

@@ -31,7 +31,15 @@ FLOORS = "experimental -> ops -> attention, passes -> core"
 ON_FIRST_USE = ("kernels",)  # imported inside functions only
 OUTSIDE = {
     "kernels": ("torch", "triton"),
-    "integrations": ("torch", "timm", "torchvision", "monai", "segmentation_models_pytorch", "ultralytics"),
+    "integrations": (
+        "torch",
+        "timm",
+        "torchvision",
+        "monai",
+        "segmentation_models_pytorch",
+        "transformers",
+        "ultralytics",
+    ),
     "report": ("torch", "matplotlib", "numpy", "PIL", "rich"),
 }  # all others: torch
 ANYWHERE = (*sys.stdlib_module_names, "typing_extensions")  # torch requires the latter
